@@ -1,0 +1,36 @@
+# Each target creates the environment it needs in .venv; none needs root.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PHOTO ?= tests/data/kodim23.png
+URL ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run demo test check bench
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $(READY)
+
+setup: $(READY) ## create the environment in .venv
+
+run: $(READY) ## start Redis, the API and one worker on http://127.0.0.1:8000
+	@$(BIN)/afterimage serve
+
+demo: $(READY) ## encode a photograph, decode it at every quality, save a comparison (PHOTO=, URL=)
+	@$(BIN)/python -P -m service.demo $(PHOTO) $(if $(URL),--url $(URL))
+
+test: $(READY) ## run all tests
+	@$(BIN)/pytest
+
+check: $(READY) ## lint, formatting and types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+bench: $(READY) ## compare decoding time with CompressAI's in one process
+	@$(BIN)/python -P tests/bench/decode.py

@@ -1,0 +1,1 @@
+"""The codec and the diffusion decoder; knows nothing of HTTP and Redis."""

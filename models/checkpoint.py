@@ -1,0 +1,65 @@
+"""Weights on disk: safetensors named by a manifest, checked by digest, identified by content."""
+
+import hashlib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.errors import WeightsError
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""The shipped weights; `manifest.toml` there names every file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file of the manifest. `quality` and `metric` are empty for the diffusion decoder."""
+
+    kind: str
+    name: str
+    file: str
+    sha256: str
+    weights_id: str
+    quality: int = 0
+    metric: str = ""
+
+
+def weights_id(tensors: Mapping[str, Tensor]) -> str:
+    """First 8 bytes, in hex, of SHA-256 over (name, dtype, shape, bytes) of the sorted tensors."""
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].contiguous()
+        h.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+    return h.hexdigest()[:16]
+
+
+def manifest(folder: Path = WEIGHTS) -> list[Entry]:
+    """All entries of the folder's `manifest.toml`; `WeightsError` where it is missing or wrong."""
+    path = folder / "manifest.toml"
+    try:
+        table = tomllib.loads(path.read_text())
+        return [Entry(**row) for row in table["weights"]]
+    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as e:
+        raise WeightsError(f"{path}: {e}") from e
+
+
+def load(entry: Entry, folder: Path = WEIGHTS) -> dict[str, Tensor]:
+    """The tensors of an entry, as stored; `WeightsError` where the file is missing or altered."""
+    path = folder / entry.file
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise WeightsError(f"{path}: {e.strerror}") from e
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise WeightsError(f"{path}: not the file that the manifest names")
+    try:
+        return load_file(path)
+    except SafetensorError as e:
+        raise WeightsError(f"{path}: {e}") from e

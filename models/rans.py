@@ -1,0 +1,230 @@
+"""The entropy coder: 64-bit rANS with 32-bit words, 16-bit frequencies and 4-bit bypass digits.
+
+Wire-compatible with CompressAI's coder (Duda 2013; F. Giesen's `rans64`), but every read is
+bounds-checked and the end state is verified: an encoder starts at `STATE_LOW`, so a decoder that
+stayed in step ends there with every word consumed.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from models.errors import CorruptStream, DesynchronisedStream
+
+PRECISION = 16
+"""Bits of a frequency: every CDF ends at 65536."""
+STATE_LOW = 1 << 31
+"""The state an encoder starts from, and the lower end of the normalised interval."""
+MAX_DIGITS = 8
+"""Bypass digits of one symbol: 4 bits each, so values stay within 32 bits."""
+
+_OK, _SHORT, _BYPASS, _STATE, _TRAILING = range(5)
+
+Int32Array = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """CDFs of all contexts, as CompressAI's `update()` makes them.
+
+    `cdf` (contexts, width) holds cumulative frequencies; the last symbol of a row escapes to bypass
+    digits. `length` (contexts,) counts a row's entries, `offset` (contexts,) is its first symbol.
+    Raises `ValueError` where a row is no CDF.
+    """
+
+    cdf: Int32Array
+    length: Int32Array
+    offset: Int32Array
+
+    def __post_init__(self) -> None:
+        n, width = self.cdf.shape
+        if self.length.shape != (n,) or self.offset.shape != (n,):
+            raise ValueError("cdf, length and offset disagree about the number of contexts")
+        if n == 0 or self.length.min() < 3 or self.length.max() > width:
+            raise ValueError("a CDF's length lies outside its row")
+        for row, size in zip(self.cdf, self.length, strict=True):
+            if row[0] != 0 or row[size - 1] != 1 << PRECISION or (np.diff(row[:size]) <= 0).any():
+                raise ValueError("a CDF must rise strictly from 0 to 65536")
+
+
+@njit(cache=True, nogil=True)
+def _decode(words, indexes, cdf, length, offset, out):  # type: ignore[no-untyped-def]  # pragma: no cover
+    position = 2
+    n_words = words.size
+    mask = np.uint64(0xFFFF)
+    low = np.uint64(1 << 31)
+    x = np.uint64(words[0]) | (np.uint64(words[1]) << np.uint64(32))
+    for i in range(indexes.size):
+        row = indexes[i]
+        target = np.int32(x & mask)
+        a, b = 0, length[row] - 1  # cdf[a] <= target < cdf[b]
+        while b - a > 1:
+            middle = (a + b) >> 1
+            if cdf[row, middle] <= target:
+                a = middle
+            else:
+                b = middle
+        start = cdf[row, a]
+        x = np.uint64(cdf[row, a + 1] - start) * (x >> np.uint64(16)) + np.uint64(target - start)
+        if x < low:
+            if position >= n_words:
+                return _SHORT
+            x = (x << np.uint64(32)) | np.uint64(words[position])
+            position += 1
+        value = np.int64(a)
+        escape = length[row] - 2
+        if a == escape:
+            digits = 0
+            counting = True
+            raw = np.int64(0)
+            j = -1
+            while counting or j < digits:
+                digit = np.int64(x & np.uint64(15))
+                x >>= np.uint64(4)
+                if x < low:
+                    if position >= n_words:
+                        return _SHORT
+                    x = (x << np.uint64(32)) | np.uint64(words[position])
+                    position += 1
+                if counting:
+                    digits += int(digit)
+                    if digits > 8:
+                        return _BYPASS
+                    counting = digit == 15
+                    if not counting:
+                        j = 0
+                else:
+                    raw |= digit << np.int64(4 * j)
+                    j += 1
+                    if j == digits and digit == 0:
+                        return _BYPASS  # a leading zero: no encoder writes it
+            value = -(raw >> 1) - 1 if raw & 1 else (raw >> 1) + escape
+        value += offset[row]
+        if value > 2147483647 or value < -2147483648:
+            return _BYPASS
+        out[i] = value
+    if x != low:
+        return _STATE
+    if position != n_words:
+        return _TRAILING
+    return _OK
+
+
+@njit(cache=True, nogil=True)
+def _encode(symbols, indexes, cdf, length, offset, words):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Write from the end of `words` to its beginning; the first used position, or -1 if full."""
+    x = np.uint64(1 << 31)
+    position = words.size
+    digits = np.empty(16, np.int64)
+    for i in range(symbols.size - 1, -1, -1):
+        row = indexes[i]
+        escape = np.int64(length[row] - 2)
+        value = np.int64(symbols[i]) - np.int64(offset[row])
+        n = 0
+        if value < 0 or value >= escape:
+            raw = -2 * value - 1 if value < 0 else 2 * (value - escape)
+            value = escape
+            while raw >> np.int64(4 * n) != 0:
+                n += 1
+            digits[0] = n  # at most 9 for 32-bit symbols: below 15, so one count digit
+            for j in range(n):
+                digits[1 + j] = (raw >> np.int64(4 * j)) & 15
+            n += 1
+        for j in range(n - 1, -1, -1):
+            if x >= np.uint64(1 << 59):
+                position -= 1
+                if position < 2:
+                    return -1
+                words[position] = np.uint32(x & np.uint64(0xFFFFFFFF))
+                x >>= np.uint64(32)
+            x = (x << np.uint64(4)) | np.uint64(digits[j])
+        start = np.uint64(cdf[row, value])
+        frequency = np.uint64(cdf[row, value + 1]) - start
+        if x >= frequency << np.uint64(47):
+            position -= 1
+            if position < 2:
+                return -1
+            words[position] = np.uint32(x & np.uint64(0xFFFFFFFF))
+            x >>= np.uint64(32)
+        x = ((x // frequency) << np.uint64(16)) + x % frequency + start
+    position -= 2
+    words[position] = np.uint32(x & np.uint64(0xFFFFFFFF))
+    words[position + 1] = np.uint32(x >> np.uint64(32))
+    return position
+
+
+@njit(cache=True, nogil=True)
+def _bits(symbols, indexes, cdf, length, offset, out):  # type: ignore[no-untyped-def]  # pragma: no cover
+    for i in range(symbols.size):
+        row = indexes[i]
+        escape = np.int64(length[row] - 2)
+        value = np.int64(symbols[i]) - np.int64(offset[row])
+        bits = 0.0
+        if value < 0 or value >= escape:
+            raw = -2 * value - 1 if value < 0 else 2 * (value - escape)
+            value = escape
+            bits = 4.0
+            while raw != 0:
+                bits += 4.0
+                raw >>= 4
+        out[i] = bits + 16.0 - np.log2(np.float64(cdf[row, value + 1] - cdf[row, value]))
+
+
+def _contexts(indexes: Int32Array, tables: Tables) -> Int32Array:
+    flat = np.ascontiguousarray(indexes, np.int32).reshape(-1)
+    if flat.size and not 0 <= flat.min() <= flat.max() < len(tables.cdf):
+        raise ValueError(f"contexts must lie in 0…{len(tables.cdf) - 1}")
+    return flat
+
+
+def decode(data: bytes, indexes: Int32Array, tables: Tables) -> Int32Array:
+    """Entropy coded `data` -> symbols, int32 of the shape of `indexes` (one context each).
+
+    Raises `CorruptStream` where the bytes end early, are no whole words or hold an impossible
+    escape, `DesynchronisedStream` where all symbols were read but the end state does not hold.
+    """
+    if len(data) % 4 or len(data) < 8:
+        raise CorruptStream(f"{len(data)} entropy coded bytes: not two or more 32-bit words")
+    words = np.frombuffer(data, "<u4")
+    out = np.empty(indexes.size, np.int32)
+    status = _decode(
+        words, _contexts(indexes, tables), tables.cdf, tables.length, tables.offset, out
+    )
+    if status == _SHORT:
+        raise CorruptStream("the entropy coded bytes end before the last symbol")
+    if status == _BYPASS:
+        raise CorruptStream("an escape code holds a value that no encoder writes")
+    if status != _OK:
+        raise DesynchronisedStream(
+            "the entropy decoder did not end at the encoder's initial state"
+            if status == _STATE
+            else "entropy coded bytes remain after the last symbol"
+        )
+    return out.reshape(indexes.shape)
+
+
+def encode(symbols: Int32Array, indexes: Int32Array, tables: Tables) -> bytes:
+    """`symbols` (int32) in contexts `indexes` (same shape) -> bytes that `decode` reverses.
+
+    Raises `ValueError` where a symbol needs more than `MAX_DIGITS` bypass digits.
+    """
+    if symbols.shape != indexes.shape:
+        raise ValueError(f"{symbols.shape} symbols for {indexes.shape} contexts")
+    flat = np.ascontiguousarray(symbols, np.int32).reshape(-1)
+    if flat.size and (int(flat.max()) >= 1 << 30 or int(flat.min()) < -(1 << 30)):
+        raise ValueError("a symbol lies outside 31 bits")
+    words = np.empty(flat.size * 3 + 4, np.uint32)  # at most 16 + 9·4 bits a symbol
+    at = _encode(flat, _contexts(indexes, tables), tables.cdf, tables.length, tables.offset, words)
+    if at < 0:
+        raise ValueError("more bytes than any symbols can need")  # unreachable by construction
+    return words[at:].astype("<u4").tobytes()
+
+
+def bits(symbols: Int32Array, indexes: Int32Array, tables: Tables) -> NDArray[np.float32]:
+    """Bits that each symbol costs in its context: float32 of the shape of `symbols`."""
+    out = np.empty(symbols.size, np.float32)
+    flat = np.ascontiguousarray(symbols, np.int32).reshape(-1)
+    _bits(flat, _contexts(indexes, tables), tables.cdf, tables.length, tables.offset, out)
+    return out.reshape(symbols.shape)

@@ -1,0 +1,1 @@
+"""Training: `python -m models.train`. Nothing outside this package imports it."""

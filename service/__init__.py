@@ -1,0 +1,5 @@
+"""The HTTP API, the command line and the client of Afterimage."""
+
+from importlib.metadata import version
+
+__version__ = version("afterimage")

@@ -1,0 +1,283 @@
+"""`afterimage serve | worker | encode | decode | inspect`."""
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from models.errors import AfterimageError
+from models.tiers import TIERS, check_seed, find
+from service import __version__
+from service.settings import ServiceSettings
+from worker.settings import use_cache_dir
+
+RESTART_S = 1.0
+"""How long after its death a worker is started again."""
+GRACE_S = 60.0
+"""How long a worker may take to finish its job when the service stops."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0, or 1 after an error that was told on stderr (2 for wrong usage)."""
+    args = _parser().parse_args(argv)
+    use_cache_dir(ServiceSettings())
+    command: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return command(args)
+    except AfterimageError as e:
+        return _complain(str(e))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="afterimage", description="Learned-codec decoding.")
+    parser.add_argument("--version", action="version", version=f"afterimage {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run the HTTP API with its workers")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--workers", type=int, default=1, help="worker processes (default 1)")
+    serve.add_argument("--redis-url", help="default: REDIS_URL, else a private server")
+    serve.set_defaults(run=_serve)
+
+    worker = commands.add_parser("worker", help="run one worker over an existing Redis")
+    worker.add_argument("--redis-url", help="default: REDIS_URL")
+    worker.set_defaults(run=_worker)
+
+    encode = commands.add_parser("encode", help="photographs to bitstreams")
+    _files(encode)
+    encode.add_argument("--quality", "-q", type=int, choices=(1, 2, 3), default=2)
+    encode.add_argument("--format", choices=("msh", "compressai"), default="msh")
+    encode.set_defaults(run=_encode)
+
+    decode = commands.add_parser("decode", help="bitstreams to pictures (png, jpg or webp)")
+    _files(decode)
+    decode.add_argument("--tier", choices=tuple(TIERS), default="instant")
+    decode.add_argument("--seed", type=int, default=0)
+    decode.set_defaults(run=_decode)
+
+    inspect = commands.add_parser("inspect", help="what bitstreams' headers say, a JSON line each")
+    inspect.add_argument("inputs", type=Path, nargs="+", metavar="IN")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _files(command: argparse.ArgumentParser) -> None:
+    command.add_argument("inputs", type=Path, nargs="+", metavar="IN")
+    command.add_argument(
+        "-o", "--output", type=Path, required=True, help="a file, or a folder for several inputs"
+    )
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import uvicorn
+
+    from service.app import create_app
+    from worker import embed
+
+    if args.workers < 0:
+        return _complain("--workers must be 0 or more")
+    if args.redis_url:
+        os.environ["REDIS_URL"] = args.redis_url
+    signal.signal(signal.SIGTERM, _exit)  # so that everything started here is stopped
+    settings = ServiceSettings()
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None):  # type: ignore[no-untyped-def]
+            await super().startup(sockets)
+            if not self.should_exit:
+                _say(f"Afterimage is ready at http://{args.host}:{args.port}  (Ctrl-C stops it)")
+
+    with contextlib.ExitStack() as stack:
+        if not settings.redis_url:
+            _say("no REDIS_URL: starting a private Redis")
+            queue, cache = stack.enter_context(embed.servers(settings.cache_dir))
+            os.environ["REDIS_URL"], os.environ["CACHE_REDIS_URL"] = queue, cache
+        for _ in range(args.workers):
+            stack.enter_context(_worker_process())
+        _say("loading models")
+        config = uvicorn.Config(
+            create_app(ServiceSettings()), args.host, args.port, log_level="warning"
+        )
+        server = Server(config)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run()
+        return 0 if server.started else 1
+
+
+@contextlib.contextmanager
+def _worker_process() -> Iterator[None]:
+    """A worker in a process of its own, started again when it dies; at the end it finishes its
+    job, for `GRACE_S` at most."""
+    from worker.embed import die_with_parent
+
+    def start() -> subprocess.Popen[bytes]:
+        # -P: a folder of the user's called `worker` must not shadow ours
+        command = [sys.executable, "-P", "-m", "worker.main"]
+        return subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
+
+    stopping = threading.Event()
+    running = [start()]
+
+    def watch() -> None:
+        while not stopping.is_set():
+            code = running[0].wait()
+            if not stopping.wait(RESTART_S):
+                _say(f"a worker ended with {code}; starting another")
+                running[0] = start()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        running[0].terminate()
+        try:
+            running[0].wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            running[0].kill()
+
+
+def _worker(args: argparse.Namespace) -> int:
+    if args.redis_url:
+        os.environ["REDIS_URL"] = args.redis_url
+    from worker.main import main as run
+
+    return run()
+
+
+def _encode(args: argparse.Namespace) -> int:
+    from models import bitstream, codec, image, zoo
+
+    limit = ServiceSettings().max_pixels
+    suffix = ".msh" if args.format == "msh" else ".bin"
+    targets = _targets(args.inputs, args.output, suffix)
+    used = zoo.load(args.quality)
+
+    def one(source: Path) -> bytes:
+        pixels = image.read(source.read_bytes(), limit)
+        return bitstream.serialize(used.encode(codec.to_tensor(pixels), args.format, "exact"))
+
+    return _each(targets, one)
+
+
+def _decode(args: argparse.Namespace) -> int:
+    tier, seed = find(args.tier), check_seed(args.seed)
+    targets = _targets(args.inputs, args.output, ".png")
+    for target in targets.values():
+        _picture_format(target)
+
+    from torch import Tensor
+    from tqdm import tqdm
+
+    from models import bitstream, codec, image
+    from worker import runtime
+
+    limit = ServiceSettings().max_pixels
+    loaded = runtime.load(with_decoder=tier.settings is not None)
+
+    def one(source: Path) -> bytes:
+        b = bitstream.parse(source.read_bytes(), limit)
+        if tier.settings is None:
+            pixels = codec.to_pixels(codec.crop(loaded.instant(b)[1], b.height, b.width))
+        else:
+            steps = tier.settings.steps
+            with tqdm(total=steps, desc=source.name, unit="step", leave=False, disable=None) as bar:
+
+                def on_step(_step: int, _steps: int, _picture: Tensor) -> None:
+                    bar.update()
+
+                pixels = loaded.perceptual(b, tier.settings, seed, on_step)
+        return image.write(pixels, _picture_format(targets[source]))
+
+    return _each(targets, one)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from models import bitstream, checkpoint
+    from service.schemas import Inspection
+
+    settings = ServiceSettings()
+    ids = {(e.quality, e.metric): e.weights_id for e in checkpoint.manifest()}
+    failures = 0
+    for source in args.inputs:
+        try:
+            data = source.read_bytes()
+            b = bitstream.parse(data, settings.max_pixels)
+        except (AfterimageError, OSError) as e:
+            failures += 1
+            _complain(f"{source}: {e}")
+            continue
+        found = Inspection.of(b, len(data), ids.get((b.quality, b.metric)))
+        print(found.model_dump_json())  # noqa: T201
+    return 1 if failures else 0
+
+
+def _targets(inputs: Sequence[Path], output: Path, suffix: str) -> dict[Path, Path]:
+    """Input -> output file. `output` is a folder where it is one or there are several inputs."""
+    if len(set(inputs)) < len(inputs):
+        raise AfterimageError("an input is named twice")
+    if len(inputs) == 1 and not output.is_dir():
+        targets = {inputs[0]: output}
+    else:
+        if output.exists() and not output.is_dir():
+            raise AfterimageError(f"{output} is a file; several inputs need a folder")
+        targets = {source: output / f"{source.stem}{suffix}" for source in inputs}
+    if len(set(targets.values())) < len(targets):
+        raise AfterimageError("several inputs would be written to the same file")
+    for source, target in targets.items():
+        if source.resolve() == target.resolve():
+            raise AfterimageError(f"{source} would be overwritten by its own output")
+    return targets
+
+
+def _each(targets: dict[Path, Path], one: Callable[[Path], bytes]) -> int:
+    """Write `one(source)` to each target; a source that fails is told, the others go on."""
+    from tqdm import tqdm
+
+    failures = 0
+    for source, target in tqdm(targets.items(), unit="file", disable=None):
+        try:
+            data = one(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f".{target.name}.part")
+            part.write_bytes(data)
+            part.replace(target)
+        except (AfterimageError, OSError) as e:
+            failures += 1
+            _complain(f"{source}: {e}")
+    return 1 if failures else 0
+
+
+def _picture_format(target: Path):  # type: ignore[no-untyped-def]
+    formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+    try:
+        return formats[target.suffix.lower()]
+    except KeyError:
+        raise AfterimageError(f"{target}: write .png, .jpg or .webp") from None
+
+
+def _exit(_signal: int, _frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
+
+
+def _complain(text: str) -> int:
+    print(f"afterimage: {text}", file=sys.stderr)  # noqa: T201
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

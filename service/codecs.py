@@ -1,0 +1,79 @@
+"""`/v1/encodes`, `/v1/inspect`, `/v1/tiers`: everything about bitstreams that needs no queue."""
+
+from typing import Annotated, Any
+
+import anyio.to_thread
+from fastapi import APIRouter, Query, Response
+
+from models import bitstream, codec, image
+from models.bitstream import Format
+from models.tiers import TIERS
+from service import problems, schemas
+from service.deps import Body, Own
+
+router = APIRouter(prefix="/v1")
+
+_MEDIA_TYPE = "application/octet-stream"
+
+
+def _upload(description: str, *media_types: str) -> dict[str, Any]:
+    content: dict[str, Any] = {m: {"schema": schemas.BINARY} for m in media_types}
+    content["multipart/form-data"] = {
+        "schema": {"type": "object", "properties": {"file": schemas.BINARY}}
+    }
+    return {"requestBody": {"required": True, "description": description, "content": content}}
+
+
+@router.post(
+    "/encodes",
+    tags=["encodes"],
+    response_class=Response,
+    openapi_extra=_upload("A photograph.", "image/png", "image/jpeg", "image/webp"),
+    responses={
+        200: {
+            "content": {_MEDIA_TYPE: {"schema": schemas.BINARY}},
+            "description": "The bitstream.",
+            "headers": {"X-Afterimage-Bpp": {"schema": {"type": "number"}, "example": 0.21}},
+        },
+        **problems.responses(413, 415, 422),
+    },
+)
+async def encode(
+    own: Own,
+    data: Body,
+    quality: Annotated[int, Query(ge=1, le=3, description="1: smallest, 3: best.")] = 2,
+    format: Annotated[Format, Query(description="Container of the result.")] = "msh",
+) -> Response:
+    """Encode a photograph: upright by EXIF, in sRGB, transparency flattened on white."""
+
+    def compute() -> bytes:
+        pixels = image.read(data, own.settings.max_pixels)
+        used = own.runtime.codecs[quality, "mse"]
+        return bitstream.serialize(used.encode(codec.to_tensor(pixels), format, "exact"))
+
+    made = await anyio.to_thread.run_sync(compute, limiter=own.cores)
+    b = bitstream.parse(made, own.settings.max_pixels)
+    headers = {
+        "X-Afterimage-Bpp": f"{8 * len(made) / (b.width * b.height):.4f}",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return Response(made, 200, headers, _MEDIA_TYPE)
+
+
+@router.post(
+    "/inspect",
+    tags=["inspect"],
+    openapi_extra=_upload("A bitstream.", _MEDIA_TYPE),
+    responses=problems.responses(400, 413, 415, 422),
+)
+async def inspect(own: Own, data: Body) -> schemas.Inspection:
+    """What a bitstream's header says; nothing is decoded."""
+    b = bitstream.parse(data, own.settings.max_pixels)
+    installed = own.runtime.codecs.get((b.quality, b.metric))
+    return schemas.Inspection.of(b, len(data), installed.weights_id if installed else None)
+
+
+@router.get("/tiers", tags=["inspect"])
+async def tier_list() -> list[schemas.Tier]:
+    """All tiers: points on the curve between low distortion and natural looks."""
+    return [schemas.Tier.of(t) for t in TIERS.values()]

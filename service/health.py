@@ -1,0 +1,27 @@
+"""Probes, unauthenticated."""
+
+import anyio.to_thread
+from fastapi import APIRouter, Response
+
+from service.deps import Own
+from service.schemas import Health
+from worker.store import StoreDown
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/livez")
+async def livez() -> Health:
+    """The process answers."""
+    return Health(status="ok", redis="unasked")
+
+
+@router.get("/readyz")
+async def readyz(own: Own, response: Response) -> Health:
+    """The models are loaded; `degraded` while Redis is away and only instant decodes work."""
+    response.headers["Cache-Control"] = "no-store"
+    try:
+        await anyio.to_thread.run_sync(own.store.ping)
+    except StoreDown:
+        return Health(status="degraded", redis="down")
+    return Health(status="ok", redis="up")

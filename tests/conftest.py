@@ -1,0 +1,145 @@
+"""Fixtures: the shipped codec, tiny networks, real Redis servers, a real service."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from models import bitstream, codec, image, zoo
+from models.codec import Codec
+from models.decoder import Decoder
+from models.unet import UNet, UNetConfig
+from worker import embed
+from worker.settings import WorkerSettings
+from worker.store import Store, connect
+
+DATA = Path(__file__).parent / "data"
+PHOTO = DATA / "kodim23.png"
+
+
+@pytest.fixture(scope="session")
+def shipped() -> Codec:
+    return zoo.load(2)
+
+
+@pytest.fixture(scope="session")
+def photo() -> image.Pixels:
+    """Kodak 23, (512, 768, 3)."""
+    return image.read(PHOTO.read_bytes(), 10**6)
+
+
+@pytest.fixture(scope="session")
+def small(photo: image.Pixels) -> image.Pixels:
+    """A cut of the photograph whose sides are no multiples of 64: (100, 150, 3)."""
+    return photo[100:200, 200:350].copy()
+
+
+@pytest.fixture(scope="session")
+def small_msh(shipped: Codec, small: image.Pixels) -> bytes:
+    return bitstream.serialize(shipped.encode(codec.to_tensor(small), "msh", "exact"))
+
+
+@pytest.fixture(scope="session")
+def small_compressai(shipped: Codec, small: image.Pixels) -> bytes:
+    return bitstream.serialize(shipped.encode(codec.to_tensor(small), "compressai", "float"))
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder() -> Decoder:
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(latents=192, widths=(8, 8, 8), embedding=8))
+    with torch.no_grad():
+        net.scales.fill_(0.03)
+    return Decoder("0" * 16, net.eval().requires_grad_(False))
+
+
+@pytest.fixture(scope="session")
+def redis_urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """Queue and cache: two real servers."""
+    with embed.servers(tmp_path_factory.mktemp("redis")) as urls:
+        yield urls
+
+
+@pytest.fixture
+def store(redis_urls: tuple[str, str]) -> Iterator[Store]:
+    """Connections to empty stores."""
+    queue, cache = redis_urls
+    settings = WorkerSettings(REDIS_URL=queue, CACHE_REDIS_URL=cache)
+    connected = connect(settings)
+    connected.queue.flushall()
+    connected.cache.flushall()
+    yield connected
+    connected.close()
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running service and a client for it."""
+
+    client: httpx.Client
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+@contextlib.contextmanager
+def run_service(folder: Path, *options: str, **environment: str) -> Iterator[Service]:
+    """`afterimage serve` on a free port with stores of its own, as a user would start it."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    own = {"AFTERIMAGE_CACHE_DIR": str(folder), **environment}
+    inherited = {k: v for k, v in os.environ.items() if "REDIS_URL" not in k}
+    log = folder / "service.log"
+    command = [sys.executable, "-P", "-m", "service.cli", "serve", "--port", str(port), *options]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=inherited | own, stdout=out, stderr=out)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            deadline = time.monotonic() + 120
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get("/readyz").status_code == 200:
+                        break
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail(f"the service did not start: {log.read_text()}")
+                time.sleep(0.1)
+            yield Service(client, process, log)
+    finally:
+        process.terminate()
+        process.wait(90)
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One service with one worker and the shipped weights, for all end-to-end tests."""
+    with run_service(
+        tmp_path_factory.mktemp("service"), AFTERIMAGE_MAX_PIXELS="1000000"
+    ) as running:
+        yield running
+
+
+def psnr(a: image.Pixels, b: image.Pixels) -> float:
+    """In dB."""
+    mse = np.square(a.astype(float) - b.astype(float)).mean()
+    return float(10 * np.log10(255**2 / mse))
+
+
+def wait_for(client: httpx.Client, location: str, seconds: float = 120) -> dict[str, object]:
+    """Poll a decode until it has ended."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        state: dict[str, object] = client.get(location).json()
+        if state["status"] not in {"queued", "running"}:
+            return state
+        time.sleep(0.05)
+    pytest.fail(f"{location} did not end within {seconds} s")

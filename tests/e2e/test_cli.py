@@ -1,0 +1,143 @@
+"""The command line as a user types it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models import bitstream, image
+from tests.conftest import DATA, PHOTO, psnr, run_service, wait_for
+
+pytestmark = pytest.mark.weights
+
+
+def afterimage(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("afterimage")), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def read(path: Path) -> image.Pixels:
+    return image.read(path.read_bytes(), 10**6)
+
+
+def test_a_photograph_becomes_a_file_and_a_picture_again(
+    tmp_path: Path, photo: image.Pixels
+) -> None:
+    assert afterimage("encode", PHOTO, "-o", tmp_path / "a.msh", "-q", 3).returncode == 0
+    assert afterimage("decode", tmp_path / "a.msh", "-o", tmp_path / "a.png").returncode == 0
+    assert psnr(read(tmp_path / "a.png"), photo) > 31
+
+
+def test_several_inputs_go_into_a_folder(tmp_path: Path, small: image.Pixels) -> None:
+    for name in ("one.png", "two.png"):
+        (tmp_path / name).write_bytes(image.write(small, "png"))
+    (tmp_path / "three.png").write_text("no picture")
+    sources = [tmp_path / f"{n}.png" for n in ("one", "two", "three")]
+    done = afterimage("encode", *sources, "-o", tmp_path / "out", "--format", "compressai")
+    assert done.returncode == 1
+    assert "three.png" in done.stderr
+    made = sorted((tmp_path / "out").iterdir())
+    assert [p.name for p in made] == ["one.bin", "two.bin"]
+    assert bitstream.parse(made[0].read_bytes()).format == "compressai"
+
+    done = afterimage("decode", *made, "-o", tmp_path / "pictures", "--tier", "perceptual")
+    assert done.returncode == 0, done.stderr
+    one, two = (read(tmp_path / f"pictures/{name}.png") for name in ("one", "two"))
+    assert np.array_equal(one, two)
+    afterimage("decode", made[0], "-o", tmp_path / "other.png", "--tier", "perceptual", "--seed", 9)
+    assert not np.array_equal(one, read(tmp_path / "other.png"))
+
+
+def test_inspect_prints_a_json_line_for_each_input(tmp_path: Path) -> None:
+    done = afterimage("inspect", DATA / "kodim23.msh", DATA / "kodim23.msh")
+    assert done.returncode == 0
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert first == second
+    assert (first["width"], first["height"], first["decodable"]) == (768, 512, True)
+    assert afterimage("inspect", PHOTO).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("decode", "missing.msh", "-o", "a.png"), "No such file"),
+        (("decode", "empty.msh", "-o", "a.png"), "empty"),
+        (("decode", "empty.msh", "-o", "a.gif"), ".png, .jpg or .webp"),
+        (("decode", "empty.msh", "-o", "a.png", "--seed", "-1"), "seed"),
+        (("encode", "empty.msh", "-o", "empty.msh"), "overwritten"),
+        (("encode", "empty.msh", "empty.msh", "-o", "x"), "twice"),
+        (("encode", "empty.msh", "b.png", "-o", "empty.msh"), "folder"),
+        (("worker",), "REDIS_URL"),
+        (("serve", "--workers", "-1"), "--workers"),
+        (("serve", "--redis-url", "nonsense"), "redis"),
+    ],
+)
+def test_wrong_use_is_told_in_a_line(tmp_path: Path, args: tuple[str, ...], said: str) -> None:
+    (tmp_path / "empty.msh").touch()
+    done = afterimage(*args, cwd=tmp_path)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_called_worker_does_not_shadow_ours(tmp_path: Path) -> None:
+    for name in ("worker", "models", "service"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('shadowed')")
+    done = afterimage("inspect", DATA / "kodim23.msh", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_service_leaves_nothing_behind_and_keeps_its_queue(
+    tmp_path: Path, small_msh: bytes, stop: signal.Signals
+) -> None:
+    with run_service(tmp_path, "--workers", "0") as first:
+        asked = {"tier": "perceptual", "seed": int(stop)}
+        location = first.client.post("/v1/decodes", params=asked, content=small_msh).headers[
+            "location"
+        ]
+        assert first.client.get(location).json()["position"] == 0
+        children = subprocess.check_output(["pgrep", "-P", str(first.process.pid)], text=True)
+        first.process.send_signal(stop)
+        assert first.process.wait(30) == 0
+        deadline = time.monotonic() + 10
+        while any(Path(f"/proc/{pid}").exists() for pid in children.split()):
+            assert time.monotonic() < deadline, "a child outlived the service"
+            time.sleep(0.05)
+    with run_service(tmp_path) as second:
+        assert wait_for(second.client, location)["status"] == "succeeded"
+
+
+@pytest.mark.redis
+def test_a_service_without_its_redis_still_answers_instant(
+    tmp_path: Path, small_msh: bytes
+) -> None:
+    environment = {"REDIS_URL": "redis://127.0.0.1:1"}
+    with run_service(tmp_path, "--workers", "0", **environment) as service:
+        assert service.client.get("/readyz").json()["status"] == "degraded"
+        assert service.client.post("/v1/decodes", content=small_msh).status_code == 200
+        answer = service.client.post("/v1/decodes?tier=perceptual", content=small_msh)
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) > 0
+
+
+@pytest.mark.redis
+def test_a_killed_worker_is_replaced(tmp_path: Path, small_msh: bytes) -> None:
+    with run_service(tmp_path) as service:
+        found = subprocess.check_output(
+            ["pgrep", "-P", str(service.process.pid), "-f", "worker.main"], text=True
+        )
+        os.kill(int(found), signal.SIGKILL)
+        location = service.client.post("/v1/decodes?tier=perceptual", content=small_msh).headers[
+            "location"
+        ]
+        assert wait_for(service.client, location)["status"] == "succeeded"
+        assert "starting another" in service.log.read_text()

@@ -1,0 +1,296 @@
+"""The API as its users meet it: HTTP, real Redis, real worker, shipped weights."""
+
+import concurrent.futures
+import hashlib
+import http.client
+import io
+import re
+import struct
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from models import image
+from tests.conftest import DATA, Service, psnr, wait_for
+
+pytestmark = [pytest.mark.redis, pytest.mark.weights]
+
+PROBLEM = "application/problem+json"
+
+
+def pixels(answer: httpx.Response) -> image.Pixels:
+    assert answer.headers["content-type"] == "image/png"
+    return image.read(answer.content, 10**6)
+
+
+def test_a_committed_stream_decodes_to_the_cards_psnr(
+    service: Service, photo: image.Pixels
+) -> None:
+    """kodim23 at quality 2: the figure stands in the card of the codec's weights."""
+    card = (DATA.parents[1] / "models/weights/msh.md").read_text()
+    found = re.search(r"kodim23\.msh: ([\d.]+) dB", card)
+    assert found
+    answer = service.client.post("/v1/decodes", content=(DATA / "kodim23.msh").read_bytes())
+    assert answer.status_code == 200
+    assert psnr(pixels(answer), photo) == pytest.approx(float(found[1]), abs=0.1)
+
+
+def test_a_photograph_becomes_bytes_then_a_draft_then_the_perceptual_picture(
+    service: Service, small: image.Pixels
+) -> None:
+    client = service.client
+    encoded = client.post("/v1/encodes", params={"quality": 2}, content=image.write(small, "png"))
+    assert encoded.status_code == 200
+    bpp = 8 * len(encoded.content) / small[..., 0].size
+    assert float(encoded.headers["x-afterimage-bpp"]) == pytest.approx(bpp, abs=1e-3)
+
+    draft = client.post("/v1/decodes", params={"tier": "perceptual"}, content=encoded.content)
+    assert draft.status_code == 200
+    assert draft.headers["x-afterimage-tier"] == "instant"
+    location = draft.headers["location"]
+    assert draft.headers["link"] == f'<{location}/image>; rel="upgrade"'
+    assert psnr(pixels(draft), small) > 26
+
+    state = wait_for(client, location)
+    assert (state["status"], state["step"], state["total"]) == ("succeeded", 4, 4)
+    final = client.get(f"{location}/image")
+    assert final.headers["x-afterimage-tier"] == "perceptual"
+    assert "immutable" in final.headers["cache-control"]
+    assert final.headers["etag"] == f'"{hashlib.sha256(final.content).hexdigest()}"'
+    assert psnr(pixels(final), small) > 22
+    assert not np.array_equal(pixels(final), pixels(draft))
+    with Image.open(io.BytesIO(final.content)) as picture:
+        assert "synthesised detail" in picture.info["Comment"]
+
+    repeat = client.post("/v1/decodes", params={"tier": "perceptual"}, content=encoded.content)
+    assert repeat.headers["x-cache"] == "hit"
+    assert repeat.content == final.content
+    assert client.get(location).json()["attempts"] == 1
+
+
+def test_a_draft_is_served_until_the_upgrade_is_there(service: Service, small_msh: bytes) -> None:
+    client = service.client
+    asked = {"tier": "ddim-100", "seed": 3}
+    draft = client.post("/v1/decodes", params=asked, content=small_msh)
+    location = draft.headers["location"]
+    meanwhile = client.get(f"{location}/image")
+    assert meanwhile.headers["x-afterimage-tier"] == "instant"
+    assert np.array_equal(pixels(meanwhile), pixels(draft))
+    assert "max-age=0" in meanwhile.headers["cache-control"]
+    seen = set()
+    while (state := client.get(location).json())["status"] in {"queued", "running"}:
+        seen.add(state["step"])
+    assert state["status"] == "succeeded"
+    assert len(seen) > 3  # progress was visible
+    again = client.get(f"{location}/image", headers={"If-None-Match": draft.headers["etag"]})
+    assert again.status_code == 200
+    assert again.headers["x-afterimage-tier"] == "ddim-100"
+    same = client.get(f"{location}/image", headers={"If-None-Match": again.headers["etag"]})
+    assert (same.status_code, same.content) == (304, b"")
+
+
+def test_seeds_are_different_pictures_and_equal_requests_one_job(
+    service: Service, small_msh: bytes
+) -> None:
+    client = service.client
+
+    def post(seed: int) -> str:
+        asked = {"tier": "ddim-10", "seed": seed, "steps": 2}
+        location: str = client.post("/v1/decodes", params=asked, content=small_msh).headers[
+            "location"
+        ]
+        return location
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        locations = list(pool.map(post, [1, 1, 1, 1, 2, 2, 2, 2]))
+    assert len(set(locations)) == 2
+    pictures = []
+    for location in sorted(set(locations)):
+        assert wait_for(client, location)["attempts"] == 1
+        pictures.append(pixels(client.get(f"{location}/image")))
+    assert not np.array_equal(*pictures)
+
+
+def test_both_formats_and_multipart_are_understood(
+    service: Service, small_msh: bytes, small_compressai: bytes
+) -> None:
+    client = service.client
+    answers = [
+        client.post("/v1/decodes", content=small_msh),
+        client.post("/v1/decodes", content=small_compressai),
+        client.post("/v1/decodes", files={"file": ("a.msh", small_msh)}),
+    ]
+    assert [a.status_code for a in answers] == [200] * 3
+    assert np.array_equal(pixels(answers[0]), pixels(answers[2]))
+    assert np.abs(pixels(answers[0]).astype(int) - pixels(answers[1])).max() <= 2
+    timing = answers[0].headers["server-timing"]
+    assert [part.split(";")[0].strip() for part in timing.split(",")] == [
+        "parse", "entropy", "g_s", "encode"
+    ]  # fmt: skip
+
+
+def test_compressai_files_can_be_written(service: Service, small: image.Pixels) -> None:
+    client = service.client
+    asked = {"format": "compressai", "quality": 1}
+    made = client.post("/v1/encodes", params=asked, content=image.write(small, "png")).content
+    found = client.post("/v1/inspect", content=made).json()
+    assert (found["format"], found["profile"], found["quality"]) == ("compressai", "float", 1)
+    assert client.post("/v1/decodes", content=made).status_code == 200
+
+
+def test_inspect_tells_what_the_header_says(service: Service, small_msh: bytes) -> None:
+    found = service.client.post("/v1/inspect", content=small_msh).json()
+    assert (found["width"], found["height"], found["bytes"]) == (150, 100, len(small_msh))
+    assert found["decodable"] is True
+    assert found["steps"]["ddpm-1000"] == 1000
+
+
+def giant() -> bytes:
+    return struct.pack(">BBIIBIII", 3, 1, 65535, 65535, 8, 1024, 1024, 2) + bytes(64)
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "kind"),
+    [
+        ("empty", 400, "malformed-header"),
+        ("header cut", 400, "malformed-header"),
+        ("payload cut", 422, "length-mismatch"),
+        ("z string cut", 422, "checksum-mismatch"),
+        ("byte changed", 422, "checksum-mismatch"),
+        ("random", 415, "unsupported-codec"),
+        ("65535x65535", 413, "picture-too-large"),
+        ("picture", 415, "unsupported-codec"),
+    ],
+)
+def test_wrong_bytes_get_a_clear_problem(
+    service: Service, small_msh: bytes, small: image.Pixels, name: str, status: int, kind: str
+) -> None:
+    data = {
+        "empty": b"",
+        "header cut": small_msh[:20],
+        "payload cut": small_msh[:100],
+        "z string cut": small_msh[:-1],
+        "byte changed": small_msh[:200] + bytes([small_msh[200] ^ 1]) + small_msh[201:],
+        "random": bytes([200]) + np.random.default_rng(0).bytes(3000),
+        "65535x65535": giant(),
+        "picture": image.write(small, "png"),
+    }[name]
+    for tier in ("instant", "perceptual"):
+        answer = service.client.post("/v1/decodes", params={"tier": tier}, content=data)
+        assert answer.status_code == status
+        assert answer.headers["content-type"] == PROBLEM
+        assert answer.headers["cache-control"] == "no-store"
+        problem = answer.json()
+        assert problem["type"] == f"urn:afterimage:problem:{kind}"
+        assert problem["status"] == status
+        assert len(problem["detail"]) > 10
+        assert "location" not in answer.headers
+
+
+def test_corrupt_entropy_coded_bytes_are_never_a_picture(
+    service: Service, small_compressai: bytes
+) -> None:
+    for at in (40, 200, len(small_compressai) - 40):
+        bad = bytearray(small_compressai)
+        bad[at] ^= 0x55
+        answer = service.client.post("/v1/decodes", content=bytes(bad))
+        assert answer.status_code == 422
+        assert answer.json()["type"].endswith(("corrupt-stream", "desynchronised-stream"))
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("tier=best", "perceptual"),
+        ("seed=-1", "seed"),
+        ("seed=18446744073709551616", "seed"),
+        ("tier=ddim-10&steps=0", "steps"),
+        ("tier=ddim-10&eta=2", "eta"),
+        ("tier=ddim-10&eta=nan", "eta"),
+    ],
+)
+def test_wrong_parameters_are_named(
+    service: Service, small_msh: bytes, query: str, said: str
+) -> None:
+    answer = service.client.post(f"/v1/decodes?{query}", content=small_msh)
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == PROBLEM
+    assert said in answer.json()["detail"]
+
+
+def test_pictures_that_cannot_be_encoded(service: Service, small: image.Pixels) -> None:
+    client = service.client
+    large = image.write(np.zeros((1001, 1000, 3), np.uint8), "png")
+    for data, status in (
+        (b"", 422),
+        (b"hello", 415),
+        (large, 413),
+        (image.write(small, "png")[:99], 422),
+    ):
+        answer = client.post("/v1/encodes", content=data)
+        assert (answer.status_code, answer.headers["content-type"]) == (status, PROBLEM)
+    assert client.post("/v1/encodes?quality=4", content=b"").status_code == 422
+    assert client.post("/v1/encodes?format=jpeg", content=b"").status_code == 422
+
+
+def test_a_body_over_the_limit_is_refused_before_it_is_read(service: Service) -> None:
+    url = service.client.base_url
+    declared = http.client.HTTPConnection(url.host, url.port or 80, timeout=10)
+    declared.putrequest("POST", "/v1/decodes")
+    declared.putheader("Content-Length", str(2**40))
+    declared.endheaders()  # no body follows: the answer must not wait for one
+    assert declared.getresponse().status == 413
+    declared.close()
+
+    def chunks():  # type: ignore[no-untyped-def]
+        for _ in range(40):
+            yield bytes(2**20)
+
+    assert service.client.post("/v1/decodes", content=chunks()).status_code == 413
+
+
+@pytest.mark.parametrize("path", ["", "/image"])
+def test_an_unknown_decode_is_not_found(service: Service, path: str) -> None:
+    answer = service.client.get(f"/v1/decodes/{'0' * 32}{path}")
+    assert (answer.status_code, answer.headers["content-type"]) == (404, PROBLEM)
+
+
+def test_unknown_paths_and_methods_are_problems(service: Service) -> None:
+    for method, path, status in (("GET", "/nothing", 404), ("DELETE", "/v1/inspect", 405)):
+        answer = service.client.request(method, path)
+        assert (answer.status_code, answer.headers["content-type"]) == (status, PROBLEM)
+
+
+def test_probes_answer(service: Service) -> None:
+    assert service.client.get("/livez").json()["status"] == "ok"
+    assert service.client.get("/readyz").json() == {"status": "ok", "redis": "up"}
+
+
+def test_the_root_leads_to_documentation_that_needs_no_other_host(service: Service) -> None:
+    page = service.client.get("/", follow_redirects=True)
+    assert page.status_code == 200
+    assert "swagger" in page.text
+    assert not re.findall(r"https?://", page.text)
+
+
+def test_openapi_has_examples_and_describes_every_problem(service: Service) -> None:
+    schema = service.client.get("/openapi.json").json()
+    assert schema["openapi"].startswith("3.1")
+    assert schema["components"]["schemas"]["Problem"]["examples"]
+    assert "HTTPValidationError" not in schema["components"]["schemas"]
+    for name in ("Decode", "Inspection", "Tier", "Problem"):
+        assert schema["components"]["schemas"][name]["examples"]
+    for path in ("/v1/decodes", "/v1/encodes", "/v1/inspect"):
+        operation = schema["paths"][path]["post"]
+        assert operation["requestBody"]["content"]
+        problems = [r for s, r in operation["responses"].items() if int(s) >= 400]
+        assert problems
+        assert all(PROBLEM in r["content"] for r in problems)
+
+
+def test_tiers_are_listed(service: Service) -> None:
+    tiers = {t["name"]: t for t in service.client.get("/v1/tiers").json()}
+    assert tiers["instant"]["sampler"] is None
+    assert (tiers["ddpm-1000"]["sampler"], tiers["ddpm-1000"]["steps"]) == ("ddpm", 1000)

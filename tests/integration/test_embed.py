@@ -1,0 +1,93 @@
+"""The private Redis servers."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import redis
+
+from worker import embed
+
+pytestmark = pytest.mark.redis
+
+
+def test_queue_and_cache_are_two_servers_with_the_right_policies(
+    redis_urls: tuple[str, str],
+) -> None:
+    policies = []
+    for url in redis_urls:
+        with redis.Redis.from_url(url) as client:
+            policies.append(client.config_get("maxmemory-policy")["maxmemory-policy"])
+    assert policies == ["noeviction", "allkeys-lfu"]
+
+
+def test_the_sockets_are_private(redis_urls: tuple[str, str]) -> None:
+    folder = Path(redis_urls[0].removeprefix("unix://")).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_queued_data_outlive_a_restart_and_pictures_do_not(tmp_path: Path) -> None:
+    for round_ in range(2):
+        with embed.servers(tmp_path) as urls:
+            queue, cache = (redis.Redis.from_url(u) for u in urls)
+            if round_ == 0:
+                queue.set("a", "1")
+                cache.set("a", "1")
+            else:
+                assert queue.get("a") == b"1"
+                assert cache.get("a") is None
+            queue.close()
+            cache.close()
+
+
+def test_two_services_over_one_folder_do_not_share_a_server(tmp_path: Path) -> None:
+    with embed.servers(tmp_path) as first, embed.servers(tmp_path) as second:
+        assert first != second
+        with redis.Redis.from_url(first[0]) as a, redis.Redis.from_url(second[0]) as b:
+            a.set("a", "1")
+            assert b.get("a") is None
+
+
+def test_a_server_on_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "valkey-server"
+    fake.write_text("#!/bin/sh\nexit 3\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert embed.find_server() == fake
+    with pytest.raises(embed.NoRedis, match="did not start"), embed.servers(tmp_path):
+        pass
+
+
+def test_without_any_server_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(embed.NoRedis, match="REDIS_URL"):
+        embed.find_server()
+
+
+def test_servers_die_with_a_killed_parent(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from worker import embed\n"
+        "with embed.servers(Path(sys.argv[1])) as urls:\n"
+        "    print(urls[0], flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        url = parent.stdout.readline().strip()
+        with redis.Redis.from_url(url) as client:
+            assert client.ping()
+            os.kill(parent.pid, signal.SIGKILL)
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                try:
+                    client.ping()
+                except redis.ConnectionError:
+                    return
+                time.sleep(0.05)
+    pytest.fail("the server outlived its parent")

@@ -1,0 +1,196 @@
+"""Jobs over a real Redis, and a real worker process that runs them."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from models import bitstream, checkpoint, image
+from models.tiers import TIERS, Settings
+from worker.jobs import Decode, Jobs, JobState
+from worker.store import Store
+
+pytestmark = pytest.mark.redis
+
+FAST = Settings("ddim", 2, beta=1.0)
+
+
+def request_for(data: bytes, seed: int = 0, tier: str = "perceptual") -> Decode:
+    ids = {e.kind: e.weights_id for e in checkpoint.manifest()}
+    b = bitstream.parse(data)
+    return Decode(bitstream.digest(data), tier, FAST, seed, b.weights_id, ids["decoder"],
+                  b.quality, b.width, b.height)  # fmt: skip
+
+
+@pytest.fixture
+def jobs(store: Store) -> Jobs:
+    return Jobs(store)
+
+
+@pytest.fixture
+def worker(
+    redis_urls: tuple[str, str], store: Store, tmp_path: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker process, as a service starts it."""
+    environment = {"REDIS_URL": redis_urls[0], "CACHE_REDIS_URL": redis_urls[1]}
+    command = [sys.executable, "-P", "-m", "worker.main"]
+    process = subprocess.Popen(command, env=os.environ | environment)
+    yield process
+    process.terminate()
+    assert process.wait(60) == 0
+
+
+def ended(jobs: Jobs, job_id: str, seconds: float = 120) -> JobState:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        state = jobs.get(job_id)
+        assert state is not None
+        if state.status not in {"queued", "running"}:
+            return state
+        time.sleep(0.05)
+    pytest.fail("the job did not end")
+
+
+def test_the_id_is_the_content(small_msh: bytes) -> None:
+    a = request_for(small_msh)
+    assert a.id == request_for(small_msh).id
+    assert a.id == request_for(small_msh, tier="another name, same settings").id
+    assert a.id != request_for(small_msh, seed=1).id
+    assert len(a.id) == 32
+
+
+def test_the_id_follows_the_published_recipe() -> None:
+    d = Decode("ab" * 32, "ddim-10", Settings("ddim", 10), 5, "c" * 16, "d" * 16, 2, 64, 64)
+    import hashlib
+
+    settings = '{"beta":0.0,"eta":0.0,"gamma":1.0,"sampler":"ddim","steps":10}'
+    text = f"afterimage-1\n{'ab' * 32}\n{settings}\n5\n{'c' * 16}\n{'d' * 16}"
+    assert d.id == hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def test_a_new_job_is_queued_once(jobs: Jobs, small_msh: bytes) -> None:
+    d = request_for(small_msh)
+    first, made = jobs.submit(d, small_msh)
+    again, made_again = jobs.submit(d, small_msh)
+    assert (made, made_again) == (True, False)
+    assert first == again
+    assert (first.status, first.step, first.total) == ("queued", 0, 2)
+    assert jobs.queue.job_ids == [d.id]
+    assert jobs.position(d.id) == 0
+    assert jobs.store.bitstream(d.digest) == small_msh
+
+
+def test_simultaneous_submissions_make_one_job(jobs: Jobs, small_msh: bytes) -> None:
+    d = request_for(small_msh)
+    made: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda: made.append(jobs.submit(d, small_msh)[1]))
+        for _ in range(20)
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert sorted(made) == [False] * 19 + [True]
+    assert jobs.queue.job_ids == [d.id]
+
+
+def test_every_key_of_ours_expires(jobs: Jobs, small_msh: bytes) -> None:
+    jobs.submit(request_for(small_msh), small_msh)
+    keys = [k for k in jobs.store.queue.keys("afterimage:*")]
+    assert len(keys) == 2
+    assert all(jobs.store.queue.ttl(k) > 0 for k in keys)
+
+
+def test_jobs_are_json_and_name_one_task(jobs: Jobs, small_msh: bytes) -> None:
+    d = request_for(small_msh)
+    jobs.submit(d, small_msh)
+    job = Job.fetch(d.id, jobs.store.queue, serializer=JSONSerializer)
+    assert (job.func_name, list(job.args)) == ("worker.tasks.enhance", [d.id])
+    assert small_msh not in jobs.store.queue.hget(f"rq:job:{d.id}", "data")
+
+
+def test_an_unknown_job_is_none(jobs: Jobs) -> None:
+    assert jobs.get("nothing") is None
+
+
+def test_a_failed_job_may_be_submitted_again(jobs: Jobs, small_msh: bytes) -> None:
+    d = request_for(small_msh)
+    jobs.submit(d, small_msh)
+    jobs.queue.empty()
+    jobs.failed(d.id, "broken")
+    state = jobs.get(d.id)
+    assert state is not None and (state.status, state.error) == ("failed", "broken")
+    assert jobs.submit(d, small_msh)[1]
+
+
+@pytest.mark.weights
+def test_a_worker_draws_the_picture_and_says_how_far_it_is(
+    worker: subprocess.Popen[bytes], jobs: Jobs, small_msh: bytes
+) -> None:
+    d = request_for(small_msh)
+    jobs.submit(d, small_msh)
+    state = ended(jobs, d.id)
+    assert (state.status, state.error) == ("succeeded", "")
+    assert (state.step, state.total, state.attempts) == (2, 2, 1)
+    assert 0 < state.created <= state.started <= state.ended
+    png = jobs.store.picture(d.id)
+    assert png is not None
+    assert image.read(png, 10**6).shape == (100, 150, 3)
+    assert b"synthesised detail" in png
+    assert not jobs.submit(d, small_msh)[1]
+    jobs.store.cache.flushall()
+    lost = jobs.get(d.id)
+    assert lost is not None and lost.status == "expired"
+    assert jobs.submit(d, small_msh)[1]
+    assert ended(jobs, d.id).status == "succeeded"
+    assert jobs.store.picture(d.id) == png
+
+
+@pytest.mark.weights
+def test_a_bitstream_that_cannot_be_decoded_fails_clearly_and_the_worker_goes_on(
+    worker: subprocess.Popen[bytes], jobs: Jobs, small_compressai: bytes, small_msh: bytes
+) -> None:
+    bad = bytearray(small_compressai)
+    bad[-100] ^= 255
+    d = request_for(bytes(bad))
+    jobs.submit(d, bytes(bad))
+    state = ended(jobs, d.id)
+    assert state.status == "failed"
+    assert "entropy" in state.error
+    good = request_for(small_msh)
+    jobs.submit(good, small_msh)
+    assert ended(jobs, good.id).status == "succeeded"
+
+
+def test_a_worker_runs_no_other_task(
+    worker: subprocess.Popen[bytes], jobs: Jobs, small_msh: bytes, tmp_path: Path
+) -> None:
+    mark = tmp_path / "mark"
+    jobs.queue.enqueue_call("pathlib.Path.touch", args=(str(mark),), job_id="foreign")
+    d = request_for(small_msh)
+    jobs.submit(d, small_msh)
+    assert ended(jobs, d.id).status == "succeeded"
+    assert not mark.exists()
+
+
+def test_a_worker_without_redis_says_so() -> None:
+    command = [sys.executable, "-P", "-m", "worker.main"]
+    environment = {k: v for k, v in os.environ.items() if "REDIS_URL" not in k}
+    for extra, text in (({}, "REDIS_URL"), ({"REDIS_URL": "redis://127.0.0.1:1"}, "cannot start")):
+        done = subprocess.run(command, env=environment | extra, capture_output=True, text=True)
+        assert done.returncode != 0
+        assert text in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_the_perceptual_tier_is_a_few_step_decode() -> None:
+    settings = TIERS["perceptual"].settings
+    assert settings is not None and settings.steps <= 10 and settings.beta == 1

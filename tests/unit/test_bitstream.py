@@ -1,0 +1,117 @@
+"""Containers: what is refused, with which error, before anything is decoded."""
+
+import random
+import struct
+
+import google_crc32c
+import pytest
+
+from models import bitstream
+from models.errors import (
+    BitstreamError,
+    ChecksumMismatch,
+    LengthMismatch,
+    MalformedHeader,
+    PictureTooLarge,
+    UnsupportedCodec,
+)
+
+
+def compressai_header(model: int = 3, code: int = 1, h: int = 100, w: int = 150, depth: int = 8,
+                      z: tuple[int, int] = (2, 3), strings: int = 2) -> bytes:  # fmt: skip
+    return struct.pack(">BBIIBIII", model, code, h, w, depth, *z, strings)
+
+
+def test_both_formats_survive_a_round_trip(small_msh: bytes, small_compressai: bytes) -> None:
+    for data in (small_msh, small_compressai):
+        assert bitstream.serialize(bitstream.parse(data)) == data
+
+
+def test_msh_costs_at_most_40_bytes_over_its_strings(small_msh: bytes) -> None:
+    b = bitstream.parse(small_msh)
+    assert len(small_msh) - len(b.y_string) - len(b.z_string) <= 40
+
+
+@pytest.mark.parametrize("end", [1, 3, 4, 20, 35])
+def test_less_than_a_header_is_malformed(small_msh: bytes, end: int) -> None:
+    with pytest.raises(MalformedHeader):
+        bitstream.parse(small_msh[:end])
+
+
+def test_nothing_is_malformed() -> None:
+    with pytest.raises(MalformedHeader, match="empty"):
+        bitstream.parse(b"")
+
+
+@pytest.mark.parametrize("end", [1, 10, 22])
+def test_less_than_a_compressai_header_is_malformed(small_compressai: bytes, end: int) -> None:
+    with pytest.raises(MalformedHeader):
+        bitstream.parse(small_compressai[:end])
+
+
+def test_another_compressai_model_is_named() -> None:
+    with pytest.raises(UnsupportedCodec, match="cheng2020-anchor"):
+        bitstream.parse(compressai_header(model=5))
+
+
+@pytest.mark.parametrize("data", [b"\x89PNG\r\n\x1a\n" + bytes(40), bytes([200]) * 50])
+def test_what_is_no_bitstream_is_unsupported(data: bytes) -> None:
+    with pytest.raises(UnsupportedCodec):
+        bitstream.parse(data)
+
+
+@pytest.mark.parametrize("changed", [{"code": 0x2F}, {"code": 0x09}, {"depth": 10}])
+def test_unknown_settings_of_compressai_are_unsupported(changed: dict[str, int]) -> None:
+    with pytest.raises(UnsupportedCodec):
+        bitstream.parse(compressai_header(**changed))
+
+
+def test_a_giant_declared_size_is_refused_before_anything_is_allocated() -> None:
+    with pytest.raises(PictureTooLarge, match="65535×65535"):
+        bitstream.parse(compressai_header(h=65535, w=65535, z=(1024, 1024)) + bytes(64))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        compressai_header(z=(3, 2)),
+        compressai_header(h=0),
+        compressai_header(strings=1),
+        compressai_header(),
+        compressai_header() + struct.pack(">I", 9) + bytes(8),
+        compressai_header() + struct.pack(">I", 2**32 - 1) + bytes(8),
+        compressai_header() + struct.pack(">I", 8) + bytes(8) + struct.pack(">I", 8) + bytes(9),
+    ],
+    ids=["z shape", "no rows", "one string", "no strings", "short", "4 GiB", "trailing"],
+)
+def test_contradicting_lengths_are_refused(data: bytes) -> None:
+    with pytest.raises(LengthMismatch):
+        bitstream.parse(data)
+
+
+def test_any_changed_byte_of_msh_is_refused(small_msh: bytes) -> None:
+    rng = random.Random(0)
+    for at in [*range(40), *rng.sample(range(40, len(small_msh)), 100)]:
+        bad = bytearray(small_msh)
+        bad[at] ^= rng.randrange(1, 256)
+        with pytest.raises((BitstreamError, PictureTooLarge)):
+            bitstream.parse(bytes(bad))
+
+
+def test_a_changed_payload_is_a_checksum_error(small_msh: bytes) -> None:
+    bad = bytearray(small_msh)
+    bad[-1] ^= 1
+    with pytest.raises(ChecksumMismatch):
+        bitstream.parse(bytes(bad))
+
+
+def test_an_unknown_version_is_named(small_msh: bytes) -> None:
+    bad = bytearray(small_msh)
+    bad[4] = 9
+    with pytest.raises(UnsupportedCodec, match="version 9"):
+        bitstream.parse(bytes(bad))
+
+
+def test_the_checksum_is_crc32c_of_all_other_bytes(small_msh: bytes) -> None:
+    (crc,) = struct.unpack_from("<I", small_msh, 32)
+    assert crc == google_crc32c.value(small_msh[:32] + small_msh[36:])

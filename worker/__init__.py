@@ -1,0 +1,1 @@
+"""Jobs, stores and the worker process."""

@@ -1,0 +1,181 @@
+"""The contract between API and workers: what a job is, where it stands, how it is handed over."""
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import redis
+from rq import Queue
+from rq.serializers import JSONSerializer
+
+from models.tiers import Settings
+from worker.store import RECORD_TTL_S, Store
+
+TASK = "worker.tasks.enhance"
+"""The one function that workers run."""
+FAILED_S = 60
+"""How long RQ keeps its own note of a job that raised."""
+
+Status = Literal["queued", "running", "succeeded", "failed", "expired"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """What is asked for. Two equal requests are one job: its id is the digest of its content."""
+
+    digest: str  # SHA-256 of the bitstream, hex
+    tier: str
+    settings: Settings
+    seed: int
+    codec: str  # weights ids
+    decoder: str
+    quality: int
+    width: int
+    height: int
+
+    @property
+    def id(self) -> str:
+        """32 hex digits of SHA-256 over the lines: recipe's name, digest, settings, seed, weights.
+
+        The tier's name is no part of it: equal settings are equal pictures.
+        """
+        settings = json.dumps(asdict(self.settings), sort_keys=True, separators=(",", ":"))
+        lines = ("afterimage-1", self.digest, settings, str(self.seed), self.codec, self.decoder)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """A job's record. Times are seconds since the epoch, 0 while they have not come."""
+
+    id: str
+    status: Status
+    decode: Decode
+    step: int
+    total: int
+    attempts: int
+    created: float
+    started: float
+    ended: float
+    error: str
+
+
+class Jobs:
+    """Job records and the RQ queue, over the queue store."""
+
+    def __init__(self, store: Store, timeout_s: int = 3600) -> None:
+        self.store = store
+        self.timeout_s = timeout_s
+        self.queue = Queue(
+            f"{store.prefix}-decodes", connection=store.queue, serializer=JSONSerializer
+        )
+
+    def submit(self, decode: Decode, data: bytes) -> tuple[JobState, bool]:
+        """Queue a job unless it is queued, running or done; its state, and whether it is new.
+
+        Record, bitstream and queue entry are written in one transaction, whoever else submits.
+        """
+        key = self._key(decode.id)
+        with self.store.queue.pipeline() as pipe:
+            while True:
+                try:
+                    pipe.watch(key)  # type: ignore[no-untyped-call]
+                    state = self.get(decode.id)
+                    if state and state.status in {"queued", "running", "succeeded"}:
+                        return state, False
+                    pipe.multi()
+                    pipe.set(self.store.key("bitstream", decode.digest), data, ex=RECORD_TTL_S)
+                    pipe.delete(key)
+                    pipe.hset(key, mapping=_fresh(decode))
+                    pipe.expire(key, RECORD_TTL_S)
+                    self.queue.enqueue_call(
+                        TASK,
+                        args=(decode.id,),
+                        job_id=decode.id,
+                        timeout=self.timeout_s,
+                        result_ttl=0,
+                        failure_ttl=FAILED_S,
+                        description=decode.id,
+                        pipeline=pipe,
+                    )
+                    pipe.execute()
+                except redis.WatchError:
+                    continue
+                state = self.get(decode.id)
+                if state is not None:
+                    return state, True
+
+    def get(self, job_id: str) -> JobState | None:
+        """The job's state, or None where there is no record; `expired` once its picture is gone."""
+        row: dict[bytes, bytes] = self.store.queue.hgetall(self._key(job_id))  # type: ignore[assignment]
+        if not row:
+            return None
+        fields = {k.decode(): v.decode() for k, v in row.items()}
+        request = json.loads(fields["decode"])
+        decode = Decode(**{**request, "settings": Settings(**request["settings"])})
+        status = fields["status"]
+        if status == "succeeded" and not self.store.cache.exists(self.store.key("picture", job_id)):
+            status = "expired"
+        return JobState(
+            id=job_id,
+            status=status,  # type: ignore[arg-type]
+            decode=decode,
+            step=int(fields["step"]),
+            total=int(fields["total"]),
+            attempts=int(fields["attempts"]),
+            created=float(fields["created"]),
+            started=float(fields["started"]),
+            ended=float(fields["ended"]),
+            error=fields["error"],
+        )
+
+    def position(self, job_id: str) -> int | None:
+        """Jobs ahead in the queue, or None where it does not wait there."""
+        at: int | None = self.store.queue.lpos(self.queue.key, job_id)  # type: ignore[assignment]
+        return at
+
+    def started(self, job_id: str) -> None:
+        """A worker begins; counts the attempt."""
+        with self.store.queue.pipeline() as pipe:
+            pipe.hset(self._key(job_id), mapping={"status": "running", "started": time.time()})
+            pipe.hincrby(self._key(job_id), "attempts", 1)
+            pipe.execute()
+
+    def progress(self, job_id: str, step: int) -> None:
+        """A denoiser step is done."""
+        self.store.queue.hset(self._key(job_id), "step", str(step))
+
+    def succeeded(self, job_id: str, png: bytes) -> None:
+        """Keep the picture, then say so."""
+        self.store.put_picture(job_id, png)
+        self._end(job_id, "succeeded", "")
+
+    def failed(self, job_id: str, error: str) -> None:
+        """`error` is shown to clients."""
+        self._end(job_id, "failed", error)
+
+    def _end(self, job_id: str, status: Status, error: str) -> None:
+        mapping: dict[Any, Any] = {"status": status, "ended": time.time(), "error": error}
+        with self.store.queue.pipeline() as pipe:
+            pipe.hset(self._key(job_id), mapping=mapping)
+            pipe.expire(self._key(job_id), RECORD_TTL_S)
+            pipe.execute()
+
+    def _key(self, job_id: str) -> str:
+        return self.store.key("job", job_id)
+
+
+def _fresh(decode: Decode) -> dict[Any, Any]:
+    return {
+        "status": "queued",
+        "decode": json.dumps(asdict(decode)),
+        "step": 0,
+        "total": decode.settings.steps,
+        "attempts": 0,
+        "created": time.time(),
+        "started": 0,
+        "ended": 0,
+        "error": "",
+    }

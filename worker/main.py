@@ -1,0 +1,61 @@
+"""A worker process: `afterimage worker`, or `python -P -m worker.main`."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from worker.settings import WorkerSettings, use_cache_dir
+
+log = logging.getLogger("afterimage.worker")
+
+
+def main() -> int:
+    """Load the models, then run jobs until SIGTERM or SIGINT; a running job is finished first."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    settings = WorkerSettings()
+    if not settings.redis_url:
+        print("a worker needs REDIS_URL, the queue that it serves", file=sys.stderr)  # noqa: T201
+        return 2
+    use_cache_dir(settings)
+
+    from rq import SimpleWorker
+    from rq.job import Job
+    from rq.serializers import JSONSerializer
+
+    from models.errors import AfterimageError
+    from worker import runtime, store, tasks
+    from worker.jobs import TASK, Jobs
+
+    try:
+        connected = store.connect(settings)
+        connected.ping()
+        tasks.Context.runtime = runtime.load(settings.threads)
+    except (*store.StoreDown, AfterimageError) as e:
+        print(f"the worker cannot start: {e}", file=sys.stderr)  # noqa: T201
+        return 1
+    tasks.Context.runtime.warm_up()
+    tasks.Context.jobs = Jobs(connected, settings.job_timeout_s)
+
+    class DecodeJob(Job):
+        """A job that can be nothing but the one task, whatever its record names."""
+
+        @property
+        def func(self) -> Callable[[str], None]:
+            if self.func_name != TASK:
+                raise ValueError(f"only {TASK} is run, not {self.func_name}")
+            return tasks.enhance
+
+    log.info("ready: %s", tasks.Context.jobs.queue.name)
+    worker = SimpleWorker(  # no fork per job: this process keeps its models
+        [tasks.Context.jobs.queue.name],
+        connection=connected.queue,
+        job_class=DecodeJob,
+        serializer=JSONSerializer,
+    )
+    worker.log_job_description = False
+    worker.work(logging_level="WARNING")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

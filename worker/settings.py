@@ -1,0 +1,27 @@
+"""Settings that API and workers share, from the environment."""
+
+import os
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class WorkerSettings(BaseSettings):
+    """Stores, cache folder and threads."""
+
+    model_config = SettingsConfigDict(env_prefix="AFTERIMAGE_", extra="ignore")
+
+    redis_url: str = Field("", validation_alias="REDIS_URL")
+    cache_redis_url: str = Field("", validation_alias="CACHE_REDIS_URL")
+    prefix: str = "afterimage"
+    cache_dir: Path = Path(
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    ) / "afterimage"  # fmt: skip
+    threads: int = Field(0, ge=0, description="CPU threads of a worker; 0: all cores")
+    job_timeout_s: int = Field(3600, ge=1)
+
+
+def use_cache_dir(settings: WorkerSettings) -> None:
+    """Let numba keep its compiled code in our cache folder; call it before numba is imported."""
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(settings.cache_dir / "numba"))

@@ -1,0 +1,87 @@
+"""The two Redis stores: the queue (job records, bitstreams) and the cache (pictures)."""
+
+from dataclasses import dataclass
+
+import redis
+
+from models.errors import AfterimageError
+from worker.settings import WorkerSettings
+
+PICTURE_TTL_S = 24 * 3600
+"""How long a finished picture is kept; the cache may evict it earlier."""
+DRAFT_TTL_S = 3600
+"""How long an instant picture is kept for those who poll for its upgrade."""
+RECORD_TTL_S = PICTURE_TTL_S + 24 * 3600
+"""Records and bitstreams outlive the picture, so that it can be made again."""
+
+CONNECT_S = 2
+"""How long to wait for a server before it counts as away."""
+
+StoreDown = (redis.ConnectionError, redis.TimeoutError)
+"""What every use of a store may raise."""
+
+
+class NoRedis(AfterimageError):
+    """No Redis server is configured, installed or able to start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Connections to both stores. `cache` may be the same server as `queue`."""
+
+    queue: redis.Redis
+    cache: redis.Redis
+    prefix: str
+
+    def key(self, *parts: str) -> str:
+        """A prefixed key."""
+        return ":".join((self.prefix, *parts))
+
+    def picture(self, job_id: str) -> bytes | None:
+        """The finished picture of a job, a PNG file, while it is kept."""
+        value: bytes | None = self.cache.get(self.key("picture", job_id))  # type: ignore[assignment]
+        return value
+
+    def put_picture(self, job_id: str, png: bytes) -> None:
+        """Keep a finished picture."""
+        self.cache.set(self.key("picture", job_id), png, ex=PICTURE_TTL_S)
+
+    def draft(self, digest: str, codec: str) -> bytes | None:
+        """The instant picture of a bitstream, a PNG file, while its upgrade may be asked about."""
+        value: bytes | None = self.cache.get(self.key("draft", digest, codec))  # type: ignore[assignment]
+        return value
+
+    def put_draft(self, digest: str, codec: str, png: bytes) -> None:
+        """Keep an instant picture."""
+        self.cache.set(self.key("draft", digest, codec), png, ex=DRAFT_TTL_S)
+
+    def bitstream(self, digest: str) -> bytes | None:
+        """A submitted bitstream, while it is kept."""
+        value: bytes | None = self.queue.get(self.key("bitstream", digest))  # type: ignore[assignment]
+        return value
+
+    def ping(self) -> None:
+        """Raise one of `StoreDown` unless both servers answer."""
+        self.queue.ping()
+        self.cache.ping()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.queue.close()
+        self.cache.close()
+
+
+def connect(settings: WorkerSettings) -> Store:
+    """Connections as configured, made lazily: nothing is sent yet.
+
+    Raises `NoRedis` for a URL that is none.
+    """
+    queue = settings.redis_url
+    return Store(_client(queue), _client(settings.cache_redis_url or queue), settings.prefix)
+
+
+def _client(url: str) -> redis.Redis:
+    try:
+        return redis.Redis.from_url(url, socket_connect_timeout=CONNECT_S)
+    except ValueError as e:
+        raise NoRedis(f"{url!r} is no Redis URL: {e}") from e
