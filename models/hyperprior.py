@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models import rans
+from models import rans, tiles
 from models.errors import DesynchronisedStream, LengthMismatch
 from models.msh import STRIDE_Z, MeanScaleHyperprior
 
@@ -65,7 +65,7 @@ class Hyperprior:
         if x.shape[0] != 1 or x.shape[2] % STRIDE_Z or x.shape[3] % STRIDE_Z:
             raise ValueError(f"{tuple(x.shape)}: one picture with sides that divide by {STRIDE_Z}")
         with torch.inference_mode():
-            y = self.net.g_a(x)
+            y = tiles.analyse(self.net.g_a, x, self.net.M)
             z = self.net.h_a(y)
             z_symbols = torch.round(z - self.medians)[0].to(torch.int32).numpy()
             z_string = rans.encode(z_symbols, _channels(z_symbols.shape), self.z_tables)

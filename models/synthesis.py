@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from models import tiles
+
 
 class Synthesis:
-    """The codec's own decoder, in torch on the CPU."""
+    """The codec's own decoder, in torch on the CPU, in tiles: memory is bounded."""
 
     def __init__(self, g_s: nn.Sequential, M: int) -> None:
         self.g_s = g_s.to(memory_format=torch.channels_last)
@@ -16,8 +18,7 @@ class Synthesis:
 
         Raises `ValueError` unless `y_hat` has M channels.
         """
-        if y_hat.dim() != 4 or y_hat.shape[1] != self.M:
+        if y_hat.dim() != 4 or y_hat.shape[:2] != (1, self.M):
             raise ValueError(f"y_hat of shape {tuple(y_hat.shape)}; (1, {self.M}, h, w) is needed")
         with torch.inference_mode():
-            x_hat: Tensor = self.g_s(y_hat.contiguous(memory_format=torch.channels_last))
-            return x_hat.clamp(0, 1).contiguous()
+            return tiles.synthesise(self.g_s, y_hat).clamp_(0, 1)

@@ -15,7 +15,7 @@ from models.errors import AfterimageError
 from models.tiers import TIERS, check_seed, find
 from service import __version__
 from service.settings import ServiceSettings
-from worker.settings import use_cache_dir
+from worker.settings import prepare_process
 
 RESTART_S = 1.0
 """How long after its death a worker is started again."""
@@ -26,7 +26,7 @@ GRACE_S = 60.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0, or 1 after an error that was told on stderr (2 for wrong usage)."""
     args = _parser().parse_args(argv)
-    use_cache_dir(ServiceSettings())
+    prepare_process(ServiceSettings())
     command: Callable[[argparse.Namespace], int] = args.run
     try:
         return command(args)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import redis
+from redis.client import Pipeline
 from rq import Queue
 from rq.serializers import JSONSerializer
 
@@ -15,6 +16,13 @@ from worker.store import RECORD_TTL_S, Store
 
 TASK = "worker.tasks.enhance"
 """The one function that workers run."""
+LEASE_S = 10
+"""How long a silent worker keeps its job; three missed beats."""
+BEAT_S = 3
+"""How often a worker says that it is alive."""
+MAX_ATTEMPTS = 3
+"""Attempts after which a job whose workers died is given up: it may be what kills them."""
+GIVEN_UP = f"its worker died {MAX_ATTEMPTS} times"
 FAILED_S = 60
 """How long RQ keeps its own note of a job that raised."""
 
@@ -90,16 +98,7 @@ class Jobs:
                     pipe.delete(key)
                     pipe.hset(key, mapping=_fresh(decode))
                     pipe.expire(key, RECORD_TTL_S)
-                    self.queue.enqueue_call(
-                        TASK,
-                        args=(decode.id,),
-                        job_id=decode.id,
-                        timeout=self.timeout_s,
-                        result_ttl=0,
-                        failure_ttl=FAILED_S,
-                        description=decode.id,
-                        pipeline=pipe,
-                    )
+                    self._enqueue(decode.id, pipe)
                     pipe.execute()
                 except redis.WatchError:
                     continue
@@ -137,11 +136,37 @@ class Jobs:
         return at
 
     def started(self, job_id: str) -> None:
-        """A worker begins; counts the attempt."""
+        """A worker begins: counts the attempt and takes the lease."""
         with self.store.queue.pipeline() as pipe:
             pipe.hset(self._key(job_id), mapping={"status": "running", "started": time.time()})
             pipe.hincrby(self._key(job_id), "attempts", 1)
+            pipe.zadd(self._leases, {job_id: time.time()})
+            pipe.expire(self._leases, RECORD_TTL_S)
             pipe.execute()
+
+    def beat(self, job_id: str) -> None:
+        """The worker of a running job is alive: its lease begins anew."""
+        self.store.queue.zadd(self._leases, {job_id: time.time()}, xx=True)
+
+    def reap(self) -> None:
+        """Queue again, in front, what silent workers left; give it up after `MAX_ATTEMPTS`."""
+        silent = self.store.queue.zrangebyscore(self._leases, 0, time.time() - LEASE_S)
+        for job_id in (value.decode() for value in silent):  # type: ignore[union-attr]
+            with self.store.queue.pipeline() as pipe:
+                try:
+                    pipe.watch(self._key(job_id), self._leases)  # type: ignore[no-untyped-call]
+                    state = self.get(job_id)
+                    pipe.multi()
+                    pipe.zrem(self._leases, job_id)
+                    if state and state.status == "running":
+                        if state.attempts < MAX_ATTEMPTS:
+                            pipe.hset(self._key(job_id), mapping={"status": "queued", "step": 0})
+                            self._enqueue(job_id, pipe, at_front=True)
+                        else:
+                            pipe.hset(self._key(job_id), mapping=_end("failed", GIVEN_UP))
+                    pipe.execute()
+                except redis.WatchError:  # another reaper was there, or the worker spoke up
+                    continue
 
     def progress(self, job_id: str, step: int) -> None:
         """A denoiser step is done."""
@@ -150,21 +175,43 @@ class Jobs:
     def succeeded(self, job_id: str, png: bytes) -> None:
         """Keep the picture, then say so."""
         self.store.put_picture(job_id, png)
-        self._end(job_id, "succeeded", "")
+        self._finish(job_id, "succeeded", "")
 
     def failed(self, job_id: str, error: str) -> None:
         """`error` is shown to clients."""
-        self._end(job_id, "failed", error)
+        self._finish(job_id, "failed", error)
 
-    def _end(self, job_id: str, status: Status, error: str) -> None:
-        mapping: dict[Any, Any] = {"status": status, "ended": time.time(), "error": error}
+    def _finish(self, job_id: str, status: Status, error: str) -> None:
         with self.store.queue.pipeline() as pipe:
-            pipe.hset(self._key(job_id), mapping=mapping)
+            pipe.hset(self._key(job_id), mapping=_end(status, error))
             pipe.expire(self._key(job_id), RECORD_TTL_S)
+            pipe.zrem(self._leases, job_id)
             pipe.execute()
+
+    def _enqueue(self, job_id: str, pipe: Pipeline, at_front: bool = False) -> None:
+        self.queue.enqueue_call(
+            TASK,
+            args=(job_id,),
+            job_id=job_id,
+            timeout=self.timeout_s,
+            result_ttl=0,
+            failure_ttl=FAILED_S,
+            description=job_id,
+            at_front=at_front,
+            pipeline=pipe,
+        )
+
+    @property
+    def _leases(self) -> str:
+        """Sorted set: running job -> when its worker was last heard of."""
+        return self.store.key("running")
 
     def _key(self, job_id: str) -> str:
         return self.store.key("job", job_id)
+
+
+def _end(status: Status, error: str) -> dict[Any, Any]:
+    return {"status": status, "ended": time.time(), "error": error}
 
 
 def _fresh(decode: Decode) -> dict[Any, Any]:

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from worker.settings import WorkerSettings, use_cache_dir
+from worker.settings import WorkerSettings, prepare_process
 
 log = logging.getLogger("afterimage.worker")
 
@@ -16,7 +16,7 @@ def main() -> int:
     if not settings.redis_url:
         print("a worker needs REDIS_URL, the queue that it serves", file=sys.stderr)  # noqa: T201
         return 2
-    use_cache_dir(settings)
+    prepare_process(settings)
 
     from rq import SimpleWorker
     from rq.job import Job
@@ -35,6 +35,8 @@ def main() -> int:
         return 1
     tasks.Context.runtime.warm_up()
     tasks.Context.jobs = Jobs(connected, settings.job_timeout_s)
+    tasks.Context.keeper = tasks.Keeper(tasks.Context.jobs)
+    tasks.Context.keeper.start()
 
     class DecodeJob(Job):
         """A job that can be nothing but the one task, whatever its record names."""

@@ -1,15 +1,37 @@
 """The one function that a job runs."""
 
 import logging
+import threading
+import time
 
 from torch import Tensor
 
 from models import bitstream, image
 from models.errors import AfterimageError
-from worker.jobs import Decode, Jobs
+from worker.jobs import BEAT_S, Decode, Jobs
 from worker.runtime import Runtime
+from worker.store import StoreDown
 
 log = logging.getLogger(__name__)
+
+
+class Keeper(threading.Thread):
+    """Keeps the lease of this worker's job, and reaps those of workers that fell silent."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        super().__init__(name="keeper", daemon=True)
+        self.jobs = jobs
+        self.current: str | None = None
+
+    def run(self) -> None:
+        while True:
+            time.sleep(BEAT_S)
+            try:
+                if self.current is not None:
+                    self.jobs.beat(self.current)
+                self.jobs.reap()
+            except StoreDown as e:
+                log.warning("the queue cannot be reached: %s", e)
 
 
 class Context:
@@ -17,6 +39,7 @@ class Context:
 
     jobs: Jobs
     runtime: Runtime
+    keeper: Keeper
 
 
 def enhance(job_id: str) -> None:
@@ -30,6 +53,7 @@ def enhance(job_id: str) -> None:
         jobs.failed(job_id, "the bitstream is no longer kept; send it again")
         return
     jobs.started(job_id)
+    Context.keeper.current = job_id
 
     def on_step(step: int, _steps: int, _picture: Tensor) -> None:
         jobs.progress(job_id, step)
@@ -46,6 +70,8 @@ def enhance(job_id: str) -> None:
         raise
     else:
         jobs.succeeded(job_id, image.write(pixels, "png", provenance(state.decode)))
+    finally:
+        Context.keeper.current = None
 
 
 def provenance(decode: Decode) -> dict[str, str]:

@@ -92,6 +92,7 @@ class Trainer:
 
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, stop)
+        self.save()  # a folder that cannot be written is known now, not after minutes
         while self.stage < len(self.config.plan) and not self.stopping:
             self._run_stage(*self.config.plan[self.stage])
 

@@ -130,14 +130,17 @@ def test_a_service_without_its_redis_still_answers_instant(
 
 
 @pytest.mark.redis
-def test_a_killed_worker_is_replaced(tmp_path: Path, small_msh: bytes) -> None:
+def test_the_job_of_a_killed_worker_runs_again(tmp_path: Path, small_msh: bytes) -> None:
     with run_service(tmp_path) as service:
+        asked = {"tier": "ddpm-1000", "steps": 60}
+        answer = service.client.post("/v1/decodes", params=asked, content=small_msh)
+        location = answer.headers["location"]
+        while service.client.get(location).json()["step"] < 2:
+            time.sleep(0.02)
         found = subprocess.check_output(
             ["pgrep", "-P", str(service.process.pid), "-f", "worker.main"], text=True
         )
         os.kill(int(found), signal.SIGKILL)
-        location = service.client.post("/v1/decodes?tier=perceptual", content=small_msh).headers[
-            "location"
-        ]
-        assert wait_for(service.client, location)["status"] == "succeeded"
+        state = wait_for(service.client, location)
+        assert (state["status"], state["attempts"], state["step"]) == ("succeeded", 2, 60)
         assert "starting another" in service.log.read_text()

@@ -1,0 +1,1 @@
+"""Evaluation: `python -m models.evaluate`, from real bytes to figures."""
