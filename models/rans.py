@@ -17,8 +17,6 @@ PRECISION = 16
 """Bits of a frequency: every CDF ends at 65536."""
 STATE_LOW = 1 << 31
 """The state an encoder starts from, and the lower end of the normalised interval."""
-MAX_DIGITS = 8
-"""Bypass digits of one symbol: 4 bits each, so values stay within 32 bits."""
 
 _OK, _SHORT, _BYPASS, _STATE, _TRAILING = range(5)
 
@@ -50,71 +48,80 @@ class Tables:
 
 
 @njit(cache=True, nogil=True)
+def _refill(x, words, position):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Renormalise the state; `position` runs past the end where words are missing."""
+    if x >= np.uint64(1 << 31):
+        return x, position
+    word = words[position] if position < words.size else np.uint32(0)
+    return (x << np.uint64(32)) | np.uint64(word), position + 1
+
+
+@njit(cache=True, nogil=True)
+def _raw(value, escape):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """What the bypass digits of a value hold; -1 where it has a frequency of its own."""
+    if 0 <= value < escape:
+        return np.int64(-1)
+    return -2 * value - 1 if value < 0 else 2 * (value - escape)
+
+
+@njit(cache=True, nogil=True)
+def _bypass(x, words, position):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Read a count, then as many digits, the lowest first: state, position, raw (-1: invalid)."""
+    count = np.int64(0)
+    digit = np.int64(15)
+    while digit == 15 and count <= 8:
+        digit = np.int64(x & np.uint64(15))
+        count += digit
+        x, position = _refill(x >> np.uint64(4), words, position)
+    raw = np.int64(0)
+    if count <= 8:
+        for j in range(count):
+            digit = np.int64(x & np.uint64(15))
+            raw |= digit << np.int64(4 * j)
+            x, position = _refill(x >> np.uint64(4), words, position)
+    if count > 8 or (count > 0 and digit == 0):  # a leading zero: no encoder writes it
+        raw = np.int64(-1)
+    return x, position, raw
+
+
+@njit(cache=True, nogil=True)
 def _decode(words, indexes, cdf, length, offset, out):  # type: ignore[no-untyped-def]  # pragma: no cover
-    position = 2
-    n_words = words.size
-    mask = np.uint64(0xFFFF)
-    low = np.uint64(1 << 31)
     x = np.uint64(words[0]) | (np.uint64(words[1]) << np.uint64(32))
+    position = 2
     for i in range(indexes.size):
         row = indexes[i]
-        target = np.int32(x & mask)
-        a, b = 0, length[row] - 1  # cdf[a] <= target < cdf[b]
-        while b - a > 1:
-            middle = (a + b) >> 1
+        target = np.int32(x & np.uint64(0xFFFF))
+        low, high = 0, length[row] - 1  # cdf[low] <= target < cdf[high]
+        while high - low > 1:
+            middle = (low + high) >> 1
             if cdf[row, middle] <= target:
-                a = middle
+                low = middle
             else:
-                b = middle
-        start = cdf[row, a]
-        x = np.uint64(cdf[row, a + 1] - start) * (x >> np.uint64(16)) + np.uint64(target - start)
-        if x < low:
-            if position >= n_words:
-                return _SHORT
-            x = (x << np.uint64(32)) | np.uint64(words[position])
-            position += 1
-        value = np.int64(a)
-        escape = length[row] - 2
-        if a == escape:
-            digits = 0
-            counting = True
-            raw = np.int64(0)
-            j = -1
-            while counting or j < digits:
-                digit = np.int64(x & np.uint64(15))
-                x >>= np.uint64(4)
-                if x < low:
-                    if position >= n_words:
-                        return _SHORT
-                    x = (x << np.uint64(32)) | np.uint64(words[position])
-                    position += 1
-                if counting:
-                    digits += int(digit)
-                    if digits > 8:
-                        return _BYPASS
-                    counting = digit == 15
-                    if not counting:
-                        j = 0
-                else:
-                    raw |= digit << np.int64(4 * j)
-                    j += 1
-                    if j == digits and digit == 0:
-                        return _BYPASS  # a leading zero: no encoder writes it
+                high = middle
+        start = cdf[row, low]
+        x = np.uint64(cdf[row, low + 1] - start) * (x >> np.uint64(16)) + np.uint64(target - start)
+        x, position = _refill(x, words, position)
+        value = np.int64(low)
+        escape = np.int64(length[row] - 2)
+        if value == escape:
+            x, position, raw = _bypass(x, words, position)
+            if raw < 0:
+                return _SHORT if position > words.size else _BYPASS
             value = -(raw >> 1) - 1 if raw & 1 else (raw >> 1) + escape
+        if position > words.size:
+            return _SHORT
         value += offset[row]
         if value > 2147483647 or value < -2147483648:
             return _BYPASS
         out[i] = value
-    if x != low:
+    if x != np.uint64(1 << 31):
         return _STATE
-    if position != n_words:
-        return _TRAILING
-    return _OK
+    return _OK if position == words.size else _TRAILING
 
 
 @njit(cache=True, nogil=True)
 def _encode(symbols, indexes, cdf, length, offset, words):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Write from the end of `words` to its beginning; the first used position, or -1 if full."""
+    """Write from the end of `words` to its beginning; the first position that is used."""
     x = np.uint64(1 << 31)
     position = words.size
     digits = np.empty(16, np.int64)
@@ -122,21 +129,18 @@ def _encode(symbols, indexes, cdf, length, offset, words):  # type: ignore[no-un
         row = indexes[i]
         escape = np.int64(length[row] - 2)
         value = np.int64(symbols[i]) - np.int64(offset[row])
+        raw = _raw(value, escape)
         n = 0
-        if value < 0 or value >= escape:
-            raw = -2 * value - 1 if value < 0 else 2 * (value - escape)
+        if raw >= 0:
             value = escape
             while raw >> np.int64(4 * n) != 0:
+                digits[n + 1] = (raw >> np.int64(4 * n)) & 15
                 n += 1
-            digits[0] = n  # at most 9 for 32-bit symbols: below 15, so one count digit
-            for j in range(n):
-                digits[1 + j] = (raw >> np.int64(4 * j)) & 15
+            digits[0] = n  # at most 8: below 15, so one digit tells it
             n += 1
         for j in range(n - 1, -1, -1):
             if x >= np.uint64(1 << 59):
                 position -= 1
-                if position < 2:
-                    return -1
                 words[position] = np.uint32(x & np.uint64(0xFFFFFFFF))
                 x >>= np.uint64(32)
             x = (x << np.uint64(4)) | np.uint64(digits[j])
@@ -144,8 +148,6 @@ def _encode(symbols, indexes, cdf, length, offset, words):  # type: ignore[no-un
         frequency = np.uint64(cdf[row, value + 1]) - start
         if x >= frequency << np.uint64(47):
             position -= 1
-            if position < 2:
-                return -1
             words[position] = np.uint32(x & np.uint64(0xFFFFFFFF))
             x >>= np.uint64(32)
         x = ((x // frequency) << np.uint64(16)) + x % frequency + start
@@ -161,15 +163,15 @@ def _bits(symbols, indexes, cdf, length, offset, out):  # type: ignore[no-untype
         row = indexes[i]
         escape = np.int64(length[row] - 2)
         value = np.int64(symbols[i]) - np.int64(offset[row])
-        bits = 0.0
-        if value < 0 or value >= escape:
-            raw = -2 * value - 1 if value < 0 else 2 * (value - escape)
+        raw = _raw(value, escape)
+        bits = 16.0
+        if raw >= 0:
             value = escape
-            bits = 4.0
+            bits += 4.0
             while raw != 0:
                 bits += 4.0
                 raw >>= 4
-        out[i] = bits + 16.0 - np.log2(np.float64(cdf[row, value + 1] - cdf[row, value]))
+        out[i] = bits - np.log2(np.float64(cdf[row, value + 1] - cdf[row, value]))
 
 
 def _contexts(indexes: Int32Array, tables: Tables) -> Int32Array:
@@ -208,17 +210,15 @@ def decode(data: bytes, indexes: Int32Array, tables: Tables) -> Int32Array:
 def encode(symbols: Int32Array, indexes: Int32Array, tables: Tables) -> bytes:
     """`symbols` (int32) in contexts `indexes` (same shape) -> bytes that `decode` reverses.
 
-    Raises `ValueError` where a symbol needs more than `MAX_DIGITS` bypass digits.
+    Raises `ValueError` where a symbol lies outside 31 bits, or shapes disagree.
     """
     if symbols.shape != indexes.shape:
         raise ValueError(f"{symbols.shape} symbols for {indexes.shape} contexts")
     flat = np.ascontiguousarray(symbols, np.int32).reshape(-1)
     if flat.size and (int(flat.max()) >= 1 << 30 or int(flat.min()) < -(1 << 30)):
         raise ValueError("a symbol lies outside 31 bits")
-    words = np.empty(flat.size * 3 + 4, np.uint32)  # at most 16 + 9·4 bits a symbol
+    words = np.empty(flat.size * 2 + 4, np.uint32)  # at most 16 + 9·4 bits a symbol
     at = _encode(flat, _contexts(indexes, tables), tables.cdf, tables.length, tables.offset, words)
-    if at < 0:
-        raise ValueError("more bytes than any symbols can need")  # unreachable by construction
     return words[at:].astype("<u4").tobytes()
 
 

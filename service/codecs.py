@@ -26,6 +26,7 @@ def _upload(description: str, *media_types: str) -> dict[str, Any]:
 
 @router.post(
     "/encodes",
+    summary="Encode a photograph",
     tags=["encodes"],
     response_class=Response,
     openapi_extra=_upload("A photograph.", "image/png", "image/jpeg", "image/webp"),
@@ -62,6 +63,7 @@ async def encode(
 
 @router.post(
     "/inspect",
+    summary="Read a bitstream's header",
     tags=["inspect"],
     openapi_extra=_upload("A bitstream.", _MEDIA_TYPE),
     responses=problems.responses(400, 413, 415, 422),
@@ -73,7 +75,7 @@ async def inspect(own: Own, data: Body) -> schemas.Inspection:
     return schemas.Inspection.of(b, len(data), installed.weights_id if installed else None)
 
 
-@router.get("/tiers", tags=["inspect"])
+@router.get("/tiers", summary="All tiers", tags=["inspect"])
 async def tier_list() -> list[schemas.Tier]:
     """All tiers: points on the curve between low distortion and natural looks."""
     return [schemas.Tier.of(t) for t in TIERS.values()]

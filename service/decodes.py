@@ -37,6 +37,7 @@ _BITSTREAM: dict[str, Any] = {
 
 @router.post(
     "",
+    summary="Decode a bitstream",
     response_class=Response,
     openapi_extra=_BITSTREAM,
     responses={
@@ -91,7 +92,7 @@ async def decode(
     return draft
 
 
-@router.get("/{id}", responses=problems.responses(404, 503))
+@router.get("/{id}", summary="Where a decode stands", responses=problems.responses(404, 503))
 async def status(own: Own, id: str) -> schemas.Decode:
     """Where a decode stands: status, steps done, place in the queue."""
 
@@ -105,6 +106,7 @@ async def status(own: Own, id: str) -> schemas.Decode:
 
 @router.get(
     "/{id}/image",
+    summary="The best picture there is",
     response_class=Response,
     responses={
         200: {"content": _PNG, "description": "The best picture there is; see X-Afterimage-Tier."},

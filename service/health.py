@@ -10,13 +10,13 @@ from worker.store import StoreDown
 router = APIRouter(tags=["health"])
 
 
-@router.get("/livez")
+@router.get("/livez", summary="Alive")
 async def livez() -> Health:
     """The process answers."""
     return Health(status="ok", redis="unasked")
 
 
-@router.get("/readyz")
+@router.get("/readyz", summary="Ready")
 async def readyz(own: Own, response: Response) -> Health:
     """The models are loaded; `degraded` while Redis is away and only instant decodes work."""
     response.headers["Cache-Control"] = "no-store"

@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from models import bitstream, codec, image, zoo
 from models.codec import Codec
@@ -61,6 +62,22 @@ def tiny_decoder() -> Decoder:
     with torch.no_grad():
         net.scales.fill_(0.03)
     return Decoder("0" * 16, net.eval().requires_grad_(False))
+
+
+@pytest.fixture(scope="session")
+def lpips_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LPIPS-Alex of the package's names and shapes with random weights."""
+    import lpips
+
+    torch.manual_seed(0)
+    net = lpips.LPIPS(net="alex", pnet_rand=True, pretrained=False, verbose=False)
+    state = {k: v.contiguous() for k, v in net.state_dict().items() if not k.startswith("lins.")}
+    for k in state:
+        if k.startswith("lin"):
+            state[k] = state[k].abs()
+    file = tmp_path_factory.mktemp("lpips") / "lpips.safetensors"
+    save_file(state, file)
+    return file
 
 
 @pytest.fixture(scope="session")

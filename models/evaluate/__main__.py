@@ -28,7 +28,7 @@ SHUFFLED = "shuffled"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Figures of one decoded picture, all against the original but `seeds_mse`."""
+    """Figures of one decoded picture, against the original but for `shift` and `seeds_mse`."""
 
     picture: str
     quality: int
@@ -38,6 +38,7 @@ class Row:
     mse: float
     lpips: float
     offset: float  # largest difference of the channels' means, in 1/255
+    shift: float  # the same against the codec's picture
     seeds_mse: float  # MSE between this seed's picture and seed 0's
     seconds: float
 
@@ -78,20 +79,20 @@ class Evaluation:
                     picture = rounded(self._draw(given, x_hat, settings, seed))
                 seconds = instant_s + (time.perf_counter() - began if settings else 0)
                 first = picture if first is None else first
-                out.append(
-                    Row(
-                        path.stem,
-                        self.codec.quality,
-                        name,
-                        seed,
-                        bpp,
-                        mse(picture, x),
-                        self.lpips(picture, x),
-                        offset(picture, x),
-                        mse(picture, first),
-                        seconds,
-                    )  # fmt: skip
+                row = Row(
+                    picture=path.stem,
+                    quality=self.codec.quality,
+                    tier=name,
+                    seed=seed,
+                    bpp=bpp,
+                    mse=mse(picture, x),
+                    lpips=self.lpips(picture, x),
+                    offset=offset(picture, x),
+                    shift=offset(picture, msh),
+                    seeds_mse=mse(picture, first),
+                    seconds=seconds,
                 )
+                out.append(row)
         return out
 
     def _draw(self, latents: Latents, x_hat: Tensor, settings: Settings, seed: int) -> Tensor:
@@ -125,7 +126,9 @@ def summary(rows: Sequence[Row]) -> list[dict[str, float | str]]:
             "bpp": _mean([r.bpp for r in own]),
             "psnr": _mean([psnr(r.mse) for r in own]),
             "lpips": _mean([r.lpips for r in own]),
-            "offset": max(r.offset for r in own),
+            "offset": _mean([r.offset for r in own]),
+            "offset_max": max(r.offset for r in own),
+            "shift_max": max(r.shift for r in own),
             "seconds": _mean([r.seconds for r in own]),
         }
         if msh:

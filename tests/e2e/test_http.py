@@ -30,7 +30,7 @@ def test_a_committed_stream_decodes_to_the_cards_psnr(
 ) -> None:
     """kodim23 at quality 2: the figure stands in the card of the codec's weights."""
     card = (DATA.parents[1] / "models/weights/msh.md").read_text()
-    found = re.search(r"kodim23\.msh: ([\d.]+) dB", card)
+    found = re.search(r"kodim23\.msh`: ([\d.]+) dB", card)
     assert found
     answer = service.client.post("/v1/decodes", content=(DATA / "kodim23.msh").read_bytes())
     assert answer.status_code == 200

@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from models import image
 from models.train import bank
@@ -30,22 +29,6 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def lpips_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LPIPS-Alex of the package's names and shapes with random weights."""
-    import lpips
-
-    torch.manual_seed(0)
-    net = lpips.LPIPS(net="alex", pnet_rand=True, pretrained=False, verbose=False)
-    state = {k: v.contiguous() for k, v in net.state_dict().items() if not k.startswith("lins.")}
-    for k in state:
-        if k.startswith("lin"):
-            state[k] = state[k].abs()
-    file = tmp_path_factory.mktemp("lpips") / "lpips.safetensors"
-    save_file(state, file)
-    return file
 
 
 @pytest.fixture(scope="module")
