@@ -11,7 +11,7 @@ CRC-32C of everything else u32, then y string and z string.
 
 import hashlib
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import google_crc32c
@@ -34,6 +34,8 @@ PROFILES: tuple[Profile, ...] = ("float", "exact")
 METRICS: tuple[Metric, ...] = ("mse", "ms-ssim")
 MAX_PIXELS = 20_000_000
 """Default limit on declared pixels: the diffusion decoder takes about 0.3 GB a megapixel."""
+MAX_SIDE = 16_384
+"""Limit on either side: what is computed is padded to multiples of 64 pixels."""
 STRIDE_Z = 64
 """Pixels between two positions of z, in either format."""
 
@@ -95,10 +97,9 @@ def serialize(b: Bitstream) -> bytes:
     if b.format == "compressai":
         if b.profile != "float":
             raise ValueError("CompressAI's format knows the float profile only")
-        z_shape = (-(-b.height // STRIDE_Z), -(-b.width // STRIDE_Z))
         code = METRICS.index(b.metric) << 4 | b.quality - 1
         parts = [_COMPRESSAI.pack(_MBT2018_MEAN, code, b.height, b.width, 8)]
-        parts.append(_BODY.pack(*z_shape, 2))
+        parts.append(_BODY.pack(*_z_shape(b.height, b.width), 2))
         for string in (b.y_string, b.z_string):
             parts += [_LENGTH.pack(len(string)), string]
         return b"".join(parts)
@@ -112,13 +113,6 @@ def serialize(b: Bitstream) -> bytes:
     return head + _CRC.pack(google_crc32c.value(head + payload)) + payload
 
 
-def as_compressai(b: Bitstream) -> Bitstream:
-    """The same strings in CompressAI's container; `ValueError` for the exact profile."""
-    if b.profile != "float":
-        raise ValueError("CompressAI's format knows the float profile only")
-    return replace(b, format="compressai", weights_id="", symbols_crc=None)
-
-
 def _parse_msh(data: bytes, max_pixels: int) -> Bitstream:
     start = _MSH.size + _CRC.size
     if len(data) < start:
@@ -130,7 +124,7 @@ def _parse_msh(data: bytes, max_pixels: int) -> Bitstream:
         raise UnsupportedCodec(f".msh version {version}; version {VERSION} is known")
     if profile >= len(PROFILES) or metric >= len(METRICS) or not 1 <= quality <= 8:
         raise UnsupportedCodec(f"profile {profile}, metric {metric}, quality {quality} of .msh")
-    _check_size(height, width, max_pixels)
+    check_size(height, width, max_pixels)
     if y_length > len(data) - start:
         raise LengthMismatch(f"a y string of {y_length} bytes; {len(data) - start} are present")
     (crc,) = _CRC.unpack_from(data, _MSH.size)
@@ -159,9 +153,9 @@ def _parse_compressai(data: bytes, max_pixels: int) -> Bitstream:
         raise UnsupportedCodec(f"metric {metric}, quality {quality} of mbt2018-mean")
     if depth != 8:
         raise UnsupportedCodec(f"bit depth {depth}; 8 is decoded")
-    _check_size(height, width, max_pixels)
+    check_size(height, width, max_pixels)
     rows, columns, count = _BODY.unpack_from(data, _COMPRESSAI.size)
-    expected = (-(-height // STRIDE_Z), -(-width // STRIDE_Z))
+    expected = _z_shape(height, width)
     if (rows, columns) != expected:
         raise LengthMismatch(f"z of {rows}×{columns}; {height}×{width} pixels need {expected}")
     if count != 2:
@@ -184,8 +178,24 @@ def _parse_compressai(data: bytes, max_pixels: int) -> Bitstream:
     )
 
 
-def _check_size(height: int, width: int, max_pixels: int) -> None:
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Refuse more than `max_pixels`, and sides whose padding would be many times the picture.
+
+    Raises `PictureTooLarge`, `LengthMismatch` for an empty picture.
+    """
     if not height or not width:
         raise LengthMismatch(f"a picture of {width}×{height} pixels")
     if height * width > max_pixels:
         raise PictureTooLarge(f"{width}×{height} pixels; the limit is {max_pixels}")
+    if max(height, width) > MAX_SIDE:
+        raise PictureTooLarge(f"{width}×{height} pixels; the limit of a side is {MAX_SIDE}")
+
+
+def padded(height: int, width: int) -> tuple[int, int]:
+    """The coded size of a picture: both sides up to the next multiple of 64."""
+    return -(-height // STRIDE_Z) * STRIDE_Z, -(-width // STRIDE_Z) * STRIDE_Z
+
+
+def _z_shape(height: int, width: int) -> tuple[int, int]:
+    rows, columns = padded(height, width)
+    return rows // STRIDE_Z, columns // STRIDE_Z

@@ -1,6 +1,7 @@
 """Weights on disk: safetensors named by a manifest, checked by digest, identified by content."""
 
 import hashlib
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as load_bytes
 from torch import Tensor
 
 from models.errors import WeightsError
@@ -52,6 +53,13 @@ def manifest(folder: Path = WEIGHTS) -> list[Entry]:
 
 def load(entry: Entry, folder: Path = WEIGHTS) -> dict[str, Tensor]:
     """The tensors of an entry, as stored; `WeightsError` where the file is missing or altered."""
+    return load_with_metadata(entry, folder)[0]
+
+
+def load_with_metadata(
+    entry: Entry, folder: Path = WEIGHTS
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of an entry; `WeightsError` where the file is missing or altered."""
     path = folder / entry.file
     try:
         data = path.read_bytes()
@@ -60,6 +68,10 @@ def load(entry: Entry, folder: Path = WEIGHTS) -> dict[str, Tensor]:
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise WeightsError(f"{path}: not the file that the manifest names")
     try:
-        return load_file(path)
+        tensors = load_bytes(data)
     except SafetensorError as e:
         raise WeightsError(f"{path}: {e}") from e
+    if weights_id(tensors) != entry.weights_id:
+        raise WeightsError(f"{path}: its weights id is not the one that the manifest names")
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, header.get("__metadata__", {})

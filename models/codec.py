@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import hyperprior
+from models import bitstream, hyperprior
 from models.bitstream import Bitstream, Format, Metric, Profile
 from models.errors import ChecksumMismatch, WrongWeights
 from models.hyperprior import Hyperprior, Latents
@@ -37,7 +37,7 @@ class Codec:
             raise WrongWeights(
                 f"coded with weights {b.weights_id}; quality {b.quality} here is {self.weights_id}"
             )
-        size = hyperprior.padded(b.height, b.width)
+        size = bitstream.padded(b.height, b.width)
         latents = self.hyperprior.decode(b.y_string, b.z_string, size, b.profile)
         if b.symbols_crc is not None and _crc(latents.symbols) != b.symbols_crc:
             raise ChecksumMismatch("the decoded symbols are not the encoded ones")
@@ -58,7 +58,7 @@ class Codec:
 def pad(x: Tensor) -> Tensor:
     """`x` (B, 3, H, W) -> multiples of 64, centred as CompressAI does it, borders repeated."""
     top, left = hyperprior.origin(x.shape[2], x.shape[3])
-    height, width = hyperprior.padded(x.shape[2], x.shape[3])
+    height, width = bitstream.padded(x.shape[2], x.shape[3])
     bottom, right = height - x.shape[2] - top, width - x.shape[3] - left
     return F.pad(x, (left, right, top, bottom), mode="replicate")
 

@@ -1,19 +1,21 @@
 """The diffusion decoder: the codec's latents to a picture that a sampler draws."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from models import checkpoint, sampler
 from models.errors import WeightsError
 from models.hyperprior import Latents
-from models.sampler import OnStep
 from models.tiers import Settings
 from models.unet import Maps, UNet, UNetConfig, high_pass
+
+OnPicture = Callable[[int, int, Callable[[], Tensor]], None]
+"""(steps done, steps in all, the estimate so far: (1, 3, H, W) in [0, 1]); may raise `Canceled`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +32,13 @@ class Decoder:
         quality: int,
         settings: Settings,
         seed: int,
-        on_step: OnStep | None = None,
+        on_step: OnPicture | None = None,
     ) -> Tensor:
         """Draw the picture that belongs to `latents`: (1, 3, H, W) in [0, 1], still padded.
 
         `x_hat` (1, 3, H, W) is the codec's picture of the same latents, sides multiples of 64.
-        `on_step(step, steps, picture)` sees the current estimate; what it raises ends the work.
+        `on_step(step, steps, picture)` may call `picture` for the current estimate; what it raises
+        ends the work.
         """
         with torch.inference_mode():
             maps = self._maps(latents, x_hat, quality, settings.beta)
@@ -58,7 +61,7 @@ class Decoder:
 
             def report(step: int, steps: int, x0: Tensor) -> None:
                 if on_step is not None:
-                    on_step(step, steps, picture(x0))
+                    on_step(step, steps, lambda: picture(x0))
 
             shape = (3, x_hat.shape[2], x_hat.shape[3])
             return picture(sampler.sample(denoise, shape, settings, seed, report)).contiguous()
@@ -79,15 +82,14 @@ def load(folder: Path = checkpoint.WEIGHTS) -> Decoder:
     """The shipped decoder; `WeightsError` where the manifest names none or it is altered."""
     for entry in checkpoint.manifest(folder):
         if entry.kind == "decoder":
-            tensors = checkpoint.load(entry, folder)
-            return Decoder(entry.weights_id, _network(tensors, folder / entry.file))
+            tensors, metadata = checkpoint.load_with_metadata(entry, folder)
+            return Decoder(entry.weights_id, _network(tensors, metadata, folder / entry.file))
     raise WeightsError(f"{folder}: the manifest names no diffusion decoder")
 
 
-def _network(tensors: dict[str, Tensor], file: Path) -> UNet:
+def _network(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> UNet:
     try:
-        with safe_open(file, "pt") as f:
-            config = json.loads(f.metadata()["config"])
+        config = json.loads(metadata["config"])
         net = UNet(UNetConfig(**{**config, "widths": tuple(config["widths"])}))
         net.load_state_dict({k: v.float() for k, v in tensors.items()})
     except (KeyError, TypeError, RuntimeError, ValueError) as e:

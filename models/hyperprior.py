@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models import rans, tiles
-from models.errors import DesynchronisedStream, LengthMismatch
-from models.msh import STRIDE_Z, MeanScaleHyperprior
+from models.bitstream import STRIDE_Z, padded
+from models.errors import CorruptStream, DesynchronisedStream, LengthMismatch
+from models.msh import MeanScaleHyperprior
 
 EXACT_BITS = 16
 """Fraction bits of the `exact` profile's weights and activations."""
@@ -87,14 +88,14 @@ class Hyperprior:
         shape = (self.net.N, size[0] // STRIDE_Z, size[1] // STRIDE_Z)
         z_symbols = rans.decode(z_string, _channels(shape), self.z_tables)
         tries = ("exact",) if profile == "exact" else ("float", "float64")
-        failure: DesynchronisedStream | None = None
+        failure: CorruptStream | DesynchronisedStream | None = None
         for arithmetic in tries:
             with torch.inference_mode():
                 indexes, means = self._prior(z_symbols, arithmetic)
             try:
                 symbols = rans.decode(y_string, indexes, self.y_tables)
-            except DesynchronisedStream as e:
-                failure = e
+            except (CorruptStream, DesynchronisedStream) as e:  # out of step looks like either
+                failure = failure or e
                 continue
             return self._latents(symbols, indexes, means)
         assert failure is not None
@@ -158,15 +159,10 @@ class ExactHyperSynthesis:
             else:
                 x = torch.floor(layer(x) / one).clamp(-self.LIMIT, self.LIMIT)
         scales, means = x.chunk(2, 1)
-        indexes = torch.bucketize(scales, self.thresholds)
-        # at most 27 bits: rounded to 2^-12, the means and their sum with a symbol are exact
+        indexes = torch.bucketize(scales.contiguous(), self.thresholds)
+        # within ±2^11 and rounded to 2^-12: float32 holds the means exactly
         means = torch.floor(means / 16 + 0.5) / 4096
         return indexes[0].to(torch.int32).numpy(), means.float()
-
-
-def padded(height: int, width: int) -> tuple[int, int]:
-    """The coded size of a picture: both sides up to the next multiple of 64."""
-    return -(-height // STRIDE_Z) * STRIDE_Z, -(-width // STRIDE_Z) * STRIDE_Z
 
 
 def origin(height: int, width: int) -> tuple[int, int]:

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 STRIDE_Y = 16
 """Pixels between two positions of `y`."""
-STRIDE_Z = 64
-"""Pixels between two positions of `z`: pictures are padded to multiples of it."""
 
 
 class GDN(nn.Module):

@@ -31,6 +31,8 @@ class Settings:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ParameterError(f"{name} is {value}; 0 to 1 is allowed")
+        if self.sampler == "ddpm" and self.eta:
+            raise ParameterError("eta belongs to ddim; ddpm's noise is fixed")
 
 
 @dataclass(frozen=True, slots=True)

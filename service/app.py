@@ -1,6 +1,5 @@
 """The application: `create_app()` for any ASGI server."""
 
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -10,11 +9,12 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 
-from models import checkpoint
+from models import checkpoint, library
+from models.errors import WeightsError
 from service import __version__, codecs, decodes, health, problems, schemas
 from service.deps import State
 from service.settings import ServiceSettings
-from worker import runtime, store
+from worker import store
 from worker.jobs import Jobs
 from worker.store import Store
 
@@ -62,16 +62,18 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
 
 
 def _state(settings: ServiceSettings, connected: Store) -> State:
-    loaded = runtime.load(settings.threads, with_decoder=False)
+    loaded = library.load(settings.threads, with_decoder=False)
     loaded.warm_up()
-    decoder = next(e for e in checkpoint.manifest() if e.kind == "decoder")
+    decoder = next((e for e in checkpoint.manifest() if e.kind == "decoder"), None)
+    if decoder is None:
+        raise WeightsError("the manifest names no diffusion decoder")
     return State(
         settings,
         loaded,
         decoder.weights_id,
         connected,
         Jobs(connected, settings.job_timeout_s),
-        anyio.CapacityLimiter(settings.decodes_at_once or os.cpu_count() or 1),
+        anyio.CapacityLimiter(settings.decodes_at_once),
     )
 
 

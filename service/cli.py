@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+
+from pydantic import ValidationError
 
 from models.errors import AfterimageError
 from models.tiers import TIERS, check_seed, find
@@ -17,20 +20,27 @@ from service import __version__
 from service.settings import ServiceSettings
 from worker.settings import prepare_process
 
+WORKER = (sys.executable, "-P", "-m", "worker.main")
+"""The worker's command; -P: a folder of the user's called `worker` must not shadow ours."""
 RESTART_S = 1.0
 """How long after its death a worker is started again."""
 GRACE_S = 60.0
-"""How long a worker may take to finish its job when the service stops."""
+"""How long workers may take to finish their jobs when the service stops."""
+STALLED_S = 10
+"""How long requests may take to finish when the service stops."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0, or 1 after an error that was told on stderr (2 for wrong usage)."""
     args = _parser().parse_args(argv)
-    prepare_process(ServiceSettings())
     command: Callable[[argparse.Namespace], int] = args.run
     try:
+        prepare_process(ServiceSettings())
         return command(args)
-    except AfterimageError as e:
+    except ValidationError as e:
+        wrong = "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors())
+        return _complain(f"wrong settings in the environment: {wrong}")
+    except (AfterimageError, OSError) as e:
         return _complain(str(e))
     except KeyboardInterrupt:
         return 130
@@ -45,11 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--workers", type=int, default=1, help="worker processes (default 1)")
-    serve.add_argument("--redis-url", help="default: REDIS_URL, else a private server")
+    _stores(serve, "else a private server")
     serve.set_defaults(run=_serve)
 
     worker = commands.add_parser("worker", help="run one worker over an existing Redis")
-    worker.add_argument("--redis-url", help="default: REDIS_URL")
+    _stores(worker, "which must be set")
     worker.set_defaults(run=_worker)
 
     encode = commands.add_parser("encode", help="photographs to bitstreams")
@@ -70,10 +80,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _stores(command: argparse.ArgumentParser, otherwise: str) -> None:
+    command.add_argument("--redis-url", help=f"the queue; default REDIS_URL, {otherwise}")
+    command.add_argument(
+        "--cache-redis-url", help="the pictures; default CACHE_REDIS_URL, else with the queue"
+    )
+
+
+def _set_stores(args: argparse.Namespace) -> None:
+    for name, url in (("REDIS_URL", args.redis_url), ("CACHE_REDIS_URL", args.cache_redis_url)):
+        if url:
+            os.environ[name] = url
+
+
 def _files(command: argparse.ArgumentParser) -> None:
     command.add_argument("inputs", type=Path, nargs="+", metavar="IN")
     command.add_argument(
-        "-o", "--output", type=Path, required=True, help="a file, or a folder for several inputs"
+        "-o", "--output", required=True, help="a file; or a folder, which ends with / or is one"
     )
 
 
@@ -85,8 +108,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     if args.workers < 0:
         return _complain("--workers must be 0 or more")
-    if args.redis_url:
-        os.environ["REDIS_URL"] = args.redis_url
+    _set_stores(args)
     signal.signal(signal.SIGTERM, _exit)  # so that everything started here is stopped
     settings = ServiceSettings()
 
@@ -100,12 +122,16 @@ def _serve(args: argparse.Namespace) -> int:
         if not settings.redis_url:
             _say("no REDIS_URL: starting a private Redis")
             queue, cache = stack.enter_context(embed.servers(settings.cache_dir))
-            os.environ["REDIS_URL"], os.environ["CACHE_REDIS_URL"] = queue, cache
-        for _ in range(args.workers):
-            stack.enter_context(_worker_process())
+            os.environ["REDIS_URL"] = queue
+            os.environ.setdefault("CACHE_REDIS_URL", cache)
+        stack.enter_context(_workers(args.workers))
         _say("loading models")
         config = uvicorn.Config(
-            create_app(ServiceSettings()), args.host, args.port, log_level="warning"
+            create_app(ServiceSettings()),
+            args.host,
+            args.port,
+            log_level="warning",
+            timeout_graceful_shutdown=STALLED_S,
         )
         server = Server(config)
         with contextlib.suppress(KeyboardInterrupt):
@@ -114,25 +140,23 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _worker_process() -> Iterator[None]:
-    """A worker in a process of its own, started again when it dies; at the end it finishes its
-    job, for `GRACE_S` at most."""
+def _workers(count: int) -> Iterator[None]:
+    """Worker processes, started again when they die; at the end they finish their jobs, for
+    `GRACE_S` at most."""
     from worker.embed import die_with_parent
 
     def start() -> subprocess.Popen[bytes]:
-        # -P: a folder of the user's called `worker` must not shadow ours
-        command = [sys.executable, "-P", "-m", "worker.main"]
-        return subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
+        return subprocess.Popen(WORKER, start_new_session=True, preexec_fn=die_with_parent)
 
     stopping = threading.Event()
-    running = [start()]
+    running = [start() for _ in range(count)]
 
     def watch() -> None:
-        while not stopping.is_set():
-            code = running[0].wait()
-            if not stopping.wait(RESTART_S):
-                _say(f"a worker ended with {code}; starting another")
-                running[0] = start()
+        while not stopping.wait(RESTART_S):
+            for i, process in enumerate(running):
+                if process.poll() is not None:
+                    _say(f"a worker ended with {process.returncode}; starting another")
+                    running[i] = start()
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -140,31 +164,37 @@ def _worker_process() -> Iterator[None]:
         yield
     finally:
         stopping.set()
-        running[0].terminate()
-        try:
-            running[0].wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            running[0].kill()
+        watcher.join()
+        for process in running:
+            process.terminate()
+        deadline = time.monotonic() + GRACE_S
+        for process in running:
+            try:
+                process.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _worker(args: argparse.Namespace) -> int:
-    if args.redis_url:
-        os.environ["REDIS_URL"] = args.redis_url
-    from worker.main import main as run
-
-    return run()
+    _set_stores(args)
+    os.execv(WORKER[0], WORKER)
 
 
 def _encode(args: argparse.Namespace) -> int:
+    import torch
+
     from models import bitstream, codec, image, zoo
 
-    limit = ServiceSettings().max_pixels
+    settings = ServiceSettings()
     suffix = ".msh" if args.format == "msh" else ".bin"
     targets = _targets(args.inputs, args.output, suffix)
     used = zoo.load(args.quality)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
 
     def one(source: Path) -> bytes:
-        pixels = image.read(source.read_bytes(), limit)
+        pixels = image.read(source.read_bytes(), settings.max_pixels)
         return bitstream.serialize(used.encode(codec.to_tensor(pixels), args.format, "exact"))
 
     return _each(targets, one)
@@ -179,25 +209,27 @@ def _decode(args: argparse.Namespace) -> int:
     from torch import Tensor
     from tqdm import tqdm
 
-    from models import bitstream, codec, image
-    from worker import runtime
+    from models import bitstream, codec, image, library
 
-    limit = ServiceSettings().max_pixels
-    loaded = runtime.load(with_decoder=tier.settings is not None)
+    settings = ServiceSettings()
+    loaded = library.load(settings.threads, with_decoder=tier.settings is not None)
 
     def one(source: Path) -> bytes:
-        b = bitstream.parse(source.read_bytes(), limit)
+        b = bitstream.parse(source.read_bytes(), settings.max_pixels)
+        text: dict[str, str] = {}
         if tier.settings is None:
             pixels = codec.to_pixels(codec.crop(loaded.instant(b)[1], b.height, b.width))
         else:
             steps = tier.settings.steps
             with tqdm(total=steps, desc=source.name, unit="step", leave=False, disable=None) as bar:
 
-                def on_step(_step: int, _steps: int, _picture: Tensor) -> None:
+                def on_step(_step: int, _steps: int, _picture: Callable[[], Tensor]) -> None:
                     bar.update()
 
                 pixels = loaded.perceptual(b, tier.settings, seed, on_step)
-        return image.write(pixels, _picture_format(targets[source]))
+            ids = loaded.codec(b).weights_id, loaded.decoder.weights_id if loaded.decoder else ""
+            text = library.provenance(tier.name, tier.settings, seed, *ids)
+        return image.write(pixels, _picture_format(targets[source]), text)
 
     return _each(targets, one)
 
@@ -222,11 +254,12 @@ def _inspect(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _targets(inputs: Sequence[Path], output: Path, suffix: str) -> dict[Path, Path]:
-    """Input -> output file. `output` is a folder where it is one or there are several inputs."""
+def _targets(inputs: Sequence[Path], given: str, suffix: str) -> dict[Path, Path]:
+    """Input -> output file. `given` is a folder if it is one, ends with / or must hold several."""
+    output = Path(given)
     if len(set(inputs)) < len(inputs):
         raise AfterimageError("an input is named twice")
-    if len(inputs) == 1 and not output.is_dir():
+    if len(inputs) == 1 and not output.is_dir() and not given.endswith("/"):
         targets = {inputs[0]: output}
     else:
         if output.exists() and not output.is_dir():

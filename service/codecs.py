@@ -49,7 +49,7 @@ async def encode(
 
     def compute() -> bytes:
         pixels = image.read(data, own.settings.max_pixels)
-        used = own.runtime.codecs[quality, "mse"]
+        used = own.library.codecs[quality, "mse"]
         return bitstream.serialize(used.encode(codec.to_tensor(pixels), format, "exact"))
 
     made = await anyio.to_thread.run_sync(compute, limiter=own.cores)
@@ -71,7 +71,7 @@ async def encode(
 async def inspect(own: Own, data: Body) -> schemas.Inspection:
     """What a bitstream's header says; nothing is decoded."""
     b = bitstream.parse(data, own.settings.max_pixels)
-    installed = own.runtime.codecs.get((b.quality, b.metric))
+    installed = own.library.codecs.get((b.quality, b.metric))
     return schemas.Inspection.of(b, len(data), installed.weights_id if installed else None)
 
 

@@ -10,6 +10,8 @@ from fastapi import APIRouter, Query, Request, Response
 
 from models import bitstream, codec, image, tiers
 from models.bitstream import Bitstream
+from models.errors import ParameterError
+from models.tiers import Settings
 from service import problems, schemas
 from service.deps import Body, Own, State
 from service.problems import JobNotFound
@@ -77,8 +79,9 @@ async def decode(
         return await _draft(own, b, began, {})
     asked: dict[str, Any] = {"steps": steps, "eta": eta, "gamma": gamma}
     settings = replace(chosen.settings, **{k: v for k, v in asked.items() if v is not None})
+    _check_work(own, b, settings)
     request = Decode(
-        bitstream.digest(data), chosen.name, settings, seed, own.runtime.codec(b).weights_id,
+        bitstream.digest(data), chosen.name, settings, seed, own.library.codec(b).weights_id,
         own.decoder_weights, b.quality, b.width, b.height,
     )  # fmt: skip
     location = f"/v1/decodes/{request.id}"
@@ -125,7 +128,10 @@ async def picture(own: Own, id: str, request: Request) -> Response:
         if data is None:
             raise JobNotFound(f"the bitstream of decode {id} is no longer kept")
         answer = await _kept_draft(own, state, data)
-    known = {tag.strip() for tag in request.headers.get("if-none-match", "").split(",")}
+    known = {
+        tag.strip().removeprefix("W/")
+        for tag in request.headers.get("if-none-match", "").split(",")
+    }
     if answer.headers["etag"] in known or "*" in known:
         keep = {k: v for k, v in answer.headers.items() if k in {"etag", "cache-control"}}
         return Response(status_code=304, headers=keep)
@@ -138,9 +144,18 @@ async def _kept_draft(own: State, state: JobState, data: bytes) -> Response:
     kept = await anyio.to_thread.run_sync(own.store.draft, *name)
     if kept is not None:
         return _picture(kept, "instant", DRAFT_CACHE, {})
-    answer = await _draft(own, bitstream.parse(data), time.perf_counter(), {})
+    answer = await _draft(
+        own, bitstream.parse(data, own.settings.max_pixels), time.perf_counter(), {}
+    )
     await anyio.to_thread.run_sync(own.store.put_draft, *name, bytes(answer.body))
     return answer
+
+
+def _check_work(own: State, b: Bitstream, settings: Settings) -> None:
+    limit = own.settings.max_megapixel_steps
+    work = b.width * b.height / 1e6 * settings.steps
+    if work > limit:
+        raise ParameterError(f"{work:.0f} megapixel-steps; the limit is {limit:.0f}: ask for fewer")
 
 
 def _find(own: State, id: str) -> JobState:
@@ -155,9 +170,9 @@ async def _draft(own: State, b: Bitstream, began: float, headers: dict[str, str]
 
     def compute() -> tuple[bytes, str]:
         marks = [began, time.perf_counter()]
-        latents = own.runtime.codec(b).latents(b)
+        latents = own.library.codec(b).latents(b)
         marks.append(time.perf_counter())
-        x_hat = own.runtime.codec(b).synthesis(latents.y_hat)
+        x_hat = own.library.codec(b).synthesis(latents.y_hat)
         marks.append(time.perf_counter())
         png = image.write(codec.to_pixels(codec.crop(x_hat, b.height, b.width)), "png")
         marks.append(time.perf_counter())

@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from models import bitstream, image
+
 TIER = "perceptual"
 START_S = 180.0
 """How long a service may take to start; the first start compiles."""
@@ -40,7 +42,7 @@ def main() -> int:
     parser.add_argument("--url", help="a running service; else one is started for the demo")
     parser.add_argument("--out", type=Path, default=Path("demo-out"))
     args = parser.parse_args()
-    original = Image.open(args.photo).convert("RGB")
+    original = Image.fromarray(image.read(args.photo.read_bytes(), bitstream.MAX_PIXELS))
     args.out.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         url = args.url or stack.enter_context(_service())

@@ -10,10 +10,10 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from models.errors import MalformedHeader
+from models.library import Library
 from service.problems import BodyTooLarge
 from service.settings import ServiceSettings
 from worker.jobs import Jobs
-from worker.runtime import Runtime
 from worker.store import Store
 
 
@@ -22,7 +22,7 @@ class State:
     """Made once, at start-up."""
 
     settings: ServiceSettings
-    runtime: Runtime
+    library: Library
     decoder_weights: str
     store: Store
     jobs: Jobs
@@ -50,7 +50,7 @@ async def body(request: Request, own: Annotated[State, Depends(state)]) -> bytes
         data += chunk
         if len(data) > limit:
             raise BodyTooLarge(f"more than {limit} bytes")
-    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         return await _first_file(request, bytes(data))
     return bytes(data)
 

@@ -5,7 +5,7 @@ from fastapi import APIRouter, Response
 
 from service.deps import Own
 from service.schemas import Health
-from worker.store import StoreDown
+from worker.store import RedisError
 
 router = APIRouter(tags=["health"])
 
@@ -22,6 +22,6 @@ async def readyz(own: Own, response: Response) -> Health:
     response.headers["Cache-Control"] = "no-store"
     try:
         await anyio.to_thread.run_sync(own.store.ping)
-    except StoreDown:
+    except RedisError:
         return Health(status="degraded", redis="down")
     return Health(status="ok", redis="up")

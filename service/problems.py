@@ -10,7 +10,7 @@ from pydantic.config import JsonDict
 from starlette.exceptions import HTTPException
 
 from models import errors
-from worker.store import StoreDown
+from worker.store import RedisError
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_S = 5
@@ -25,10 +25,6 @@ class BodyTooLarge(errors.AfterimageError):
     """More bytes than the limit."""
 
 
-class QueueAway(errors.AfterimageError):
-    """The queue cannot be reached."""
-
-
 STATUS: dict[type[errors.AfterimageError], int] = {
     errors.MalformedHeader: 400,
     errors.UnsupportedCodec: 415,
@@ -39,7 +35,6 @@ STATUS: dict[type[errors.AfterimageError], int] = {
     errors.PictureError: 422,
     errors.ParameterError: 422,
     JobNotFound: 404,
-    QueueAway: 503,
     errors.WeightsError: 500,
     errors.AfterimageError: 500,
 }
@@ -84,11 +79,9 @@ def install(app: FastAPI) -> None:
         answer.headers.update(e.headers or {})
         return answer
 
-    async def _store(_request: Request, _e: Exception) -> JSONResponse:
-        return problem(503, "queue-away", "the queue cannot be reached; instant decodes still work")
-
-    for error in StoreDown:
-        app.add_exception_handler(error, _store)
+    @app.exception_handler(RedisError)
+    async def _store(_request: Request, _e: RedisError) -> JSONResponse:
+        return problem(503, "queue-away", "the queue cannot be used; instant decodes still work")
 
     @app.exception_handler(Exception)
     async def _unexpected(_request: Request, _e: Exception) -> JSONResponse:
@@ -111,7 +104,7 @@ _MEANING = {
     413: "More bytes or declared pixels than the limit",
     415: "Unknown magic, codec or picture format",
     422: "Wrong lengths, checksum, entropy coded bytes or parameter",
-    503: "The queue cannot be reached",
+    503: "The queue cannot be used",
 }
 
 

@@ -2,13 +2,16 @@
 
 from pydantic import Field
 
-from models.bitstream import MAX_PIXELS
 from worker.settings import WorkerSettings
 
 
 class ServiceSettings(WorkerSettings):
-    """Limits, besides what API and workers share."""
+    """Limits on requests, besides what API and workers share."""
 
     max_bytes: int = Field(32 * 2**20, ge=1, description="largest request body")
-    max_pixels: int = Field(MAX_PIXELS, ge=1, description="largest picture, declared or real")
-    decodes_at_once: int = Field(0, ge=0, description="instant decodes in parallel; 0: all cores")
+    max_megapixel_steps: float = Field(
+        4000, gt=0, description="largest job: megapixels times steps; about 0.6 s each on 2 cores"
+    )
+    decodes_at_once: int = Field(
+        1, ge=1, description="instant decodes in parallel; each uses all threads"
+    )

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import fcntl
 import importlib.util
-import os
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from worker.store import NoRedis
 START_S = 10.0
 """How long a server may take to answer its first ping."""
 
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # found now: not between fork and exec
 _QUEUE = ("--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction")
 _CACHE = ("--appendonly", "no", "--maxmemory", "1gb", "--maxmemory-policy", "allkeys-lfu")
 
@@ -100,6 +100,5 @@ def _wait(process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
 
 def die_with_parent() -> None:
     """In a child between fork and exec: be terminated when the parent dies, however it dies."""
-    if os.uname().sysname == "Linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if _PRCTL is not None:
+        _PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

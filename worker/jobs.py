@@ -9,6 +9,7 @@ from typing import Any, Literal
 import redis
 from redis.client import Pipeline
 from rq import Queue
+from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from models.tiers import Settings
@@ -22,7 +23,7 @@ BEAT_S = 3
 """How often a worker says that it is alive."""
 MAX_ATTEMPTS = 3
 """Attempts after which a job whose workers died is given up: it may be what kills them."""
-GIVEN_UP = f"its worker died {MAX_ATTEMPTS} times"
+GIVEN_UP = f"its worker died or was cut off {MAX_ATTEMPTS} times"
 FAILED_S = 60
 """How long RQ keeps its own note of a job that raised."""
 
@@ -109,7 +110,7 @@ class Jobs:
     def get(self, job_id: str) -> JobState | None:
         """The job's state, or None where there is no record; `expired` once its picture is gone."""
         row: dict[bytes, bytes] = self.store.queue.hgetall(self._key(job_id))  # type: ignore[assignment]
-        if not row:
+        if b"decode" not in row:  # nothing, or what a worker wrote after the record was lost
             return None
         fields = {k.decode(): v.decode() for k, v in row.items()}
         request = json.loads(fields["decode"])
@@ -140,17 +141,18 @@ class Jobs:
         with self.store.queue.pipeline() as pipe:
             pipe.hset(self._key(job_id), mapping={"status": "running", "started": time.time()})
             pipe.hincrby(self._key(job_id), "attempts", 1)
-            pipe.zadd(self._leases, {job_id: time.time()})
+            pipe.srem(self._waiting, job_id)
+            pipe.zadd(self._leases, {job_id: self._now()})
             pipe.expire(self._leases, RECORD_TTL_S)
             pipe.execute()
 
     def beat(self, job_id: str) -> None:
         """The worker of a running job is alive: its lease begins anew."""
-        self.store.queue.zadd(self._leases, {job_id: time.time()}, xx=True)
+        self.store.queue.zadd(self._leases, {job_id: self._now()}, xx=True)
 
     def reap(self) -> None:
         """Queue again, in front, what silent workers left; give it up after `MAX_ATTEMPTS`."""
-        silent = self.store.queue.zrangebyscore(self._leases, 0, time.time() - LEASE_S)
+        silent = self.store.queue.zrangebyscore(self._leases, 0, self._now() - LEASE_S)
         for job_id in (value.decode() for value in silent):  # type: ignore[union-attr]
             with self.store.queue.pipeline() as pipe:
                 try:
@@ -168,9 +170,34 @@ class Jobs:
                 except redis.WatchError:  # another reaper was there, or the worker spoke up
                     continue
 
+    def astray(self) -> set[str]:
+        """Jobs that should be in the queue and are not: a worker took them and fell at once."""
+        waiting = self.store.queue.smembers(self._waiting)
+        queued = {value.encode() for value in self.queue.job_ids}
+        return {value.decode() for value in waiting - queued}  # type: ignore[union-attr]
+
+    def requeue(self, job_ids: set[str]) -> None:
+        """Queue jobs again, in front, that are still waiting."""
+        for job_id in job_ids:
+            with self.store.queue.pipeline() as pipe:
+                try:
+                    pipe.watch(self._key(job_id), self._waiting)  # type: ignore[no-untyped-call]
+                    state = self.get(job_id)
+                    pipe.multi()
+                    if state and state.status == "queued":
+                        self._enqueue(job_id, pipe, at_front=True)
+                    else:
+                        pipe.srem(self._waiting, job_id)
+                    pipe.execute()
+                except redis.WatchError:  # another keeper was there, or a worker speaks up
+                    continue
+
     def progress(self, job_id: str, step: int) -> None:
         """A denoiser step is done."""
-        self.store.queue.hset(self._key(job_id), "step", str(step))
+        with self.store.queue.pipeline() as pipe:
+            pipe.hset(self._key(job_id), "step", str(step))
+            pipe.expire(self._key(job_id), RECORD_TTL_S)
+            pipe.execute()
 
     def succeeded(self, job_id: str, png: bytes) -> None:
         """Keep the picture, then say so."""
@@ -186,9 +213,13 @@ class Jobs:
             pipe.hset(self._key(job_id), mapping=_end(status, error))
             pipe.expire(self._key(job_id), RECORD_TTL_S)
             pipe.zrem(self._leases, job_id)
+            pipe.srem(self._waiting, job_id)
             pipe.execute()
 
     def _enqueue(self, job_id: str, pipe: Pipeline, at_front: bool = False) -> None:
+        pipe.delete(Job.key_for(job_id))  # with the expiry that a failure gave it
+        pipe.sadd(self._waiting, job_id)
+        pipe.expire(self._waiting, RECORD_TTL_S)
         self.queue.enqueue_call(
             TASK,
             args=(job_id,),
@@ -200,6 +231,16 @@ class Jobs:
             at_front=at_front,
             pipeline=pipe,
         )
+
+    def _now(self) -> float:
+        """The server's clock, one for all workers: seconds since the epoch."""
+        seconds, micros = self.store.queue.time()
+        return float(seconds) + micros / 1e6
+
+    @property
+    def _waiting(self) -> str:
+        """Set of the jobs that were queued and that no worker has begun."""
+        return self.store.key("waiting")
 
     @property
     def _leases(self) -> str:

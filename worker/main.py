@@ -22,30 +22,44 @@ def main() -> int:
     from rq.job import Job
     from rq.serializers import JSONSerializer
 
+    from models import library
     from models.errors import AfterimageError
-    from worker import runtime, store, tasks
+    from worker import store, tasks
     from worker.jobs import TASK, Jobs
 
     try:
         connected = store.connect(settings)
         connected.ping()
-        tasks.Context.runtime = runtime.load(settings.threads)
-    except (*store.StoreDown, AfterimageError) as e:
+        tasks.Context.library = library.load(settings.threads)
+    except (store.RedisError, AfterimageError) as e:
         print(f"the worker cannot start: {e}", file=sys.stderr)  # noqa: T201
         return 1
-    tasks.Context.runtime.warm_up()
+    tasks.Context.library.warm_up()
+    tasks.Context.max_pixels = settings.max_pixels
     tasks.Context.jobs = Jobs(connected, settings.job_timeout_s)
     tasks.Context.keeper = tasks.Keeper(tasks.Context.jobs)
     tasks.Context.keeper.start()
 
     class DecodeJob(Job):
-        """A job that can be nothing but the one task, whatever its record names."""
+        """A job that runs nothing but the one task, and no callbacks, whatever its record names."""
 
         @property
         def func(self) -> Callable[[str], None]:
             if self.func_name != TASK:
                 raise ValueError(f"only {TASK} is run, not {self.func_name}")
             return tasks.enhance
+
+        @property
+        def success_callback(self) -> None:
+            return None
+
+        @property
+        def failure_callback(self) -> None:
+            return None
+
+        @property
+        def stopped_callback(self) -> None:
+            return None
 
     log.info("ready: %s", tasks.Context.jobs.queue.name)
     worker = SimpleWorker(  # no fork per job: this process keeps its models

@@ -6,9 +6,11 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from models.bitstream import MAX_PIXELS
+
 
 class WorkerSettings(BaseSettings):
-    """Stores, cache folder and threads."""
+    """Stores, cache folder, limits and threads."""
 
     model_config = SettingsConfigDict(env_prefix="AFTERIMAGE_", extra="ignore")
 
@@ -18,7 +20,8 @@ class WorkerSettings(BaseSettings):
     cache_dir: Path = Path(
         os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     ) / "afterimage"  # fmt: skip
-    threads: int = Field(0, ge=0, description="CPU threads of a worker; 0: all cores")
+    threads: int = Field(0, ge=0, description="CPU threads of a process; 0: torch's own choice")
+    max_pixels: int = Field(MAX_PIXELS, ge=1, description="largest picture, declared or real")
     job_timeout_s: int = Field(3600, ge=1)
 
 

@@ -17,7 +17,10 @@ RECORD_TTL_S = PICTURE_TTL_S + 24 * 3600
 CONNECT_S = 2
 """How long to wait for a server before it counts as away."""
 
-StoreDown = (redis.ConnectionError, redis.TimeoutError)
+ANSWER_S = 5
+"""How long to wait for an answer."""
+
+RedisError = redis.RedisError
 """What every use of a store may raise."""
 
 
@@ -61,7 +64,7 @@ class Store:
         return value
 
     def ping(self) -> None:
-        """Raise one of `StoreDown` unless both servers answer."""
+        """Raise `RedisError` unless both servers answer."""
         self.queue.ping()
         self.cache.ping()
 
@@ -82,6 +85,6 @@ def connect(settings: WorkerSettings) -> Store:
 
 def _client(url: str) -> redis.Redis:
     try:
-        return redis.Redis.from_url(url, socket_connect_timeout=CONNECT_S)
+        return redis.Redis.from_url(url, socket_connect_timeout=CONNECT_S, socket_timeout=ANSWER_S)
     except ValueError as e:
         raise NoRedis(f"{url!r} is no Redis URL: {e}") from e

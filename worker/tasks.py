@@ -1,22 +1,25 @@
 """The one function that a job runs."""
 
+import contextlib
 import logging
 import threading
 import time
+from collections.abc import Callable
 
+from rq.timeouts import JobTimeoutException
 from torch import Tensor
 
 from models import bitstream, image
-from models.errors import AfterimageError
+from models.errors import AfterimageError, WrongWeights
+from models.library import Library, provenance
 from worker.jobs import BEAT_S, Decode, Jobs
-from worker.runtime import Runtime
-from worker.store import StoreDown
+from worker.store import RedisError
 
 log = logging.getLogger(__name__)
 
 
 class Keeper(threading.Thread):
-    """Keeps the lease of this worker's job, and reaps those of workers that fell silent."""
+    """Keeps the lease of this worker's job, and looks for jobs that other workers left."""
 
     def __init__(self, jobs: Jobs) -> None:
         super().__init__(name="keeper", daemon=True)
@@ -24,22 +27,29 @@ class Keeper(threading.Thread):
         self.current: str | None = None
 
     def run(self) -> None:
+        lost: set[str] = set()
         while True:
             time.sleep(BEAT_S)
             try:
                 if self.current is not None:
                     self.jobs.beat(self.current)
                 self.jobs.reap()
-            except StoreDown as e:
-                log.warning("the queue cannot be reached: %s", e)
+                # between a worker's taking a job and its saying so the job is nowhere, for an
+                # instant: only what is nowhere twice is lost
+                found = self.jobs.astray()
+                self.jobs.requeue(found & lost)
+                lost = found - lost
+            except RedisError as e:
+                log.warning("the queue cannot be used: %s", e)
 
 
 class Context:
     """What the worker process prepared before its first job."""
 
     jobs: Jobs
-    runtime: Runtime
+    library: Library
     keeper: Keeper
+    max_pixels: int
 
 
 def enhance(job_id: str) -> None:
@@ -55,35 +65,34 @@ def enhance(job_id: str) -> None:
     jobs.started(job_id)
     Context.keeper.current = job_id
 
-    def on_step(step: int, _steps: int, _picture: Tensor) -> None:
-        jobs.progress(job_id, step)
+    def on_step(step: int, _steps: int, _picture: Callable[[], Tensor]) -> None:
+        with contextlib.suppress(RedisError):  # progress is worth less than the work
+            jobs.progress(job_id, step)
 
     try:
-        pixels = Context.runtime.perceptual(
-            bitstream.parse(data), state.decode.settings, state.decode.seed, on_step
-        )
+        png = _draw(state.decode, data, on_step)
     except AfterimageError as e:
         log.warning("job %s failed: %s", job_id, e)
         jobs.failed(job_id, str(e))
+    except JobTimeoutException:
+        jobs.failed(job_id, f"it took longer than {jobs.timeout_s} s")
     except Exception:
         jobs.failed(job_id, "internal error")
         raise
     else:
-        jobs.succeeded(job_id, image.write(pixels, "png", provenance(state.decode)))
+        jobs.succeeded(job_id, png)
     finally:
         Context.keeper.current = None
 
 
-def provenance(decode: Decode) -> dict[str, str]:
-    """PNG text that says what a synthesised picture is."""
-    settings = decode.settings
-    return {
-        "Software": "Afterimage",
-        "Comment": "synthesised detail: drawn by a diffusion decoder, not recorded by a camera",
-        "afterimage:tier": decode.tier,
-        "afterimage:sampler": f"{settings.sampler} eta={settings.eta} gamma={settings.gamma} "
-        f"beta={settings.beta}",
-        "afterimage:steps": str(settings.steps),
-        "afterimage:seed": str(decode.seed),
-        "afterimage:weights": f"codec {decode.codec}, decoder {decode.decoder}",
-    }
+def _draw(
+    decode: Decode, data: bytes, on_step: Callable[[int, int, Callable[[], Tensor]], None]
+) -> bytes:
+    """The PNG file that `decode` asks for; `WrongWeights` where ours are not the ones it names."""
+    library = Context.library
+    b = bitstream.parse(data, Context.max_pixels)
+    ids = library.codec(b).weights_id, library.decoder.weights_id if library.decoder else ""
+    if ids != (decode.codec, decode.decoder):
+        raise WrongWeights("it was queued for other weights than this worker has; send it again")
+    pixels = library.perceptual(b, decode.settings, decode.seed, on_step)
+    return image.write(pixels, "png", provenance(decode.tier, decode.settings, decode.seed, *ids))

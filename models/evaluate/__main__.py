@@ -23,7 +23,7 @@ from models.hyperprior import Latents
 from models.tiers import TIERS, Settings
 
 SHUFFLED = "shuffled"
-"""A control, not a tier: the first diffusion tier with latents from other places."""
+"""A control, not a tier: `perceptual` with latents from other places."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Row:
     lpips: float
     offset: float  # largest difference of the channels' means, in 1/255
     shift: float  # the same against the codec's picture
-    seeds_mse: float  # MSE between this seed's picture and seed 0's
+    seeds_mse: float  # MSE to the picture of the first seed
     seconds: float
 
 
@@ -100,7 +100,7 @@ class Evaluation:
 
 
 def _shuffled(latents: Latents) -> Latents:
-    """The same latents and bits, each at a random other position."""
+    """The same latents, each at a random other position; the bit map stays."""
     height, width = latents.y_hat.shape[2:]
     order = torch.randperm(height * width, generator=torch.Generator().manual_seed(0))
     y_hat = latents.y_hat.flatten(2)[:, :, order].reshape(latents.y_hat.shape)
@@ -118,7 +118,7 @@ def summary(rows: Sequence[Row]) -> list[dict[str, float | str]]:
     for quality, tier in dict.fromkeys((r.quality, r.tier) for r in rows):
         own = [r for r in rows if (r.quality, r.tier) == (quality, tier)]
         msh = {r.picture: r for r in rows if (r.quality, r.tier) == (quality, "instant")}
-        others = [r for r in own if r.seed != 0]
+        others = [r for r in own if r.seed != own[0].seed]
         line: dict[str, float | str] = {
             "quality": quality,
             "tier": tier,

@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import zoo
+from models.bitstream import padded
 from models.codec import Codec
-from models.hyperprior import padded
 from models.msh import STRIDE_Y
 
 HELD_OUT = "bsds_val_"

@@ -54,6 +54,29 @@ def test_several_inputs_go_into_a_folder(tmp_path: Path, small: image.Pixels) ->
     assert not np.array_equal(one, read(tmp_path / "other.png"))
 
 
+def test_one_input_goes_into_a_folder_that_is_named_as_one(
+    tmp_path: Path, small: image.Pixels
+) -> None:
+    (tmp_path / "a.png").write_bytes(image.write(small, "png"))
+    assert afterimage("encode", "a.png", "-o", "coded/", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "coded/a.msh").is_file()
+
+
+def test_a_synthesised_picture_says_so(tmp_path: Path, small_msh: bytes) -> None:
+    (tmp_path / "a.msh").write_bytes(small_msh)
+    done = afterimage("decode", "a.msh", "-o", "a.png", "--tier", "ddim-10", cwd=tmp_path)
+    assert done.returncode == 0
+    assert b"synthesised detail" in (tmp_path / "a.png").read_bytes()
+
+
+def test_wrong_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFTERIMAGE_MAX_PIXELS", "many")
+    done = afterimage("inspect", DATA / "kodim23.msh")
+    assert done.returncode == 1
+    assert "max_pixels" in done.stderr.lower()
+    assert "Traceback" not in done.stderr
+
+
 def test_inspect_prints_a_json_line_for_each_input(tmp_path: Path) -> None:
     done = afterimage("inspect", DATA / "kodim23.msh", DATA / "kodim23.msh")
     assert done.returncode == 0
@@ -94,6 +117,10 @@ def test_a_folder_called_worker_does_not_shadow_ours(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 @pytest.mark.redis
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_service_leaves_nothing_behind_and_keeps_its_queue(
@@ -105,11 +132,12 @@ def test_a_stopped_service_leaves_nothing_behind_and_keeps_its_queue(
             "location"
         ]
         assert first.client.get(location).json()["position"] == 0
-        children = subprocess.check_output(["pgrep", "-P", str(first.process.pid)], text=True)
+        left = children(first.process.pid)
+        assert left
         first.process.send_signal(stop)
         assert first.process.wait(30) == 0
         deadline = time.monotonic() + 10
-        while any(Path(f"/proc/{pid}").exists() for pid in children.split()):
+        while any(Path(f"/proc/{pid}").exists() for pid in left):
             assert time.monotonic() < deadline, "a child outlived the service"
             time.sleep(0.05)
     with run_service(tmp_path) as second:
@@ -132,15 +160,18 @@ def test_a_service_without_its_redis_still_answers_instant(
 @pytest.mark.redis
 def test_the_job_of_a_killed_worker_runs_again(tmp_path: Path, small_msh: bytes) -> None:
     with run_service(tmp_path) as service:
-        asked = {"tier": "ddpm-1000", "steps": 60}
+        asked = {"tier": "ddpm-1000", "steps": 200}
         answer = service.client.post("/v1/decodes", params=asked, content=small_msh)
         location = answer.headers["location"]
+        (worker,) = (
+            pid for pid in children(service.process.pid)
+            if b"worker.main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
         while service.client.get(location).json()["step"] < 2:
+            assert time.monotonic() < deadline
             time.sleep(0.02)
-        found = subprocess.check_output(
-            ["pgrep", "-P", str(service.process.pid), "-f", "worker.main"], text=True
-        )
-        os.kill(int(found), signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)
         state = wait_for(service.client, location)
-        assert (state["status"], state["attempts"], state["step"]) == ("succeeded", 2, 60)
+        assert (state["status"], state["attempts"], state["step"]) == ("succeeded", 2, 200)
         assert "starting another" in service.log.read_text()

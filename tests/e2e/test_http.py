@@ -6,6 +6,7 @@ import http.client
 import io
 import re
 import struct
+import time
 
 import httpx
 import numpy as np
@@ -80,8 +81,10 @@ def test_a_draft_is_served_until_the_upgrade_is_there(service: Service, small_ms
     assert np.array_equal(pixels(meanwhile), pixels(draft))
     assert "max-age=0" in meanwhile.headers["cache-control"]
     seen = set()
+    deadline = time.monotonic() + 120
     while (state := client.get(location).json())["status"] in {"queued", "running"}:
         seen.add(state["step"])
+        assert time.monotonic() < deadline
     assert state["status"] == "succeeded"
     assert len(seen) > 3  # progress was visible
     again = client.get(f"{location}/image", headers={"If-None-Match": draft.headers["etag"]})
@@ -209,6 +212,7 @@ def test_corrupt_entropy_coded_bytes_are_never_a_picture(
         ("tier=ddim-10&steps=0", "steps"),
         ("tier=ddim-10&eta=2", "eta"),
         ("tier=ddim-10&eta=nan", "eta"),
+        ("tier=ddpm-100&eta=0.5", "eta"),
     ],
 )
 def test_wrong_parameters_are_named(

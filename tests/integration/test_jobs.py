@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from rq.serializers import JSONSerializer
 
 from models import bitstream, checkpoint, image
 from models.tiers import TIERS, Settings
-from worker.jobs import Decode, Jobs, JobState
+from worker.jobs import BEAT_S, Decode, Jobs, JobState
 from worker.store import Store
+from worker.tasks import Keeper
 
 pytestmark = pytest.mark.redis
 
@@ -105,7 +107,7 @@ def test_simultaneous_submissions_make_one_job(jobs: Jobs, small_msh: bytes) -> 
 def test_every_key_of_ours_expires(jobs: Jobs, small_msh: bytes) -> None:
     jobs.submit(request_for(small_msh), small_msh)
     keys = [k for k in jobs.store.queue.keys("afterimage:*")]
-    assert len(keys) == 2
+    assert len(keys) == 3
     assert all(jobs.store.queue.ttl(k) > 0 for k in keys)
 
 
@@ -115,6 +117,66 @@ def test_jobs_are_json_and_name_one_task(jobs: Jobs, small_msh: bytes) -> None:
     job = Job.fetch(d.id, jobs.store.queue, serializer=JSONSerializer)
     assert (job.func_name, list(job.args)) == ("worker.tasks.enhance", [d.id])
     assert small_msh not in jobs.store.queue.hget(f"rq:job:{d.id}", "data")
+
+
+def test_a_job_that_fell_between_queue_and_worker_is_found_and_queued_again(
+    jobs: Jobs, small_msh: bytes
+) -> None:
+    d = request_for(small_msh)
+    jobs.submit(d, small_msh)
+    assert jobs.astray() == set()
+    jobs.queue.remove(d.id)  # a worker took it and died before it said so
+    assert jobs.astray() == {d.id}
+    jobs.requeue({d.id})
+    assert jobs.queue.job_ids == [d.id]
+    assert jobs.astray() == set()
+
+
+def test_a_job_queued_again_after_a_failure_does_not_expire_with_it(
+    jobs: Jobs, small_msh: bytes
+) -> None:
+    d = request_for(small_msh)
+    jobs.submit(d, small_msh)
+    jobs.store.queue.expire(f"rq:job:{d.id}", 60)  # as RQ does when a job raises
+    jobs.failed(d.id, "internal error")
+    jobs.submit(d, small_msh)
+    assert jobs.store.queue.ttl(f"rq:job:{d.id}") == -1
+
+
+def test_a_record_lost_while_its_job_ran_is_no_record(jobs: Jobs, small_msh: bytes) -> None:
+    d = request_for(small_msh)
+    jobs.submit(d, small_msh)
+    jobs.started(d.id)
+    jobs.store.queue.flushall()
+    jobs.progress(d.id, 1)
+    assert jobs.get(d.id) is None
+    assert jobs.submit(d, small_msh)[1]
+
+
+def test_a_full_queue_store_does_not_stop_the_keeper(jobs: Jobs, small_msh: bytes) -> None:
+    d = request_for(small_msh)
+    jobs.submit(d, small_msh)
+    jobs.started(d.id)
+    jobs.store.queue.config_set("maxmemory", "1")
+    try:
+        keeper = Keeper(jobs)
+        keeper.current = d.id
+        keeper.start()
+        time.sleep(BEAT_S + 1)
+        assert keeper.is_alive()
+    finally:
+        jobs.store.queue.config_set("maxmemory", "0")
+        keeper.current = None
+
+
+@pytest.mark.weights
+def test_a_job_for_other_weights_fails_clearly(
+    worker: subprocess.Popen[bytes], jobs: Jobs, small_msh: bytes
+) -> None:
+    d = replace(request_for(small_msh), decoder="0" * 16)
+    jobs.submit(d, small_msh)
+    state = ended(jobs, d.id)
+    assert (state.status, "other weights" in state.error) == ("failed", True)
 
 
 def test_an_unknown_job_is_none(jobs: Jobs) -> None:
@@ -164,7 +226,7 @@ def test_a_bitstream_that_cannot_be_decoded_fails_clearly_and_the_worker_goes_on
     jobs.submit(d, bytes(bad))
     state = ended(jobs, d.id)
     assert state.status == "failed"
-    assert "entropy" in state.error
+    assert "entropy" in state.error or "escape" in state.error
     good = request_for(small_msh)
     jobs.submit(good, small_msh)
     assert ended(jobs, good.id).status == "succeeded"

@@ -71,6 +71,11 @@ def test_a_giant_declared_size_is_refused_before_anything_is_allocated() -> None
         bitstream.parse(compressai_header(h=65535, w=65535, z=(1024, 1024)) + bytes(64))
 
 
+def test_a_thread_of_pixels_is_refused_for_its_padding() -> None:
+    with pytest.raises(PictureTooLarge, match="side"):
+        bitstream.parse(compressai_header(h=1, w=200_000, z=(1, 3125)) + bytes(64))
+
+
 @pytest.mark.parametrize(
     "data",
     [

@@ -2,15 +2,17 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from compressai.models import MeanScaleHyperprior as Reference
 
-from models import bitstream, checkpoint, codec, zoo
+from models import bitstream, checkpoint, codec, rans, zoo
 from models.codec import Codec
 from models.errors import BitstreamError, ChecksumMismatch, WeightsError, WrongWeights
+from models.hyperprior import Hyperprior
 from models.image import Pixels
 from tests.conftest import psnr
 
@@ -61,17 +63,50 @@ def test_compressai_decodes_the_same_picture(
     assert (ours - theirs).abs().max() < 1e-4
 
 
-def test_exact_latents_do_not_depend_on_threads(shipped: Codec, small_msh: bytes) -> None:
-    b = bitstream.parse(small_msh)
+def test_exact_latents_do_not_depend_on_threads_or_on_neighbours(
+    shipped: Codec, photo: Pixels
+) -> None:
+    """Bit equality over threads, and against another order of sums: one batch of two pictures."""
+    x = codec.to_tensor(photo)
+    b = shipped.encode(x, "msh", "exact")
+    exact = shipped.hyperprior._exact
+    z = torch.round(shipped.net.h_a(shipped.net.g_a(codec.pad(x))) - shipped.hyperprior.medians)
     threads = torch.get_num_threads()
     try:
         found = []
         for n in (1, 2):
             torch.set_num_threads(n)
             found.append(shipped.latents(b).y_hat)
+            whole = exact(z.int(), shipped.hyperprior.medians)[1]
+            part = exact(z[..., :6].int(), shipped.hyperprior.medians)[1]
+            flipped = exact(torch.cat([z.flip(0), z]).int(), shipped.hyperprior.medians)[1][1:]
+            assert torch.equal(whole, flipped)
+            assert torch.equal(whole[..., :16], part[..., :16])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*found)
+
+
+def test_a_stream_of_another_arithmetic_is_decoded_by_trying_others(
+    shipped: Codec, small: Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine whose float32 puts one index across a table's edge still decodes the stream."""
+    b = shipped.encode(codec.to_tensor(small), "compressai", "float")
+    expected = shipped.latents(b).symbols
+    prior = Hyperprior._prior
+    rng = random.Random(0)
+    for _ in range(10):
+        at = tuple(rng.randrange(n) for n in expected.shape)
+
+        def other(self: Hyperprior, z: rans.Int32Array, arithmetic: str, at=at):  # type: ignore[no-untyped-def]
+            indexes, means = prior(self, z, arithmetic)
+            if arithmetic == "float":
+                indexes = indexes.copy()
+                indexes[at] += 1 if indexes[at] < 32 else -1
+            return indexes, means
+
+        monkeypatch.setattr(Hyperprior, "_prior", other)
+        assert np.array_equal(shipped.latents(b).symbols, expected)
 
 
 def test_exact_costs_no_more_than_half_a_percent(shipped: Codec, photo: Pixels) -> None:
@@ -134,13 +169,19 @@ def test_every_shipped_quality_loads_and_bears_its_manifest_id(quality: int) -> 
     assert loaded.weights_id == entry.weights_id
 
 
-def test_an_altered_weights_file_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_an_altered_weights_file_is_refused(tmp_path: Path) -> None:
     entry = next(e for e in checkpoint.manifest() if e.quality == 2)
     data = bytearray((checkpoint.WEIGHTS / entry.file).read_bytes())
     data[-1] ^= 1
     (tmp_path / entry.file).write_bytes(data)
     with pytest.raises(WeightsError, match="not the file"):
         checkpoint.load(entry, tmp_path)
+
+
+def test_a_weights_id_that_is_not_the_tensors_is_refused() -> None:
+    entry = next(e for e in checkpoint.manifest() if e.quality == 2)
+    with pytest.raises(WeightsError, match="weights id"):
+        checkpoint.load(replace(entry, weights_id="00" * 8))
 
 
 def test_weights_of_another_network_are_refused() -> None:

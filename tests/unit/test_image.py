@@ -66,6 +66,61 @@ def test_too_many_pixels_are_refused(small: image.Pixels) -> None:
         image.read(file(Image.fromarray(small)), 100)
 
 
+def test_a_thread_of_pixels_is_refused_for_its_padding() -> None:
+    with pytest.raises(PictureTooLarge, match="side"):
+        image.read(file(Image.new("L", (20_000, 1))), 10**6)
+
+
+def test_a_profile_means_the_same_for_palette_pictures() -> None:
+    """A profile that swaps red and green, on the same red in three modes."""
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    profile = swapped_profile()
+    seen = [image.read(file(p, icc_profile=profile), 10**6)[0, 0] for p in (red, red.convert("P"))]
+    assert np.array_equal(seen[0], seen[1])
+    assert seen[0][1] > seen[0][0]
+
+
+def swapped_profile() -> bytes:
+    """sRGB with the tags of its red and green primaries exchanged."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, green = data.index(b"rXYZ"), data.index(b"gXYZ")
+    data[red : red + 4], data[green : green + 4] = b"gXYZ", b"rXYZ"
+    return bytes(data)
+
+
+def test_more_than_16_bits_are_refused() -> None:
+    for value in (-5, 2**24):
+        data = file(Image.fromarray(np.full((8, 8), value, np.int32)), "TIFF")
+        with pytest.raises(UnsupportedPicture, match="16 bits"):
+            image.read(data, 10**6)
+
+
+def test_formats_that_run_programs_or_unpack_early_are_not_read(small: image.Pixels) -> None:
+    for data in (file(Image.fromarray(small), "EPS"), file(Image.fromarray(small), "ICO")):
+        with pytest.raises(UnsupportedPicture):
+            image.read(data, 10**6)
+
+
+def test_damaged_files_are_picture_errors(small: image.Pixels) -> None:
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    read = 0
+    for name in ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "GIF", "BMP"):
+        options = {"exif": exif} if name == "JPEG" else {}
+        good = file(Image.fromarray(small[:40, :40].copy()), name, **options)
+        for _ in range(150):
+            bad = bytearray(good)
+            for at in rng.integers(0, min(len(bad), 600), 3):
+                bad[at] = rng.integers(256)
+            try:
+                image.read(bytes(bad), 10**5)
+                read += 1
+            except (PictureError, PictureTooLarge):
+                continue
+    assert read < 7 * 150
+
+
 @pytest.mark.parametrize("data", [b"hello", bytes(100)])
 def test_what_is_no_picture_is_unsupported(data: bytes) -> None:
     with pytest.raises(UnsupportedPicture):

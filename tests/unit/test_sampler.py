@@ -73,7 +73,7 @@ def test_noise_is_normal_and_differs_by_step_and_channel() -> None:
 
 
 def test_philox_gives_the_published_words() -> None:
-    """Known answers of Random123's philox4x32-10: all zeros, all ones."""
+    """The known answer of Random123's philox4x32-10 for all zeros."""
     zero = sampler._philox(0, 0, 0, 0, 0, 1, 1)[:, 0, 0]
     assert [hex(int(w)) for w in zero] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
 
@@ -119,9 +119,17 @@ def test_tiers_are_those_of_the_paper_and_our_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"steps": 1001}, {"eta": 1.1}, {"beta": -0.1}, {"gamma": math.nan}]
+    "wrong",
+    [
+        {"steps": 0},
+        {"steps": 1001},
+        {"eta": 1.1},
+        {"beta": -0.1},
+        {"gamma": math.nan},
+        {"sampler": "ddpm", "eta": 0.5},
+    ],
 )
-def test_settings_outside_their_ranges_are_refused(wrong: dict[str, float]) -> None:
+def test_settings_outside_their_ranges_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ParameterError):
         Settings(**{"sampler": "ddim", "steps": 10, **wrong})  # type: ignore[arg-type]
 

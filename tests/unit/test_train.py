@@ -1,7 +1,6 @@
 """The trainer's parts, and a run of seconds."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -144,20 +143,31 @@ def test_a_killed_run_goes_on_where_it_was_saved(
         *("--held-out", own.held_out, "--out", own.out),
         *("--plan", "phase1:5", "--batch", "2", "--crop", "64"),
     ]
-    state = tmp_path / "run/state.pt"
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not state.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(4)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    state, log = tmp_path / "run/state.pt", tmp_path / "run/log.jsonl"
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            until(state.exists)
+            time.sleep(4)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
     first = Trainer(config(plan=(("phase1", 5.0),)))
-    assert first.spent > 1
-    assert first.step > 1
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    time.sleep(6)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    again = Trainer(config(plan=(("phase1", 5.0),)))
-    assert again.step >= first.step
+    assert first.step > 0
+    before = log.read_text().count('"resumed"')
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            until(lambda: log.exists() and log.read_text().count('"resumed"') > before)
+        finally:
+            process.kill()
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    resumed = [row for row in rows if "resumed" in row]
+    assert resumed[-1]["step"] == first.step
+    assert Trainer(config(plan=(("phase1", 5.0),))).step >= first.step
+
+
+def until(true: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

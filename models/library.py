@@ -1,6 +1,5 @@
-"""Models loaded once per process, and the two ways through them."""
+"""All models that are installed, loaded once, and the two ways through them."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,15 +10,14 @@ from torch import Tensor
 from models import bitstream, codec, decoder, image, zoo
 from models.bitstream import Bitstream, Metric
 from models.codec import Codec
-from models.decoder import Decoder
+from models.decoder import Decoder, OnPicture
 from models.errors import WrongWeights
 from models.hyperprior import Latents
-from models.sampler import OnStep
 from models.tiers import Settings
 
 
 @dataclass(frozen=True, slots=True)
-class Runtime:
+class Library:
     """All codecs, and the diffusion decoder where this process draws pictures itself."""
 
     codecs: Mapping[tuple[int, Metric], Codec]
@@ -39,7 +37,7 @@ class Runtime:
         return latents, own.synthesis(latents.y_hat)
 
     def perceptual(
-        self, b: Bitstream, settings: Settings, seed: int, on_step: OnStep | None = None
+        self, b: Bitstream, settings: Settings, seed: int, on_step: OnPicture | None = None
     ) -> image.Pixels:
         """Bitstream -> the diffusion decoder's picture (H, W, 3)."""
         if self.decoder is None:
@@ -58,11 +56,28 @@ class Runtime:
                 self.perceptual(b, Settings("ddim", 1), 0)
 
 
-def load(threads: int = 0, with_decoder: bool = True) -> Runtime:
-    """Load the shipped weights; `threads` CPU threads, all cores where it is 0.
+def load(threads: int = 0, with_decoder: bool = True) -> Library:
+    """Load the shipped weights; `threads` CPU threads, torch's own choice where it is 0.
 
     Raises `WeightsError`.
     """
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    if threads:
+        torch.set_num_threads(threads)
     codecs: dict[tuple[int, Metric], Codec] = {(q, "mse"): zoo.load(q) for q in zoo.QUALITIES}
-    return Runtime(codecs, decoder.load() if with_decoder else None)
+    return Library(codecs, decoder.load() if with_decoder else None)
+
+
+def provenance(
+    tier: str, settings: Settings, seed: int, codec_id: str, decoder_id: str
+) -> dict[str, str]:
+    """PNG text that says what a synthesised picture is."""
+    return {
+        "Software": "Afterimage",
+        "Comment": "synthesised detail: drawn by a diffusion decoder, not recorded by a camera",
+        "afterimage:tier": tier,
+        "afterimage:sampler": f"{settings.sampler} eta={settings.eta} gamma={settings.gamma} "
+        f"beta={settings.beta}",
+        "afterimage:steps": str(settings.steps),
+        "afterimage:seed": str(seed),
+        "afterimage:weights": f"codec {codec_id}, decoder {decoder_id}",
+    }
