@@ -14,6 +14,7 @@ from models.hyperprior import Hyperprior
 from models.msh import MeanScaleHyperprior
 from models.synthesis import Synthesis
 
+_TABLES = ("._quantized_cdf", "._offset", "._cdf_length", ".scale_table")
 QUALITIES = (1, 2, 3)
 """Qualities whose weights are shipped."""
 
@@ -56,7 +57,7 @@ def load(quality: int, metric: Metric = "mse", folder: Path = checkpoint.WEIGHTS
 
 
 def with_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A CompressAI state dict without CDFs -> the same with the tables that its `update()` makes.
+    """A CompressAI state dict -> its parameters with the tables that its `update()` makes.
 
     Needs `compressai`, which the running service does not import.
     """
@@ -67,14 +68,14 @@ def with_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     m, n = state["g_a.6.weight"].shape[:2]
     reference = Reference(n, m)
     reference.update()
-    full = {**reference.state_dict(), **{k: v.float() for k, v in state.items()}}
-    reference.load_state_dict(full)
+    weights = {k: v for k, v in state.items() if not k.endswith(_TABLES)}
+    floats = {k: v.float() for k, v in weights.items()}
+    reference.load_state_dict({**reference.state_dict(), **floats})
     reference.update(force=True)
-    out = dict(state)
     for name, value in reference.state_dict().items():
-        if name.rpartition(".")[2] in {"_quantized_cdf", "_offset", "_cdf_length", "scale_table"}:
-            out[name] = value.to(torch.int32) if "scale" not in name else value.float()
-    return out
+        if name.endswith(_TABLES):
+            weights[name] = value.to(torch.int32) if "scale" not in name else value.float()
+    return weights
 
 
 def _tables(tensors: Mapping[str, Tensor], part: str) -> rans.Tables:

@@ -1,9 +1,9 @@
-"""`python -m models.train bank | diffusion`: see `--help` of each."""
+"""`python -m models.train bank | diffusion | export`: see `--help` of each."""
 
 import argparse
 from pathlib import Path
 
-from models.train import bank
+from models.train import bank, export
 from models.train.diffusion import TrainConfig, Trainer
 
 
@@ -41,11 +41,19 @@ def main() -> None:
     d.add_argument("--lr-phase2", type=float, default=argparse.SUPPRESS)
     d.add_argument("--seed", type=int, default=argparse.SUPPRESS)
     d.add_argument("--compile", action="store_true")
+
+    e = commands.add_parser("export", help="install weights into models/weights/")
+    e.add_argument("file", type=Path, help="decoder.safetensors of a run, or a codec's state dict")
+    e.add_argument("--quality", type=int, choices=(1, 2, 3), help="the file is a codec's")
     args = vars(parser.parse_args())
 
-    if args.pop("command") == "bank":
+    command = args.pop("command")
+    if command == "bank":
         files = bank.photographs(args["photos"], args["held_out"])[: args["limit"]]
         bank.build(files, args["out"] / f"q{args['quality']}", args["quality"])
+    elif command == "export":
+        file, quality = args["file"], args["quality"]
+        print(export.codec(file, quality) if quality else export.decoder(file))  # noqa: T201
     else:
         Trainer(TrainConfig(**args)).run()
 

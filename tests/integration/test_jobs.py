@@ -25,9 +25,9 @@ FAST = Settings("ddim", 2, beta=1.0)
 
 
 def request_for(data: bytes, seed: int = 0, tier: str = "perceptual") -> Decode:
-    ids = {e.kind: e.weights_id for e in checkpoint.manifest()}
     b = bitstream.parse(data)
-    return Decode(bitstream.digest(data), tier, FAST, seed, b.weights_id, ids["decoder"],
+    ids = {e.kind: e.weights_id for e in checkpoint.manifest() if e.quality in {0, b.quality}}
+    return Decode(bitstream.digest(data), tier, FAST, seed, ids["codec"], ids["decoder"],
                   b.quality, b.width, b.height)  # fmt: skip
 
 

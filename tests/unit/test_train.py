@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from models import image
-from models.train import bank
+from models import checkpoint, decoder, image, zoo
+from models.train import bank, export
 from models.train.diffusion import TrainConfig, Trainer
 from models.train.lpips import Lpips
 
@@ -121,6 +121,23 @@ def test_a_run_learns_both_phases_and_leaves_loadable_weights(
         assert card["steps"] > 0
         assert "bank" not in card
         assert "/" not in card["lpips"]
+
+
+def test_exported_weights_load_by_the_manifest(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    trainer = Trainer(config())
+    trainer.save()
+    folder = tmp_path / "weights"
+    identity = export.decoder(tmp_path / "run/decoder.safetensors", folder)
+    loaded = decoder.load(folder)
+    assert loaded.weights_id == identity
+    assert loaded.net.config == trainer.net.config
+    shipped = next(e for e in checkpoint.manifest() if e.quality == 1)
+    again = export.codec(checkpoint.WEIGHTS / shipped.file, 1, folder)
+    assert again == shipped.weights_id
+    assert zoo.load(1, folder=folder).weights_id == again
+    assert [e.name for e in checkpoint.manifest(folder)] == ["decoder_compact", "msh_q1"]
 
 
 def test_a_loss_that_is_not_finite_falls_back_to_the_average(
