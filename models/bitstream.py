@@ -68,11 +68,6 @@ class Bitstream:
     weights_id: str = ""  # 16 hex digits
     symbols_crc: int | None = None  # CRC-32C of the symbols of y, int32 little-endian, (M, h, w)
 
-    @property
-    def bpp(self) -> float:
-        """Bits per pixel of the whole file."""
-        return len(serialize(self)) * 8 / (self.height * self.width)
-
 
 def digest(data: bytes) -> str:
     """SHA-256 of a file's bytes, in hex: its name in every store."""

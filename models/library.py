@@ -30,6 +30,10 @@ class Library:
             raise WrongWeights(f"no weights for quality {b.quality}, metric {b.metric} are here")
         return found
 
+    def weights_ids(self, b: Bitstream) -> tuple[str, str]:
+        """Ids of the codec's and the diffusion decoder's weights that draw `b`."""
+        return self.codec(b).weights_id, self.decoder.weights_id if self.decoder else ""
+
     def instant(self, b: Bitstream) -> tuple[Latents, Tensor]:
         """Bitstream -> latents, and the codec's picture of them (1, 3, H, W), still padded."""
         own = self.codec(b)

@@ -227,8 +227,7 @@ def _decode(args: argparse.Namespace) -> int:
                     bar.update()
 
                 pixels = loaded.perceptual(b, tier.settings, seed, on_step)
-            ids = loaded.codec(b).weights_id, loaded.decoder.weights_id if loaded.decoder else ""
-            text = library.provenance(tier.name, tier.settings, seed, *ids)
+            text = library.provenance(tier.name, tier.settings, seed, *loaded.weights_ids(b))
         return image.write(pixels, _picture_format(targets[source]), text)
 
     return _each(targets, one)

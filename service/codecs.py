@@ -6,7 +6,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Query, Response
 
 from models import bitstream, codec, image
-from models.bitstream import Format
+from models.bitstream import Bitstream, Format
 from models.tiers import TIERS
 from service import problems, schemas
 from service.deps import Body, Own
@@ -47,13 +47,12 @@ async def encode(
 ) -> Response:
     """Encode a photograph: upright by EXIF, in sRGB, transparency flattened on white."""
 
-    def compute() -> bytes:
+    def compute() -> Bitstream:
         pixels = image.read(data, own.settings.max_pixels)
-        used = own.library.codecs[quality, "mse"]
-        return bitstream.serialize(used.encode(codec.to_tensor(pixels), format, "exact"))
+        return own.library.codecs[quality, "mse"].encode(codec.to_tensor(pixels), format, "exact")
 
-    made = await anyio.to_thread.run_sync(compute, limiter=own.cores)
-    b = bitstream.parse(made, own.settings.max_pixels)
+    b = await anyio.to_thread.run_sync(compute, limiter=own.cores)
+    made = bitstream.serialize(b)
     headers = {
         "X-Afterimage-Bpp": f"{8 * len(made) / (b.width * b.height):.4f}",
         "X-Content-Type-Options": "nosniff",

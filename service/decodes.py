@@ -89,7 +89,7 @@ async def decode(
     finished = await anyio.to_thread.run_sync(own.store.picture, request.id)
     if finished is not None:
         return _picture(finished, chosen.name, FINAL_CACHE, {**headers, "X-Cache": "hit"})
-    draft = await _draft(own, b, began, {**headers, "X-Cache": "miss"})
+    draft = await _kept_draft(own, request, b, began, {**headers, "X-Cache": "miss"})
     # only what decodes is queued
     await anyio.to_thread.run_sync(own.jobs.submit, request, data)
     return draft
@@ -127,7 +127,8 @@ async def picture(own: Own, id: str, request: Request) -> Response:
         data = await anyio.to_thread.run_sync(own.store.bitstream, state.decode.digest)
         if data is None:
             raise JobNotFound(f"the bitstream of decode {id} is no longer kept")
-        answer = await _kept_draft(own, state, data)
+        b = bitstream.parse(data, own.settings.max_pixels)
+        answer = await _kept_draft(own, state.decode, b, time.perf_counter(), {})
     known = {
         tag.strip().removeprefix("W/")
         for tag in request.headers.get("if-none-match", "").split(",")
@@ -138,15 +139,15 @@ async def picture(own: Own, id: str, request: Request) -> Response:
     return answer
 
 
-async def _kept_draft(own: State, state: JobState, data: bytes) -> Response:
+async def _kept_draft(
+    own: State, decode: Decode, b: Bitstream, began: float, headers: dict[str, str]
+) -> Response:
     """The instant picture from the cache; computed, and kept there, where it is not."""
-    name = state.decode.digest, state.decode.codec
+    name = decode.digest, decode.codec
     kept = await anyio.to_thread.run_sync(own.store.draft, *name)
     if kept is not None:
-        return _picture(kept, "instant", DRAFT_CACHE, {})
-    answer = await _draft(
-        own, bitstream.parse(data, own.settings.max_pixels), time.perf_counter(), {}
-    )
+        return _picture(kept, "instant", DRAFT_CACHE, headers)
+    answer = await _draft(own, b, began, headers)
     await anyio.to_thread.run_sync(own.store.put_draft, *name, bytes(answer.body))
     return answer
 

@@ -1,8 +1,10 @@
 """The contract between API and workers: what a job is, where it stands, how it is handed over."""
 
+import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -153,22 +155,18 @@ class Jobs:
     def reap(self) -> None:
         """Queue again, in front, what silent workers left; give it up after `MAX_ATTEMPTS`."""
         silent = self.store.queue.zrangebyscore(self._leases, 0, self._now() - LEASE_S)
+
+        def leave(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
+            pipe.zrem(self._leases, job_id)
+            if state and state.status == "running":
+                if state.attempts < MAX_ATTEMPTS:
+                    pipe.hset(self._key(job_id), mapping={"status": "queued", "step": 0})
+                    self._enqueue(job_id, pipe, at_front=True)
+                else:
+                    pipe.hset(self._key(job_id), mapping=_end("failed", GIVEN_UP))
+
         for job_id in (value.decode() for value in silent):  # type: ignore[union-attr]
-            with self.store.queue.pipeline() as pipe:
-                try:
-                    pipe.watch(self._key(job_id), self._leases)  # type: ignore[no-untyped-call]
-                    state = self.get(job_id)
-                    pipe.multi()
-                    pipe.zrem(self._leases, job_id)
-                    if state and state.status == "running":
-                        if state.attempts < MAX_ATTEMPTS:
-                            pipe.hset(self._key(job_id), mapping={"status": "queued", "step": 0})
-                            self._enqueue(job_id, pipe, at_front=True)
-                        else:
-                            pipe.hset(self._key(job_id), mapping=_end("failed", GIVEN_UP))
-                    pipe.execute()
-                except redis.WatchError:  # another reaper was there, or the worker spoke up
-                    continue
+            self._change(job_id, self._leases, leave)
 
     def astray(self) -> set[str]:
         """Jobs that should be in the queue and are not: a worker took them and fell at once."""
@@ -178,19 +176,15 @@ class Jobs:
 
     def requeue(self, job_ids: set[str]) -> None:
         """Queue jobs again, in front, that are still waiting."""
+
+        def back(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
+            if state and state.status == "queued":
+                self._enqueue(job_id, pipe, at_front=True)
+            else:
+                pipe.srem(self._waiting, job_id)
+
         for job_id in job_ids:
-            with self.store.queue.pipeline() as pipe:
-                try:
-                    pipe.watch(self._key(job_id), self._waiting)  # type: ignore[no-untyped-call]
-                    state = self.get(job_id)
-                    pipe.multi()
-                    if state and state.status == "queued":
-                        self._enqueue(job_id, pipe, at_front=True)
-                    else:
-                        pipe.srem(self._waiting, job_id)
-                    pipe.execute()
-                except redis.WatchError:  # another keeper was there, or a worker speaks up
-                    continue
+            self._change(job_id, self._waiting, back)
 
     def progress(self, job_id: str, step: int) -> None:
         """A denoiser step is done."""
@@ -214,6 +208,18 @@ class Jobs:
             pipe.expire(self._key(job_id), RECORD_TTL_S)
             pipe.zrem(self._leases, job_id)
             pipe.srem(self._waiting, job_id)
+            pipe.execute()
+
+    def _change(
+        self, job_id: str, also: str, change: Callable[[str, JobState | None, Pipeline], None]
+    ) -> None:
+        """Apply `change` to the record as it stands; nothing where it or `also` changes meanwhile:
+        another keeper was there, or the worker speaks up."""
+        with self.store.queue.pipeline() as pipe, contextlib.suppress(redis.WatchError):
+            pipe.watch(self._key(job_id), also)  # type: ignore[no-untyped-call]
+            state = self.get(job_id)
+            pipe.multi()
+            change(job_id, state, pipe)
             pipe.execute()
 
     def _enqueue(self, job_id: str, pipe: Pipeline, at_front: bool = False) -> None:

@@ -91,7 +91,7 @@ def _draw(
     """The PNG file that `decode` asks for; `WrongWeights` where ours are not the ones it names."""
     library = Context.library
     b = bitstream.parse(data, Context.max_pixels)
-    ids = library.codec(b).weights_id, library.decoder.weights_id if library.decoder else ""
+    ids = library.weights_ids(b)
     if ids != (decode.codec, decode.decoder):
         raise WrongWeights("it was queued for other weights than this worker has; send it again")
     pixels = library.perceptual(b, decode.settings, decode.seed, on_step)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import schedule
+from models.sampler import ddim_step
 from models.train.bank import Bank, Batch
 from models.train.lpips import Lpips
 from models.unet import Maps, UNet, UNetConfig, high_pass
@@ -176,18 +177,12 @@ class Trainer:
         maps = self._maps(batch, beta)
         target = self._target(batch)
         calls = int(torch.randint(len(FEW_STEPS), (), generator=self.generator))
-        x_t = torch.randn(target.shape, generator=self.generator).to(self.device)
-        for i in range(calls + 1):
-            t = FEW_STEPS[i]
-            a_t = schedule.alpha_bar(t)
-            with torch.set_grad_enabled(i == calls):
-                times = torch.full((len(target),), t, device=self.device)
-                v = self._denoise(x_t, times, maps, batch, beta)
-                x0 = schedule.x0_from_v(x_t, v, a_t)
-                if i < calls:
-                    a_prev = schedule.alpha_bar(FEW_STEPS[i + 1])
-                    eps = schedule.eps_from_v(x_t, v, a_t)
-                    x_t = math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev) * eps
+        with torch.no_grad():
+            x_t = self._rollout(maps, batch, beta, calls)
+        t = FEW_STEPS[calls]
+        times = torch.full((len(target),), t, device=self.device)
+        v = self._denoise(x_t, times, maps, batch, beta)
+        x0 = schedule.x0_from_v(x_t, v, schedule.alpha_bar(t))
         mse = (x0 - target).square().mean()
         own = target.square().mean()  # the codec's picture is x0 = 0
         excess = (mse / own).item() > self.config.mse_allowance
@@ -199,6 +194,18 @@ class Trainer:
             loss = loss + distance
             parts["lpips"] = distance.item()
         return loss, parts
+
+    def _rollout(self, maps: Maps, batch: Batch, beta: Tensor, calls: int) -> Tensor:
+        """x_t after `calls` DDIM steps from noise along `FEW_STEPS`; after all of them, x0."""
+        times = (*FEW_STEPS, 0.0)
+        x_t = torch.randn(batch.x.shape, generator=self.generator).to(self.device)
+        for t, t_prev in zip(times[:calls], times[1:], strict=False):
+            a_t, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+            now = torch.full((len(x_t),), t, device=self.device)
+            v = self._denoise(x_t, now, maps, batch, beta)
+            x0, eps = schedule.x0_from_v(x_t, v, a_t), schedule.eps_from_v(x_t, v, a_t)
+            x_t = ddim_step(x_t, x0, eps, a_t, a_prev, 0.0, torch.zeros_like(x0))
+        return x_t
 
     @torch.no_grad()
     def validate(self, crops: int = 64) -> dict[str, float]:
@@ -213,13 +220,8 @@ class Trainer:
             row = {"held_v": self._denoising_loss(batch, torch.zeros(8)).item()}
             beta = torch.ones(8)
             maps = self._maps(batch, beta)
-            x_t = torch.randn(batch.x.shape, generator=self.generator).to(self.device)
-            for i, t in enumerate(FEW_STEPS):
-                a_t, a_prev = schedule.alpha_bar(t), schedule.alpha_bar((*FEW_STEPS, 0.0)[i + 1])
-                v = self._denoise(x_t, torch.full((8,), t, device=self.device), maps, batch, beta)
-                x0, eps = schedule.x0_from_v(x_t, v, a_t), schedule.eps_from_v(x_t, v, a_t)
-                x_t = math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev) * eps
-            picture = (batch.x_hat + self._scale(batch) * high_pass(x_t)).clamp(0, 1)
+            x0 = self._rollout(maps, batch, beta, len(FEW_STEPS))
+            picture = (batch.x_hat + self._scale(batch) * high_pass(x0)).clamp(0, 1)
             row["held_mse"] = F.mse_loss(picture, batch.x).item()
             row["held_mse_msh"] = F.mse_loss(batch.x_hat, batch.x).item()
             if self.lpips is not None:
