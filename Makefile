@@ -4,12 +4,13 @@ BIN := .venv/bin
 READY := .venv/.ready
 PHOTO ?= tests/data/kodim23.png
 URL ?=
+PART ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test check bench
+.PHONY: help setup run demo test check bench fuzz gpu-check
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -32,5 +33,11 @@ check: $(READY) ## lint, formatting and types
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
-bench: $(READY) ## compare decoding time with CompressAI's in one process
-	@$(BIN)/python -P tests/bench/decode.py
+bench: $(READY) ## time and memory, against CompressAI in one process (PART=decode or diffusion)
+	@for part in $(or $(PART),decode diffusion); do $(BIN)/python -P tests/bench/$$part.py || exit; done
+
+fuzz: $(READY) ## mutated bitstreams of both formats; exit 1 on any violation (N=, SEED=)
+	@$(BIN)/python -P -W ignore tests/fuzz/bitstreams.py $(or $(N),100000) --seed $(or $(SEED),0)
+
+gpu-check: $(READY) ## CUDA against CPU, one minute of each trainer, timings; exit 3 without a device
+	@$(BIN)/python -P tests/gpu/check.py

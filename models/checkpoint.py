@@ -29,6 +29,7 @@ class Entry:
     weights_id: str
     quality: int = 0
     metric: str = ""
+    source: str = ""  # what it was imported from
 
 
 def weights_id(tensors: Mapping[str, Tensor]) -> str:
@@ -45,9 +46,9 @@ def manifest(folder: Path = WEIGHTS) -> list[Entry]:
     """All entries of the folder's `manifest.toml`; `WeightsError` where it is missing or wrong."""
     path = folder / "manifest.toml"
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text("utf-8"))
         return [Entry(**row) for row in table["weights"]]
-    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise WeightsError(f"{path}: {e}") from e
 
 

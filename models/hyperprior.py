@@ -1,20 +1,23 @@
 """Entropy coded strings to latents and back: the one place where `y_hat` comes from.
 
 The hyperprior decides which CDF decodes which symbol, so encoder and decoder must agree on it to
-the last bit. Two profiles: `float` computes `h_s` in float32 as CompressAI does on a CPU; `exact`
-computes it in integers (held in float64, every sum below 2^53), so that the result cannot depend
-on thread layout, backend or machine.
+the last bit. Two profiles: `float` computes `h_s` in float32 as CompressAI does on a CPU, and where
+that fails as other machines may have done; `exact` computes it in integers (held in float64, every
+sum below 2^53), so that the result cannot depend on thread layout, backend or machine.
 """
 
 import copy
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models import rans, tiles
+from models import rans, recovery, tiles
 from models.bitstream import STRIDE_Z, padded
 from models.errors import CorruptStream, DesynchronisedStream, LengthMismatch
 from models.msh import MeanScaleHyperprior
@@ -23,6 +26,10 @@ EXACT_BITS = 16
 """Fraction bits of the `exact` profile's weights and activations."""
 EXACT_SLOPE = 655
 """Leaky slope in 2^-16: 655 / 65536 = 0.009995, for LeakyReLU's 0.01."""
+EXACT_WINDOW = 16**2
+"""Positions of z in a window of the exact `h_s`: 1024×1024 pixels, about 0.1 GB meanwhile."""
+EXACT_OVERLAP = 2
+"""Positions of z read beyond what is kept: `h_s` reaches 1 + 1/2 + 1/4."""
 SCALE_MIN = 0.11
 """Lower bound of a latent's scale, the first entry of CompressAI's scale table."""
 
@@ -32,12 +39,14 @@ class Latents:
     """What entropy decoding yields.
 
     `symbols` (M, h, w) int32 are what was coded; `y_hat` (1, M, h, w) float32 is their sum with the
-    means; `bits` (h, w) float32 is what each position cost, summed over channels.
+    means; `bits` (h, w) float32 is what each position cost, summed over channels; `arithmetic` is
+    how `h_s` was computed: "exact", "float", or one of `recovery.ARITHMETICS`.
     """
 
     y_hat: Tensor
     symbols: rans.Int32Array
     bits: NDArray[np.float32]
+    arithmetic: str = ""
 
 
 class Hyperprior:
@@ -56,7 +65,7 @@ class Hyperprior:
         self.y_tables = y_tables
         self.medians = medians.reshape(1, -1, 1, 1)
         self.scale_table = scale_table
-        self._exact = ExactHyperSynthesis(net.h_s, scale_table)
+        self._exact = ExactHyperSynthesis(net.h_s, net.M, scale_table)
 
     def encode(self, x: Tensor, profile: str) -> tuple[bytes, bytes, Latents]:
         """`x` (1, 3, H, W) in [0, 1], sides multiples of 64 -> y string, z string, latents.
@@ -73,7 +82,7 @@ class Hyperprior:
             indexes, means = self._prior(z_symbols, profile)
             symbols = torch.round(y - means)[0].to(torch.int32).numpy()
         y_string = rans.encode(symbols, indexes, self.y_tables)
-        return y_string, z_string, self._latents(symbols, indexes, means)
+        return y_string, z_string, self._latents(symbols, indexes, means, profile)
 
     def decode(
         self, y_string: bytes, z_string: bytes, size: tuple[int, int], profile: str
@@ -87,40 +96,74 @@ class Hyperprior:
             raise LengthMismatch(f"padded size {size} is no multiple of {STRIDE_Z}")
         shape = (self.net.N, size[0] // STRIDE_Z, size[1] // STRIDE_Z)
         z_symbols = rans.decode(z_string, _channels(shape), self.z_tables)
-        tries = ("exact",) if profile == "exact" else ("float", "float64")
-        failure: CorruptStream | DesynchronisedStream | None = None
-        for arithmetic in tries:
-            with torch.inference_mode():
-                indexes, means = self._prior(z_symbols, arithmetic)
-            try:
-                symbols = rans.decode(y_string, indexes, self.y_tables)
-            except (CorruptStream, DesynchronisedStream) as e:  # out of step looks like either
-                failure = failure or e
-                continue
-            return self._latents(symbols, indexes, means)
-        assert failure is not None
+        with torch.inference_mode():
+            indexes, means = self._prior(z_symbols, profile)
+        try:
+            symbols = rans.decode(y_string, indexes, self.y_tables)
+        except (CorruptStream, DesynchronisedStream) as e:  # out of step looks like either
+            if profile == "exact":
+                raise
+            return self._recover(y_string, z_symbols, indexes, e)
+        return self._latents(symbols, indexes, means, profile)
+
+    def _recover(
+        self,
+        y_string: bytes,
+        z_symbols: rans.Int32Array,
+        indexes: rans.Int32Array,
+        failure: CorruptStream | DesynchronisedStream,
+    ) -> Latents:
+        """Latents by the first arithmetic whose contexts decode the y string; else `failure`."""
+        seen = {_fingerprint(indexes)}
+        try:
+            for arithmetic, indexes, means in self._priors(z_symbols):
+                if _fingerprint(indexes) in seen:
+                    continue
+                seen.add(_fingerprint(indexes))
+                try:
+                    symbols = rans.decode(y_string, indexes, self.y_tables)
+                except (CorruptStream, DesynchronisedStream):
+                    continue
+                return self._latents(symbols, indexes, means, arithmetic)
+        except recovery.Unavailable as e:
+            raise type(failure)(f"{failure}; the process for other arithmetics: {e}") from e
         raise failure
 
-    def _prior(self, z_symbols: rans.Int32Array, arithmetic: str) -> tuple[rans.Int32Array, Tensor]:
+    def _priors(self, z_symbols: rans.Int32Array) -> Iterator[tuple[str, rans.Int32Array, Tensor]]:
+        z_hat = self._z_hat(z_symbols)
+        for arithmetic in recovery.ARITHMETICS:
+            scales_hat, means_hat = recovery.HELPER.evaluate(
+                self._key, self.net.h_s, z_hat, arithmetic
+            )
+            yield arithmetic, self._indexes(scales_hat), means_hat
+
+    def _prior(self, z_symbols: rans.Int32Array, profile: str) -> tuple[rans.Int32Array, Tensor]:
         """`z` symbols (N, h, w) -> contexts (M, 4h, 4w) and means (1, M, 4h, 4w)."""
-        symbols = torch.from_numpy(z_symbols)[None]
-        if arithmetic == "exact":
-            return self._exact(symbols, self.medians)
-        z_hat = symbols.float() + self.medians
-        if arithmetic == "float64":
-            h_s = _to_float64(self.net.h_s)
-            scales_hat, means_hat = h_s(z_hat.double()).float().chunk(2, 1)
-        else:
-            scales_hat, means_hat = self.net.h_s(z_hat).chunk(2, 1)
+        if profile == "exact":
+            return self._exact(torch.from_numpy(z_symbols)[None], self.medians)
+        scales_hat, means_hat = self.net.h_s(self._z_hat(z_symbols)).chunk(2, 1)
+        return self._indexes(scales_hat), means_hat
+
+    def _z_hat(self, z_symbols: rans.Int32Array) -> Tensor:
+        return torch.from_numpy(z_symbols)[None].float() + self.medians
+
+    def _indexes(self, scales_hat: Tensor) -> rans.Int32Array:
         indexes = torch.bucketize(scales_hat.clamp(min=SCALE_MIN), self.scale_table[:-1])
-        return indexes[0].to(torch.int32).numpy(), means_hat
+        return indexes[0].to(torch.int32).numpy()
+
+    @cached_property
+    def _key(self) -> str:
+        h = hashlib.sha256()
+        for t in self.net.h_s.state_dict().values():
+            h.update(t.numpy().tobytes())
+        return h.hexdigest()
 
     def _latents(
-        self, symbols: rans.Int32Array, indexes: rans.Int32Array, means: Tensor
+        self, symbols: rans.Int32Array, indexes: rans.Int32Array, means: Tensor, arithmetic: str
     ) -> Latents:
         y_hat = torch.from_numpy(symbols)[None].float() + means
         bits = rans.bits(symbols, indexes, self.y_tables).sum(0, dtype=np.float32)
-        return Latents(y_hat, symbols, bits)
+        return Latents(y_hat, symbols, bits, arithmetic)
 
 
 class ExactHyperSynthesis:
@@ -133,7 +176,8 @@ class ExactHyperSynthesis:
 
     LIMIT = float(1 << (EXACT_BITS + 11))
 
-    def __init__(self, h_s: nn.Sequential, scale_table: Tensor) -> None:
+    def __init__(self, h_s: nn.Sequential, M: int, scale_table: Tensor) -> None:
+        self.M = M
         self.layers = _to_float64(h_s)
         one = 1 << EXACT_BITS
         for layer in self.layers:
@@ -149,20 +193,33 @@ class ExactHyperSynthesis:
         self.thresholds = torch.floor(scale_table[:-1].double() * one)
 
     def __call__(self, z_symbols: Tensor, medians: Tensor) -> tuple[rans.Int32Array, Tensor]:
-        """`z` symbols (1, N, h, w) -> contexts (M, 4h, 4w) int32, means (1, M, 4h, 4w) float32."""
+        """`z` symbols (B, N, h, w) -> contexts (M, 4h, 4w) int32 of the first, all means, float32.
+
+        The means are (B, M, 4h, 4w).
+        """
         one = float(1 << EXACT_BITS)
         x = z_symbols.double() * one + torch.round(medians.double() * one)
         x = x.clamp(-self.LIMIT, self.LIMIT)
+        rows, columns = x.shape[2:]
+        means = torch.empty(len(x), self.M, 4 * rows, 4 * columns)
+        indexes = torch.empty_like(means, dtype=torch.int32)
+        for w in tiles.windows(rows, columns, EXACT_WINDOW, EXACT_OVERLAP):
+            scales_hat, means_hat = self._window(x[w.reads(1)])[w.within(4)].chunk(2, 1)
+            scales_hat = scales_hat.contiguous()  # else `bucketize` warns
+            indexes[w.writes(4)] = torch.bucketize(scales_hat, self.thresholds, out_int32=True)
+            # within ±2^11 and rounded to 2^-12: float32 holds the means exactly
+            means[w.writes(4)] = (torch.floor(means_hat / 16 + 0.5) / 4096).float()
+        return indexes[0].numpy(), means
+
+    def _window(self, x: Tensor) -> Tensor:
+        """`z` (1, N, h, w) -> scales and means (1, 2M, 4h, 4w), all in units of 2^-16."""
+        one = float(1 << EXACT_BITS)
         for layer in self.layers:
             if isinstance(layer, nn.LeakyReLU):
                 x = torch.where(x < 0, torch.floor(x * EXACT_SLOPE / one), x)
             else:
                 x = torch.floor(layer(x) / one).clamp(-self.LIMIT, self.LIMIT)
-        scales, means = x.chunk(2, 1)
-        indexes = torch.bucketize(scales.contiguous(), self.thresholds)
-        # within ±2^11 and rounded to 2^-12: float32 holds the means exactly
-        means = torch.floor(means / 16 + 0.5) / 4096
-        return indexes[0].to(torch.int32).numpy(), means.float()
+        return x
 
 
 def origin(height: int, width: int) -> tuple[int, int]:
@@ -175,6 +232,10 @@ def _channels(shape: tuple[int, ...]) -> rans.Int32Array:
     """Contexts of `z`: a symbol's context is its channel."""
     channel = np.arange(shape[0], dtype=np.int32)[:, None, None]
     return np.ascontiguousarray(np.broadcast_to(channel, shape))
+
+
+def _fingerprint(indexes: rans.Int32Array) -> bytes:
+    return hashlib.sha256(indexes.tobytes()).digest()
 
 
 def _to_float64(h_s: nn.Sequential) -> nn.Sequential:

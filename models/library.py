@@ -1,38 +1,57 @@
-"""All models that are installed, loaded once, and the two ways through them."""
+"""All models that are installed, and the two ways through them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models import bitstream, codec, decoder, image, zoo
+from models import bitstream, catalogue, codec, decoder, image, realism, zoo
 from models.bitstream import Bitstream, Metric
 from models.codec import Codec
 from models.decoder import Decoder, OnPicture
-from models.errors import WrongWeights
 from models.hyperprior import Latents
 from models.tiers import Settings
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """All codecs, and the diffusion decoder where this process draws pictures itself."""
+    """The shipped codecs, the user's, and the diffusion decoder where this process draws itself."""
 
     codecs: Mapping[tuple[int, Metric], Codec]
     decoder: Decoder | None
+    imports: zoo.Imports = field(default_factory=zoo.Imports)
 
     def codec(self, b: Bitstream) -> Codec:
         """The codec that made `b`; `WrongWeights` where it is not installed."""
-        found = self.codecs.get((b.quality, b.metric))
-        if found is None:
-            raise WrongWeights(f"no weights for quality {b.quality}, metric {b.metric} are here")
-        return found
+        return self.find(b.quality, b.metric, b.weights_id)
+
+    def find(self, quality: int, metric: Metric, weights_id: str = "") -> Codec:
+        """By weights id; where there is none the user's last import, else what is shipped.
+
+        Raises `WrongWeights`, `WeightsError` where an import's file is altered.
+        """
+        row = self.imports.find(quality, metric, weights_id)
+        return self._shipped(quality, metric, weights_id) if row is None else self.imports.load(row)
+
+    def codec_id(self, b: Bitstream) -> str:
+        """The weights id of `codec(b)`, which is not loaded for it. Raises `WrongWeights`."""
+        row = self.imports.find(b.quality, b.metric, b.weights_id)
+        if row is not None:
+            return row.entry.weights_id
+        return self._shipped(b.quality, b.metric, b.weights_id).weights_id
 
     def weights_ids(self, b: Bitstream) -> tuple[str, str]:
         """Ids of the codec's and the diffusion decoder's weights that draw `b`."""
-        return self.codec(b).weights_id, self.decoder.weights_id if self.decoder else ""
+        return self.codec_id(b), self.decoder.weights_id if self.decoder else ""
+
+    def _shipped(self, quality: int, metric: Metric, weights_id: str) -> Codec:
+        found = self.codecs.get((quality, metric))
+        if found is None or weights_id not in {"", found.weights_id}:
+            raise catalogue.wrong_weights(quality, metric, weights_id)
+        return found
 
     def instant(self, b: Bitstream) -> tuple[Latents, Tensor]:
         """Bitstream -> latents, and the codec's picture of them (1, 3, H, W), still padded."""
@@ -41,14 +60,23 @@ class Library:
         return latents, own.synthesis(latents.y_hat)
 
     def perceptual(
-        self, b: Bitstream, settings: Settings, seed: int, on_step: OnPicture | None = None
+        self,
+        b: Bitstream,
+        settings: Settings,
+        seed: int,
+        on_step: OnPicture | None = None,
+        alpha: float = 1.0,
     ) -> image.Pixels:
-        """Bitstream -> the diffusion decoder's picture (H, W, 3)."""
+        """Bitstream -> the diffusion decoder's picture (H, W, 3), at realism `alpha`.
+
+        The decoder was trained with the latents of the shipped codecs: others' stay hidden from it.
+        """
         if self.decoder is None:
             raise ValueError("this process was started without the diffusion decoder")
         latents, x_hat = self.instant(b)
-        x = self.decoder.sample(latents, x_hat, b.quality, settings, seed, on_step)
-        return codec.to_pixels(codec.crop(x, b.height, b.width))
+        shown = self.codec_id(b) in {own.weights_id for own in self.codecs.values()}
+        x = self.decoder.sample(latents, x_hat, b.quality, settings, seed, on_step, shown)
+        return codec.to_pixels(codec.crop(realism.mix(x_hat, x, alpha), b.height, b.width))
 
     def warm_up(self) -> None:
         """One small picture both ways, so that what is compiled on first use is compiled now."""
@@ -60,28 +88,30 @@ class Library:
                 self.perceptual(b, Settings("ddim", 1), 0)
 
 
-def load(threads: int = 0, with_decoder: bool = True) -> Library:
-    """Load the shipped weights; `threads` CPU threads, torch's own choice where it is 0.
+def load(threads: int = 0, with_decoder: bool = True, folder: Path | None = None) -> Library:
+    """Load the shipped weights, and look up what was imported into the user's `folder`.
 
-    Raises `WeightsError`.
+    `threads` CPU threads, torch's own choice where it is 0. Raises `WeightsError`.
     """
     if threads:
         torch.set_num_threads(threads)
     codecs: dict[tuple[int, Metric], Codec] = {(q, "mse"): zoo.load(q) for q in zoo.QUALITIES}
-    return Library(codecs, decoder.load() if with_decoder else None)
+    imports = zoo.Imports(catalogue.imported(folder))
+    return Library(codecs, decoder.load() if with_decoder else None, imports)
 
 
 def provenance(
-    tier: str, settings: Settings, seed: int, codec_id: str, decoder_id: str
+    tier: str, settings: Settings, seed: int, codec_id: str, decoder_id: str, alpha: float = 1.0
 ) -> dict[str, str]:
-    """PNG text that says what a synthesised picture is."""
+    """Metadata that say what a synthesised picture is."""
     return {
         "Software": "Afterimage",
         "Comment": "synthesised detail: drawn by a diffusion decoder, not recorded by a camera",
         "afterimage:tier": tier,
         "afterimage:sampler": f"{settings.sampler} eta={settings.eta} gamma={settings.gamma} "
-        f"beta={settings.beta}",
+        f"beta={settings.beta} guidance={settings.guidance}",
         "afterimage:steps": str(settings.steps),
         "afterimage:seed": str(seed),
+        "afterimage:realism": str(alpha),
         "afterimage:weights": f"codec {codec_id}, decoder {decoder_id}",
     }

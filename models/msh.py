@@ -27,10 +27,15 @@ class GDN(nn.Module):
         self.beta = nn.Parameter(torch.sqrt(torch.ones(channels) + self.PEDESTAL))
         self.gamma = nn.Parameter(torch.sqrt(0.1 * torch.eye(channels) + self.PEDESTAL))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def worked_out(self) -> tuple[Tensor, Tensor]:
+        """beta (C,) and gamma (C, C, 1, 1) as they are multiplied with."""
         beta = self.beta.clamp(min=(self.BETA_MIN + self.PEDESTAL) ** 0.5) ** 2 - self.PEDESTAL
         gamma = self.gamma.clamp(min=self.PEDESTAL**0.5) ** 2 - self.PEDESTAL
-        norm = F.conv2d(x * x, gamma[:, :, None, None], beta)
+        return beta, gamma[:, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        beta, gamma = self.worked_out()
+        norm = F.conv2d(x * x, gamma, beta)
         return x * (norm.sqrt() if self.inverse else norm.rsqrt())
 
 

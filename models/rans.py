@@ -18,7 +18,10 @@ PRECISION = 16
 STATE_LOW = 1 << 31
 """The state an encoder starts from, and the lower end of the normalised interval."""
 
-_OK, _SHORT, _BYPASS, _STATE, _TRAILING = range(5)
+LARGEST = (1 << 30) - 1
+"""Largest symbol that is coded, the smallest being -2^30: what 8 bypass digits hold for sure."""
+
+_OK, _SHORT, _BYPASS, _START, _STATE, _TRAILING = range(6)
 
 Int32Array = NDArray[np.int32]
 
@@ -88,6 +91,8 @@ def _bypass(x, words, position):  # type: ignore[no-untyped-def]  # pragma: no c
 def _decode(words, indexes, cdf, length, offset, out):  # type: ignore[no-untyped-def]  # pragma: no cover
     x = np.uint64(words[0]) | (np.uint64(words[1]) << np.uint64(32))
     position = 2
+    if x < np.uint64(1 << 31) or x >= np.uint64(1 << 63):
+        return _START
     for i in range(indexes.size):
         row = indexes[i]
         target = np.int32(x & np.uint64(0xFFFF))
@@ -111,7 +116,7 @@ def _decode(words, indexes, cdf, length, offset, out):  # type: ignore[no-untype
         if position > words.size:
             return _SHORT
         value += offset[row]
-        if value > 2147483647 or value < -2147483648:
+        if value > LARGEST or value < -LARGEST - 1:
             return _BYPASS
         out[i] = value
     if x != np.uint64(1 << 31):
@@ -175,10 +180,9 @@ def _bits(symbols, indexes, cdf, length, offset, out):  # type: ignore[no-untype
 
 
 def _contexts(indexes: Int32Array, tables: Tables) -> Int32Array:
-    flat = np.ascontiguousarray(indexes, np.int32).reshape(-1)
-    if flat.size and not 0 <= flat.min() <= flat.max() < len(tables.cdf):
+    if indexes.size and not 0 <= indexes.min() <= indexes.max() < len(tables.cdf):
         raise ValueError(f"contexts must lie in 0…{len(tables.cdf) - 1}")
-    return flat
+    return np.ascontiguousarray(indexes, np.int32).reshape(-1)
 
 
 def decode(data: bytes, indexes: Int32Array, tables: Tables) -> Int32Array:
@@ -196,6 +200,8 @@ def decode(data: bytes, indexes: Int32Array, tables: Tables) -> Int32Array:
     )
     if status == _SHORT:
         raise CorruptStream("the entropy coded bytes end before the last symbol")
+    if status == _START:
+        raise CorruptStream("the entropy coded bytes begin with a state that no encoder reaches")
     if status == _BYPASS:
         raise CorruptStream("an escape code holds a value that no encoder writes")
     if status != _OK:
@@ -214,9 +220,9 @@ def encode(symbols: Int32Array, indexes: Int32Array, tables: Tables) -> bytes:
     """
     if symbols.shape != indexes.shape:
         raise ValueError(f"{symbols.shape} symbols for {indexes.shape} contexts")
-    flat = np.ascontiguousarray(symbols, np.int32).reshape(-1)
-    if flat.size and (int(flat.max()) >= 1 << 30 or int(flat.min()) < -(1 << 30)):
+    if symbols.size and not -LARGEST - 1 <= symbols.min() <= symbols.max() <= LARGEST:
         raise ValueError("a symbol lies outside 31 bits")
+    flat = np.ascontiguousarray(symbols, np.int32).reshape(-1)
     words = np.empty(flat.size * 2 + 4, np.uint32)  # at most 16 + 9·4 bits a symbol
     at = _encode(flat, _contexts(indexes, tables), tables.cdf, tables.length, tables.offset, words)
     return words[at:].astype("<u4").tobytes()

@@ -1,46 +1,116 @@
-"""The forward process: continuous t in [0, 1], variance preserving, cosine, zero terminal SNR.
+"""Forward processes x_t = sqrt(a) x0 + sqrt(1 - a) eps, where `a` is alpha-bar.
 
-x_t = alpha x0 + sigma eps with alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Nichol & Dhariwal 2021
-without the offset; Lin 2023 for the terminal SNR). Coefficients are float64.
+`Continuous` is the compact preset's: t in [0, 1], sqrt(a) = cos(pi t / 2) (Nichol & Dhariwal 2021
+without the offset; zero terminal SNR, Lin 2023). `Discrete` is the paper's: 4000 steps, cosine with
+offset. Coefficients are float64.
 """
 
+import functools
 import math
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from models.tiers import MAX_STEPS
 
 Scalar = TypeVar("Scalar", float, Tensor)
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One denoiser call: from `a` at time `t` in [0, 1] to `a_prev`; 1 there is the picture."""
+
+    t: float
+    a: float
+    a_prev: float
+
+
+class Schedule(Protocol):
+    """What a sampler asks of a forward process."""
+
+    def steps(self, n: int, start: float = 1.0) -> list[Step]:
+        """Respacing: `n` calls at falling times from `start`.
+
+        Raises `ValueError` unless 1 <= n <= 1000.
+        """
+        ...
+
+
+class Continuous:
+    """t = start, start (1 - 1/n), …"""
+
+    def steps(self, n: int, start: float = 1.0) -> list[Step]:
+        _check(n)
+        times = [start * (1 - i / n) for i in range(n)] + [0.0]
+        return [
+            Step(t, alpha_bar(t), alpha_bar(t_prev))
+            for t, t_prev in zip(times, times[1:], strict=False)
+        ]
+
+
+class Discrete:
+    """`T` steps (Nichol & Dhariwal 2021, eq. 17, betas at most .999); t = index / (T - 1).
+
+    `alphas_cumprod` (T,) float64. Ten steps are the indices 0, 444, …, 3999.
+    """
+
+    def __init__(self, T: int = 4000) -> None:
+        self.T = T
+        f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        self.betas: NDArray[np.float64] = np.minimum(1 - f[1:] / f[:-1], 0.999)
+        self.alphas_cumprod: NDArray[np.float64] = np.cumprod(1 - self.betas)
+
+    def steps(self, n: int, start: float = 1.0) -> list[Step]:
+        _check(n)
+        last = round(start * (self.T - 1))
+        indexes = np.linspace(last, 0, n).round().astype(int).tolist() if n > 1 else [last]
+        a = [float(self.alphas_cumprod[i]) for i in indexes] + [1.0]
+        return [Step(i / (self.T - 1), a[k], a[k + 1]) for k, i in enumerate(indexes)]
+
+
+@functools.cache
+def discrete() -> Discrete:
+    """The paper's process."""
+    return Discrete()
+
+
 def alpha_bar(t: float) -> float:
-    """Cumulative signal power at `t`; exactly 1 at 0 and 0 at 1."""
+    """Cumulative signal power of `Continuous` at `t`; exactly 1 at 0 and 0 at 1."""
     if t >= 1:
         return 0.0
     return math.cos(math.pi / 2 * t) ** 2
 
 
 def alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]:
-    """`t` (B,) -> alpha and sigma, each (B, 1, 1, 1) float32 computed in float64."""
+    """`t` (B,) of `Continuous` -> sqrt(a), sqrt(1 - a), (B, 1, 1, 1) float32 of float64."""
     angle = t.double()[:, None, None, None] * (math.pi / 2)
     return torch.cos(angle).float(), torch.sin(angle).float()
 
 
-def times(steps: int) -> list[float]:
-    """Respacing: `steps` denoiser calls at 1, 1 - 1/steps, …; the last entry, 0, is the picture.
-
-    Raises `ValueError` unless 1 <= steps <= 1000.
-    """
-    if not 1 <= steps <= 1000:
-        raise ValueError(f"{steps} steps: between 1 and 1000")
-    return [1 - i / steps for i in range(steps)] + [0.0]
-
-
 def x0_from_v(x_t: Scalar, v: Scalar, a: float) -> Scalar:
-    """Eq. in appendix D of arXiv:2202.00512; `a` is alpha-bar."""
+    """Eq. in appendix D of arXiv:2202.00512."""
     return math.sqrt(a) * x_t - math.sqrt(1 - a) * v
 
 
 def eps_from_v(x_t: Scalar, v: Scalar, a: float) -> Scalar:
     """The noise that belongs to `x0_from_v`."""
     return math.sqrt(1 - a) * x_t + math.sqrt(a) * v
+
+
+def x0_from_eps(x_t: Scalar, eps: Scalar, a: float) -> Scalar:
+    """Eq. 15 of arXiv:2006.11239, solved for x0."""
+    return (x_t - math.sqrt(1 - a) * eps) / math.sqrt(a)
+
+
+def eps_from_x0(x_t: Scalar, x0: Scalar, a: float) -> Scalar:
+    """The inverse of `x0_from_eps`."""
+    return (x_t - math.sqrt(a) * x0) / math.sqrt(1 - a)
+
+
+def _check(n: int) -> None:
+    if not 1 <= n <= MAX_STEPS:
+        raise ValueError(f"{n} steps: between 1 and {MAX_STEPS}")

@@ -1,14 +1,16 @@
 """Tiers: public names of sampler settings, and the limits within which a request may vary them."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from models.errors import ParameterError
 
 MAX_STEPS = 1000
 MAX_SEED = 2**64 - 1
 
-Sampler = Literal["ddim", "ddpm"]
+MAX_GUIDANCE = 4.0
+
+Sampler = Literal["ddim", "ddpm", "dpmpp-2m"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +21,13 @@ class Settings:
     """
 
     sampler: Sampler
-    steps: int  # denoiser calls: cost is linear in this
+    steps: int  # cost is linear in this
     eta: float = 0.0  # 0: deterministic; 1: the DDPM posterior's variance
     gamma: float = 1.0  # scale of the initial noise
     beta: float = 0.0  # 0: a sample of the posterior; 1: the few-step perceptual decoder
+    guidance: float = (
+        1.0  # autoguidance by the network without latents; off at 1, else twice the cost
+    )
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MAX_STEPS:
@@ -31,8 +36,15 @@ class Settings:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ParameterError(f"{name} is {value}; 0 to 1 is allowed")
-        if self.sampler == "ddpm" and self.eta:
-            raise ParameterError("eta belongs to ddim; ddpm's noise is fixed")
+        if not 0 <= self.guidance <= MAX_GUIDANCE:
+            raise ParameterError(f"guidance is {self.guidance}; 0 to {MAX_GUIDANCE} is allowed")
+        if self.sampler != "ddim" and self.eta:
+            raise ParameterError(f"eta belongs to ddim; {self.sampler}'s noise is fixed")
+
+    @property
+    def calls(self) -> int:
+        """Denoiser calls in all: what the picture costs."""
+        return self.steps * (1 if self.guidance == 1 else 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +80,24 @@ def find(name: str) -> Tier:
     return TIERS[name]
 
 
+def vary(settings: Settings, **asked: Sampler | float | None) -> Settings:
+    """`settings` with the fields that are asked for; None leaves one as it is.
+
+    Raises `ParameterError`.
+    """
+    changed: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
+    return replace(settings, **changed)
+
+
 def check_seed(seed: int) -> int:
     """`seed` itself; `ParameterError` outside 0…2^64 - 1."""
     if not 0 <= seed <= MAX_SEED:
         raise ParameterError(f"seed is {seed}; 0 to {MAX_SEED} are allowed")
     return seed
+
+
+def check_realism(alpha: float) -> float:
+    """`alpha` itself; `ParameterError` outside 0…1."""
+    if not 0 <= alpha <= 1:
+        raise ParameterError(f"realism is {alpha}; 0 to 1 is allowed")
+    return alpha

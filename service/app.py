@@ -62,7 +62,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
 
 
 def _state(settings: ServiceSettings, connected: Store) -> State:
-    loaded = library.load(settings.threads, with_decoder=False)
+    loaded = library.load(settings.threads, with_decoder=False, folder=settings.weights_dir)
     loaded.warm_up()
     decoder = next((e for e in checkpoint.manifest() if e.kind == "decoder"), None)
     if decoder is None:

@@ -1,4 +1,4 @@
-"""`afterimage serve | worker | encode | decode | inspect`."""
+"""`afterimage serve | worker | encode | decode | inspect | weights`."""
 
 import argparse
 import contextlib
@@ -11,14 +11,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, get_args
 
 from pydantic import ValidationError
 
+from models.bitstream import METRICS
 from models.errors import AfterimageError
-from models.tiers import TIERS, check_seed, find
-from service import __version__
+from models.tiers import TIERS, Sampler, check_realism, check_seed, find, vary
+from service import __version__, weights
 from service.settings import ServiceSettings
 from worker.settings import prepare_process
+
+if TYPE_CHECKING:  # it brings Pillow
+    from models.image import OutputFormat
 
 WORKER = (sys.executable, "-P", "-m", "worker.main")
 """The worker's command; -P: a folder of the user's called `worker` must not shadow ours."""
@@ -64,19 +69,31 @@ def _parser() -> argparse.ArgumentParser:
 
     encode = commands.add_parser("encode", help="photographs to bitstreams")
     _files(encode)
-    encode.add_argument("--quality", "-q", type=int, choices=(1, 2, 3), default=2)
+    encode.add_argument(
+        "--quality", "-q", type=int, choices=range(1, 9), default=2, help="above 3 if imported"
+    )
+    encode.add_argument("--metric", choices=METRICS, default="mse", help="ms-ssim if imported")
     encode.add_argument("--format", choices=("msh", "compressai"), default="msh")
     encode.set_defaults(run=_encode)
 
-    decode = commands.add_parser("decode", help="bitstreams to pictures (png, jpg or webp)")
+    decode = commands.add_parser("decode", help="bitstreams to pictures: png, jpg, webp, avif, npy")
     _files(decode)
     decode.add_argument("--tier", choices=tuple(TIERS), default="instant")
     decode.add_argument("--seed", type=int, default=0)
+    for name in ("steps", "eta", "gamma", "guidance"):
+        kind = int if name == "steps" else float
+        decode.add_argument(f"--{name}", type=kind, help=f"instead of the tier's {name}")
+    decode.add_argument("--sampler", choices=get_args(Sampler), help="instead of the tier's")
+    decode.add_argument(
+        "--realism", type=float, default=1.0, help="0: the instant picture; 1: the tier's (default)"
+    )
     decode.set_defaults(run=_decode)
 
     inspect = commands.add_parser("inspect", help="what bitstreams' headers say, a JSON line each")
     inspect.add_argument("inputs", type=Path, nargs="+", metavar="IN")
     inspect.set_defaults(run=_inspect)
+
+    weights.add(commands.add_parser("weights", help="codec weights: import, export, list, remove"))
     return parser
 
 
@@ -184,12 +201,16 @@ def _worker(args: argparse.Namespace) -> int:
 def _encode(args: argparse.Namespace) -> int:
     import torch
 
-    from models import bitstream, codec, image, zoo
+    from models import bitstream, catalogue, codec, image, zoo
 
     settings = ServiceSettings()
     suffix = ".msh" if args.format == "msh" else ".bin"
     targets = _targets(args.inputs, args.output, suffix)
-    used = zoo.load(args.quality)
+    rows = [*catalogue.imported(settings.weights_dir), *catalogue.shipped()]
+    found = catalogue.find(rows, args.quality, args.metric)
+    if found is None:
+        raise catalogue.wrong_weights(args.quality, args.metric)
+    used = zoo.opened(found)
     if settings.threads:
         torch.set_num_threads(settings.threads)
 
@@ -201,7 +222,9 @@ def _encode(args: argparse.Namespace) -> int:
 
 
 def _decode(args: argparse.Namespace) -> int:
-    tier, seed = find(args.tier), check_seed(args.seed)
+    tier, seed, alpha = find(args.tier), check_seed(args.seed), check_realism(args.realism)
+    names = ("sampler", "steps", "eta", "gamma", "guidance")
+    settings = tier.settings and vary(tier.settings, **{n: getattr(args, n) for n in names})
     targets = _targets(args.inputs, args.output, ".png")
     for target in targets.values():
         _picture_format(target)
@@ -211,34 +234,36 @@ def _decode(args: argparse.Namespace) -> int:
 
     from models import bitstream, codec, image, library
 
-    settings = ServiceSettings()
-    loaded = library.load(settings.threads, with_decoder=tier.settings is not None)
+    own = ServiceSettings()
+    loaded = library.load(own.threads, settings is not None, own.weights_dir)
 
     def one(source: Path) -> bytes:
-        b = bitstream.parse(source.read_bytes(), settings.max_pixels)
+        b = bitstream.parse(source.read_bytes(), own.max_pixels)
         text: dict[str, str] = {}
-        if tier.settings is None:
+        if settings is None:
             pixels = codec.to_pixels(codec.crop(loaded.instant(b)[1], b.height, b.width))
         else:
-            steps = tier.settings.steps
-            with tqdm(total=steps, desc=source.name, unit="step", leave=False, disable=None) as bar:
+            with tqdm(
+                total=settings.steps, desc=source.name, unit="step", leave=False, disable=None
+            ) as bar:
 
                 def on_step(_step: int, _steps: int, _picture: Callable[[], Tensor]) -> None:
                     bar.update()
 
-                pixels = loaded.perceptual(b, tier.settings, seed, on_step)
-            text = library.provenance(tier.name, tier.settings, seed, *loaded.weights_ids(b))
+                pixels = loaded.perceptual(b, settings, seed, on_step, alpha)
+            ids = loaded.weights_ids(b)
+            text = library.provenance(tier.name, settings, seed, *ids, alpha)
         return image.write(pixels, _picture_format(targets[source]), text)
 
     return _each(targets, one)
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from models import bitstream, checkpoint
+    from models import bitstream, catalogue
     from service.schemas import Inspection
 
     settings = ServiceSettings()
-    ids = {(e.quality, e.metric): e.weights_id for e in checkpoint.manifest()}
+    rows = [*catalogue.imported(settings.weights_dir), *catalogue.shipped()]
     failures = 0
     for source in args.inputs:
         try:
@@ -248,8 +273,8 @@ def _inspect(args: argparse.Namespace) -> int:
             failures += 1
             _complain(f"{source}: {e}")
             continue
-        found = Inspection.of(b, len(data), ids.get((b.quality, b.metric)))
-        print(found.model_dump_json())  # noqa: T201
+        found = catalogue.find(rows, b.quality, b.metric, b.weights_id)
+        print(Inspection.of(b, len(data), found is not None).model_dump_json())  # noqa: T201
     return 1 if failures else 0
 
 
@@ -290,12 +315,13 @@ def _each(targets: dict[Path, Path], one: Callable[[Path], bytes]) -> int:
     return 1 if failures else 0
 
 
-def _picture_format(target: Path):  # type: ignore[no-untyped-def]
-    formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+def _picture_format(target: Path) -> "OutputFormat":
+    from models.image import SUFFIXES
+
     try:
-        return formats[target.suffix.lower()]
+        return SUFFIXES[target.suffix.lower()]
     except KeyError:
-        raise AfterimageError(f"{target}: write .png, .jpg or .webp") from None
+        raise AfterimageError(f"{target}: write {', '.join(SUFFIXES)}") from None
 
 
 def _exit(_signal: int, _frame: FrameType | None) -> None:

@@ -6,7 +6,8 @@ import anyio.to_thread
 from fastapi import APIRouter, Query, Response
 
 from models import bitstream, codec, image
-from models.bitstream import Bitstream, Format
+from models.bitstream import Bitstream, Format, Metric
+from models.errors import WrongWeights
 from models.tiers import TIERS
 from service import problems, schemas
 from service.deps import Body, Own
@@ -29,7 +30,7 @@ def _upload(description: str, *media_types: str) -> dict[str, Any]:
     summary="Encode a photograph",
     tags=["encodes"],
     response_class=Response,
-    openapi_extra=_upload("A photograph.", "image/png", "image/jpeg", "image/webp"),
+    openapi_extra=_upload("A photograph.", "image/png", "image/jpeg", "image/webp", "image/avif"),
     responses={
         200: {
             "content": {_MEDIA_TYPE: {"schema": schemas.BINARY}},
@@ -42,14 +43,20 @@ def _upload(description: str, *media_types: str) -> dict[str, Any]:
 async def encode(
     own: Own,
     data: Body,
-    quality: Annotated[int, Query(ge=1, le=3, description="1: smallest, 3: best.")] = 2,
+    quality: Annotated[
+        int, Query(ge=1, le=8, description="1: smallest, 3: best; to 8 with imported weights.")
+    ] = 2,
+    metric: Annotated[
+        Metric, Query(description="What the codec was trained for; ms-ssim with imported weights.")
+    ] = "mse",
     format: Annotated[Format, Query(description="Container of the result.")] = "msh",
 ) -> Response:
     """Encode a photograph: upright by EXIF, in sRGB, transparency flattened on white."""
 
     def compute() -> Bitstream:
+        used = own.library.find(quality, metric)
         pixels = image.read(data, own.settings.max_pixels)
-        return own.library.codecs[quality, "mse"].encode(codec.to_tensor(pixels), format, "exact")
+        return used.encode(codec.to_tensor(pixels), format, "exact")
 
     b = await anyio.to_thread.run_sync(compute, limiter=own.cores)
     made = bitstream.serialize(b)
@@ -70,8 +77,11 @@ async def encode(
 async def inspect(own: Own, data: Body) -> schemas.Inspection:
     """What a bitstream's header says; nothing is decoded."""
     b = bitstream.parse(data, own.settings.max_pixels)
-    installed = own.library.codecs.get((b.quality, b.metric))
-    return schemas.Inspection.of(b, len(data), installed.weights_id if installed else None)
+    try:
+        own.library.codec_id(b)
+    except WrongWeights:
+        return schemas.Inspection.of(b, len(data), decodable=False)
+    return schemas.Inspection.of(b, len(data), decodable=True)
 
 
 @router.get("/tiers", summary="All tiers", tags=["inspect"])

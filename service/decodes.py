@@ -2,7 +2,6 @@
 
 import hashlib
 import time
-from dataclasses import replace
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -65,6 +64,13 @@ async def decode(
     steps: Annotated[int | None, Query(ge=1, le=tiers.MAX_STEPS)] = None,
     eta: Annotated[float | None, Query(ge=0, le=1)] = None,
     gamma: Annotated[float | None, Query(ge=0, le=1)] = None,
+    sampler: Annotated[tiers.Sampler | None, Query()] = None,
+    guidance: Annotated[
+        float | None,
+        Query(
+            ge=0, le=tiers.MAX_GUIDANCE, description="Autoguidance; 1 is off, else twice the cost."
+        ),
+    ] = None,
 ) -> Response:
     """Decode a bitstream.
 
@@ -77,11 +83,12 @@ async def decode(
     b = bitstream.parse(data, own.settings.max_pixels)
     if chosen.settings is None:
         return await _draft(own, b, began, {})
-    asked: dict[str, Any] = {"steps": steps, "eta": eta, "gamma": gamma}
-    settings = replace(chosen.settings, **{k: v for k, v in asked.items() if v is not None})
+    settings = tiers.vary(
+        chosen.settings, sampler=sampler, steps=steps, eta=eta, gamma=gamma, guidance=guidance
+    )
     _check_work(own, b, settings)
     request = Decode(
-        bitstream.digest(data), chosen.name, settings, seed, own.library.codec(b).weights_id,
+        bitstream.digest(data), chosen.name, settings, seed, own.library.codec_id(b),
         own.decoder_weights, b.quality, b.width, b.height,
     )  # fmt: skip
     location = f"/v1/decodes/{request.id}"
@@ -154,7 +161,7 @@ async def _kept_draft(
 
 def _check_work(own: State, b: Bitstream, settings: Settings) -> None:
     limit = own.settings.max_megapixel_steps
-    work = b.width * b.height / 1e6 * settings.steps
+    work = b.width * b.height / 1e6 * settings.calls
     if work > limit:
         raise ParameterError(f"{work:.0f} megapixel-steps; the limit is {limit:.0f}: ask for fewer")
 
@@ -171,9 +178,10 @@ async def _draft(own: State, b: Bitstream, began: float, headers: dict[str, str]
 
     def compute() -> tuple[bytes, str]:
         marks = [began, time.perf_counter()]
-        latents = own.library.codec(b).latents(b)
+        used = own.library.codec(b)
+        latents = used.latents(b)
         marks.append(time.perf_counter())
-        x_hat = own.library.codec(b).synthesis(latents.y_hat)
+        x_hat = used.synthesis(latents.y_hat)
         marks.append(time.perf_counter())
         png = image.write(codec.to_pixels(codec.crop(x_hat, b.height, b.width)), "png")
         marks.append(time.perf_counter())

@@ -121,13 +121,13 @@ class Inspection(BaseModel):
     steps: dict[str, int]
 
     @classmethod
-    def of(cls, b: Bitstream, size: int, installed: str | None) -> "Inspection":
-        """`installed` is the id of our weights of this quality and metric, if there are any."""
+    def of(cls, b: Bitstream, size: int, decodable: bool) -> "Inspection":
+        """The public view of a header; `decodable` where its weights are installed."""
         return cls(
             format=b.format, profile=b.profile, quality=b.quality, metric=b.metric,
             width=b.width, height=b.height, bytes=size,
             bpp=round(8 * size / (b.width * b.height), 4), weights_id=b.weights_id or None,
-            decodable=installed is not None and b.weights_id in {"", installed},
+            decodable=decodable,
             steps={t.name: t.settings.steps if t.settings else 0 for t in tiers.TIERS.values()},
         )  # fmt: skip
 

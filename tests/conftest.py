@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -19,13 +19,22 @@ from safetensors.torch import save_file
 from models import bitstream, codec, image, zoo
 from models.codec import Codec
 from models.decoder import Decoder
-from models.unet import UNet, UNetConfig
+from models.presets import COMPACT
+from models.unet import UNet
 from worker import embed
 from worker.settings import WorkerSettings
 from worker.store import Store, connect
 
 DATA = Path(__file__).parent / "data"
 PHOTO = DATA / "kodim23.png"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_own_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever the user imported stays out of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(tmp_path_factory.mktemp("no-weights")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -58,10 +67,12 @@ def small_compressai(shipped: Codec, small: image.Pixels) -> bytes:
 @pytest.fixture(scope="session")
 def tiny_decoder() -> Decoder:
     torch.manual_seed(0)
-    net = UNet(UNetConfig(latents=192, widths=(8, 8, 8), embedding=8))
+    net = UNet(replace(COMPACT, widths=(8, 8, 8), condition=(8, 8, 8), embedding=8))
     with torch.no_grad():
+        for p in net.parameters():  # what starts as zero would draw nothing
+            p.add_(0.05 * torch.randn_like(p))
         net.scales.fill_(0.03)
-    return Decoder("0" * 16, net.eval().requires_grad_(False))
+    return Decoder("0" * 16, net)
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +108,16 @@ def store(redis_urls: tuple[str, str]) -> Iterator[Store]:
     connected.cache.flushall()
     yield connected
     connected.close()
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As training is meant to run beside other work; two threads would wait for each other."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

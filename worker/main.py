@@ -30,7 +30,7 @@ def main() -> int:
     try:
         connected = store.connect(settings)
         connected.ping()
-        tasks.Context.library = library.load(settings.threads)
+        tasks.Context.library = library.load(settings.threads, folder=settings.weights_dir)
     except (store.RedisError, AfterimageError) as e:
         print(f"the worker cannot start: {e}", file=sys.stderr)  # noqa: T201
         return 1

@@ -1,194 +1,115 @@
-"""Encode pictures, decode them from the real bytes at each tier, and write a table.
+"""Encode pictures, decode them from the real bytes at each tier, and measure what comes out.
 
 python -m models.evaluate --pictures KODAK --lpips lpips_alex.safetensors --out FOLDER
+
+Writes evaluation.json, evaluation.md, rate.png, perception.png and sheet.png.
 """
 
 import argparse
 import json
-import math
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from models import bitstream, codec, decoder, image, zoo
-from models.codec import Codec
-from models.decoder import Decoder
-from models.evaluate.metrics import LpipsAlex, mse, offset
-from models.hyperprior import Latents
-from models.tiers import TIERS, Settings
+from models import decoder, zoo
+from models.errors import AfterimageError, PictureError
+from models.evaluate import kid, plots, report
+from models.evaluate.dists import Dists
+from models.evaluate.measure import ORIGINAL, SHUFFLED, Evaluation, Measured, Networks, Row
+from models.evaluate.metrics import Lpips, LpipsAlex
+from models.evaluate.sheet import Sheet
+from models.evaluate.summary import summary
+from models.tiers import TIERS
 
-SHUFFLED = "shuffled"
-"""A control, not a tier: `perceptual` with latents from other places."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Figures of one decoded picture, against the original but for `shift` and `seeds_mse`."""
-
-    picture: str
-    quality: int
-    tier: str
-    seed: int
-    bpp: float
-    mse: float
-    lpips: float
-    offset: float  # largest difference of the channels' means, in 1/255
-    shift: float  # the same against the codec's picture
-    seeds_mse: float  # MSE to the picture of the first seed
-    seconds: float
+SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 
-class Evaluation:
-    """One pass over pictures at one quality."""
+class Results:
+    """What is kept of the pictures that have passed."""
 
-    def __init__(self, own: Codec, drawing: Decoder, lpips: LpipsAlex) -> None:
-        self.codec, self.decoder, self.lpips = own, drawing, lpips
+    def __init__(self, lpips: LpipsAlex, names: Sequence[str]) -> None:
+        self.lpips, self.sheet = lpips, Sheet(names)
+        self.rows: list[Row] = []
+        self.features: dict[tuple[int, str], dict[str, NDArray[np.float64]]] = {}
 
-    def rows(self, path: Path, tiers: Sequence[str], seeds: Sequence[int]) -> list[Row]:
-        """All figures of the picture in `path`."""
-        pixels = image.read(path.read_bytes(), bitstream.MAX_PIXELS)
-        x = codec.to_tensor(pixels)
-        data = bitstream.serialize(self.codec.encode(x, "msh", "exact"))
-        b = bitstream.parse(data)
-        height, width = pixels.shape[:2]
-        bpp = 8 * len(data) / (height * width)
-        began = time.perf_counter()
-        latents = self.codec.latents(b)
-        x_hat = self.codec.synthesis(latents.y_hat)
-        instant_s = time.perf_counter() - began
+    def add(self, measured: Measured) -> None:
+        """One picture at one quality."""
+        first = measured.rows[0]
+        self.rows += measured.rows
+        self.sheet.add(first.picture, first.quality, first.bpp, measured.pictures)
+        for tier, picture in measured.pictures.items():
+            key = (0 if tier == ORIGINAL else first.quality, tier)
+            known = self.features.setdefault(key, {})
+            if first.picture not in known:  # originals come once per quality
+                known[first.picture] = kid.features(self.lpips, picture)
 
-        def rounded(picture: Tensor) -> Tensor:
-            cropped = codec.crop(picture, height, width)
-            return codec.to_tensor(codec.to_pixels(cropped))
-
-        msh = rounded(x_hat)
-        out = []
-        for name in tiers:
-            settings = TIERS["perceptual" if name == SHUFFLED else name].settings
-            first: Tensor | None = None
-            for seed in seeds if settings else (0,):
-                began = time.perf_counter()
-                picture = msh
-                if settings:
-                    given = _shuffled(latents) if name == SHUFFLED else latents
-                    picture = rounded(self._draw(given, x_hat, settings, seed))
-                seconds = instant_s + (time.perf_counter() - began if settings else 0)
-                first = picture if first is None else first
-                row = Row(
-                    picture=path.stem,
-                    quality=self.codec.quality,
-                    tier=name,
-                    seed=seed,
-                    bpp=bpp,
-                    mse=mse(picture, x),
-                    lpips=self.lpips(picture, x),
-                    offset=offset(picture, x),
-                    shift=offset(picture, msh),
-                    seeds_mse=mse(picture, first),
-                    seconds=seconds,
-                )
-                out.append(row)
-        return out
-
-    def _draw(self, latents: Latents, x_hat: Tensor, settings: Settings, seed: int) -> Tensor:
-        return self.decoder.sample(latents, x_hat, self.codec.quality, settings, seed)
-
-
-def _shuffled(latents: Latents) -> Latents:
-    """The same latents, each at a random other position; the bit map stays."""
-    height, width = latents.y_hat.shape[2:]
-    order = torch.randperm(height * width, generator=torch.Generator().manual_seed(0))
-    y_hat = latents.y_hat.flatten(2)[:, :, order].reshape(latents.y_hat.shape)
-    return replace(latents, y_hat=y_hat)
-
-
-def psnr(value: float) -> float:
-    """Mean squared error in [0, 1]² -> dB."""
-    return -10 * math.log10(value) if value else math.inf
-
-
-def summary(rows: Sequence[Row]) -> list[dict[str, float | str]]:
-    """Means over pictures and seeds per quality and tier; PSNR is the mean of the pictures'."""
-    out: list[dict[str, float | str]] = []
-    for quality, tier in dict.fromkeys((r.quality, r.tier) for r in rows):
-        own = [r for r in rows if (r.quality, r.tier) == (quality, tier)]
-        msh = {r.picture: r for r in rows if (r.quality, r.tier) == (quality, "instant")}
-        others = [r for r in own if r.seed != own[0].seed]
-        line: dict[str, float | str] = {
-            "quality": quality,
-            "tier": tier,
-            "pictures": len({r.picture for r in own}),
-            "bpp": _mean([r.bpp for r in own]),
-            "psnr": _mean([psnr(r.mse) for r in own]),
-            "lpips": _mean([r.lpips for r in own]),
-            "offset": _mean([r.offset for r in own]),
-            "offset_max": max(r.offset for r in own),
-            "shift_max": max(r.shift for r in own),
-            "seconds": _mean([r.seconds for r in own]),
+    def write(self, out: Path, weights_id: str) -> str:
+        """All files into `out`; returns the Markdown."""
+        out.mkdir(parents=True, exist_ok=True)
+        lines = summary(self.rows, self.features)
+        document = {
+            "decoder": weights_id,
+            "summary": [line.document() for line in lines],
+            "rows": [asdict(row) for row in self.rows],
         }
-        if msh:
-            base = _mean([m.lpips for m in msh.values()])
-            line["lpips_ratio"] = _mean([r.lpips for r in own]) / base
-            line["psnr_loss"] = _mean([psnr(msh[r.picture].mse) - psnr(r.mse) for r in own])
-            line["worse_lpips"] = sum(r.lpips > msh[r.picture].lpips for r in own)
-            if others:
-                line["seeds_ratio"] = _mean([r.seeds_mse / msh[r.picture].mse for r in others])
-        out.append(line)
-    return out
+        (out / "evaluation.json").write_text(json.dumps(document, indent=1))
+        images = ("rate.png", "perception.png", "sheet.png")
+        text = report.markdown(lines, weights_id, images)
+        (out / "evaluation.md").write_text(text)
+        plots.rate(lines, out / images[0])
+        plots.perception(lines, out / images[1])
+        self.sheet.save(out / images[2])
+        return text
 
 
-def table(lines: Sequence[Mapping[str, float | str]]) -> str:
-    """A Markdown table."""
-    columns = list(dict.fromkeys(k for line in lines for k in line))
-    out = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for line in lines:
-        cells = [line.get(k, "") for k in columns]
-        texts = [f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells]
-        out.append("| " + " | ".join(texts) + " |")
-    return "\n".join(out) + "\n"
+def evaluate(args: argparse.Namespace) -> str:
+    """All pictures at all qualities; `AfterimageError` or `OSError` at the first that fails."""
+    files = sorted(p for p in args.pictures.iterdir() if p.suffix.lower() in SUFFIXES)[: args.limit]
+    if not files:
+        raise PictureError(f"{args.pictures}: no pictures ({', '.join(sorted(SUFFIXES))})")
+    networks = Networks(
+        LpipsAlex(args.lpips),
+        Lpips("vgg", args.lpips_vgg) if args.lpips_vgg else None,
+        Dists(args.dists) if args.dists else None,
+    )
+    drawing = decoder.load()
+    results = Results(networks.lpips, [p.name for p in files])
+    with tqdm(total=len(files) * len(args.qualities), unit="picture") as bar:
+        for quality in args.qualities:
+            evaluation = Evaluation(zoo.load(quality), drawing, networks)
+            for path in files:
+                results.add(evaluation.measure(path, args.tiers, args.seeds))
+                bar.update()
+    return results.write(args.out, drawing.weights_id)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m models.evaluate", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--pictures", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--lpips", type=Path, help="safetensors of LPIPS-Alex; else downloaded")
-    parser.add_argument("--qualities", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument(
-        "--tiers", nargs="+", choices=[*TIERS, SHUFFLED], default=["instant", "perceptual"]
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--limit", type=int, help="only the first so many pictures")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--pictures", type=Path, required=True, help="folder of .png and .jpg files")
+    add("--out", type=Path, required=True)
+    add("--lpips", type=Path, help="LPIPS-Alex under lpips' names, or AlexNet; else downloaded")
+    add("--lpips-vgg", type=Path, help="LPIPS-VGG under lpips' names, or torchvision's VGG-16")
+    add("--dists", type=Path, help="torchvision's VGG-16, for DISTS")
+    add("--qualities", type=int, nargs="+", default=[1, 2, 3])
+    add("--tiers", nargs="+", choices=[*TIERS, SHUFFLED], default=["instant", "perceptual"])
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--limit", type=int, help="only the first so many pictures")
+    return parser
 
-    files = sorted(p for p in args.pictures.iterdir() if p.suffix in {".png", ".jpg"})
-    files = files[: args.limit]
-    lpips, drawing = LpipsAlex(args.lpips), decoder.load()
-    rows: list[Row] = []
-    with tqdm(total=len(files) * len(args.qualities), unit="picture") as bar:
-        for quality in args.qualities:
-            evaluation = Evaluation(zoo.load(quality), drawing, lpips)
-            for path in files:
-                rows += evaluation.rows(path, args.tiers, args.seeds)
-                bar.update()
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines = summary(rows)
-    document = {"decoder": drawing.weights_id, "summary": lines, "rows": [asdict(r) for r in rows]}
-    (args.out / "evaluation.json").write_text(json.dumps(document, indent=1))
-    (args.out / "evaluation.md").write_text(table(lines))
-    print(table(lines))  # noqa: T201
+
+def main() -> None:
+    try:
+        print(evaluate(_parser().parse_args()))  # noqa: T201
+    except (AfterimageError, OSError) as e:
+        raise SystemExit(f"evaluate: {e}") from e
 
 
 if __name__ == "__main__":

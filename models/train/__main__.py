@@ -1,61 +1,94 @@
-"""`python -m models.train bank | diffusion | export`: see `--help` of each."""
+"""`python -m models.train msh | bank | diffusion | export`: see `--help` of each.
+
+Several devices: `torchrun --nproc-per-node N -m models.train …` with the same options.
+"""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from models.train import bank, export
-from models.train.diffusion import TrainConfig, Trainer
-
-
-def _plan(text: str) -> tuple[tuple[str, float], ...]:
-    stages = []
-    for part in text.split(","):
-        phase, _, minutes = part.partition(":")
-        if phase not in {"phase1", "phase2"}:
-            raise argparse.ArgumentTypeError(f"{part!r}: phase1:MINUTES or phase2:MINUTES")
-        stages.append((phase, float(minutes)))
-    return tuple(stages)
+from models.errors import WeightsError
+from models.train import bank
+from models.train.config import RunConfig, add_options
+from models.train.decoder_config import DiffusionConfig, resolved
+from models.train.diffusion import DiffusionTask
+from models.train.msh import MshConfig, MshTask, sized
+from models.train.photos import photographs
+from models.train.ranks import Ranks
+from models.train.run import Run, Task
 
 
 def main() -> None:
+    parser = _parser()
+    args = vars(parser.parse_args())
+    command = args.pop("command")
+    try:
+        if command == "bank":
+            _bank(**args)
+        elif command == "export":
+            _export(**args)
+        else:
+            _train(command, args)
+    except (ValueError, FileNotFoundError, WeightsError) as e:
+        parser.error(str(e))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models.train", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    add_options(commands.add_parser("msh", help="train the codec"), MshConfig)
+    add_options(commands.add_parser("diffusion", help="train the decoder"), DiffusionConfig)
 
-    b = commands.add_parser("bank", help="encode photographs once")
-    b.add_argument("--photos", type=Path, required=True)
-    b.add_argument("--out", type=Path, required=True)
-    b.add_argument("--quality", type=int, choices=(1, 2, 3), required=True)
+    b = commands.add_parser("bank", help="encode photographs once, onto the disk")
+    b.add_argument("--photos", type=Path, required=True, help="folder of photographs")
+    b.add_argument("--out", type=Path, required=True, help="folder of the bank")
+    b.add_argument("--quality", type=int, choices=(1, 2, 3), required=True, help="of the codec")
+    b.add_argument("--codecs", type=Path, help="folder of msh_q….safetensors, if not the shipped")
+    b.add_argument("--variants", type=int, default=1, help="ways to show each photograph")
     b.add_argument("--held-out", action="store_true", help="the held-out photographs only")
     b.add_argument("--limit", type=int, help="only the first so many photographs")
-
-    d = commands.add_parser("diffusion", help="train the diffusion decoder")
-    d.add_argument("--bank", required=True, help="folder with q1, q2, q3 of training photographs")
-    d.add_argument("--held-out", required=True, help="the same of held-out photographs")
-    d.add_argument("--out", required=True, help="checkpoints; the same command resumes from them")
-    d.add_argument("--plan", type=_plan, default=_plan("phase1:60,phase2:45"))
-    d.add_argument("--init", default=argparse.SUPPRESS, help="decoder weights to start from")
-    d.add_argument("--lpips", default=argparse.SUPPRESS, help="LPIPS-Alex weights, for phase 2")
-    d.add_argument("--batch", type=int, default=argparse.SUPPRESS)
-    d.add_argument("--crop", type=int, default=argparse.SUPPRESS)
-    d.add_argument("--lr", type=float, default=argparse.SUPPRESS)
-    d.add_argument("--lr-phase2", type=float, default=argparse.SUPPRESS)
-    d.add_argument("--seed", type=int, default=argparse.SUPPRESS)
-    d.add_argument("--compile", action="store_true")
+    b.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to encode on")
 
     e = commands.add_parser("export", help="install weights into models/weights/")
     e.add_argument("file", type=Path, help="decoder.safetensors of a run, or a codec's state dict")
     e.add_argument("--quality", type=int, choices=(1, 2, 3), help="the file is a codec's")
-    args = vars(parser.parse_args())
+    return parser
 
-    command = args.pop("command")
-    if command == "bank":
-        files = bank.photographs(args["photos"], args["held_out"])[: args["limit"]]
-        bank.build(files, args["out"] / f"q{args['quality']}", args["quality"])
-    elif command == "export":
-        file, quality = args["file"], args["quality"]
-        print(export.codec(file, quality) if quality else export.decoder(file))  # noqa: T201
-    else:
-        Trainer(TrainConfig(**args)).run()
+
+def _train(command: str, args: dict[str, Any]) -> None:
+    ranks = Ranks.join(args.get("device", "auto"))
+    try:
+        task: Task
+        config: RunConfig
+        if command == "msh":
+            codec = sized(MshConfig(**args))
+            task, config = MshTask(codec, ranks), codec
+        else:
+            decoder = resolved(DiffusionConfig(**args))
+            task, config = DiffusionTask(decoder, ranks), decoder
+        Run(task, config, ranks).go()
+    finally:
+        ranks.leave()
+
+
+def _bank(
+    photos: Path,
+    out: Path,
+    quality: int,
+    codecs: Path | None,
+    variants: int,
+    held_out: bool,
+    limit: int | None,
+    device: str,
+) -> None:
+    files = photographs(photos, held_out)[:limit]
+    bank.build(files, out / f"q{quality}", quality, codecs, variants, Ranks.join(device).device)
+
+
+def _export(file: Path, quality: int | None) -> None:
+    from models.train import export  # needs compressai, which the trainers do not
+
+    print(export.codec(file, quality) if quality else export.decoder(file))  # noqa: T201
 
 
 if __name__ == "__main__":

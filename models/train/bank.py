@@ -1,71 +1,93 @@
 """Photographs encoded once, so that a training step runs no codec.
 
-One safetensors file per photograph and quality: `x`, `x_hat` (3, H, W) uint8, `y_hat` (M, H/16,
-W/16) float16, `bits` (H/16, W/16) float16; about 10 bytes a pixel. Whole photographs are encoded,
-with their borders to the right and below, and only positions without padding are kept: crops on the
-16-pixel grid then look like the inside of a real decode.
+On disk, one safetensors file per photograph, quality and variant: `x`, `x_hat` (3, H, W) uint8,
+`y_hat` (M, H/16, W/16) float16, `bits` (H/16, W/16) float16; about 8 bytes a pixel. Or, on a GPU,
+encoded at the start of a run and kept there. Whole photographs are encoded, with their borders to
+the right and below, and only positions without padding are kept: crops on the 16-pixel grid then
+look like the inside of a real decode.
 """
 
 import os
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from models import zoo
-from models.bitstream import padded
-from models.codec import Codec
 from models.msh import STRIDE_Y
+from models.train.encoder import Encoder
+from models.train.photos import Draw, Ragged, open_picture, reduced
 
-HELD_OUT = "bsds_val_"
-"""Photographs of this prefix choose between weights; no trainer reads them."""
-
-
-def photographs(folder: Path, held_out: bool) -> list[Path]:
-    """JPEG and PNG files of `folder`, sorted: either the held-out ones or all others."""
-    files = (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in {".jpg", ".jpeg", ".png"})
-    return [p for p in files if p.name.startswith(HELD_OUT) == held_out]
+SCALES = (1.0, 0.8, 0.65)
+"""By which a variant may be reduced: finer texture per pixel than the photograph has."""
 
 
-@torch.inference_mode()
-def encode(codec: Codec, x: Tensor) -> dict[str, Tensor]:
-    """`x` (3, H, W) uint8, sides multiples of 16 -> the tensors of one bank file."""
-    height, width = x.shape[1:]
-    full = padded(height, width)
-    picture = F.pad(
-        x[None].float() / 255, (0, full[1] - width, 0, full[0] - height), mode="replicate"
-    )
-    *_, latents = codec.hyperprior.encode(picture, "exact")
-    x_hat = codec.synthesis(latents.y_hat)[0, :, :height, :width]
-    rows, columns = height // STRIDE_Y, width // STRIDE_Y
-    return {
-        "x": x,
-        "x_hat": (x_hat * 255).round().to(torch.uint8).contiguous(),
-        "y_hat": latents.y_hat[0, :, :rows, :columns].half().contiguous(),
-        "bits": torch.from_numpy(latents.bits[:rows, :columns].copy()).half(),
-    }
+SMALLEST = 4
+"""Positions along the shorter side of what is encoded: 64 pixels."""
 
 
-def build(files: list[Path], out: Path, quality: int) -> None:
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to show a photograph to the codec. The first of each photograph is itself."""
+
+    path: Path
+    quality: int
+    number: int
+
+    @property
+    def _turn(self) -> tuple[float, bool, bool]:
+        """Scale, flip, transpose: always the same for the same variant."""
+        if not self.number:
+            return 1.0, False, False
+        own = random.Random(f"{self.path.stem}/{self.quality}/{self.number}")
+        return own.choice(SCALES), own.random() < 0.5, own.random() < 0.5
+
+    @property
+    def name(self) -> str:
+        """Of its file in a bank."""
+        suffix = f".v{self.number}" if self.number else ""
+        return f"{self.path.stem}{suffix}.safetensors"
+
+    def positions(self) -> tuple[int, int]:
+        """Rows and columns of its latents, known without reading the pixels."""
+        scale, _, transpose = self._turn
+        with Image.open(self.path) as picture:
+            columns, rows = (side // STRIDE_Y for side in reduced(picture.size, scale))
+        return (columns, rows) if transpose else (rows, columns)
+
+    def pixels(self) -> Tensor:
+        """(3, H, W) uint8, sides cut to multiples of 16."""
+        scale, flip, transpose = self._turn
+        rgb = open_picture(self.path, scale)
+        height, width = (side // STRIDE_Y * STRIDE_Y for side in (rgb.height, rgb.width))
+        x = torch.from_numpy(np.asarray(rgb)[:height, :width].copy()).permute(2, 0, 1)
+        x = x.flip(2) if flip else x
+        return (x.transpose(1, 2) if transpose else x).contiguous()
+
+
+def build(
+    files: Sequence[Path],
+    out: Path,
+    quality: int,
+    codecs: Path | None = None,
+    variants: int = 1,
+    device: torch.device | None = None,
+) -> None:
     """Encode `files` at `quality` into `out`; what is there already stays as it is."""
     out.mkdir(parents=True, exist_ok=True)
-    todo = [p for p in files if not (out / f"{p.stem}.safetensors").exists()]
-    if not todo:
-        return
-    codec = zoo.load(quality)
-    for path in tqdm(todo, desc=f"encode at quality {quality}", unit="photo"):
-        pixels = np.asarray(Image.open(path).convert("RGB"))
-        height, width = (side // STRIDE_Y * STRIDE_Y for side in pixels.shape[:2])
-        x = torch.from_numpy(pixels[:height, :width].copy()).permute(2, 0, 1).contiguous()
-        part = out / f"{path.stem}.{os.getpid()}.part"
-        save_file(encode(codec, x), part)
-        os.replace(part, out / f"{path.stem}.safetensors")
+    todo = [v for v in _variants(files, (quality,), variants) if not (out / v.name).exists()]
+    for variant, tensors in _encoded(todo, codecs, device or torch.device("cpu")):
+        own = {k: v.cpu().contiguous() for k, v in tensors.items()}
+        part = out / f"{variant.name}.{os.getpid()}.part"
+        save_file(own | {"bits": own["bits"][0]}, part)
+        os.replace(part, out / variant.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,36 +101,103 @@ class Batch:
     bits: Tensor
     quality: Tensor
 
+    def rows(self, rows: slice) -> "Batch":
+        """Some of the crops."""
+        return Batch(*(getattr(self, k)[rows] for k in Batch.__slots__))
+
 
 class Bank:
-    """All files of some folders `q1`, `q2`, `q3` in memory; `batch` cuts random crops from them."""
+    """Encoded photographs on the device; `batch` cuts random crops from them, there."""
 
-    def __init__(self, folder: Path, limit: int | None = None) -> None:
-        self.items: list[tuple[int, dict[str, Tensor]]] = []
-        for sub in sorted(folder.glob("q[1-8]")):
-            files = sorted(sub.glob("*.safetensors"))[:limit]
-            self.items += [(int(sub.name[1:]), load_file(f)) for f in files]
-        if not self.items:
-            raise FileNotFoundError(f"{folder}: no encoded photographs in q1, q2 or q3")
-        self.pixels = torch.tensor([float(t["x"][0].numel()) for _, t in self.items])
-        self.sides = torch.tensor([min(t["x"].shape[1:]) for _, t in self.items])
+    def __init__(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        encoded: Iterable[tuple[int, dict[str, Tensor]]],
+        device: torch.device,
+    ) -> None:
+        """`sizes` are rows and columns of the latents of what `encoded` yields with its quality."""
+        fine = [(h * STRIDE_Y, w * STRIDE_Y) for h, w in sizes]
+        self.draw = Draw(sizes, device)
+        self.fields: dict[str, Ragged] = {}
+        self.quality_of: list[int] = []
+        for i, (quality, tensors) in enumerate(encoded):
+            for name, value in tensors.items():
+                if name not in self.fields:
+                    grid = fine if value.dtype == torch.uint8 else sizes
+                    self.fields[name] = Ragged(grid, value.shape[0], value.dtype, device)
+                self.fields[name].put(i, value)
+            self.quality_of.append(quality)
+        self.qualities = torch.tensor(self.quality_of, device=device)
+
+    @classmethod
+    def read(cls, folder: Path, device: torch.device) -> "Bank":
+        """All files of `q1`, `q2`, … in `folder`; `FileNotFoundError` where there is none."""
+        files = [(int(f.parent.name[1:]), f) for f in sorted(folder.glob("q[1-8]/*.safetensors"))]
+        if not files:
+            raise FileNotFoundError(f"{folder}: no encoded photographs in q1, q2, …")
+        return cls([_positions(f) for _, f in files], _entries(files), device)
+
+    @classmethod
+    def encode(
+        cls,
+        files: Sequence[Path],
+        qualities: Sequence[int],
+        codecs: Path | None,
+        variants: int,
+        device: torch.device,
+    ) -> "Bank":
+        """Photographs at all `qualities`, in device memory; one codec at a time is held there."""
+        wanted = _variants(files, qualities, variants)
+        encoded = ((v.quality, tensors) for v, tensors in _encoded(wanted, codecs, device))
+        return cls([v.positions() for v in wanted], encoded, device)
+
+    @property
+    def latents(self) -> int:
+        """M."""
+        return self.fields["y_hat"].flat.shape[1]
 
     def batch(self, n: int, size: int, generator: torch.Generator) -> Batch:
         """`n` crops of `size` pixels (a multiple of 16), photographs drawn by their pixels."""
-        weights = self.pixels * (self.sides >= size)
-        which = torch.multinomial(weights, n, replacement=True, generator=generator)
-        cuts = [self._cut(int(i), size, generator) for i in which]
-        x, x_hat, y_hat, bits = (torch.stack([c[k] for c in cuts]) for k in range(4))
-        quality = torch.tensor([self.items[int(i)][0] for i in which])
-        return Batch(x.float() / 255, x_hat.float() / 255, y_hat.float(), bits.float(), quality)
+        which, row, column = self.draw.corners(n, size // STRIDE_Y, generator)
+        fine = (which, row * STRIDE_Y, column * STRIDE_Y, size)
+        coarse = (which, row, column, size // STRIDE_Y)
+        return Batch(
+            self.fields["x"].crops(*fine).float() / 255,
+            self.fields["x_hat"].crops(*fine).float() / 255,
+            self.fields["y_hat"].crops(*coarse).float(),
+            self.fields["bits"].crops(*coarse).float(),
+            self.qualities[which],
+        )
 
-    def _cut(self, i: int, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        t = self.items[i][1]
-        rows, columns = t["bits"].shape
-        s = size // STRIDE_Y
-        r = int(torch.randint(rows - s + 1, (), generator=generator))
-        c = int(torch.randint(columns - s + 1, (), generator=generator))
-        y, x = r * STRIDE_Y, c * STRIDE_Y
-        fine = (slice(None), slice(y, y + size), slice(x, x + size))
-        coarse = (slice(None), slice(r, r + s), slice(c, c + s))
-        return t["x"][fine], t["x_hat"][fine], t["y_hat"][coarse], t["bits"][None][coarse]
+
+def _positions(file: Path) -> tuple[int, int]:
+    with safe_open(file, "pt") as f:
+        rows, columns = f.get_slice("bits").get_shape()
+        return rows, columns
+
+
+def _entries(files: Iterable[tuple[int, Path]]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    for quality, file in files:
+        with safe_open(file, "pt") as f:
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+        yield quality, tensors | {"bits": tensors["bits"][None]}
+
+
+def _variants(files: Sequence[Path], qualities: Sequence[int], n: int) -> list[Variant]:
+    """By quality, so that one codec at a time is held; without what is too small for any crop."""
+    every = (Variant(path, q, i) for q in qualities for i in range(n) for path in files)
+    return [v for v in every if min(v.positions()) >= SMALLEST]
+
+
+def _encoded(
+    wanted: Sequence[Variant], codecs: Path | None, device: torch.device
+) -> Iterator[tuple[Variant, dict[str, Tensor]]]:
+    encoder: Encoder | None = None
+    quality = 0
+    for done, variant in enumerate(wanted, 1):
+        if encoder is None or quality != variant.quality:
+            quality = variant.quality
+            encoder = Encoder.load(quality, codecs, device)
+        yield variant, encoder(variant.pixels())
+        if done % 100 == 0 or done == len(wanted):
+            sys.stderr.write(f"{done} of {len(wanted)} encoded\n")

@@ -1,9 +1,11 @@
-"""LPIPS with AlexNet (Zhang 2018, v0.1) as a loss, from one safetensors file.
+"""LPIPS (Zhang 2018, v0.1) as a loss, with AlexNet or VGG-16, from one safetensors file.
 
-Tensor names are those of the package `lpips`; the trainer carries its own copy of the network so
-that it also runs where only torch is installed. A test compares the two.
+Tensor names are those of the package `lpips`, and say which network it is; the trainer carries its
+own copy of both so that it also runs where only torch is installed. A test compares the two.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,12 +13,39 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-_STAGES = (
-    ("net.slice1.0", 4, 2),  # name, stride, padding
-    ("net.slice2.3", 1, 2),
-    ("net.slice3.6", 1, 1),
-    ("net.slice4.8", 1, 1),
-    ("net.slice5.10", 1, 1),
+from models.errors import WeightsError
+
+
+@dataclass(frozen=True, slots=True)
+class _Network:
+    """Convolutions by stage as (name, stride, padding); a pooling stands before some stages."""
+
+    stages: tuple[tuple[tuple[str, int, int], ...], ...]
+    pooled: tuple[int, ...]
+    window: int  # of the pooling, whose stride is 2
+
+
+_ALEX = _Network(
+    stages=(
+        (("slice1.0", 4, 2),),
+        (("slice2.3", 1, 2),),
+        (("slice3.6", 1, 1),),
+        (("slice4.8", 1, 1),),
+        (("slice5.10", 1, 1),),
+    ),
+    pooled=(1, 2),
+    window=3,
+)
+_VGG = _Network(
+    stages=(
+        (("slice1.0", 1, 1), ("slice1.2", 1, 1)),
+        (("slice2.5", 1, 1), ("slice2.7", 1, 1)),
+        (("slice3.10", 1, 1), ("slice3.12", 1, 1), ("slice3.14", 1, 1)),
+        (("slice4.17", 1, 1), ("slice4.19", 1, 1), ("slice4.21", 1, 1)),
+        (("slice5.24", 1, 1), ("slice5.26", 1, 1), ("slice5.28", 1, 1)),
+    ),
+    pooled=(1, 2, 3, 4),
+    window=2,
 )
 
 
@@ -24,22 +53,34 @@ class Lpips:
     """Callable distance of two batches of pictures."""
 
     def __init__(self, file: Path, device: torch.device | None = None) -> None:
+        """Raises `WeightsError` where `file` holds no LPIPS network."""
         tensors = {k: v.to(device or "cpu") for k, v in load_file(file).items()}
+        self.network = _VGG if "net.slice1.2.weight" in tensors else _ALEX
+        try:
+            self._read(tensors)
+        except KeyError as e:
+            raise WeightsError(f"{file}: no LPIPS weights: {e}") from e
+
+    def _read(self, tensors: Mapping[str, Tensor]) -> None:
         self.stages = [
-            (tensors[f"{name}.weight"], tensors[f"{name}.bias"], stride, padding)
-            for name, stride, padding in _STAGES
+            [
+                (tensors[f"net.{name}.weight"], tensors[f"net.{name}.bias"], stride, padding)
+                for name, stride, padding in stage
+            ]
+            for stage in self.network.stages
         ]
-        self.linear = [tensors[f"lin{i}.model.1.weight"] for i in range(len(_STAGES))]
+        self.linear = [tensors[f"lin{i}.model.1.weight"] for i in range(len(self.stages))]
         self.shift, self.scale = tensors["scaling_layer.shift"], tensors["scaling_layer.scale"]
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """`a`, `b` (B, 3, H, W) in [0, 1] -> distances (B,)."""
         h = ((torch.cat([a, b]) * 2 - 1) - self.shift) / self.scale
         total = torch.zeros(len(a), device=a.device)
-        for i, (weight, bias, stride, padding) in enumerate(self.stages):
-            if i in (1, 2):
-                h = F.max_pool2d(h, 3, 2)
-            h = F.relu(F.conv2d(h, weight, bias, stride, padding))
+        for i, stage in enumerate(self.stages):
+            if i in self.network.pooled:
+                h = F.max_pool2d(h, self.network.window, 2)
+            for weight, bias, stride, padding in stage:
+                h = F.relu(F.conv2d(h, weight, bias, stride, padding))
             unit = h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10)
             first, second = unit.chunk(2)
             difference = F.conv2d((first - second).square(), self.linear[i])

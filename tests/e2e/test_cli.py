@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from models import bitstream, image
 from tests.conftest import DATA, PHOTO, psnr, run_service, wait_for
@@ -54,6 +55,33 @@ def test_several_inputs_go_into_a_folder(tmp_path: Path, small: image.Pixels) ->
     assert not np.array_equal(one, read(tmp_path / "other.png"))
 
 
+def test_sampler_settings_and_realism_can_be_chosen(tmp_path: Path, small: image.Pixels) -> None:
+    (tmp_path / "a.png").write_bytes(image.write(small, "png"))
+    afterimage("encode", tmp_path / "a.png", "-o", tmp_path / "a.msh")
+    source, out = tmp_path / "a.msh", tmp_path / "b.png"
+
+    def decoded(*options: object) -> image.Pixels:
+        done = afterimage("decode", source, "-o", out, "--tier", "ddim-10", *options)
+        assert done.returncode == 0, done.stderr
+        return read(out)
+
+    solver = decoded("--sampler", "dpmpp-2m", "--steps", 3, "--guidance", 1.5)
+    told = Image.open(out).text  # type: ignore[attr-defined]
+    assert told["afterimage:sampler"].startswith("dpmpp-2m")
+    assert (told["afterimage:steps"], told["afterimage:realism"]) == ("3", "1.0")
+    instant, half = decoded("--realism", 0), decoded("--steps", 3, "--realism", 0.5).astype(int)
+    afterimage("decode", source, "-o", out)
+    assert np.array_equal(instant, read(out))
+    drawn = decoded("--steps", 3).astype(int)
+    assert np.abs(2 * half - drawn - instant).max() <= 2
+    assert not np.array_equal(solver, drawn)
+    for wrong in (("--realism", 2), ("--steps", 0), ("--guidance", -1)):
+        done = afterimage("decode", source, "-o", out, "--tier", "ddim-10", *wrong)
+        assert done.returncode == 1
+        assert wrong[0].strip("-") in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_one_input_goes_into_a_folder_that_is_named_as_one(
     tmp_path: Path, small: image.Pixels
 ) -> None:
@@ -91,7 +119,7 @@ def test_inspect_prints_a_json_line_for_each_input(tmp_path: Path) -> None:
     [
         (("decode", "missing.msh", "-o", "a.png"), "No such file"),
         (("decode", "empty.msh", "-o", "a.png"), "empty"),
-        (("decode", "empty.msh", "-o", "a.gif"), ".png, .jpg or .webp"),
+        (("decode", "empty.msh", "-o", "a.gif"), ".png, .jpg, .jpeg, .webp, .avif, .npy"),
         (("decode", "empty.msh", "-o", "a.png", "--seed", "-1"), "seed"),
         (("encode", "empty.msh", "-o", "empty.msh"), "overwritten"),
         (("encode", "empty.msh", "empty.msh", "-o", "x"), "twice"),

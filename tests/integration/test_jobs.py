@@ -72,7 +72,7 @@ def test_the_id_follows_the_published_recipe() -> None:
     d = Decode("ab" * 32, "ddim-10", Settings("ddim", 10), 5, "c" * 16, "d" * 16, 2, 64, 64)
     import hashlib
 
-    settings = '{"beta":0.0,"eta":0.0,"gamma":1.0,"sampler":"ddim","steps":10}'
+    settings = '{"beta":0.0,"eta":0.0,"gamma":1.0,"guidance":1.0,"sampler":"ddim","steps":10}'
     text = f"afterimage-1\n{'ab' * 32}\n{settings}\n5\n{'c' * 16}\n{'d' * 16}"
     assert d.id == hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,20 +11,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models import bitstream, checkpoint, decoder
+from models import bitstream, checkpoint, codec, decoder, image, tiles
 from models.codec import Codec
-from models.decoder import Decoder
-from models.errors import Canceled, WeightsError
+from models.decoder import Decoder, Draft
+from models.errors import Canceled, WeightsError, WrongWeights
 from models.hyperprior import Latents
+from models.presets import PAPER
 from models.tiers import Settings
-from models.unet import UNet, UNetConfig, high_pass
+from models.unet import UNet
 
 FAST = Settings("ddim", 2)
-
-
-def random_maps(net: UNet, size: int) -> tuple[Tensor, ...]:
-    strides = zip(net.config.widths, (4, 8, 16), strict=True)
-    return tuple(torch.randn(1, w, size // s, size // s) for w, s in strides)
 
 
 @pytest.fixture(scope="module")
@@ -82,41 +78,153 @@ def test_progress_shows_pictures_and_may_cancel(
     assert seen == [(1, 2)]
 
 
-def test_the_high_pass_leaves_no_mean_and_keeps_detail() -> None:
-    flat = torch.full((1, 3, 64, 64), 0.7)
-    assert torch.allclose(high_pass(flat), torch.zeros_like(flat), atol=1e-5)
-    texture = torch.sin(torch.arange(64.0) * torch.pi / 2).expand(1, 3, 64, 64)
-    assert torch.allclose(high_pass(texture), texture, atol=1e-5)
+def test_a_batch_gives_the_pictures_that_each_request_gives_alone(
+    tiny_decoder: Decoder, decoded: tuple[Latents, Tensor]
+) -> None:
+    latents, x_hat = decoded
+    flipped = Latents(latents.y_hat.flip(3), latents.symbols, latents.bits[:, ::-1].copy())
+    settings = Settings("ddpm", 3)
+    drafts = [Draft(latents, x_hat, 2, 5), Draft(flipped, x_hat.flip(3), 1, 6)]
+    together = tiny_decoder.sample_batch(drafts, settings)
+    for i, d in enumerate(drafts):
+        alone = tiny_decoder.sample(d.latents, d.x_hat, d.quality, settings, d.seed)
+        assert torch.allclose(together[i : i + 1], alone, atol=1e-5)
+    with pytest.raises(ValueError, match="one shape"):
+        other = Draft(latents, x_hat[:, :, :64], 2, 5)
+        tiny_decoder.sample_batch([drafts[0], other], settings)
 
 
-def test_a_pixel_depends_on_the_halo_only(tiny_decoder: Decoder) -> None:
-    net = tiny_decoder.net
-    halo = net.config.halo
-    assert halo <= 96
-    size = 320
-    one = torch.ones(1)
-    maps = random_maps(net, size)
-    x = torch.randn(1, 3, size, size)
-    changed = x.clone()
-    changed[:, :, :, 160:] += 1
+def test_guidance_goes_from_the_picture_without_latents_to_the_one_with_them(
+    tiny_decoder: Decoder, decoded: tuple[Latents, Tensor]
+) -> None:
+    latents, x_hat = decoded
+    other = Latents(latents.y_hat.flip(3), latents.symbols, latents.bits)
 
-    def run(x_t: Tensor) -> Tensor:
-        with torch.inference_mode():
-            v: Tensor = net.denoiser(x_t, one * 0.5, maps, torch.tensor([2]), one)
-        return v
+    def draw(given: Latents, guidance: float) -> Tensor:
+        settings = Settings("ddim", 1, guidance=guidance)
+        return tiny_decoder.sample(given, x_hat, 2, settings, 0)
 
-    difference = (run(x) - run(changed)).abs().amax((0, 1, 2))
-    reached = difference.nonzero().min()
-    # positions are grouped by 16, the coarsest stride
-    assert 160 - halo - 16 <= int(reached) < 160
+    blind, plain, strong = draw(latents, 0), draw(latents, 1), draw(latents, 2)
+    assert torch.equal(blind, draw(other, 0))
+    assert not torch.equal(blind, plain)
+    inside = torch.stack([(x > 0) & (x < 1) for x in (blind, plain, strong)]).all(0)
+    assert torch.allclose((2 * plain - blind)[inside], strong[inside], atol=1e-5)
+
+
+def test_latents_of_other_codecs_are_hidden(
+    tiny_decoder: Decoder, decoded: tuple[Latents, Tensor]
+) -> None:
+    """Then the picture follows from x_hat and bit map, as without guidance's strong half."""
+    latents, x_hat = decoded
+    wider = Latents(torch.randn(1, 320, *latents.y_hat.shape[2:]), latents.symbols, latents.bits)
+    hidden, other = (
+        tiny_decoder.sample(given, x_hat, 2, FAST, 0, shown=False) for given in (latents, wider)
+    )
+    assert torch.equal(hidden, other)
+    assert not torch.equal(hidden, tiny_decoder.sample(latents, x_hat, 2, FAST, 0))
+    unguided, guided = replace(FAST, guidance=0.0), replace(FAST, guidance=2.0)
+    assert torch.equal(hidden, tiny_decoder.sample(latents, x_hat, 2, unguided, 0))
+    assert torch.equal(hidden, tiny_decoder.sample(wider, x_hat, 2, guided, 0, shown=False))
+    with pytest.raises(ValueError, match="320 channels"):
+        tiny_decoder.sample(wider, x_hat, 2, FAST, 0)
+
+
+def test_a_batch_may_show_some_latents_and_hide_others(
+    tiny_decoder: Decoder, decoded: tuple[Latents, Tensor]
+) -> None:
+    drafts = [Draft(*decoded, 2, 5), Draft(*decoded, 2, 5, shown=False)]
+    settings = Settings("ddim", 2, guidance=1.5)
+    together = tiny_decoder.sample_batch(drafts, settings)
+    for i, d in enumerate(drafts):
+        alone = tiny_decoder.sample_batch([d], settings)
+        assert torch.allclose(together[i : i + 1], alone, atol=1e-5)
+
+
+def test_a_quality_that_was_not_trained_is_drawn_as_the_nearest(
+    tiny_decoder: Decoder, decoded: tuple[Latents, Tensor]
+) -> None:
+    net = copy.deepcopy(tiny_decoder.net)
+    net.scales.fill_(1)
+    net.scales[2:4] = torch.tensor([0.03, 0.02])
+    own = Decoder("0" * 16, net)
+    assert [own.nearest(q) for q in range(1, 9)] == [2, 2, 3, 3, 3, 3, 3, 3]
+    assert torch.equal(own.sample(*decoded, 8, FAST, 0), own.sample(*decoded, 3, FAST, 0))
+    assert not torch.equal(own.sample(*decoded, 2, FAST, 0), own.sample(*decoded, 3, FAST, 0))
+
+
+@pytest.mark.weights
+def test_the_shipped_decoder_was_trained_with_the_shipped_qualities() -> None:
+    own = decoder.load()
+    assert [own.nearest(q) for q in range(1, 9)] == [1, 2, 3, 3, 3, 3, 3, 3]
+
+
+def test_a_picture_in_windows_is_the_whole_picture(
+    tiny_decoder: Decoder,
+    shipped: Codec,
+    photo: image.Pixels,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the network's whole reach as overlap, to rounding; noise and latents follow."""
+    shown = codec.to_tensor(photo[:256, :384].copy())
+    latents = shipped.latents(shipped.encode(shown, "msh", "exact"))
+    x_hat = shipped.synthesis(latents.y_hat)
+    whole = tiny_decoder.sample(latents, x_hat, 2, Settings("ddpm", 3), 0)
+    monkeypatch.setattr(decoder, "OVERLAP", 6)
+    monkeypatch.setattr(decoder, "WINDOW", 320)
+    assert len(list(tiles.windows(16, 24, 320, 6))) > 1
+    tiled = tiny_decoder.sample(latents, x_hat, 2, Settings("ddpm", 3), 0)
+    assert torch.allclose(whole, tiled, atol=1e-5)
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("settings", [Settings("ddim", 4, beta=1.0), Settings("ddpm", 4)], ids=str)
+def test_windows_of_the_shipped_weights_leave_no_seams(
+    shipped: Codec, photo: image.Pixels, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = codec.to_tensor(photo[:384, :512].copy())
+    latents = shipped.latents(shipped.encode(shown, "msh", "exact"))
+    x_hat = shipped.synthesis(latents.y_hat)
+    own = decoder.load()
+    whole = own.sample(latents, x_hat, 2, settings, 0)
+    monkeypatch.setattr(decoder, "WINDOW", 24 * 19)
+    seams = [w.kept[2] * 16 for w in tiles.windows(24, 32, 24 * 19, decoder.OVERLAP) if w.kept[2]]
+    assert seams
+    tiled = own.sample(latents, x_hat, 2, settings, 0)
+    assert float((tiled - whole).abs().max()) * 255 < 1
+
+    def steps_across(x: Tensor) -> float:
+        return sum(float((x[:, :, :, s] - x[:, :, :, s - 1]).abs().mean()) for s in seams)
+
+    assert steps_across(tiled) / steps_across(whole) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("settings", [Settings("ddim", 3), Settings("ddpm", 3)], ids=str)
+def test_the_papers_preset_draws_pictures_too(
+    decoded: tuple[Latents, Tensor], settings: Settings
+) -> None:
+    torch.manual_seed(0)
+    small = replace(
+        PAPER, widths=(32, 32, 32, 32, 32), condition=(32, 32, 32, 32), embedding=32,
+        down=(1, 1, 1, 1, 1), up=(2, 2, 2, 2, 2),
+    )  # fmt: skip
+    own = Decoder("1" * 16, UNet(small))
+    with torch.no_grad():
+        for p in own.net.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    a, b = (own.sample(*decoded, 2, settings, seed) for seed in (0, 1))
+    assert a.shape == decoded[1].shape
+    assert 0 <= float(a.min()) < float(a.max()) <= 1
+    assert not torch.equal(a, b)
+    with pytest.raises(WrongWeights, match="latents alone"):
+        own.sample(*decoded, 2, settings, 0, shown=False)
 
 
 def test_weights_come_back_from_their_file(tmp_path: Path, tiny_decoder: Decoder) -> None:
     import hashlib
 
-    tensors = {k: v.half() for k, v in tiny_decoder.net.state_dict().items()}
+    tensors = {k: v.half().contiguous() for k, v in tiny_decoder.net.state_dict().items()}
     file = tmp_path / "tiny.safetensors"
-    save_file(tensors, file, {"config": json.dumps(asdict(tiny_decoder.net.config))})
+    save_file(tensors, file, {"config": json.dumps(asdict(tiny_decoder.config))})
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     (tmp_path / "manifest.toml").write_text(
         f'[[weights]]\nkind = "decoder"\nname = "tiny"\nfile = "{file.name}"\nsha256 = "{digest}"\n'
@@ -124,28 +232,7 @@ def test_weights_come_back_from_their_file(tmp_path: Path, tiny_decoder: Decoder
     )
     loaded = decoder.load(tmp_path)
     assert loaded.weights_id == checkpoint.weights_id(tensors)
-    assert loaded.net.config == tiny_decoder.net.config
+    assert loaded.config == tiny_decoder.config
     (tmp_path / "manifest.toml").write_text("weights = []\n")
     with pytest.raises(WeightsError, match="no diffusion decoder"):
         decoder.load(tmp_path)
-
-
-def test_the_compact_network_stays_within_its_budget() -> None:
-    """At most 150 kMAC a pixel and step (the design's bound), counted over the convolutions."""
-    net = UNet(UNetConfig()).eval()
-    macs = 0
-
-    def count(module: torch.nn.Conv2d, _inputs: object, out: Tensor) -> None:
-        nonlocal macs
-        macs += out[0].numel() * module.weight[0].numel()
-
-    for m in net.denoiser.modules():
-        if isinstance(m, torch.nn.Conv2d):
-            m.register_forward_hook(count)
-    size = 64
-    maps = random_maps(net, size)
-    with torch.inference_mode():
-        net.denoiser(
-            torch.zeros(1, 3, size, size), torch.ones(1), maps, torch.tensor([2]), torch.zeros(1)
-        )
-    assert macs / size**2 <= 150_000

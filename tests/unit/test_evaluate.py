@@ -1,35 +1,35 @@
-"""Evaluation: its sums, and one pass over a picture from real bytes."""
+"""Evaluation: its sums, null pictures, report, plots and sheet, and a pass from real bytes."""
 
+import io
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
-from models import image
+from models import codec, image
 from models.evaluate import __main__ as evaluate
-from models.evaluate.__main__ import Row, summary, table
-from models.evaluate.metrics import mse, offset
+from models.evaluate import nulls, plots, report
+from models.evaluate.measure import Row
+from models.evaluate.metrics import mse, psnr
+from models.evaluate.sheet import CUT, SCALE, Sheet, corner
+from models.evaluate.summary import Line, summary
 
 
 def row(**changed: object) -> Row:
     values: dict[str, object] = {
         "picture": "a", "quality": 2, "tier": "instant", "seed": 0, "bpp": 0.2, "mse": 1e-3,
-        "lpips": 0.2, "offset": 0.1, "shift": 0.0, "seeds_mse": 0.0, "seconds": 1.0,
+        "ms_ssim": 0.9, "lpips": 0.2, "lpips_vgg": None, "dists": None, "nlpd": 0.2, "gmsd": 0.1,
+        "niqe": 5.0, "niqe_original": 4.0, "offset": 0.1, "shift": 0.0, "seeds_mse": 0.0,
+        "seconds": 1.0,
     }  # fmt: skip
     return Row(**{**values, **changed})  # type: ignore[arg-type]
-
-
-def test_metrics_of_a_known_difference() -> None:
-    a = torch.zeros(1, 3, 8, 8)
-    b = a.clone()
-    b[:, 1] = 0.1
-    assert mse(a, b) == pytest.approx(0.01 / 3)
-    assert offset(a, b) == pytest.approx(25.5)
-    assert evaluate.psnr(1e-3) == pytest.approx(30)
-    assert evaluate.psnr(0) == math.inf
 
 
 def test_the_summary_compares_with_the_codecs_own_picture() -> None:
@@ -40,31 +40,211 @@ def test_the_summary_compares_with_the_codecs_own_picture() -> None:
         row(tier="ddim-10", mse=2e-3, lpips=0.1, seed=1, seeds_mse=5e-4),
         row(tier="ddim-10", picture="b", mse=2e-4, lpips=0.2),
     ]
-    instant, drawn = summary(rows)
+    instant, drawn = (line.figures for line in summary(rows))
     assert instant["psnr"] == pytest.approx(35)
     assert instant["lpips"] == pytest.approx(0.15)
     assert drawn["psnr_loss"] == pytest.approx(10 * math.log10(2))
     assert drawn["seeds_ratio"] == pytest.approx(0.5)
-    assert (drawn["worse_lpips"], drawn["pictures"], drawn["shift_max"]) == (1, 2, 0.2)
-    assert table([instant, drawn]).count("\n") == 4
+    assert drawn["lpips_ratio"] == pytest.approx(1)  # a picture counts once, whatever its seeds
+    assert (drawn["worse_lpips"], drawn["shift_max"]) == (1, 0.2)
+
+
+def test_intervals_span_the_pictures_and_differences_are_paired() -> None:
+    rows = [row(picture=str(i), mse=10.0 ** (-2 - i / 4)) for i in range(8)]
+    rows += [row(picture=str(i), tier="ddim-10", mse=2 * 10.0 ** (-2 - i / 4)) for i in range(8)]
+    drawn = summary(rows)[1]
+    low, high = drawn.intervals["psnr"]
+    assert 20 < low < drawn.figures["psnr"] < high < 40
+    assert drawn.intervals["psnr_loss"] == pytest.approx((3.0103, 3.0103), abs=1e-4)
+
+
+def test_figures_that_not_all_pictures_have_are_means_of_those_that_do() -> None:
+    rows = [row(niqe=7.0, ms_ssim=None), row(picture="b", niqe=None, ms_ssim=None)]
+    [line] = summary(rows)
+    assert line.figures["niqe"] == 7
+    assert line.figures["niqe_gap"] == 3
+    assert "niqe" not in line.intervals
+    assert not {"ms_ssim", "dists", "kid"} & line.figures.keys()
+
+
+def test_a_perfect_picture_has_no_finite_psnr_and_none_is_reported() -> None:
+    [line] = summary([row(mse=0.0), row(picture="b")])
+    assert "psnr" not in line.figures
+    json.dumps(line.document(), allow_nan=False)
+
+
+def test_kid_is_of_the_tiers_own_features() -> None:
+    rng = np.random.default_rng(0)
+    own = {name: rng.standard_normal((3, 4)) for name in "abc"}
+    moved = {name: f + 1 for name, f in own.items()}
+    rows = [row(picture=p, tier=t) for t in ("instant", "ddim-10") for p in "abc"]
+    features = {(0, "original"): own, (2, "instant"): own, (2, "ddim-10"): moved}
+    instant, drawn = summary(rows, features)
+    assert instant.figures["kid"] == pytest.approx(0, abs=1e-12)
+    assert drawn.figures["kid"] > 0.5
+    low, high = drawn.intervals["kid"]
+    assert 0 < low <= drawn.figures["kid"] <= high
+
+
+def lines() -> list[Line]:
+    """Three qualities of five tiers, two of them null rows."""
+    tiers = ("instant", "perceptual", "ddim-10", *nulls.NAMES)
+    out = []
+    for quality in (1, 2, 3):
+        for i, tier in enumerate(tiers):
+            figures = {
+                "bpp": 0.1 * quality, "psnr": 27.0 + quality - i / 5, "lpips": 0.3 - i / 20,
+                "niqe_gap": 0.5 + i / 3, "kid": 0.02 / (i + 1), "worse_lpips": 1,
+            }  # fmt: skip
+            out.append(Line(quality, tier, 24, figures, {"lpips": (0.2, 0.31)}))
+    return out
+
+
+def test_the_report_names_intervals_and_nulls_that_missed() -> None:
+    some = lines()
+    some[4].figures["null_gap"] = 0.31
+    some[3].figures["null_gap"] = 0.001
+    text = report.markdown(some, "abcd", ["rate.png"])
+    assert "| 1 | instant | 24 | 0.100 | 28.00 | 0.300 [0.200, 0.310] | 0.500 | 0.0200 |" in text
+    assert "| 1 | instant | 24 | 1 |" in text
+    assert "`msh+unsharp` at quality 1 is up to 0.31 dB" in text
+    assert "`msh+noise` at" not in text
+    assert "![rate.png](rate.png)" in text
+
+
+def test_plots_are_drawn_for_any_number_of_qualities(tmp_path: Path) -> None:
+    for some in (lines(), lines()[:1]):
+        for draw in (plots.rate, plots.perception):
+            draw(some, tmp_path / "plot.png")
+            with Image.open(tmp_path / "plot.png") as picture:
+                assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_labels_keep_their_order_and_their_distance() -> None:
+    heights = [0.5, 0.51, 0.1, 0.505, 0.99, 1.0]
+    spread = plots._spread(heights)
+    assert np.argsort(spread).tolist() == np.argsort(heights).tolist()
+    assert np.diff(sorted(spread)).min() > 0.06
+    assert max(spread) <= 1
+
+
+@pytest.fixture(scope="module")
+def degraded(photo: image.Pixels) -> tuple[Tensor, Tensor]:
+    """A photograph and a lossy decode of it."""
+    data = io.BytesIO()
+    Image.fromarray(photo[:256, :384]).save(data, "JPEG", quality=25)
+    with Image.open(data) as decoded:
+        return codec.to_tensor(photo[:256, :384].copy()), codec.to_tensor(np.array(decoded))
+
+
+@pytest.mark.parametrize("name", nulls.NAMES)
+@pytest.mark.parametrize("loss", [0.1, 0.5, 2.0])
+def test_null_pictures_lose_as_much_psnr_as_asked(
+    degraded: tuple[Tensor, Tensor], name: str, loss: float
+) -> None:
+    x, msh = degraded
+    target = mse(msh, x) * 10 ** (loss / 10)
+    picture = nulls.null(name, msh, x, target)
+    assert psnr(mse(msh, x)) - psnr(mse(picture, x)) == pytest.approx(loss, abs=0.02)
+    torch.testing.assert_close(picture * 255, (picture * 255).round(), atol=1e-3, rtol=0)
+
+
+def test_null_pictures_that_cannot_reach_the_psnr_come_as_near_as_they_can(
+    degraded: tuple[Tensor, Tensor],
+) -> None:
+    x, msh = degraded
+    better = nulls.null(nulls.NOISE, msh, x, mse(msh, x) / 2)
+    torch.testing.assert_close(better, msh)
+    flat = torch.full_like(x, 0.5)  # nothing to sharpen
+    torch.testing.assert_close(nulls.null(nulls.UNSHARP, flat, x, 0.5), flat, atol=2e-3, rtol=0)
+
+
+def test_the_cut_is_where_two_pictures_differ_most() -> None:
+    a = torch.zeros(1, 3, 300, 400)
+    b = a.clone()
+    b[:, :, 40:50, 300:310] = 0.5
+    b[:, :, 150 : 150 + CUT, 60 : 60 + CUT] = 0.1
+    assert corner(a, b) == (150, 60)
+    assert corner(a[:, :, :20, :30], b[:, :, :20, :30]) == (0, 0)
+
+
+def test_the_sheet_shows_the_same_enlarged_cut_of_every_tier(tmp_path: Path) -> None:
+    original = torch.rand(1, 3, 200, 200)
+    pictures = {"original": original, "instant": original * 0.9, "perceptual": original * 0.5}
+    pictures["instant"][:, :, 50:, 50:] = original[:, :, 50:, 50:]
+    sheet = Sheet(["a.png"])
+    sheet.add("a.png", 2, 0.25, pictures)
+    sheet.add("b.png", 2, 0.25, pictures)  # none of the announced ones
+    sheet.save(tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as drawn:
+        values = np.asarray(drawn)
+    top, left = corner(pictures["instant"], pictures["perceptual"])
+    side, found = CUT * SCALE, 0
+    for picture in pictures.values():
+        cut = codec.to_pixels(picture)[top : top + CUT, left : left + CUT]
+        cut = cut.repeat(SCALE, 0).repeat(SCALE, 1)
+        places = np.argwhere((values == cut[0, 0]).all(2))
+        found += any(np.array_equal(values[y : y + side, x : x + side], cut) for y, x in places)
+    assert found == 3
+
+
+Command = Callable[..., None]
+
+
+@pytest.fixture
+def command(tmp_path: Path, lpips_file: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The command over the pictures in `in`, writing to `out`."""
+    (tmp_path / "in").mkdir()
+
+    def run(*words: str) -> None:
+        options = {"--pictures": tmp_path / "in", "--lpips": lpips_file, "--out": tmp_path / "out"}
+        always = [str(w) for pair in options.items() for w in pair]
+        monkeypatch.setattr(sys, "argv", ["evaluate", *always, *words])
+        evaluate.main()
+
+    return run
 
 
 @pytest.mark.weights
 def test_a_pass_writes_figures_from_real_bytes(
-    tmp_path: Path, small: image.Pixels, lpips_file: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, tmp_path: Path, photo: image.Pixels, small: image.Pixels
 ) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.png").write_bytes(image.write(small, "png"))
-    options = {"--pictures": tmp_path / "in", "--lpips": lpips_file, "--out": tmp_path / "out"}
-    words = [str(w) for pair in options.items() for w in pair]
-    words += ["--qualities", "2", "--tiers", "instant", "ddim-10", "--seeds", "0", "1"]
-    monkeypatch.setattr(sys, "argv", ["evaluate", *words])
-    evaluate.main()
+    pictures = {"a": photo[:161, :192].copy(), "b": photo[200:361, 300:492].copy(), "c": small}
+    for name, pixels in pictures.items():
+        (tmp_path / f"in/{name}.png").write_bytes(image.write(pixels, "png"))
+    tiers = ["instant", "perceptual"]
+    command("--qualities", "2", "--tiers", *tiers, "--seeds", "0", "1")
     document = json.loads((tmp_path / "out/evaluation.json").read_text())
-    instant, drawn = document["summary"]
+    by_tier = {line["tier"]: line for line in document["summary"]}
+    assert list(by_tier) == [*tiers, *nulls.NAMES]
+    instant, drawn = by_tier["instant"], by_tier["perceptual"]
     assert instant["psnr"] > 28
     assert instant["bpp"] > 0.1
-    assert drawn["seeds_ratio"] > 0
+    assert instant["intervals"]["psnr"][0] < instant["psnr"] < instant["intervals"]["psnr"][1]
+    assert drawn["seeds_ratio"] >= 0
+    assert drawn["psnr_loss"] != 0
     assert drawn["shift_max"] < 0.5
-    assert len(document["rows"]) == 3
-    assert "ddim-10" in (tmp_path / "out/evaluation.md").read_text()
+    assert {"ms_ssim", "nlpd", "gmsd", "niqe", "niqe_gap", "kid"} <= drawn.keys()
+    assert len(document["rows"]) == 3 * (1 + 2 + 2)
+    too_small = document["rows"][-1]
+    assert (too_small["picture"], too_small["ms_ssim"], too_small["niqe"]) == ("c.png", None, None)
+    for name in nulls.NAMES:
+        assert by_tier[name]["null_gap"] < nulls.TOLERANCE_DB
+    assert "| 2 | perceptual | 3 |" in (tmp_path / "out/evaluation.md").read_text()
+    for name in ("rate.png", "perception.png", "sheet.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 10_000
+
+
+@pytest.mark.weights
+def test_what_cannot_be_evaluated_is_said_in_one_line(command: Command, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="in: no pictures"):
+        command()
+    file = tmp_path / "in/a.png"
+    file.write_bytes(b"no picture")
+    with pytest.raises(SystemExit, match=r"a\.png: not a picture"):
+        command("--qualities", "2")
+    file.write_bytes(image.write(np.zeros((20, 40, 3), np.uint8), "png"))
+    with pytest.raises(SystemExit, match=r"a\.png: 40x20; LPIPS needs sides of 31 or more"):
+        command("--qualities", "2")
+    with pytest.raises(SystemExit, match="not readable as weights"):
+        command("--qualities", "2", "--dists", str(file))

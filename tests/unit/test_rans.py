@@ -1,5 +1,7 @@
 """The entropy coder against CompressAI's, both ways, and against bytes that no encoder wrote."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from compressai import ans
@@ -68,8 +70,11 @@ def test_random_bytes_never_decode_to_symbols(data: bytes) -> None:
         rans.decode(data, indexes, t)
 
 
-def test_every_flipped_bit_is_noticed_where_no_symbol_escapes() -> None:
-    """A flipped bypass digit is another value of the same length: only a checksum can see it."""
+def test_every_flipped_bit_is_noticed_where_no_two_symbols_are_as_frequent() -> None:
+    """A flipped bypass digit is another value of the same length: only a checksum can see it.
+
+    So it is with a symbol's bits that become those of its neighbour, where both are as frequent.
+    """
     symbols, indexes, t = case(2, 150, 6)
     first = t.offset[indexes]
     symbols = np.clip(symbols, first, first + t.length[indexes] - 3)
@@ -79,6 +84,113 @@ def test_every_flipped_bit_is_noticed_where_no_symbol_escapes() -> None:
         bad[bit // 8] ^= 1 << bit % 8
         with pytest.raises(BitstreamError):
             rans.decode(bytes(bad), indexes, t)
+
+
+def test_a_bit_that_turns_a_symbol_into_its_twin_is_what_an_encoder_would_have_written() -> None:
+    """Why CompressAI's format cannot promise that a flipped bit is seen, and `.msh` has a CRC."""
+    t = rans.Tables(
+        np.array([[0, 1, 2, 65536]], np.int32), np.array([4], np.int32), np.zeros(1, np.int32)
+    )
+    one, twin = (rans.encode(np.array([v], np.int32), np.zeros(1, np.int32), t) for v in (0, 1))
+    assert np.unpackbits(np.frombuffer(one, np.uint8) ^ np.frombuffer(twin, np.uint8)).sum() == 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 40), st.data())
+def test_what_is_accepted_encodes_to_the_same_bytes(seed: int, data: st.DataObject) -> None:
+    """Among bytes of every sort there is one stream for each sequence of symbols, and no other."""
+    symbols, indexes, t = case(seed, 30, data.draw(st.sampled_from([1, 6, 400])))
+    good = bytearray(rans.encode(symbols, indexes, t))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(good) - 1))
+        good[at] = data.draw(st.integers(0, 255))
+    try:
+        found = rans.decode(bytes(good), indexes, t)
+    except BitstreamError:
+        return
+    assert rans.encode(found, indexes, t) == good
+
+
+def bare(value: int, *digits: int) -> tuple[bytes, rans.Int32Array, rans.Tables]:
+    """A stream of one symbol, `value`, that is followed by bypass digits as they are."""
+    t = rans.Tables(
+        np.array([[0, 1 << 15, 1 << 16]], np.int32), np.array([3], np.int32), np.zeros(1, np.int32)
+    )
+    x = 1 << 31
+    for digit in reversed(digits):
+        x = x << 4 | digit
+    x = (x >> 15 << 16) + (x & 0x7FFF) + (value << 15)
+    return x.to_bytes(8, "little"), np.zeros(1, np.int32), t
+
+
+def test_bypass_digits_hold_what_compressai_would_write() -> None:
+    data, indexes, t = bare(1, 1, 5)
+    assert rans.decode(data, indexes, t).tolist() == [-3]
+    assert rans.encode(np.array([-3], np.int32), indexes, t) == data
+
+
+@pytest.mark.parametrize(
+    "digits", [(2, 5, 0), (1, 0), (9, *[1] * 3), (15, 1), (15, 15), (15, 15, 15)], ids=str
+)
+def test_bypass_digits_that_no_encoder_writes_are_refused(digits: tuple[int, ...]) -> None:
+    """Leading zeros, and more digits than a symbol has."""
+    with pytest.raises(CorruptStream):
+        rans.decode(*bare(1, *digits))
+
+
+@pytest.mark.parametrize("state", [0, (1 << 31) - 1, 1 << 63, (1 << 64) - 1])
+def test_states_that_no_encoder_reaches_are_refused(state: int) -> None:
+    _, indexes, t = bare(0)
+    with pytest.raises(CorruptStream, match="begin"):
+        rans.decode(state.to_bytes(8, "little"), indexes, t)
+
+
+@pytest.mark.parametrize("value", [-(1 << 30), (1 << 30) - 1])
+def test_the_largest_symbols_come_back(value: int) -> None:
+    _, indexes, t = bare(0)
+    one = np.array([value], np.int32)
+    assert rans.decode(rans.encode(one, indexes, t), indexes, t) == value
+    with pytest.raises(ValueError, match="31 bits"):
+        rans.encode(one + (1 if value > 0 else -1), indexes, t)
+
+
+def test_what_does_not_fit_an_int32_is_refused_and_does_not_wrap() -> None:
+    symbols, indexes, t = case(8, 20, 6)
+    data = rans.encode(symbols, indexes, t)
+    with pytest.raises(ValueError, match="contexts"):
+        rans.decode(data, indexes.astype(np.int64) + (1 << 32), t)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="31 bits"):
+        rans.encode(symbols.astype(np.int64) + (1 << 32), indexes, t)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_lengths_that_are_no_multiple_of_4_are_refused(n: int) -> None:
+    symbols, indexes, t = case(9, 20, 6)
+    data = rans.encode(symbols, indexes, t)
+    for bad in (data + bytes(n), data[:-n], data[:n]):
+        with pytest.raises(BitstreamError):
+            rans.decode(bad, indexes, t)
+
+
+def test_no_more_is_allocated_than_the_declared_symbols() -> None:
+    _, indexes, t = case(10, 1000, 6)
+    data = np.random.default_rng(0).bytes(4_000_000)
+    with pytest.raises(BitstreamError):
+        rans.decode(data, indexes, t)  # compiled
+    tracemalloc.start()
+    with pytest.raises(BitstreamError):
+        rans.decode(data, indexes, t)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000
+
+
+def test_any_shape_is_decoded_in_its_order() -> None:
+    symbols, indexes, t = case(11, 24, 6)
+    shape = (2, 3, 4)
+    data = rans.encode(symbols.reshape(shape), indexes.reshape(shape), t)
+    assert data == rans.encode(symbols, indexes, t)
+    assert np.array_equal(rans.decode(data, indexes.reshape(shape), t), symbols.reshape(shape))
 
 
 def test_every_truncation_is_noticed() -> None:

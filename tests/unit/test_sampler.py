@@ -5,77 +5,149 @@ import math
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from models import sampler, schedule
-from models.errors import Canceled, ParameterError
-from models.tiers import TIERS, Settings, check_seed, find
+from models import noise, sampler, schedule
+from models.errors import Canceled
+from models.sampler import Estimate, Noise
+from models.tiers import Settings
 
 MEAN, DEVIATION = 0.4, 0.7
 SHAPE = (3, 64, 64)
 
 
-def exact_v(x_t: Tensor, t: float) -> Tensor:
-    """The v of the posterior mean of x0 ~ N(MEAN, DEVIATION²)."""
-    a = schedule.alpha_bar(t)
+def draws(seed: int) -> Noise:
+    return lambda number: noise.normals(seed, number, SHAPE)
+
+
+def exact(x_t: Tensor, t: float, a: float) -> Estimate:
+    """The posterior mean of x0 ~ N(MEAN, DEVIATION²)."""
     variance = a * DEVIATION**2 + 1 - a
     x0 = MEAN + math.sqrt(a) * DEVIATION**2 / variance * (x_t - math.sqrt(a) * MEAN)
-    if a == 1:
-        return torch.zeros_like(x_t)
-    return (math.sqrt(a) * x_t - x0) / math.sqrt(1 - a)
+    return Estimate(x0, schedule.eps_from_x0(x_t, x0, a))
+
+
+def exact_with_variance(x_t: Tensor, t: float, a: float) -> Estimate:
+    """The same, with a fraction that puts the variance at its upper bound."""
+    e = exact(x_t, t, a)
+    return Estimate(e.x0, e.eps, torch.ones_like(x_t))
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [Settings("ddim", 100), Settings("ddim", 100, eta=1), Settings("ddpm", 200)],
-    ids=["ddim", "ddim eta 1", "ddpm"],
+    ("settings", "process", "tolerance"),
+    [
+        (Settings("ddim", 100), schedule.Continuous(), 0.02),
+        (Settings("ddim", 100, eta=1), schedule.Continuous(), 0.02),
+        (Settings("ddim", 200, eta=0.5), schedule.Discrete(), 0.02),
+        (Settings("ddpm", 200), schedule.Continuous(), 0.02),
+        (Settings("ddpm", 500), schedule.Discrete(), 0.02),
+        (Settings("dpmpp-2m", 30), schedule.Continuous(), 0.02),
+        (Settings("dpmpp-2m", 10), schedule.Continuous(), 0.04),
+    ],
+    ids=lambda v: f"{v.sampler}-{v.steps}-{v.eta}" if isinstance(v, Settings) else None,
 )
-def test_samples_have_the_mean_and_variance_of_the_target(settings: Settings) -> None:
-    x = sampler.sample(exact_v, SHAPE, settings, seed=3)
+def test_samples_have_the_mean_and_variance_of_the_target(
+    settings: Settings, process: schedule.Schedule, tolerance: float
+) -> None:
+    x = sampler.sample(exact, draws(3), settings, schedule=process)
+    assert float(x.mean()) == pytest.approx(MEAN, abs=tolerance)
+    assert float(x.std()) == pytest.approx(DEVIATION, abs=tolerance)
+
+
+def test_the_learned_variance_reaches_the_target_too() -> None:
+    x = sampler.sample(exact_with_variance, draws(3), Settings("ddpm", 500))
     assert float(x.mean()) == pytest.approx(MEAN, abs=0.02)
-    assert float(x.std()) == pytest.approx(DEVIATION, abs=0.02)
+    assert float(x.std()) == pytest.approx(DEVIATION, abs=0.03)
+
+
+def test_the_second_order_solver_is_nearer_to_the_exact_flow_than_ddim_in_as_many_steps() -> None:
+    """The flow takes x_1 to MEAN + DEVIATION x_1 on this target, whatever the path."""
+    goal = MEAN + DEVIATION * draws(3)(0)
+    error = {
+        name: float((sampler.sample(exact, draws(3), Settings(name, 12)) - goal).abs().mean())
+        for name in ("ddim", "dpmpp-2m")
+    }
+    assert error["dpmpp-2m"] < error["ddim"] / 2
+
+
+def test_a_smaller_start_gives_a_smaller_spread() -> None:
+    """With gamma the deterministic flow's spread scales: x_N is gamma times the noise."""
+    x = sampler.sample(exact, draws(3), Settings("ddim", 100, gamma=0.5))
+    assert float(x.std()) == pytest.approx(0.5 * DEVIATION, abs=0.02)
 
 
 def test_the_first_estimate_is_the_mean() -> None:
     first: list[Tensor] = []
-    sampler.sample(exact_v, SHAPE, Settings("ddim", 4), 0, lambda i, n, x0: first.append(x0))
+    settings = Settings("ddim", 4)
+    sampler.sample(exact, draws(0), settings, lambda i, n, x0: first.append(x0))
     assert torch.allclose(first[0], torch.full_like(first[0], MEAN), atol=1e-5)
+
+
+def ddim64(
+    x_t: NDArray[np.float64], e: tuple[NDArray[np.float64], ...], a: float, b: float, eta: float
+) -> NDArray[np.float64]:
+    """Eq. 12 of the DDIM paper as it is printed, from eps and fresh noise."""
+    eps, drawn = e
+    sigma = eta * np.sqrt((1 - b) / (1 - a)) * np.sqrt(1 - a / b)
+    predicted = (x_t - np.sqrt(1 - a) * eps) / np.sqrt(a)
+    out: NDArray[np.float64] = (
+        np.sqrt(b) * predicted + np.sqrt(1 - b - sigma**2) * eps + sigma * drawn
+    )
+    return out
+
+
+def ddpm64(
+    x_t: NDArray[np.float64], e: tuple[NDArray[np.float64], ...], a: float, b: float, part: float
+) -> NDArray[np.float64]:
+    """Eq. 11 of the DDPM paper from eps; `part` of the way from beta tilde to beta, in logs."""
+    eps, drawn = e
+    beta = 1 - a / b
+    mean = (x_t - beta / np.sqrt(1 - a) * eps) / np.sqrt(1 - beta)
+    tilde = (1 - b) / (1 - a) * beta
+    out: NDArray[np.float64] = mean + np.sqrt(tilde ** (1 - part) * beta**part) * drawn
+    return out
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.01, 0.3), (0.2, 0.5), (0.9, 0.99)])
+def test_steps_equal_the_printed_formulas_in_float64(a: float, b: float) -> None:
+    x_t, eps, drawn = torch.randn(3, 1, 3, 8, 8, dtype=torch.float64)
+    x0 = schedule.x0_from_eps(x_t, eps, a)
+    arrays = x_t.numpy(), (eps.numpy(), drawn.numpy())
+    for eta in (0.0, 0.3, 1.0):
+        ours = sampler.ddim_step(x_t, x0, eps, a, b, eta, drawn)
+        assert np.allclose(ours.numpy(), ddim64(*arrays, a, b, eta), atol=1e-12)
+    for part in (None, 0.5):
+        fraction = None if part is None else torch.full_like(x_t, part)
+        ours = sampler.ddpm_step(x_t, x0, a, b, drawn, fraction)
+        assert np.allclose(ours.numpy(), ddpm64(*arrays, a, b, part or 0), atol=1e-12)
 
 
 @pytest.mark.parametrize(("a_t", "a_prev"), [(0.0, 0.3), (0.2, 0.5), (0.9, 0.99)])
 def test_ddim_with_eta_1_is_the_ddpm_posterior(a_t: float, a_prev: float) -> None:
-    x0, eps, noise = torch.randn(3, 1, 3, 8, 8, dtype=torch.float64)
+    x0, eps, drawn = torch.randn(3, 1, 3, 8, 8, dtype=torch.float64)
     x_t = math.sqrt(a_t) * x0 + math.sqrt(1 - a_t) * eps
-    ddim = sampler.ddim_step(x_t, x0, eps, a_t, a_prev, 1.0, noise)
-    ddpm = sampler.ddpm_step(x_t, x0, a_t, a_prev, noise)
+    ddim = sampler.ddim_step(x_t, x0, eps, a_t, a_prev, 1.0, drawn)
+    ddpm = sampler.ddpm_step(x_t, x0, a_t, a_prev, drawn)
     assert torch.allclose(ddim, ddpm, atol=1e-12)
 
 
-def test_one_seed_is_one_picture_and_two_seeds_are_two() -> None:
-    a, b, c = (sampler.sample(exact_v, SHAPE, Settings("ddpm", 5), s) for s in (7, 7, 8))
+def test_the_solvers_first_step_is_ddim() -> None:
+    """Without a call before it, DPM-Solver++ is DDIM (section 4 of its paper)."""
+    x0, eps = torch.randn(2, 1, 3, 8, 8, dtype=torch.float64)
+    a_t, a_prev = 0.2, 0.5
+    x_t = math.sqrt(a_t) * x0 + math.sqrt(1 - a_t) * eps
+    ddim = sampler.ddim_step(x_t, x0, eps, a_t, a_prev)
+    solver = sampler.dpmpp_2m_step(x_t, x0, None, a_t, a_prev, 0.0)
+    assert torch.allclose(ddim, solver, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp-2m"])
+def test_one_seed_is_one_picture_and_two_seeds_are_two(name: str) -> None:
+    settings = Settings(name, 5)  # type: ignore[arg-type]
+    a, b, c = (sampler.sample(exact, draws(s), settings) for s in (7, 7, 8))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
-
-
-def test_noise_depends_on_position_not_on_the_tile() -> None:
-    whole = sampler.normals(5, 2, (3, 40, 50))
-    tile = sampler.normals(5, 2, (3, 16, 20), origin=(11, 23))
-    assert torch.equal(tile, whole[:, :, 11:27, 23:43])
-
-
-def test_noise_is_normal_and_differs_by_step_and_channel() -> None:
-    a, b = (sampler.normals(2**63 + 1, step, (3, 128, 128)) for step in (0, 1))
-    assert float(a.mean()) == pytest.approx(0, abs=0.02)
-    assert float(a.var()) == pytest.approx(1, abs=0.02)
-    channels = torch.cat([a[0].flatten(1), b[0].flatten(1)])
-    correlation = np.corrcoef(channels.numpy()) - np.eye(6)
-    assert np.abs(correlation).max() < 0.03
-
-
-def test_philox_gives_the_published_words() -> None:
-    """The known answer of Random123's philox4x32-10 for all zeros."""
-    zero = sampler._philox(0, 0, 0, 0, 0, 1, 1)[:, 0, 0]
-    assert [hex(int(w)) for w in zero] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
 
 
 def test_on_step_counts_and_may_cancel() -> None:
@@ -87,54 +159,28 @@ def test_on_step_counts_and_may_cancel() -> None:
             raise Canceled("enough")
 
     with pytest.raises(Canceled):
-        sampler.sample(exact_v, SHAPE, Settings("ddim", 10), 0, on_step)
+        sampler.sample(exact, draws(0), Settings("ddim", 10), on_step)
     assert seen == [(1, 10), (2, 10), (3, 10)]
 
 
-def test_respacing_begins_with_pure_noise_and_ends_with_the_picture() -> None:
-    assert schedule.times(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
-    assert schedule.alpha_bar(1.0) == 0
-    assert len(schedule.times(1000)) == 1001
-    for wrong in (0, 1001):
-        with pytest.raises(ValueError, match="steps"):
-            schedule.times(wrong)
+def test_a_step_of_one_is_the_posterior_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ddim", "ddpm"):
+        x = sampler.sample(exact, draws(0), Settings(name, 1))  # type: ignore[arg-type]
+        assert torch.allclose(x, torch.full_like(x, MEAN), atol=1e-5)
 
 
-def test_v_holds_both_picture_and_noise() -> None:
-    x0, eps = torch.randn(2, 1, 3, 4, 4, dtype=torch.float64)
-    a = 0.3
-    x_t = math.sqrt(a) * x0 + math.sqrt(1 - a) * eps
-    v = math.sqrt(a) * eps - math.sqrt(1 - a) * x0
-    assert torch.allclose(schedule.x0_from_v(x_t, v, a), x0)
-    assert torch.allclose(schedule.eps_from_v(x_t, v, a), eps)
+def test_noise_is_drawn_only_where_the_sampler_needs_it() -> None:
+    def counting(settings: Settings) -> list[int]:
+        asked: list[int] = []
 
+        def noises(number: int) -> Tensor:
+            asked.append(number)
+            return noise.normals(0, number, SHAPE)
 
-def test_tiers_are_those_of_the_paper_and_our_own() -> None:
-    assert {t.name: t.settings.steps for t in TIERS.values() if t.settings} == {
-        "perceptual": 4, "ddim-10": 10, "ddim-100": 100, "ddpm-100": 100, "ddpm-1000": 1000
-    }  # fmt: skip
-    assert find("perceptual").settings is not None
-    with pytest.raises(ParameterError, match="perceptual"):
-        find("best")
+        sampler.sample(exact, noises, settings)
+        return asked
 
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"steps": 0},
-        {"steps": 1001},
-        {"eta": 1.1},
-        {"beta": -0.1},
-        {"gamma": math.nan},
-        {"sampler": "ddpm", "eta": 0.5},
-    ],
-)
-def test_settings_outside_their_ranges_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ParameterError):
-        Settings(**{"sampler": "ddim", "steps": 10, **wrong})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("seed", [-1, 2**64])
-def test_seeds_outside_64_bits_are_refused(seed: int) -> None:
-    with pytest.raises(ParameterError):
-        check_seed(seed)
+    assert counting(Settings("ddim", 4)) == [0]
+    assert counting(Settings("dpmpp-2m", 4)) == [0]
+    assert counting(Settings("ddpm", 4)) == [0, 1, 2, 3]
+    assert counting(Settings("ddim", 4, eta=0.5)) == [0, 1, 2, 3]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models import tiles
+from models import decoder, tiles
 from models.msh import MeanScaleHyperprior
 from models.synthesis import Synthesis
 
@@ -18,7 +18,7 @@ def tiny() -> MeanScaleHyperprior:
 def test_tiles_show_the_same_picture_as_the_whole(
     tiny: MeanScaleHyperprior, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "TILE", 8)
+    monkeypatch.setattr(tiles, "CODEC_WINDOW", 12 * 12)
     y_hat = 5 * torch.randn(1, 12, *shape)
     whole = tiny.g_s(y_hat).clamp(0, 1)
     assert float(whole.std()) > 0.01
@@ -29,10 +29,38 @@ def test_tiles_show_the_same_picture_as_the_whole(
 def test_tiles_have_the_same_latents_as_the_whole(
     tiny: MeanScaleHyperprior, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "TILE", 8)
+    monkeypatch.setattr(tiles, "CODEC_WINDOW", 12 * 12)
     x = torch.rand(1, 3, 16 * shape[0], 16 * shape[1])
     whole = tiny.g_a(x)
     assert (tiles.analyse(tiny.g_a, x, 12) - whole).abs().max() < 1e-5 * float(whole.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "area", "overlap"),
+    [(1, 1, 100, 3), (135, 240, 5430, 3), (88, 128, 5430, 8), (4, 900, 1000, 4), (300, 5, 800, 6)],
+)
+def test_windows_keep_every_position_once_and_read_what_surrounds_it(
+    rows: int, columns: int, area: int, overlap: int
+) -> None:
+    kept = torch.zeros(1, 1, rows, columns)
+    for w in tiles.windows(rows, columns, area, overlap):
+        top, bottom, left, right = w.read
+        assert (bottom - top) * (right - left) <= area
+        kept[w.writes(1)] += 1
+        read = torch.arange(rows * columns).reshape(1, 1, rows, columns)[w.reads(1)]
+        inner = torch.arange(rows * columns).reshape(1, 1, rows, columns)[w.writes(1)]
+        assert torch.equal(read[w.within(1)], inner)
+        for edge, near, limit in zip(w.kept, w.read, (0, rows, 0, columns), strict=True):
+            assert abs(edge - near) == overlap or near == limit
+    assert torch.equal(kept, torch.ones_like(kept))
+
+
+def test_4k_is_drawn_with_little_computed_twice() -> None:
+    read = sum(
+        (w.read[1] - w.read[0]) * (w.read[3] - w.read[2])
+        for w in tiles.windows(135, 240, decoder.WINDOW, decoder.OVERLAP)
+    )
+    assert read / (135 * 240) < 1.09
 
 
 def test_other_shapes_are_refused(tiny: MeanScaleHyperprior) -> None:

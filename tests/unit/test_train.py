@@ -1,138 +1,141 @@
-"""The trainer's parts, and a run of seconds."""
+"""The diffusion decoder's trainer: its losses, its presets, and runs of up to a minute."""
 
+import argparse
 import json
+import math
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from models import checkpoint, decoder, image, zoo
-from models.train import bank, export
-from models.train.diffusion import TrainConfig, Trainer
-from models.train.lpips import Lpips
+from models.presets import COMPACT, PAPER
+from models.train import __main__ as cli
+from models.train import bank, export, network
+from models.train.config import Stage, add_options
+from models.train.decoder_config import DiffusionConfig, resolved
+from models.train.diffusion import DiffusionTask
+from models.train.photos import photographs
+from models.train.ranks import Ranks
+from models.train.run import Run
+from models.unet import UNet
 
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As training is meant to run beside other work; two threads would wait for each other."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+CPU = Ranks(0, 1, torch.device("cpu"))
+pytestmark = pytest.mark.usefixtures("one_thread")
+BLOCKED = (
+    "compressai", "torchvision", "numba", "google_crc32c", "tqdm", "tensorboard", "lpips",
+    "fastapi", "redis",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def banks(tmp_path_factory: pytest.TempPathFactory, photo: image.Pixels) -> tuple[Path, Path]:
-    """Four cuts of a photograph, one of them held out, encoded at quality 2."""
+def folder(tmp_path_factory: pytest.TempPathFactory, photo: image.Pixels) -> Path:
+    """20 photographs, cut from the left of one, some mirrored or reduced; 4 held out, from its
+    right."""
     folder = tmp_path_factory.mktemp("photos")
-    for i, name in enumerate(("a", "b", "c", "bsds_val_d")):
-        cut = photo[:170, 180 * i : 180 * (i + 1)]
-        Image.fromarray(cut).save(folder / f"{name}.png")
+    whole = Image.fromarray(photo)
+    for i in range(24):
+        held_out = i >= 20
+        left = 576 if held_out else 64 * (i % 6)
+        top = (100 if held_out else 75) * (i % 4)
+        side = 192 if held_out or i % 3 else 240
+        cut = whole.crop((left, top, left + side, top + side)).resize((192, 192))
+        turned = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if i % 2 else cut
+        turned.save(folder / f"{'bsds_val_' if held_out else ''}{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def banks(folder: Path) -> tuple[Path, Path]:
+    """The photographs encoded at quality 2: to train on, and held out."""
     out = folder / "train", folder / "held"
     for held_out, to in zip((False, True), out, strict=True):
-        bank.build(bank.photographs(folder, held_out), to / "q2", 2)
+        bank.build(photographs(folder, held_out), to / "q2", 2)
     return out
-
-
-def test_held_out_photographs_are_never_trained_on(tmp_path: Path) -> None:
-    for name in ("bsds_val_1.jpg", "bsds_test_1.jpg", "in_1.PNG", "notes.txt"):
-        (tmp_path / name).touch()
-    names = [[p.name for p in bank.photographs(tmp_path, held)] for held in (False, True)]
-    assert names == [["bsds_test_1.jpg", "in_1.PNG"], ["bsds_val_1.jpg"]]
-
-
-def test_crops_of_all_tensors_belong_together(banks: tuple[Path, Path]) -> None:
-    loaded = bank.Bank(banks[0])
-    for i, (_, t) in enumerate(loaded.items):
-        assert t["x"].shape == (3, 160, 176)
-        rows, columns = t["bits"].shape
-        # mark every position of the latents in the pixels, and look for the same mark in the crop
-        mark = torch.arange(rows * columns).reshape(rows, columns)
-        t["x"] = mark.repeat_interleave(16, 0).repeat_interleave(16, 1)[None].expand(3, -1, -1)
-        t["bits"] = mark
-        x, _, _, bits = loaded._cut(i, 64, torch.Generator().manual_seed(i))
-        assert torch.equal(x[0, ::16, ::16], bits[0])
-
-
-def test_a_bank_is_built_once(banks: tuple[Path, Path]) -> None:
-    file = next((banks[1] / "q2").iterdir())
-    before = file.stat().st_mtime_ns
-    bank.build([file.with_suffix(".png")], banks[1] / "q2", 2)
-    assert file.stat().st_mtime_ns == before
-
-
-def test_the_codecs_picture_in_the_bank_is_near_the_original(banks: tuple[Path, Path]) -> None:
-    batch = bank.Bank(banks[0]).batch(4, 128, torch.Generator().manual_seed(0))
-    assert batch.x.shape == batch.x_hat.shape == (4, 3, 128, 128)
-    assert batch.y_hat.shape == (4, 192, 8, 8)
-    assert batch.bits.shape == (4, 1, 8, 8)
-    assert float((batch.x - batch.x_hat).square().mean()) < 10**-2.6
-    assert batch.quality.tolist() == [2] * 4
-
-
-def test_lpips_equals_the_package(lpips_file: Path, photo: image.Pixels) -> None:
-    from models.evaluate.metrics import LpipsAlex
-
-    a = torch.from_numpy(photo[:128, :128].copy()).permute(2, 0, 1)[None].float() / 255
-    b = (a + 0.1 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
-    ours = float(Lpips(lpips_file)(a, b))
-    assert ours == pytest.approx(LpipsAlex(lpips_file)(a, b), rel=1e-4)
-    assert ours > 0
 
 
 @pytest.fixture
 def config(
     tmp_path: Path, banks: tuple[Path, Path], lpips_file: Path
-) -> Callable[..., TrainConfig]:
-    def make(**changed: object) -> TrainConfig:
-        plan = (("phase1", 0.05), ("phase2", 0.05))
-        values: dict[str, object] = {
+) -> Callable[..., DiffusionConfig]:
+    def make(**changed: Any) -> DiffusionConfig:
+        values: dict[str, Any] = {
             "bank": str(banks[0]), "held_out": str(banks[1]), "out": str(tmp_path / "run"),
-            "plan": plan, "lpips": str(lpips_file), "batch": 2, "crop": 64,
+            "plan": (Stage("phase1", 0.03), Stage("phase2", 0.04)), "lpips": str(lpips_file),
+            "batch": 4, "crop": 64, "widths": (16, 24, 32),
         }  # fmt: skip
-        return TrainConfig(**{**values, **changed})  # type: ignore[arg-type]
+        return resolved(DiffusionConfig(**(values | changed)))
 
     return make
 
 
-def test_a_run_learns_both_phases_and_leaves_loadable_weights(
-    config: Callable[..., TrainConfig], tmp_path: Path
+def trained(config: DiffusionConfig) -> Run:
+    run = Run(DiffusionTask(config, CPU), config, CPU)
+    assert run.go()
+    return run
+
+
+def log(config: DiffusionConfig) -> list[dict[str, Any]]:
+    return [json.loads(row) for row in (Path(config.out) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_minute_on_20_photographs_beats_predicting_zero(
+    config: Callable[..., DiffusionConfig],
 ) -> None:
-    trainer = Trainer(config())
-    before = {k: v.clone() for k, v in trainer.average.items()}
-    trainer.run()
-    assert trainer.stage == 2
-    assert any(not torch.equal(v, before[k]) for k, v in trainer.average.items())
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert [row["phase"] for row in log if "held_v" in row] == ["phase1", "phase2"]
-    assert all(np.isfinite(row["held_lpips"]) for row in log if "held_v" in row)
+    own = config(plan=(Stage("phase1", 1.0),), widths=(32, 48, 64), lr=1.5e-3, batch=8, lpips="")
+    trained(own)
+    (held,) = (row for row in log(own) if "held_v" in row)
+    assert held["held_v"] < held["held_v_zero"]
+    assert max(p.stat().st_size for p in Path(own.out).glob("checkpoint/*")) <= 16 << 20
+
+
+def test_a_run_learns_both_phases_and_leaves_loadable_weights(
+    config: Callable[..., DiffusionConfig], tmp_path: Path
+) -> None:
+    own = config(adversarial=0.15, adversarial_after=1, warm=5, seed=1)
+    task = DiffusionTask(own, CPU)
+    before = {k: v.clone() for k, v in task.net.state_dict().items()}
+    judge = [p.detach().clone() for p in task.modules["discriminator"].parameters()]
+    assert Run(task, own, CPU).go()
+    after = task.net.state_dict()
+    assert any(not torch.equal(after[k], v) for k, v in before.items())
+    pairs = zip(judge, task.modules["discriminator"].parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+    held = [row for row in log(own) if "held_v" in row]
+    assert [row["stage"] for row in held] == ["phase1", "phase2"]
+    assert all(math.isfinite(value) for row in held for k, value in row.items() if k != "stage")
+    assert all(row["held_lpips"] > 0 for row in held)
     with safe_open(tmp_path / "run/decoder.safetensors", "pt") as f:
         assert json.loads(f.metadata()["config"])["latents"] == 192
         card = json.loads(f.metadata()["train"])
-        assert card["steps"] > 0
-        assert "bank" not in card
-        assert "/" not in card["lpips"]
+    assert card["steps"] == held[-1]["step"]
+    assert card["widths"] == [16, 24, 32]
+    assert not any("/" in card[name] for name in ("bank", "held_out", "lpips"))
 
 
 def test_exported_weights_load_by_the_manifest(
-    config: Callable[..., TrainConfig], tmp_path: Path
+    config: Callable[..., DiffusionConfig], tmp_path: Path
 ) -> None:
-    trainer = Trainer(config())
-    trainer.save()
+    own = config()
+    run = Run(DiffusionTask(own, CPU), own, CPU)
+    run.save()
     folder = tmp_path / "weights"
     identity = export.decoder(tmp_path / "run/decoder.safetensors", folder)
     loaded = decoder.load(folder)
     assert loaded.weights_id == identity
-    assert loaded.net.config == trainer.net.config
+    assert loaded.net.config == DiffusionTask(own, CPU).net.config
     shipped = next(e for e in checkpoint.manifest() if e.quality == 1)
     again = export.codec(checkpoint.WEIGHTS / shipped.file, 1, folder)
     assert again == shipped.weights_id
@@ -140,47 +143,174 @@ def test_exported_weights_load_by_the_manifest(
     assert [e.name for e in checkpoint.manifest(folder)] == ["decoder_compact", "msh_q1"]
 
 
-def test_a_loss_that_is_not_finite_falls_back_to_the_average(
-    config: Callable[..., TrainConfig],
-) -> None:
-    trainer = Trainer(config(plan=(("phase1", 0.02),)))
-    with torch.no_grad():
-        trainer.net.denoiser.outward.bias.fill_(float("nan"))
-    trainer.run()
-    assert trainer.step > 0
-    assert all(bool(torch.isfinite(p).all()) for p in trainer.net.parameters())
+def test_an_exported_decoder_replaces_the_one_before(tmp_path: Path) -> None:
+    small: dict[str, Any] = {"widths": (32,) * 5, "condition": (32,) * 4, "latents": 16}
+    for base, changed in ((COMPACT, {}), (PAPER, small | {"down": (1,) * 5, "up": (2,) * 5})):
+        net = UNet(replace(base, embedding=32, **changed))
+        tensors = {k: v.half().contiguous() for k, v in net.state_dict().items()}
+        save_file(tensors, tmp_path / "new", {"config": json.dumps(asdict(net.config))})
+        export.decoder(tmp_path / "new", tmp_path / "weights")
+    assert [e.name for e in checkpoint.manifest(tmp_path / "weights")] == ["decoder_paper"]
+    assert decoder.load(tmp_path / "weights").config == net.config
+    assert [p.stem for p in (tmp_path / "weights").glob("*.safetensors")] == ["decoder_paper"]
 
 
-def test_a_killed_run_goes_on_where_it_was_saved(
-    config: Callable[..., TrainConfig], tmp_path: Path
+def test_a_killed_run_goes_on_where_it_was_saved_also_elsewhere(
+    config: Callable[..., DiffusionConfig], tmp_path: Path
 ) -> None:
-    own = config()
+    own = config(plan=(Stage("phase1", 5.0),))
     command = [
-        *(sys.executable, "-m", "models.train", "diffusion", "--bank", own.bank),
-        *("--held-out", own.held_out, "--out", own.out),
-        *("--plan", "phase1:5", "--batch", "2", "--crop", "64"),
+        *(sys.executable, "-P", "-m", "models.train", "diffusion", "--bank", own.bank),
+        *("--held-out", own.held_out, "--out", own.out, "--lpips", own.lpips),
+        *("--plan", "phase1:5", "--batch", "4", "--crop", "64", "--widths", "16,24,32"),
+        *("--save-s", "0.5", "--log-s", "0.5"),
     ]
-    state, log = tmp_path / "run/state.pt", tmp_path / "run/log.jsonl"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
-            until(state.exists)
-            time.sleep(4)
+            until(lambda: (tmp_path / "run/log.jsonl").exists() and len(log(own)) > 3)
+        finally:
+            process.send_signal(signal.SIGKILL)
+    elsewhere = config(plan=own.plan, out=str(tmp_path / "elsewhere"))
+    shutil.copytree(tmp_path / "run/checkpoint", tmp_path / "elsewhere/checkpoint")
+    killed = Run(DiffusionTask(elsewhere, CPU), elsewhere, CPU).progress
+    assert killed.steps > 0
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            until(lambda: any("resumed" in row for row in log(own)))
+            time.sleep(1)
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
         finally:
             process.kill()
-    first = Trainer(config(plan=(("phase1", 5.0),)))
-    assert first.step > 0
-    before = log.read_text().count('"resumed"')
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        try:
-            until(lambda: log.exists() and log.read_text().count('"resumed"') > before)
-        finally:
-            process.kill()
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    resumed = [row for row in rows if "resumed" in row]
-    assert resumed[-1]["step"] == first.step
-    assert Trainer(config(plan=(("phase1", 5.0),))).step >= first.step
+    (resumed,) = (row for row in log(own) if "resumed" in row)
+    assert resumed["step"] == killed.steps
+    stopped = Run(DiffusionTask(own, CPU), own, CPU).progress
+    assert killed.steps < stopped.steps
+    assert killed.spent < stopped.spent < 60
+
+
+def test_a_network_of_nan_falls_back_to_the_average(
+    config: Callable[..., DiffusionConfig],
+) -> None:
+    own = config(plan=(Stage("phase1", 0.01),))
+    task = DiffusionTask(own, CPU)
+    run = Run(task, own, CPU)
+    with torch.no_grad():
+        task.net.denoiser.outward.bias.fill_(float("nan"))
+    assert run.go()
+    assert run.progress.steps > 0
+    assert all(bool(torch.isfinite(p).all()) for p in task.net.parameters())
+
+
+def test_the_papers_preset_trains_every_parameter(config: Callable[..., DiffusionConfig]) -> None:
+    plan = (Stage("phase1", 1.0),)
+    own = config(preset="paper", widths=(32, 32, 32, 32, 32), plan=plan, batch=1, warm=1, lr=1e-3)
+    task = DiffusionTask(own, CPU)
+    run = Run(task, own, CPU)
+    for _ in range(5):  # zero starts hide what is behind them for a step or two
+        run._step(own.plan[0], 0.1)
+    named = dict(task.net.named_parameters())
+    assert not [n for n, p in named.items() if p.grad is None or not p.grad.isfinite().all()]
+    assert not [n for n, p in named.items() if p.grad is not None and not p.grad.any()]
+    means = {k: float(total) / n for k, (total, n) in run._sums.items()}
+    assert means.keys() == {"simple", "vlb", "lpips", "loss"}
+    assert 0.5 < means["simple"] < 1.5
+    assert all(math.isfinite(value) for value in means.values())
+
+
+def test_weights_start_another_network_where_they_fit(
+    config: Callable[..., DiffusionConfig], tmp_path: Path
+) -> None:
+    own = config()
+    Run(DiffusionTask(own, CPU), own, CPU).save()
+    file = Path(own.out) / "decoder.safetensors"
+    wider = config(init=str(file), widths=(16, 24, 48), out=str(tmp_path / "wider"), seed=9)
+    started, stored = DiffusionTask(wider, CPU).net.state_dict(), load_file(file)
+    same = {k for k, v in stored.items() if torch.equal(started[k].half(), v)}
+    assert {"scales", "denoiser.inward.weight"} <= same
+    assert started["conditioner.latents.weight"].shape[0] == 48
+
+
+def test_bfloat16_leaves_the_latents_path_exact(config: Callable[..., DiffusionConfig]) -> None:
+    task = DiffusionTask(config(bf16=True), CPU)
+    batch = task.bank.batch(2, 64, torch.Generator().manual_seed(0))
+    seen: list[torch.dtype] = []
+    conditioner = task.net.conditioner
+    conditioner.latents.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    conditioner.picture.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    out = task.network.given(batch, 0.0)(torch.randn_like(batch.x), torch.rand(2))
+    assert seen == [torch.bfloat16, torch.float32]
+    assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"preset": "paper"}, "'phase2': paper has phase1"),
+        ({"held_out": ""}, "either --photos, or --bank and --held-out"),
+        ({"crop": 70}, "multiple of 16"),
+    ],
+)
+def test_options_that_contradict_each_other_are_named(
+    config: Callable[..., DiffusionConfig], changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**changed)
+
+
+def test_widths_of_other_levels_are_refused() -> None:
+    with pytest.raises(ValueError, match="compact has 3 levels"):
+        network.build("compact", (8, 8), 192)
+
+
+def test_every_option_has_help_and_reads_what_it_says() -> None:
+    parser = cli._parser()
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    for command in commands.choices.values():
+        assert all(action.help for action in command._actions)
+    own = argparse.ArgumentParser()
+    add_options(own, DiffusionConfig)
+    given = ["--out", "o", "--plan", "phase1:1.5", "--widths", "8,16,24", "--no-bf16"]
+    read = DiffusionConfig(**vars(own.parse_args(given)))
+    assert read.plan == (Stage("phase1", 1.5),)
+    assert read.widths == (8, 16, 24)
+    assert read.bf16 is False
+    assert read.batch == 8
+    with pytest.raises(argparse.ArgumentTypeError, match="not NAME:MINUTES"):
+        Stage.plan("phase1:soon")
+
+
+ALONE = f"""
+import sys
+sys.modules.update(dict.fromkeys({BLOCKED!r}))  # an import of these now fails
+from models.train.__main__ import main
+photos, out = sys.argv[1:]
+def run(*args):
+    sys.argv = ["train", *args]
+    main()
+run("msh", "--photos", photos, "--out", out + "/msh", "--N", "8", "--M", "12", "--crop", "64",
+    "--batch", "2", "--plan", "2:0.01", "--whole", "1")
+run("bank", "--photos", photos, "--out", out + "/bank", "--quality", "2", "--limit", "1",
+    "--codecs", out + "/msh")
+run("diffusion", "--photos", photos, "--out", out + "/diffusion", "--codecs", out + "/msh",
+    "--qualities", "2", "--variants", "1", "--crop", "64", "--batch", "2", "--widths", "8,8,8",
+    "--plan", "phase1:0.01,phase2:0.01")
+"""
+
+
+def test_training_needs_torch_numpy_pillow_and_safetensors_alone(
+    folder: Path, tmp_path: Path
+) -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", ALONE, str(folder), str(tmp_path)],
+        cwd=root, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "stage phase2: " in done.stderr  # progress as plain lines
+    assert "tensorboard is not installed" in (tmp_path / "msh/log.jsonl").read_text()
+    made = ("msh/msh_q2", "bank/q2/0", "diffusion/decoder")
+    assert all((tmp_path / f"{name}.safetensors").exists() for name in made)
 
 
 def until(true: Callable[[], bool], seconds: float = 90) -> None:

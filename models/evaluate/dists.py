@@ -1,0 +1,64 @@
+"""DISTS (Ding 2020) by `piq`, without its downloads."""
+
+from pathlib import Path
+
+import piq  # type: ignore[import-untyped]
+import torch
+import torchmetrics.functional.image
+from torch import Tensor, nn
+from torchvision.models import vgg16  # type: ignore[import-untyped]
+
+from models.errors import WeightsError
+from models.evaluate.metrics import read_state
+
+CHANNELS = [3, 64, 128, 256, 512, 512]
+"""The picture itself, then the last layer of each stage of VGG-16."""
+LAYERS = ["3", "8", "15", "22", "29"]
+"""relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 in torchvision's numbering."""
+_ALPHA_BETA = Path(torchmetrics.functional.image.__file__).parent / "dists_models/weights.pt"
+
+
+class _LocalDists(piq.DISTS):  # type: ignore[misc]
+    """`piq.DISTS` as it would be after its constructor had downloaded two files."""
+
+    def __init__(self, features: nn.Sequential, weights: list[Tensor]) -> None:
+        super(piq.DISTS, self).__init__(
+            features,
+            LAYERS,
+            weights,
+            replace_pooling=True,
+            normalize_features=False,
+            allow_layers_weights_mismatch=True,
+        )
+
+
+class Dists:
+    """Callable distance; pictures with sides above 256 are reduced first, as published."""
+
+    def __init__(self, vgg: Path) -> None:
+        """`vgg`: torchvision's VGG-16, where the file may lack the classifier.
+
+        The published α and β come with `torchmetrics`, or with `vgg` if it names `alpha`, `beta`.
+        Raises `WeightsError` where the file is something else.
+        """
+        state = read_state(vgg)
+        mixing = state if {"alpha", "beta"} <= state.keys() else read_state(_ALPHA_BETA)
+        weights = [w for k in ("alpha", "beta") for w in torch.split(mixing[k], CHANNELS, dim=1)]
+        self.net = _LocalDists(_features(vgg, state), weights).eval()
+
+    def __call__(self, a: Tensor, b: Tensor) -> float:
+        """Distance of `a` and `b`, (1, 3, H, W) in [0, 1]."""
+        with torch.inference_mode():
+            return float(self.net(a, b))
+
+
+def _features(file: Path, state: dict[str, Tensor]) -> nn.Sequential:
+    with torch.device("meta"):  # the classifier, 9/10 of the network, is never allocated
+        features: nn.Sequential = vgg16(weights=None).features
+    prefix = "features."
+    own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    try:
+        features.load_state_dict(own, assign=True)
+    except RuntimeError as e:
+        raise WeightsError(f"{file}: not the weights of torchvision's VGG-16") from e
+    return features

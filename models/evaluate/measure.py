@@ -1,0 +1,181 @@
+"""One picture at one quality: encoded, decoded from the real bytes at each tier, measured."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models import bitstream, codec, image
+from models.codec import Codec
+from models.decoder import Decoder
+from models.errors import AfterimageError, PictureError
+from models.evaluate import metrics, nulls
+from models.evaluate.dists import Dists
+from models.evaluate.metrics import Lpips, LpipsAlex
+from models.evaluate.niqe import niqe
+from models.evaluate.nlpd import nlpd
+from models.hyperprior import Latents
+from models.tiers import TIERS
+
+SHUFFLED = "shuffled"
+"""A control, not a tier: `perceptual` with latents from other places."""
+ORIGINAL, INSTANT, PERCEPTUAL = "original", "instant", "perceptual"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Figures of one decoded picture, against the original unless said otherwise.
+
+    None: the picture is too small for the figure, or its weights were not given.
+    """
+
+    picture: str
+    quality: int
+    tier: str
+    seed: int
+    bpp: float
+    mse: float  # of values in [0, 1]
+    ms_ssim: float | None
+    lpips: float
+    lpips_vgg: float | None
+    dists: float | None
+    nlpd: float
+    gmsd: float
+    niqe: float | None  # of the picture itself
+    niqe_original: float | None  # of the original
+    offset: float  # largest difference of the channels' means, in 1/255
+    shift: float  # the same against the codec's picture
+    seeds_mse: float  # MSE to the picture of the first seed
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """Metrics that need weights."""
+
+    lpips: LpipsAlex
+    lpips_vgg: Lpips | None = None
+    dists: Dists | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Rows of one picture, and what they were measured on: (1, 3, H, W), 8-bit values in [0, 1]."""
+
+    rows: list[Row]
+    pictures: dict[str, Tensor]  # "original", then a picture of the first seed per tier
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What all decodes of one picture share."""
+
+    name: str
+    x: Tensor
+    bpp: float
+    niqe: float | None
+    latents: Latents
+    x_hat: Tensor  # the codec's picture, still padded
+    msh: Tensor  # the same, cropped and rounded
+    seconds: float  # of the instant picture, from bytes
+
+
+class Evaluation:
+    """One pass over pictures at one quality."""
+
+    def __init__(self, own: Codec, drawing: Decoder, networks: Networks) -> None:
+        self.codec, self.decoder, self.networks = own, drawing, networks
+
+    def measure(self, path: Path, tiers: Sequence[str], seeds: Sequence[int]) -> Measured:
+        """All tiers of the picture in `path`; null rows too where `perceptual` is among them.
+
+        Raises `AfterimageError`, with the file's name, where it cannot be read or is too small.
+        """
+        source = self._source(path)
+        out = Measured([], {ORIGINAL: source.x})
+        for name in tiers:
+            for seed in seeds if TIERS[_settings_of(name)].settings else (0,):
+                began = time.perf_counter()
+                picture = self._decode(source, name, seed)
+                seconds = time.perf_counter() - began + source.seconds
+                self._add(out, source, name, seed, picture, seconds)
+        if PERCEPTUAL in tiers:
+            target = metrics.mse(out.pictures[PERCEPTUAL], source.x)
+            for name in nulls.NAMES:
+                picture = nulls.null(name, source.msh, source.x, target)
+                self._add(out, source, name, 0, picture, source.seconds)
+        return out
+
+    def _source(self, path: Path) -> _Source:
+        try:
+            pixels = image.read(path.read_bytes(), bitstream.MAX_PIXELS)
+        except AfterimageError as e:
+            raise PictureError(f"{path}: {e}") from e
+        height, width = pixels.shape[:2]
+        if min(height, width) < metrics.LPIPS_SIDE:
+            side = metrics.LPIPS_SIDE
+            raise PictureError(f"{path}: {width}x{height}; LPIPS needs sides of {side} or more")
+        x = codec.to_tensor(pixels)
+        data = bitstream.serialize(self.codec.encode(x, "msh", "exact"))
+        began = time.perf_counter()
+        latents = self.codec.latents(bitstream.parse(data))
+        x_hat = self.codec.synthesis(latents.y_hat)
+        seconds = time.perf_counter() - began
+        bpp = 8 * len(data) / (height * width)
+        msh = _rounded(x_hat, height, width)
+        return _Source(path.name, x, bpp, niqe(pixels), latents, x_hat, msh, seconds)
+
+    def _decode(self, source: _Source, name: str, seed: int) -> Tensor:
+        settings = TIERS[_settings_of(name)].settings
+        if settings is None:
+            return source.msh
+        latents = _shuffled(source.latents) if name == SHUFFLED else source.latents
+        quality = self.codec.quality
+        drawn = self.decoder.sample(latents, source.x_hat, quality, settings, seed)
+        return _rounded(drawn, *source.x.shape[2:])
+
+    def _add(
+        self, out: Measured, source: _Source, tier: str, seed: int, picture: Tensor, seconds: float
+    ) -> None:
+        first = out.pictures.setdefault(tier, picture)
+        x, pixels, networks = source.x, codec.to_pixels(picture), self.networks
+        row = Row(
+            picture=source.name,
+            quality=self.codec.quality,
+            tier=tier,
+            seed=seed,
+            bpp=source.bpp,
+            mse=metrics.mse(picture, x),
+            ms_ssim=metrics.ms_ssim(picture, x),
+            lpips=networks.lpips(picture, x),
+            lpips_vgg=networks.lpips_vgg(picture, x) if networks.lpips_vgg else None,
+            dists=networks.dists(picture, x) if networks.dists else None,
+            nlpd=nlpd(codec.to_pixels(x), pixels),
+            gmsd=metrics.gmsd(picture, x),
+            niqe=niqe(pixels),
+            niqe_original=source.niqe,
+            offset=metrics.offset(picture, x),
+            shift=metrics.offset(picture, source.msh),
+            seeds_mse=metrics.mse(picture, first),
+            seconds=seconds,
+        )
+        out.rows.append(row)
+
+
+def _settings_of(name: str) -> str:
+    return PERCEPTUAL if name == SHUFFLED else name
+
+
+def _rounded(picture: Tensor, height: int, width: int) -> Tensor:
+    return codec.to_tensor(codec.to_pixels(codec.crop(picture, height, width)))
+
+
+def _shuffled(latents: Latents) -> Latents:
+    """The same latents, each at a random other position; the bit map stays."""
+    height, width = latents.y_hat.shape[2:]
+    order = torch.randperm(height * width, generator=torch.Generator().manual_seed(0))
+    y_hat = latents.y_hat.flatten(2)[:, :, order].reshape(latents.y_hat.shape)
+    return replace(latents, y_hat=y_hat)

@@ -1,0 +1,138 @@
+"""Rate-distortion-perception plots of a summary."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from models.evaluate import nulls
+from models.evaluate.measure import SHUFFLED
+from models.evaluate.summary import Line
+
+RATE = {
+    "psnr": "PSNR in dB  ↑",
+    "ms_ssim": "MS-SSIM  ↑",
+    "lpips": "LPIPS-Alex  ↓",
+    "lpips_vgg": "LPIPS-VGG  ↓",
+    "dists": "DISTS  ↓",
+    "nlpd": "NLPD  ↓",
+    "gmsd": "GMSD  ↓",
+    "niqe_gap": "|NIQE − original's|  ↓",
+    "kid": "KID  ↓",
+}
+PERCEPTION = ("lpips", "niqe_gap", "kid")
+_COLOURS = matplotlib.color_sequences["tab10"]
+_GREY = "0.55"
+_LABEL_GAP = 0.062
+"""Least distance of two labels, as a part of the axis."""
+
+
+def rate(lines: Sequence[Line], file: Path) -> None:
+    """bpp against each metric, a line per tier; PNG."""
+    names = _known(lines, tuple(RATE))
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(4.4 * columns, 3.3 * rows + 0.6), layout="constrained")
+    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, name in zip(all_axes, names, strict=False):
+        for tier in dict.fromkeys(line.tier for line in lines):
+            own = [line for line in lines if line.tier == tier and name in line.figures]
+            bpp, values = (
+                [line.figures["bpp"] for line in own],
+                [line.figures[name] for line in own],
+            )
+            axes.plot(bpp, values, label=tier, **_style(tier, lines))
+        _dress(axes, "bits per pixel", RATE[name])
+    for axes in all_axes[len(names) :]:
+        axes.remove()
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.savefig(file, dpi=120)
+
+
+def perception(lines: Sequence[Line], file: Path) -> None:
+    """PSNR against perceptual metrics, a point per tier, a row of plots per quality; PNG."""
+    names = _known(lines, PERCEPTION)
+    qualities = list(dict.fromkeys(line.quality for line in lines))
+    size = (4.8 * len(names), 3.8 * len(qualities))
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+    grid = figure.subplots(len(qualities), len(names), squeeze=False)
+    for quality, row in zip(qualities, grid, strict=True):
+        for axes, name in zip(row, names, strict=True):
+            _points(axes, [line for line in lines if line.quality == quality], name, lines)
+            axes.set_title(f"quality {quality}", loc="left", fontsize=9, color="0.3")
+            _dress(axes, RATE["psnr"], RATE[name])
+    figure.savefig(file, dpi=120)
+
+
+def _points(axes: Axes, own: Sequence[Line], name: str, lines: Sequence[Line]) -> None:
+    points = [line for line in own if {"psnr", name} <= line.figures.keys()]
+    for line in points:
+        style = _style(line.tier, lines) | {"linestyle": "none"}
+        axes.plot(line.figures["psnr"], line.figures[name], **style)
+    axes.margins(x=0.12, y=0.15)
+    colours = [_style(line.tier, lines)["color"] for line in points]
+    places = [(line.figures["psnr"], line.figures[name], line.tier) for line in points]
+    _label(axes, places, colours)
+
+
+def _label(axes: Axes, points: Sequence[tuple[float, float, str]], colours: Sequence[Any]) -> None:
+    """Names in a column at the right, in the points' order, each tied to its point."""
+    axes.set_xlim(axes.get_xlim())
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    heights = _spread([(y - low) / (high - low) for _, y, _ in points])
+    for (x, y, tier), height, colour in zip(points, heights, colours, strict=True):
+        axes.annotate(
+            tier,
+            (x, y),
+            (1.04, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.35, "linewidth": 0.8},
+        )
+
+
+def _spread(heights: Sequence[float]) -> list[float]:
+    """The same order, at least `_LABEL_GAP` apart, pushed up from below and kept below 1."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    out = list(heights)
+    floor = 0.0
+    for i in order:
+        out[i] = floor = max(out[i], floor)
+        floor += _LABEL_GAP
+    ceiling = 1.0
+    for i in reversed(order):
+        out[i] = ceiling = min(out[i], ceiling)
+        ceiling -= _LABEL_GAP
+    return out
+
+
+def _style(tier: str, lines: Sequence[Line]) -> dict[str, Any]:
+    """Colours for tiers, grey and broken lines for what only is there to compare with."""
+    if tier in (*nulls.NAMES, SHUFFLED):
+        marker = {nulls.NAMES[0]: "x", nulls.NAMES[1]: "+", SHUFFLED: "1"}[tier]
+        quiet = {"color": _GREY, "linestyle": ":", "zorder": 1.5}  # below the tiers
+        return quiet | {"marker": marker, "markersize": 7}
+    tiers = dict.fromkeys(line.tier for line in lines)
+    coloured = [t for t in tiers if t not in (*nulls.NAMES, SHUFFLED)]
+    colour = _COLOURS[coloured.index(tier) % len(_COLOURS)]
+    return {"color": colour, "marker": "o", "markersize": 5.5, "linestyle": "-"}
+
+
+def _known(lines: Sequence[Line], names: Sequence[str]) -> list[str]:
+    return [name for name in names if any(name in line.figures for line in lines)]
+
+
+def _dress(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

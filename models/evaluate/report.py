@@ -1,0 +1,96 @@
+"""The Markdown of an evaluation."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from models.evaluate import nulls
+from models.evaluate.summary import Line
+
+Titles = Mapping[str, str]
+"""Figure -> heading."""
+
+MAIN: Titles = {
+    "bpp": "bpp",
+    "psnr": "PSNR",
+    "lpips": "LPIPS-Alex",
+    "niqe_gap": "NIQE gap",
+    "kid": "KID",
+    "lpips_ratio": "LPIPS ratio",
+    "psnr_loss": "PSNR loss",
+}
+"""What tiers are judged by; these have their intervals."""
+OTHER: Titles = {
+    "ms_ssim": "MS-SSIM",
+    "lpips_vgg": "LPIPS-VGG",
+    "dists": "DISTS",
+    "nlpd": "NLPD",
+    "gmsd": "GMSD",
+    "niqe": "NIQE",
+    "niqe_original": "NIQE of originals",
+    "offset": "offset",
+    "offset_max": "largest",
+    "shift_max": "largest shift",
+    "worse_lpips": "worse LPIPS",
+    "seeds_ratio": "seeds ratio",
+    "seconds": "seconds",
+}
+_LEGEND = """\
+Means over pictures, in brackets 95 % bootstrap intervals over pictures. NIQE gap: distance of a
+picture's NIQE from its original's. KID: kernel distance between patches of decodes and originals.
+LPIPS ratio and PSNR loss (dB): against the instant pictures. Offset and shift: largest difference
+of a colour channel's mean from the original and from the instant picture, in grey levels. Worse
+LPIPS: pictures with a higher LPIPS than their instant one. Seeds ratio: MSE between seeds over that
+of the instant picture. Seconds: from bytes, on the machine that made this.
+"""
+_NULLS = """\
+The rows `msh+noise` and `msh+unsharp` are the instant pictures with white noise, or unsharp-masked,
+each with the PSNR of the `perceptual` picture: what is no better than they are is no gain.
+"""
+
+
+def markdown(lines: Sequence[Line], decoder: str, images: Iterable[str]) -> str:
+    """The whole report; `images` are names of files beside it."""
+    parts = [f"# Evaluation of decoder {decoder}\n", table(lines, MAIN, True), _LEGEND]
+    parts += [_NULLS] if any(line.tier in nulls.NAMES for line in lines) else []
+    parts += [*_missed(lines), table(lines, OTHER, False)]
+    parts += [f"![{name}]({name})\n" for name in images]
+    return "\n".join(parts)
+
+
+def table(lines: Sequence[Line], titles: Titles, intervals: bool) -> str:
+    """A Markdown table of the figures that any line has; a cell is empty where one lacks it."""
+    names = [name for name in titles if any(name in line.figures for line in lines)]
+    head = ["quality", "tier", "pictures", *(titles[name] for name in names)]
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in lines:
+        cells = [str(line.quality), line.tier, str(line.pictures)]
+        cells += [_ranged(line, n) if intervals else _number(line.figures.get(n), 4) for n in names]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out) + "\n"
+
+
+def _ranged(line: Line, name: str) -> str:
+    """A figure and its interval, unless that has no width."""
+    text = _number(line.figures.get(name), 3)
+    low, high = line.intervals.get(name, (0, 0))
+    return f"{text} [{_number(low, 3)}, {_number(high, 3)}]" if high > low else text
+
+
+def _number(value: float | None, digits: int) -> str:
+    """So many significant digits, but two to five decimals; counts and zero as they are."""
+    if value is None:
+        return ""
+    if value == 0 or isinstance(value, int):
+        return str(int(value))
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{value:.{min(max(decimals, 2), 5)}f}"
+
+
+def _missed(lines: Sequence[Line]) -> list[str]:
+    """A sentence for each null row that is not where it should be."""
+    return [
+        f"`{line.tier}` at quality {line.quality} is up to {line.figures['null_gap']:.2f} dB "
+        "from the PSNR of `perceptual`: the nearest that could be had.\n"
+        for line in lines
+        if line.figures.get("null_gap", 0) > nulls.TOLERANCE_DB
+    ]

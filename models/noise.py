@@ -1,0 +1,64 @@
+"""Standard normals from a counter: Philox 4x32-10 (Salmon 2011) and Box-Muller.
+
+An entry depends on (seed, step, position) only, not on batch, tile, worker or device: the integers
+are the same everywhere, the normals to 1e-6.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_ROWS = 64
+"""Rows at a time: their 64-bit counters stay in the cache."""
+
+
+def normals(
+    seed: int,
+    step: int,
+    shape: tuple[int, int, int],
+    origin: tuple[int, int] = (0, 0),
+    device: torch.device | None = None,
+) -> Tensor:
+    """Standard normals (1, C, H, W) for `shape` (C, H, W), C at most 4.
+
+    An entry at (y, x) is what it is at (0, 0) of `origin` (y, x). `seed` is in 0…2^64 - 1.
+    """
+    channels, height, width = shape
+    out = torch.empty(shape, device=device)
+    for top in range(0, height, _ROWS):
+        rows = min(_ROWS, height - top)
+        drawn = words(seed, step, (rows, width), (origin[0] + top, origin[1]), device)
+        uniform = (drawn.double() + 0.5) * 2.0**-32  # (4, rows, W) in (0, 1)
+        radius = torch.sqrt(-2 * torch.log(uniform[::2]))
+        angle = 2 * math.pi * uniform[1::2]
+        pairs = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
+        out[:, top : top + rows] = pairs[:channels]
+    return out[None]
+
+
+def words(
+    seed: int,
+    step: int,
+    size: tuple[int, int],
+    origin: tuple[int, int] = (0, 0),
+    device: torch.device | None = None,
+) -> Tensor:
+    """Philox's four 32-bit words per position: (4, H, W) int64; the counter is (y, x, step, 0)."""
+    y = torch.arange(origin[0], origin[0] + size[0], device=device)[:, None]
+    x = torch.arange(origin[1], origin[1] + size[1], device=device)[None]
+    c0, c1 = y.expand(size), x.expand(size)
+    c2, c3 = torch.full_like(c0, step), torch.zeros_like(c0)
+    k0, k1 = seed & _WORD, seed >> 32
+    for _ in range(10):
+        # products wrap modulo 2^64, as they are meant to; the shift's sign bits are masked away
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            (p1 >> 32 & _WORD) ^ c1 ^ k0,
+            p1 & _WORD,
+            (p0 >> 32 & _WORD) ^ c3 ^ k1,
+            p0 & _WORD,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return torch.stack([c0, c1, c2, c3])

@@ -1,0 +1,156 @@
+"""`afterimage weights` as a user types it, and what the service does with what was imported."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from compressai.models import MeanScaleHyperprior as Reference
+
+from models import bitstream, checkpoint, codec, image
+from models.errors import AfterimageError
+from service import cli
+from tests.conftest import DATA, run_service, wait_for
+from tests.e2e.test_cli import afterimage, read
+from tests.unit.test_zoo import compressed, random_codec
+
+pytestmark = pytest.mark.weights
+
+
+def here(*args: object) -> int:
+    """A command in this process, which is faster; its errors are raised."""
+    parsed = cli._parser().parse_args(list(map(str, args)))
+    code: int = parsed.run(parsed)
+    return code
+
+
+@pytest.fixture(scope="module")
+def net() -> Reference:
+    """Of the size that quality 5 has."""
+    return random_codec(192, 320, 5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, net: Reference) -> Path:
+    """The user's, with that network imported for metric ms-ssim."""
+    made = tmp_path_factory.mktemp("import")
+    torch.save({"state_dict": net.state_dict()}, made / "mine.pth.tar")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(made / "own"))
+        done = afterimage("weights", "import", made / "mine.pth.tar", "-q", 5, "-m", "ms-ssim")
+    assert (done.returncode, done.stderr) == (0, "")
+    (entry,) = checkpoint.manifest(made / "own")
+    assert done.stdout == f"{entry.weights_id} is installed as quality 5, metric ms-ssim\n"
+    return made / "own"
+
+
+@pytest.fixture
+def imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Its weights id, with the folder in the environment."""
+    monkeypatch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(folder))
+    return checkpoint.manifest(folder)[0].weights_id
+
+
+def test_what_is_installed_is_listed(imported: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert here("weights", "list") == 0
+    head, first, *shipped = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head == ["id", "kind", "quality", "metric", "file", "source"]
+    file = f"mbt2018-mean_q5_ms-ssim_{imported}.safetensors"
+    assert first == [imported, "codec", "5", "ms-ssim", file, "mine.pth.tar"]
+    assert {row[-1] for row in shipped} == {"shipped"}
+    assert sorted(row[2] for row in shipped) == ["-", "1", "2", "3"]
+
+
+def test_pictures_go_through_imported_weights(
+    tmp_path: Path, imported: str, small: image.Pixels
+) -> None:
+    (tmp_path / "a.png").write_bytes(image.write(small, "png"))
+    options = ("-q", 5, "--metric", "ms-ssim")
+    assert here("encode", tmp_path / "a.png", "-o", tmp_path / "a.msh", *options) == 0
+    b = bitstream.parse((tmp_path / "a.msh").read_bytes())
+    assert (b.quality, b.metric, b.weights_id) == (5, "ms-ssim", imported)
+    asked = ("--tier", "perceptual", "--steps", 1)
+    assert here("decode", tmp_path / "a.msh", "-o", tmp_path / "b.webp", *asked) == 0
+    assert read(tmp_path / "b.webp").shape == small.shape
+    assert b"synthesised detail" in (tmp_path / "b.webp").read_bytes()
+    assert here("decode", tmp_path / "a.msh", "-o", tmp_path / "b.npy") == 0
+    assert np.load(tmp_path / "b.npy").shape == small.shape
+
+
+def test_compressai_loads_what_is_exported(tmp_path: Path, imported: str, net: Reference) -> None:
+    assert here("weights", "export", "-q", 5, "-m", "ms-ssim", "-o", tmp_path / "out.pth") == 0
+    state = torch.load(tmp_path / "out.pth")
+    Reference(192, 320).load_state_dict(state)
+    for name, value in net.state_dict().items():
+        assert torch.equal(state[name], value), name
+
+
+def test_the_service_serves_imported_weights(
+    tmp_path: Path, imported: str, net: Reference, small: image.Pixels, small_msh: bytes
+) -> None:
+    b, theirs = compressed(net, small, 5)
+    data = bytearray(bitstream.serialize(b))
+    data[1] |= 1 << 4  # CompressAI's code for ms-ssim
+    expected = codec.to_pixels(codec.crop(theirs.clamp(0, 1), b.height, b.width)).astype(int)
+    with run_service(tmp_path) as service:
+        client = service.client
+        asked = {"tier": "perceptual", "steps": 1}
+        draft = client.post("/v1/decodes", params=asked, content=bytes(data))
+        assert np.abs(image.read(draft.content, 10**6) - expected).max() <= 1
+        state = wait_for(client, draft.headers["location"])
+        assert (state["status"], state["codec_weights"]) == ("succeeded", imported)
+
+        asked = {"quality": "5", "metric": "ms-ssim"}
+        picture = image.write(small, "png")
+        made = client.post("/v1/encodes", params=asked, content=picture)
+        assert bitstream.parse(made.content).weights_id == imported
+        found = client.post("/v1/inspect", content=made.content).json()
+        assert (found["weights_id"], found["decodable"]) == (imported, True)
+        assert client.post("/v1/decodes", content=small_msh).status_code == 200
+        missing = client.post("/v1/encodes", params={"quality": "6"}, content=picture)
+        assert missing.status_code == 422
+        assert "quality 6, metric mse" in missing.json()["detail"]
+
+
+def test_a_failed_download_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
+    done = afterimage("weights", "import", "zoo", "--quality", 4, "--metric", "ms-ssim")
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("afterimage: mbt2018-mean-ms-ssim-4-")
+    assert "cannot be downloaded from CompressAI's zoo" in line
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("import", "missing.pth", "-q", "5"), "No such file"),
+        (("import", DATA / "kodim23.png", "-q", "5"), "kodim23.png: no checkpoint"),
+        (("export", "-q", "6", "-o", "a.pth"), "quality 6, metric mse"),
+        (("export", "-q", "2", "--id", "00" * 8, "-o", "a.pth"), "0000000000000000"),
+        (("export", "-q", "2", "-o", "a.bin"), ".pth"),
+        (("remove", "00" * 8), "0000000000000000"),
+    ],
+)
+def test_wrong_use_is_named(
+    args: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((AfterimageError, OSError), match=said) as caught:
+        here("weights", *args)
+    assert "\n" not in str(caught.value)
+
+
+def test_removed_weights_are_gone(
+    tmp_path: Path, imported: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).hardlink_to(path)
+    monkeypatch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(tmp_path))
+    assert here("weights", "remove", imported) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["manifest.toml"]
+    assert checkpoint.manifest(tmp_path) == []

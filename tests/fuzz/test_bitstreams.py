@@ -1,0 +1,81 @@
+"""A short run of `make fuzz`, and what it would notice."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.codec import Codec
+from models.image import Pixels
+from tests.fuzz import bitstreams
+from tests.fuzz.bitstreams import Fuzzer, mutate
+
+pytestmark = pytest.mark.weights
+
+
+@pytest.fixture(scope="module")
+def fuzzer(shipped: Codec, photo: Pixels) -> Fuzzer:
+    return Fuzzer({2: shipped}, mutate.seeds([shipped], photo, 3, (64, 64)), 0)
+
+
+def test_two_thousand_mutated_bitstreams(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-P", "-W", "ignore", bitstreams.__file__,
+        "2000", "--full-size", "0", "--cuts", "3", "--failures", tmp_path,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 0, done.stdout
+    assert "2000 of at most" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_same_number_is_the_same_input(fuzzer: Fuzzer, shipped: Codec) -> None:
+    again = Fuzzer({2: shipped}, fuzzer.seeds, 0)
+    assert all(fuzzer.mutant(i).data == again.mutant(i).data for i in range(100))
+
+
+def test_most_inputs_pass_the_header_and_half_of_msh_its_checksum(fuzzer: Fuzzer) -> None:
+    passed, held, n = 0, 0, 1000
+    for i in range(n):
+        m = fuzzer.mutant(i)
+        assert m.data != m.seed.data
+        stage, _ = bitstreams.judge(fuzzer.library, m, False)
+        passed += stage != "header"
+        held += m.seed.parsed.format == "msh" and stage not in {"header", "checksum"}
+    assert passed > 0.8 * n
+    assert 0.18 * n < held < 0.32 * n
+
+
+def test_one_bit_is_one_bit(fuzzer: Fuzzer) -> None:
+    flips = [m for m in map(fuzzer.mutant, range(300)) if m.kind == "one bit" and not m.recomputed]
+    assert flips
+    for m in flips:
+        changed = np.frombuffer(m.data, np.uint8) ^ np.frombuffer(m.seed.data, np.uint8)
+        assert np.unpackbits(changed).sum() == 1
+
+
+def test_a_wrong_decode_would_be_noticed(fuzzer: Fuzzer) -> None:
+    """Another picture's file in place of a mutant."""
+    for format in ("msh", "compressai"):
+        one, other = [s for s in fuzzer.seeds if s.parsed.format == format][::2][:2]
+        stage, changed = bitstreams.judge(
+            fuzzer.library, mutate.Mutant(other.data, one, "header", True), True
+        )
+        assert stage == "accepted, other symbols"
+        assert changed > 100
+
+
+def test_bytes_that_are_not_the_encoders_would_be_noticed(fuzzer: Fuzzer) -> None:
+    seed = next(s for s in fuzzer.seeds if s.parsed.format == "compressai")
+    own = fuzzer.library.codec(seed.parsed)
+    found = own.latents(seed.parsed)
+    h = own.hyperprior
+    assert isinstance(h, bitstreams.Remembered)
+    assert bitstreams.canonical(own, seed.parsed, h, found.arithmetic)
+    longer = replace(seed.parsed, z_string=seed.parsed.z_string + bytes(4))
+    assert not bitstreams.canonical(own, longer, h, found.arithmetic)

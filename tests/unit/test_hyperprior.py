@@ -1,0 +1,203 @@
+"""The `exact` profile: the same bits whatever computes them."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models import bitstream, codec, hyperprior
+from models.codec import Codec
+from models.errors import LengthMismatch
+from models.hyperprior import ExactHyperSynthesis
+from models.image import Pixels
+
+pytestmark = pytest.mark.weights
+
+ELSEWHERE = """
+import hashlib, sys
+from pathlib import Path
+import numpy as np
+import torch
+from models import bitstream, zoo
+own = zoo.load(2)
+found = own.latents(bitstream.parse(Path(sys.argv[1]).read_bytes()))
+z = torch.from_numpy(np.load(sys.argv[2]))
+indexes, means = own.hyperprior._exact(z, own.hyperprior.medians)
+digest = hashlib.sha256(indexes.tobytes() + means.numpy().tobytes() + found.y_hat.numpy().tobytes())
+plain = own.hyperprior._prior(z[0].numpy(), "float")[1].numpy().tobytes()
+print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), digest.hexdigest(),
+      hashlib.sha256(plain).hexdigest())
+"""
+
+
+def symbols(*shape: int) -> torch.Tensor:
+    """Symbols of z, some of them far out."""
+    drawn = np.random.default_rng(0).standard_t(2, shape)
+    return torch.from_numpy(np.rint(drawn).astype(np.int32))
+
+
+@pytest.fixture(scope="module")
+def exact(shipped: Codec) -> ExactHyperSynthesis:
+    return shipped.hyperprior._exact
+
+
+def same(a: tuple[np.ndarray, torch.Tensor], b: tuple[np.ndarray, torch.Tensor]) -> bool:  # type: ignore[type-arg]
+    return np.array_equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_threads_change_nothing(shipped: Codec, exact: ExactHyperSynthesis) -> None:
+    z, before = symbols(1, 128, 6, 7), torch.get_num_threads()
+    try:
+        found = []
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found.append(exact(z, shipped.hyperprior.medians))
+    finally:
+        torch.set_num_threads(before)
+    assert same(*found)
+
+
+def test_the_order_of_sums_changes_nothing(shipped: Codec, exact: ExactHyperSynthesis) -> None:
+    """Input channels in reverse, weights too: each sum is taken the other way round."""
+    z = symbols(1, 128, 5, 4)
+    reverse = copy.deepcopy(shipped.net.h_s)
+    first, second, third = (reverse[i] for i in (0, 2, 4))
+    first.weight.data = first.weight.data.flip(0, 1)
+    first.bias.data = first.bias.data.flip(0)
+    second.weight.data = second.weight.data.flip(0, 1)
+    second.bias.data = second.bias.data.flip(0)
+    third.weight.data = third.weight.data.flip(1)
+    other = ExactHyperSynthesis(reverse, 192, shipped.hyperprior.scale_table)
+    medians = shipped.hyperprior.medians
+    assert same(exact(z, medians), other(z.flip(1), medians.flip(1)))
+
+
+def test_memory_layout_changes_nothing(shipped: Codec, exact: ExactHyperSynthesis) -> None:
+    z, medians = symbols(1, 128, 6, 7), shipped.hyperprior.medians
+    other = copy.deepcopy(exact)
+    other.layers.to(memory_format=torch.channels_last)
+    expected = exact(z, medians)
+    strided = torch.empty(1, 128, 12, 14, dtype=torch.int32)[:, :, ::2, ::2].copy_(z)
+    for given in (z.contiguous(memory_format=torch.channels_last), strided):
+        assert same(exact(given, medians), expected)
+        assert same(other(given, medians), expected)
+
+
+def test_onednn_changes_nothing(shipped: Codec, exact: ExactHyperSynthesis) -> None:
+    z, medians = symbols(1, 128, 6, 7), shipped.hyperprior.medians
+    found = []
+    try:
+        for enabled in (True, False):
+            torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]
+            found.append(exact(z, medians))
+    finally:
+        torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+    assert same(*found)
+
+
+def test_neighbours_in_a_batch_change_nothing(shipped: Codec, exact: ExactHyperSynthesis) -> None:
+    z, medians = symbols(3, 128, 4, 5), shipped.hyperprior.medians
+    together = exact(z, medians)[1]
+    for i in range(3):
+        assert torch.equal(together[i], exact(z[i : i + 1], medians)[1][0])
+
+
+def test_a_cut_is_the_same_as_the_whole(shipped: Codec, exact: ExactHyperSynthesis) -> None:
+    z, medians = symbols(1, 128, 9, 8), shipped.hyperprior.medians
+    whole = exact(z, medians)
+    cut = exact(z[:, :, 1:8, 2:], medians)
+    margin = 4 * hyperprior.EXACT_OVERLAP
+    inner = slice(4 + margin, 32 - margin), slice(8 + margin, None)
+    part = slice(margin, 28 - margin), slice(margin, None)
+    assert np.array_equal(whole[0][:, *inner], cut[0][:, *part])
+    assert torch.equal(whole[1][:, :, *inner], cut[1][:, :, *part])
+
+
+def test_windows_change_nothing(
+    shipped: Codec, exact: ExactHyperSynthesis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z, medians = symbols(1, 128, 9, 8), shipped.hyperprior.medians
+    whole = exact(z, medians)
+    for area in (36, 49):
+        monkeypatch.setattr(hyperprior, "EXACT_WINDOW", area)
+        assert same(exact(z, medians), whole)
+
+
+def test_any_z_whatever_stays_within_exact_sums(shipped: Codec, exact: ExactHyperSynthesis) -> None:
+    """The largest symbols saturate: an integer still, and the same one in int64."""
+    z = symbols(1, 128, 2, 2).sign() * (2**30 - 1)
+    x = torch.full_like(z, ExactHyperSynthesis.LIMIT, dtype=torch.float64) * z.sign()
+    assert torch.equal(
+        exact(z, torch.zeros_like(shipped.hyperprior.medians))[1], _integers(exact, x)
+    )
+
+
+def _integers(exact: ExactHyperSynthesis, x: torch.Tensor) -> torch.Tensor:
+    """Means in int64 arithmetic, layer by layer."""
+    limit, one = int(ExactHyperSynthesis.LIMIT), 1 << hyperprior.EXACT_BITS
+    v = x.to(torch.int64)
+    for layer in exact.layers:
+        if isinstance(layer, nn.LeakyReLU):
+            v = torch.where(v < 0, v * hyperprior.EXACT_SLOPE >> hyperprior.EXACT_BITS, v)
+            continue
+        assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+        assert layer.bias is not None
+        weight, bias = layer.weight.to(torch.int64), layer.bias.to(torch.int64)
+        if isinstance(layer, nn.ConvTranspose2d):
+            # zeros between the samples, then a convolution with the mirrored kernel
+            b, c, h, w = v.shape
+            spread = torch.zeros(b, c, 2 * h, 2 * w, dtype=torch.int64)
+            spread[:, :, ::2, ::2] = v
+            v, weight = spread, weight.transpose(0, 1).flip(2, 3)
+        k = weight.shape[2] // 2
+        rows, columns = v.shape[2:]
+        padded = nn.functional.pad(v, (k, k, k, k))
+        total = bias[None, :, None, None].expand(1, -1, rows, columns).clone()
+        for i in range(2 * k + 1):
+            for j in range(2 * k + 1):
+                part = padded[0, :, i : i + rows, j : j + columns].reshape(v.shape[1], -1)
+                total += (weight[:, :, i, j] @ part).reshape(1, -1, rows, columns)
+        v = (total // one).clamp(-limit, limit)
+    return (torch.div(v.chunk(2, 1)[1] + 8, 16, rounding_mode="floor").double() / 4096).float()
+
+
+@pytest.mark.slow
+def test_other_instruction_sets_change_nothing(
+    shipped: Codec, photo: Pixels, tmp_path: Path
+) -> None:
+    b = shipped.encode(codec.to_tensor(photo[:256, :256].copy()), "msh", "exact")
+    (tmp_path / "b").write_bytes(bitstream.serialize(b))
+    np.save(tmp_path / "z.npy", symbols(1, 128, 8, 12).numpy())
+    found = []
+    for onednn, aten, threads in (("", "", "2"), ("AVX2", "avx2", "1"), ("SSE41", "default", "1")):
+        own = {"ONEDNN_MAX_CPU_ISA": onednn, "ATEN_CPU_CAPABILITY": aten} if aten else {}
+        own["OMP_NUM_THREADS"] = threads
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", ELSEWHERE, tmp_path / "b", tmp_path / "z.npy"],
+            env=os.environ | own, stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+        found.append(done.stdout.split())
+    capabilities, threads_of, exact_digests, float_digests = zip(*found, strict=True)
+    assert capabilities[2] == "DEFAULT"
+    assert threads_of[0] == "2"
+    assert len(set(exact_digests)) == 1
+    assert len(set(float_digests)) > 1  # it is no wonder that float32 needs recovery
+
+
+@pytest.mark.parametrize("size", [(64, 65), (100, 128)])
+def test_sizes_that_are_not_padded_are_refused(shipped: Codec, size: tuple[int, int]) -> None:
+    with pytest.raises(LengthMismatch):
+        shipped.hyperprior.decode(bytes(8), bytes(8), size, "exact")
+
+
+def test_weights_too_large_for_exact_sums_are_refused(shipped: Codec) -> None:
+    h_s = copy.deepcopy(shipped.net.h_s)
+    h_s[2].weight.data *= 1e4
+    with pytest.raises(ValueError, match="exact sums"):
+        ExactHyperSynthesis(h_s, 192, shipped.hyperprior.scale_table)

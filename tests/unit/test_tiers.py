@@ -1,0 +1,47 @@
+"""Names of sampler settings, and their limits."""
+
+import math
+
+import pytest
+
+from models.errors import ParameterError
+from models.tiers import TIERS, Settings, check_seed, find
+
+
+def test_tiers_are_those_of_the_paper_and_our_own() -> None:
+    assert {t.name: t.settings.steps for t in TIERS.values() if t.settings} == {
+        "perceptual": 4, "ddim-10": 10, "ddim-100": 100, "ddpm-100": 100, "ddpm-1000": 1000
+    }  # fmt: skip
+    assert find("perceptual").settings is not None
+    with pytest.raises(ParameterError, match="perceptual"):
+        find("best")
+
+
+def test_guidance_costs_a_second_call_per_step() -> None:
+    assert Settings("ddim", 10).calls == 10
+    assert Settings("ddim", 10, guidance=1.5).calls == 20
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"steps": 1001},
+        {"eta": 1.1},
+        {"beta": -0.1},
+        {"gamma": math.nan},
+        {"guidance": 4.1},
+        {"guidance": math.nan},
+        {"sampler": "ddpm", "eta": 0.5},
+        {"sampler": "dpmpp-2m", "eta": 0.5},
+    ],
+)
+def test_settings_outside_their_ranges_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ParameterError):
+        Settings(**{"sampler": "ddim", "steps": 10, **wrong})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seeds_outside_64_bits_are_refused(seed: int) -> None:
+    with pytest.raises(ParameterError):
+        check_seed(seed)

@@ -1,0 +1,100 @@
+"""The losses of the diffusion decoder, against truths that are known."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models import image, schedule
+from models.errors import WeightsError
+from models.train import losses
+from models.train.lpips import Lpips
+
+
+def test_predicting_zero_costs_what_the_log_says_it_costs() -> None:
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 8, 3, 16, 16, generator=g)
+    loss, zero = losses.denoising(lambda x, t: x * 0, x0, losses.stratified(8, g), eps)
+    assert float(loss) == pytest.approx(float(zero))
+    t = torch.tensor([0.0, 1.0, 0.5])
+    alpha, sigma = schedule.alpha_sigma(t)
+    exact, _ = losses.denoising(lambda x, t: alpha * eps[:3] - sigma * x0[:3], x0[:3], t, eps[:3])
+    assert float(exact) == 0
+
+
+def test_times_are_stratified() -> None:
+    t = losses.stratified(16, torch.Generator().manual_seed(0))
+    assert sorted((t * 16).long().tolist()) == list(range(16))
+    assert not torch.equal(t, t.sort().values)
+
+
+def test_a_rollout_with_the_true_residual_ends_there() -> None:
+    x0 = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def exact(x_t: Tensor, t: Tensor) -> Tensor:
+        a = schedule.alpha_bar(float(t[0]))
+        eps = (x_t - math.sqrt(a) * x0) / math.sqrt(1 - a)
+        return math.sqrt(a) * eps - math.sqrt(1 - a) * x0
+
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(losses.rollout(exact, noise, 0), noise)
+    torch.testing.assert_close(losses.rollout(exact, noise, 4), x0, rtol=1e-4, atol=1e-5)
+
+
+def test_the_papers_loss_is_zero_for_the_truth_and_teaches_variance_alone() -> None:
+    g = torch.Generator().manual_seed(0)
+    hybrid = losses.Hybrid(torch.device("cpu"))
+    x = torch.rand(4, 3, 8, 8, generator=g) * 2 - 1
+    eps = torch.randn(x.shape, generator=g)
+    index = torch.tensor([1, 50, 1000, 3000])
+    true = torch.cat([eps, torch.full_like(eps, -1.0)], 1)  # the posterior's variance
+    terms = hybrid(lambda x_t, t: true, x, index, eps)
+    assert float(terms.simple) == 0
+    assert float(terms.vlb) == pytest.approx(0, abs=2e-2)  # bits of 4000 steps
+    torch.testing.assert_close(terms.x0, x, atol=2e-3, rtol=0)
+
+    out = torch.zeros(4, 6, 8, 8).requires_grad_()
+    hybrid(lambda x_t, t: out, x, index, eps).vlb.backward()
+    assert out.grad is not None
+    assert not out.grad[:, :3].any()
+    assert out.grad[:, 3:].any()
+
+
+def test_the_first_step_of_the_paper_is_a_likelihood() -> None:
+    hybrid = losses.Hybrid(torch.device("cpu"))
+    x = torch.full((1, 3, 4, 4), 0.2)
+    eps = torch.zeros_like(x)
+    true = torch.cat([eps, -torch.ones_like(eps)], 1)
+    wrong = torch.cat([eps + 1, -torch.ones_like(eps)], 1)
+    index = torch.zeros(1, dtype=torch.int64)
+    near, far = (float(hybrid(lambda *_, o=o: o, x, index, eps).vlb) for o in (true, wrong))
+    assert 0 <= near < far < math.inf
+
+
+@pytest.mark.parametrize("name", ["alex", "vgg"])
+def test_lpips_equals_the_package(name: str, photo: image.Pixels, tmp_path: Path) -> None:
+    import lpips
+
+    torch.manual_seed(0)
+    net = lpips.LPIPS(net=name, pnet_rand=True, pretrained=False, verbose=False).eval()
+    with torch.no_grad():
+        for layer in net.lins:
+            for weight in layer.parameters():
+                weight.abs_()
+    state = {k: v.contiguous() for k, v in net.state_dict().items() if not k.startswith("lins.")}
+    save_file(state, tmp_path / "lpips.safetensors")
+    a = torch.from_numpy(photo[:96, :96].copy()).permute(2, 0, 1)[None].float() / 255
+    b = (a + 0.1 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    with torch.no_grad():
+        expected = float(net(a, b, normalize=True))
+    assert float(Lpips(tmp_path / "lpips.safetensors")(a, b)) == pytest.approx(expected, rel=1e-3)
+    assert expected > 0
+
+
+def test_a_file_without_lpips_is_refused(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match="no LPIPS weights"):
+        Lpips(tmp_path / "other.safetensors")

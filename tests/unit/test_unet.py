@@ -1,0 +1,121 @@
+"""The networks: sizes, reach, and that every part takes part."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import presets
+from models.conditioner import Condition, Maps
+from models.presets import COMPACT, FINE, PAPER, PRESETS, UNetConfig
+from models.unet import UNet
+
+TINY_PAPER = replace(
+    PAPER, widths=(32, 32, 64, 64, 64), condition=(32, 32, 32, 64), embedding=64, latents=16
+)
+
+
+def condition(c: UNetConfig, size: int, batch: int = 1) -> Condition:
+    small = size // 16
+    return Condition(
+        torch.rand(batch, 3, size, size), 4 * torch.randn(batch, c.latents, small, small),
+        20 * torch.rand(batch, 1, small, small), torch.ones(batch, dtype=torch.int64),
+        torch.zeros(batch), torch.ones(batch),
+    )  # fmt: skip
+
+
+def random_maps(c: UNetConfig, size: int) -> Maps:
+    widths = zip(c.condition, c.map_strides, strict=True)
+    return tuple(torch.randn(1, w, size // s, size // s) for w, s in widths)
+
+
+def kilo_macs(net: UNet, size: int) -> tuple[float, float]:
+    """Thousands of multiplications per pixel: once per picture, and per step."""
+    given = condition(net.config, size)
+    x_t, t = torch.zeros(1, 3, size, size), torch.zeros(1)
+    with torch.inference_mode():
+        with FlopCounterMode(display=False) as once:
+            maps = net.conditioner(given)
+        with FlopCounterMode(display=False) as step:
+            net.denoiser(x_t, t, maps, given.quality, t)
+    first, second = (c.get_total_flops() / 2e3 / size**2 for c in (once, step))
+    return first, second
+
+
+def test_the_papers_network_has_113_million_parameters_and_the_published_cost() -> None:
+    net = UNet(PAPER)
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6, 1) == 113.2
+    assert sum(kilo_macs(net, 128)) == pytest.approx(8388, abs=1)
+
+
+@pytest.mark.parametrize(("c", "once", "step"), [(COMPACT, 40, 50), (FINE, 50, 70)])
+def test_the_compact_networks_stay_within_their_budget(
+    c: UNetConfig, once: float, step: float
+) -> None:
+    """At most 400 kMAC a pixel once per picture, 150 a step (the design's bounds)."""
+    spent = kilo_macs(UNet(c), 64)
+    assert spent[0] < once <= 400
+    assert spent[1] < step <= 150
+
+
+@pytest.mark.parametrize("c", [COMPACT, FINE, TINY_PAPER], ids=["compact", "fine", "paper"])
+def test_every_parameter_takes_part(c: UNetConfig) -> None:
+    """Zero-initialised layers hide what lies behind them at the start: noise wakes them."""
+    torch.manual_seed(0)
+    net = UNet(c)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    given = replace(condition(c, 64, 2), beta=torch.ones(2))
+    t = torch.tensor([0.2, 0.7])
+    out = net.denoiser(torch.randn(2, 3, 64, 64), t, net.conditioner(given), given.quality, t)
+    assert out.shape == (2, 6 if c.learned_variance else 3, 64, 64)
+    out.square().mean().backward()
+    assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("c", [COMPACT, FINE], ids=["compact", "fine"])
+def test_a_pixel_depends_on_the_halo_only(c: UNetConfig) -> None:
+    torch.manual_seed(0)
+    net = UNet(replace(c, latents=8)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    size, one = 320, torch.ones(1)
+    maps = random_maps(c, size)
+    x = torch.randn(1, 3, size, size)
+    changed = x.clone()
+    changed[:, :, :, 160:] += 1
+
+    def run(x_t: Tensor) -> Tensor:
+        with torch.inference_mode():
+            v: Tensor = net.denoiser(x_t, one * 0.5, maps, torch.tensor([2]), one)
+        return v
+
+    reached = (run(x) - run(changed)).abs().amax((0, 1, 2)).nonzero().min()
+    # positions are grouped by 16, the coarsest stride
+    assert c.halo <= 96
+    assert 160 - c.halo - 16 <= int(reached) < 160
+
+
+def test_latents_can_be_hidden() -> None:
+    torch.manual_seed(0)
+    net = UNet(COMPACT).eval()
+    a = replace(condition(COMPACT, 64), keep=torch.zeros(1))
+    b = replace(a, y_hat=-a.y_hat)
+    with torch.inference_mode():
+        assert all(
+            torch.equal(m, n) for m, n in zip(net.conditioner(a), net.conditioner(b), strict=True)
+        )
+        shown = replace(a, keep=torch.ones(1))
+        assert not torch.equal(net.conditioner(shown)[-1], net.conditioner(a)[-1])
+
+
+def test_a_configuration_comes_back_from_its_json() -> None:
+    for c in PRESETS.values():
+        assert presets.from_json(json.dumps(asdict(c))) == c
+    with pytest.raises(TypeError):
+        presets.from_json('{"widths": [1]}')
