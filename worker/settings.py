@@ -3,6 +3,7 @@
 import ctypes
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -30,6 +31,9 @@ class WorkerSettings(BaseSettings):
     ) / "afterimage/weights"  # fmt: skip
     """The user's own weights, beside the shipped ones; read when a process starts."""
     threads: int = Field(0, ge=0, description="CPU threads of a process; 0: torch's own choice")
+    gs_precision: Literal["f32", "bf16"] = Field(
+        "f32", description="of instant pictures on a CPU; bf16 takes half the time where it has it"
+    )
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="largest picture, declared or real")
     job_timeout_s: int = Field(3600, ge=1)
 
@@ -37,12 +41,15 @@ class WorkerSettings(BaseSettings):
 def prepare_process(settings: WorkerSettings) -> None:
     """Settings that libraries read from the environment; call it before numba and torch come in.
 
-    Compiled code is kept in our cache folder. OpenMP threads sleep while they wait: API and worker
-    share the cores, and threads that spin made an instant decode beside a busy core twice as slow
-    (0.88 s, asleep 0.47 s, at 768×512 on two cores). Freed memory stays in the process.
+    Code that numba and OpenVINO compiled is kept in our cache folder. OpenMP threads sleep while
+    they wait: API and worker share the cores, and threads that spin made an instant decode beside
+    a busy core twice as slow (0.88 s, asleep 0.47 s, at 768×512 on two cores). Freed memory stays
+    in the process.
     """
     _keep_freed_memory()
     os.environ.setdefault("NUMBA_CACHE_DIR", str(settings.cache_dir / "numba"))
+    os.environ["AFTERIMAGE_CACHE_DIR"] = str(settings.cache_dir)
+    os.environ["AFTERIMAGE_GS_PRECISION"] = settings.gs_precision
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

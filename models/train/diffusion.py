@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models import schedule
+from models.msh import STRIDE_Y
 from models.train import losses, network, photos
 from models.train.bank import Bank, Batch
 from models.train.config import Stage
@@ -107,23 +108,20 @@ class DiffusionTask:
         picture = self.network.picture(batch, x0)
         judged = t <= PERCEPTUAL_UNTIL
         if judged and self.lpips is not None:
-            distance = self._seen(picture, batch.x, step)
+            top, left = _place(step, 4)
+            distance = self.lpips(picture[:, :, top:, left:], batch.x[:, :, top:, left:]).mean()
             loss = loss + distance
             figures["lpips"] = distance.detach()
         if judged and self.discriminator and step.number >= self.config.adversarial_after:
-            wanted = generator_loss(self.discriminator(picture, batch.x_hat, batch.y_hat))
+            place = _place(step, STRIDE_Y)
+            logits = self.discriminator(picture, batch.x_hat, batch.y_hat, place)
+            wanted = generator_loss(logits)
             loss = loss + self.config.adversarial * wanted
             figures["adversarial"] = wanted.detach()
         yield Play("net", loss, figures | {"loss": loss.detach()})
         if judged and self.discriminator:
-            yield self._discriminate(self.discriminator, batch, picture.detach())
-
-    def _seen(self, picture: Tensor, x: Tensor, step: Step) -> Tensor:
-        """LPIPS from one of 16 places. AlexNet looks every fourth pixel, and the networks draw in
-        blocks of four: always at the same place, it rewarded a hatching that it could not see."""
-        assert self.lpips is not None
-        top, left = (step.shared.randrange(4) for _ in range(2))
-        return self.lpips(picture[:, :, top:, left:], x[:, :, top:, left:]).mean()
+            place = _place(step, STRIDE_Y)
+            yield self._discriminate(self.discriminator, batch, picture.detach(), place)
 
     def _few_steps(self, denoise: Denoise, noise: Tensor, step: Step) -> tuple[float, Tensor]:
         """x0 at one of `FEW_STEPS`, reached by the model's own rollout; the same one on all ranks,
@@ -135,9 +133,11 @@ class DiffusionTask:
         v = denoise(x_t, torch.full((len(x_t),), t, device=self.device))
         return t, schedule.x0_from_v(x_t, v, schedule.alpha_bar(t))
 
-    def _discriminate(self, judge: Discriminator, batch: Batch, picture: Tensor) -> Play:
-        real = judge(batch.x, batch.x_hat, batch.y_hat)
-        made = judge(picture, batch.x_hat, batch.y_hat)
+    def _discriminate(
+        self, judge: Discriminator, batch: Batch, picture: Tensor, place: tuple[int, int]
+    ) -> Play:
+        real = judge(batch.x, batch.x_hat, batch.y_hat, place)
+        made = judge(picture, batch.x_hat, batch.y_hat, place)
         loss = discriminator_loss(real, made)
         return Play("discriminator", loss, {"discriminator": loss.detach()})
 
@@ -221,6 +221,13 @@ def _banks(config: DiffusionConfig, device: torch.device) -> tuple[Bank, Bank]:
         for held_out in (False, True)
     )
     return seen, held_out
+
+
+def _place(step: Step, period: int) -> tuple[int, int]:
+    """Where LPIPS and the discriminator begin to look. AlexNet looks every fourth pixel, and the
+    networks draw in blocks of four: always at the same place, it rewarded a hatching that it could
+    not see. The discriminator's strides multiply to 16."""
+    return step.shared.randrange(period), step.shared.randrange(period)
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -27,11 +27,17 @@ class Discriminator(nn.Module):
         layers.append(spectral_norm(nn.Conv2d(channels[-1], 1, 1)))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor, x_hat: Tensor, y_hat: Tensor) -> Tensor:
-        """`x`, `x_hat` (B, 3, H, W) in [0, 1], `y_hat` (B, M, H/16, W/16) -> logits."""
+    def forward(
+        self, x: Tensor, x_hat: Tensor, y_hat: Tensor, place: tuple[int, int] = (0, 0)
+    ) -> Tensor:
+        """`x`, `x_hat` (B, 3, H, W) in [0, 1], `y_hat` (B, M, H/16, W/16) -> logits.
+
+        It looks from the pixel at `place` on, since its strides see the same phase everywhere.
+        """
         seen = F.leaky_relu(self.latents(torch.tanh(y_hat / 4)), 0.2)  # latents reach ±60
         over = F.interpolate(seen, scale_factor=float(STRIDE_Y), mode="nearest")
-        logits: Tensor = self.layers(torch.cat([x * 2 - 1, x_hat * 2 - 1, over], 1))
+        whole = torch.cat([x * 2 - 1, x_hat * 2 - 1, over], 1)
+        logits: Tensor = self.layers(whole[:, :, place[0] :, place[1] :])
         return logits
 
 
