@@ -6,7 +6,6 @@ that fails as other machines may have done; `exact` computes it in integers (hel
 sum below 2^53), so that the result cannot depend on thread layout, backend or machine.
 """
 
-import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,21 +14,14 @@ from functools import cached_property
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import rans, recovery, tiles
 from models.bitstream import STRIDE_Z, padded
 from models.errors import CorruptStream, DesynchronisedStream, LengthMismatch
+from models.exact import ExactHyperSynthesis
 from models.msh import MeanScaleHyperprior
 
-EXACT_BITS = 16
-"""Fraction bits of the `exact` profile's weights and activations."""
-EXACT_SLOPE = 655
-"""Leaky slope in 2^-16: 655 / 65536 = 0.009995, for LeakyReLU's 0.01."""
-EXACT_WINDOW = 16**2
-"""Positions of z in a window of the exact `h_s`: 1024×1024 pixels, about 0.1 GB meanwhile."""
-EXACT_OVERLAP = 2
-"""Positions of z read beyond what is kept: `h_s` reaches 1 + 1/2 + 1/4."""
 SCALE_MIN = 0.11
 """Lower bound of a latent's scale, the first entry of CompressAI's scale table."""
 
@@ -166,62 +158,6 @@ class Hyperprior:
         return Latents(y_hat, symbols, bits, arithmetic)
 
 
-class ExactHyperSynthesis:
-    """`h_s` in integers: weights and activations in units of 2^-16, held in float64.
-
-    Every product sum is an integer below 2^53 and thus exact in whatever order it is taken; a
-    layer's result is shifted back with a floor. A saturation keeps activations within 2^11, so
-    that the bound holds for any `z` whatever.
-    """
-
-    LIMIT = float(1 << (EXACT_BITS + 11))
-
-    def __init__(self, h_s: nn.Sequential, M: int, scale_table: Tensor) -> None:
-        self.M = M
-        self.layers = _to_float64(h_s)
-        one = 1 << EXACT_BITS
-        for layer in self.layers:
-            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-                layer.weight.data.mul_(one).round_()
-                assert layer.bias is not None
-                layer.bias.data.mul_(float(one) ** 2).round_()
-                transposed = isinstance(layer, nn.ConvTranspose2d)
-                sums = layer.weight.abs().sum((0, 2, 3) if transposed else (1, 2, 3))
-                worst = float(sums.max()) * self.LIMIT + float(layer.bias.abs().max())
-                if worst >= 2.0**53:
-                    raise ValueError("these hyperprior weights are too large for exact sums")
-        self.thresholds = torch.floor(scale_table[:-1].double() * one)
-
-    def __call__(self, z_symbols: Tensor, medians: Tensor) -> tuple[rans.Int32Array, Tensor]:
-        """`z` symbols (B, N, h, w) -> contexts (M, 4h, 4w) int32 of the first, all means, float32.
-
-        The means are (B, M, 4h, 4w).
-        """
-        one = float(1 << EXACT_BITS)
-        x = z_symbols.double() * one + torch.round(medians.double() * one)
-        x = x.clamp(-self.LIMIT, self.LIMIT)
-        rows, columns = x.shape[2:]
-        means = torch.empty(len(x), self.M, 4 * rows, 4 * columns)
-        indexes = torch.empty_like(means, dtype=torch.int32)
-        for w in tiles.windows(rows, columns, EXACT_WINDOW, EXACT_OVERLAP):
-            scales_hat, means_hat = self._window(x[w.reads(1)])[w.within(4)].chunk(2, 1)
-            scales_hat = scales_hat.contiguous()  # else `bucketize` warns
-            indexes[w.writes(4)] = torch.bucketize(scales_hat, self.thresholds, out_int32=True)
-            # within ±2^11 and rounded to 2^-12: float32 holds the means exactly
-            means[w.writes(4)] = (torch.floor(means_hat / 16 + 0.5) / 4096).float()
-        return indexes[0].numpy(), means
-
-    def _window(self, x: Tensor) -> Tensor:
-        """`z` (1, N, h, w) -> scales and means (1, 2M, 4h, 4w), all in units of 2^-16."""
-        one = float(1 << EXACT_BITS)
-        for layer in self.layers:
-            if isinstance(layer, nn.LeakyReLU):
-                x = torch.where(x < 0, torch.floor(x * EXACT_SLOPE / one), x)
-            else:
-                x = torch.floor(layer(x) / one).clamp(-self.LIMIT, self.LIMIT)
-        return x
-
-
 def origin(height: int, width: int) -> tuple[int, int]:
     """Row and column at which the picture begins within its padded self."""
     full = padded(height, width)
@@ -236,7 +172,3 @@ def _channels(shape: tuple[int, ...]) -> rans.Int32Array:
 
 def _fingerprint(indexes: rans.Int32Array) -> bytes:
     return hashlib.sha256(indexes.tobytes()).digest()
-
-
-def _to_float64(h_s: nn.Sequential) -> nn.Sequential:
-    return copy.deepcopy(h_s).double().requires_grad_(False)

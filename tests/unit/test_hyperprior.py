@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from models import bitstream, codec, hyperprior
+from models import bitstream, codec
+from models import exact as exact_profile
 from models.codec import Codec
 from models.errors import LengthMismatch
-from models.hyperprior import ExactHyperSynthesis
+from models.exact import ExactHyperSynthesis
 from models.image import Pixels
 
 pytestmark = pytest.mark.weights
@@ -112,20 +113,20 @@ def test_a_cut_is_the_same_as_the_whole(shipped: Codec, exact: ExactHyperSynthes
     z, medians = symbols(1, 128, 9, 8), shipped.hyperprior.medians
     whole = exact(z, medians)
     cut = exact(z[:, :, 1:8, 2:], medians)
-    margin = 4 * hyperprior.EXACT_OVERLAP
+    margin = 8  # `h_s` reaches less than 2 positions of z
     inner = slice(4 + margin, 32 - margin), slice(8 + margin, None)
     part = slice(margin, 28 - margin), slice(margin, None)
     assert np.array_equal(whole[0][:, *inner], cut[0][:, *part])
     assert torch.equal(whole[1][:, :, *inner], cut[1][:, :, *part])
 
 
-def test_windows_change_nothing(
+def test_strips_change_nothing(
     shipped: Codec, exact: ExactHyperSynthesis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     z, medians = symbols(1, 128, 9, 8), shipped.hyperprior.medians
     whole = exact(z, medians)
-    for area in (36, 49):
-        monkeypatch.setattr(hyperprior, "EXACT_WINDOW", area)
+    for positions in (1, 40, 100):
+        monkeypatch.setattr(exact_profile, "STRIP", positions)
         assert same(exact(z, medians), whole)
 
 
@@ -140,11 +141,11 @@ def test_any_z_whatever_stays_within_exact_sums(shipped: Codec, exact: ExactHype
 
 def _integers(exact: ExactHyperSynthesis, x: torch.Tensor) -> torch.Tensor:
     """Means in int64 arithmetic, layer by layer."""
-    limit, one = int(ExactHyperSynthesis.LIMIT), 1 << hyperprior.EXACT_BITS
+    limit, one = int(ExactHyperSynthesis.LIMIT), 1 << exact_profile.BITS
     v = x.to(torch.int64)
     for layer in exact.layers:
         if isinstance(layer, nn.LeakyReLU):
-            v = torch.where(v < 0, v * hyperprior.EXACT_SLOPE >> hyperprior.EXACT_BITS, v)
+            v = torch.where(v < 0, v * exact_profile.SLOPE >> exact_profile.BITS, v)
             continue
         assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
         assert layer.bias is not None
