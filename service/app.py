@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import anyio
 import anyio.to_thread
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
@@ -11,8 +10,19 @@ from fastapi_offline import FastAPIOffline
 
 from models import checkpoint, library
 from models.errors import WeightsError
-from service import __version__, codecs, decodes, health, problems, schemas
+from service import (
+    __version__,
+    about,
+    codecs,
+    decodes,
+    health,
+    pictures,
+    problems,
+    progress,
+    schemas,
+)
 from service.deps import State
+from service.instant import Instant
 from service.settings import ServiceSettings
 from worker import store
 from worker.jobs import Jobs
@@ -41,6 +51,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         app.state.own = await anyio.to_thread.run_sync(_state, chosen, connected)
         yield
         connected.close()
+        await app.state.own.streams.aclose()
 
     app = FastAPIOffline(
         title="Afterimage",
@@ -50,7 +61,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     problems.install(app)
-    for module in (decodes, codecs, health):
+    for module in (decodes, pictures, progress, codecs, about, health):
         app.include_router(module.router)
 
     @app.get("/", include_in_schema=False)
@@ -73,7 +84,8 @@ def _state(settings: ServiceSettings, connected: Store) -> State:
         decoder.weights_id,
         connected,
         Jobs(connected, settings.job_timeout_s),
-        anyio.CapacityLimiter(settings.decodes_at_once),
+        Instant(loaded, settings),
+        store.streams(settings),
     )
 
 

@@ -1,14 +1,12 @@
-"""`/v1/encodes`, `/v1/inspect`, `/v1/tiers`: everything about bitstreams that needs no queue."""
+"""`/v1/encodes`, `/v1/inspect`: what is done with bitstreams and needs no queue."""
 
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import APIRouter, Query, Response
 
 from models import bitstream, codec, image
 from models.bitstream import Bitstream, Format, Metric
 from models.errors import WrongWeights
-from models.tiers import TIERS
 from service import problems, schemas
 from service.deps import Body, Own
 
@@ -58,7 +56,7 @@ async def encode(
         pixels = image.read(data, own.settings.max_pixels)
         return used.encode(codec.to_tensor(pixels), format, "exact")
 
-    b = await anyio.to_thread.run_sync(compute, limiter=own.cores)
+    b = await own.instant.run(compute)
     made = bitstream.serialize(b)
     headers = {
         "X-Afterimage-Bpp": f"{8 * len(made) / (b.width * b.height):.4f}",
@@ -82,9 +80,3 @@ async def inspect(own: Own, data: Body) -> schemas.Inspection:
     except WrongWeights:
         return schemas.Inspection.of(b, len(data), decodable=False)
     return schemas.Inspection.of(b, len(data), decodable=True)
-
-
-@router.get("/tiers", summary="All tiers", tags=["inspect"])
-async def tier_list() -> list[schemas.Tier]:
-    """All tiers: points on the curve between low distortion and natural looks."""
-    return [schemas.Tier.of(t) for t in TIERS.values()]

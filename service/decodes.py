@@ -1,62 +1,63 @@
-"""`/v1/decodes`: the instant picture at once, the diffusion picture when it is ready."""
+"""`POST /v1/decodes`, `PUT /v1/decodes/{id}`: the instant picture now, the better one queued."""
 
-import hashlib
+import math
 import time
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.responses import JSONResponse
 
-from models import bitstream, codec, image, tiers
+from models import bitstream, tiers
 from models.bitstream import Bitstream
 from models.errors import ParameterError
-from models.tiers import Settings
-from service import problems, schemas
-from service.deps import Body, Own, State
-from service.problems import JobNotFound
-from worker.jobs import Decode, JobState
+from models.image import OutputFormat
+from models.tiers import Settings, Tier
+from service import answers, pictures, problems, progress, schemas
+from service.deps import Accepted, Body, CallerName, Own, Preferred, State
+from service.instant import Drawn
+from service.negotiate import Preferences
+from service.problems import Busy, IdMismatch, KeyReused
+from worker import costs
+from worker.jobs import HOLD_S, MAX_HOLD_S
+from worker.records import Decode
 
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
 
-DRAFT_CACHE = "max-age=0, stale-while-revalidate=60"
-FINAL_CACHE = "max-age=31536000, immutable"
+IDEMPOTENCY_TTL_S = 24 * 3600
+"""How long an `Idempotency-Key` is remembered."""
 
-_PNG: dict[str, Any] = {"image/png": {"schema": schemas.BINARY}}
-_BITSTREAM: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "description": "A bitstream: `.msh`, or an image file of CompressAI's `codec.py`.",
-        "content": {
-            "application/octet-stream": {"schema": schemas.BINARY},
-            "multipart/form-data": {
-                "schema": {"type": "object", "properties": {"file": schemas.BINARY}}
-            },
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": schemas.PICTURES,
+        "description": "The instant picture, or the finished one where it is cached. For a "
+        "diffusion tier, `Location` names the decode and `Link` its picture.",
+        "headers": {
+            "Location": {"schema": {"type": "string"}, "example": "/v1/decodes/3f2b8c5d…"},
+            "X-Afterimage-Tier": {"schema": {"type": "string"}, "example": "instant"},
         },
-    }
+    },
+    202: {
+        "model": schemas.Decode,
+        "description": "With `Prefer: respond-async`: queued; the picture is not there yet.",
+        "headers": {"Retry-After": {"schema": {"type": "integer"}, "example": 2}},
+    },
+    **problems.responses(400, 406, 413, 415, 422, 429, 503, 504),
 }
 
 
-@router.post(
-    "",
-    summary="Decode a bitstream",
-    response_class=Response,
-    openapi_extra=_BITSTREAM,
-    responses={
-        200: {
-            "content": _PNG,
-            "description": "The instant picture, or the finished one where it is cached. For a "
-            "diffusion tier, `Location` names the decode and `Link` its picture.",
-            "headers": {
-                "Location": {"schema": {"type": "string"}, "example": "/v1/decodes/3f2b8c5d…"},
-                "X-Afterimage-Tier": {"schema": {"type": "string"}, "example": "instant"},
-            },
-        },
-        **problems.responses(400, 413, 415, 422, 503),
-    },
-)
-async def decode(
-    own: Own,
-    data: Body,
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The parameters of a decode."""
+
+    tier: Tier
+    settings: Settings | None  # None: the instant picture alone
+    seed: int
+    hold_s: int
+
+
+def asked(
     tier: Annotated[
         str, Query(examples=["perceptual"], description="See `/v1/tiers`.")
     ] = "instant",
@@ -71,6 +72,71 @@ async def decode(
             ge=0, le=tiers.MAX_GUIDANCE, description="Autoguidance; 1 is off, else twice the cost."
         ),
     ] = None,
+    deadline_s: Annotated[
+        int,
+        Query(
+            ge=1,
+            le=MAX_HOLD_S,
+            description="How long the picture is wanted; questions about it renew that.",
+        ),
+    ] = HOLD_S,
+) -> Asked:
+    """The parameters, checked together. Raises `ParameterError`."""
+    chosen = tiers.find(tier)
+    settings = chosen.settings and tiers.vary(
+        chosen.settings, sampler=sampler, steps=steps, eta=eta, gamma=gamma, guidance=guidance
+    )
+    return Asked(chosen, settings, seed, deadline_s)
+
+
+AskedFor = Annotated[Asked, Depends(asked)]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(min_length=1, max_length=255, description="The same key must mean the same request."),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A bitstream that was sent."""
+
+    data: bytes
+    bitstream: Bitstream
+    digest: str
+    parse_ms: float
+
+    def timing(self, drawn: Drawn) -> dict[str, str]:
+        """The header `Server-Timing`."""
+        spans = {"parse": self.parse_ms, **drawn.stages}
+        return {"Server-Timing": ", ".join(f"{name};dur={ms:.1f}" for name, ms in spans.items())}
+
+
+async def given(own: Own, data: Body) -> Given:
+    """The body, its header judged. Raises `BitstreamError`, `PictureTooLarge`."""
+    began = time.perf_counter()
+    b = bitstream.parse(data, own.settings.max_pixels)
+    return Given(data, b, bitstream.digest(data), (time.perf_counter() - began) * 1e3)
+
+
+Sent = Annotated[Given, Depends(given)]
+
+
+@router.post(
+    "",
+    summary="Decode a bitstream",
+    response_class=Response,
+    openapi_extra=schemas.BITSTREAM,
+    responses=_ANSWERS,
+)
+async def decode(
+    own: Own,
+    request: Request,
+    sent: Sent,
+    what: AskedFor,
+    format: Accepted,
+    prefer: Preferred,
+    caller: CallerName,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Decode a bitstream.
 
@@ -78,129 +144,133 @@ async def decode(
     that is the digest of the request's content: repeated, it is the same job, and once that is
     done the finished picture comes back at once.
     """
-    chosen = tiers.find(tier)
-    began = time.perf_counter()
-    b = bitstream.parse(data, own.settings.max_pixels)
-    if chosen.settings is None:
-        return await _draft(own, b, began, {})
-    settings = tiers.vary(
-        chosen.settings, sampler=sampler, steps=steps, eta=eta, gamma=gamma, guidance=guidance
-    )
-    _check_work(own, b, settings)
-    request = Decode(
-        bitstream.digest(data), chosen.name, settings, seed, own.library.codec_id(b),
-        own.decoder_weights, b.quality, b.width, b.height,
-    )  # fmt: skip
-    location = f"/v1/decodes/{request.id}"
-    headers = {"Location": location, "Link": f'<{location}/image>; rel="upgrade"'}
-    finished = await anyio.to_thread.run_sync(own.store.picture, request.id)
-    if finished is not None:
-        return _picture(finished, chosen.name, FINAL_CACHE, {**headers, "X-Cache": "hit"})
-    draft = await _kept_draft(own, request, b, began, {**headers, "X-Cache": "miss"})
-    # only what decodes is queued
-    await anyio.to_thread.run_sync(own.jobs.submit, request, data)
-    return draft
+    if what.settings is None:
+        drawn = await own.instant.picture(sent.bitstream, sent.digest, format)
+        return answers.picture(request, drawn.file, format, "instant", sent.timing(drawn))
+    wanted = _decode(own, sent, what, what.settings)
+    if idempotency_key is not None:
+        await anyio.to_thread.run_sync(_check_key, own, caller, idempotency_key, wanted.id)
+    return await _Submission(own, request, sent, wanted, what, format, prefer, caller).answer()
 
 
-@router.get("/{id}", summary="Where a decode stands", responses=problems.responses(404, 503))
-async def status(own: Own, id: str) -> schemas.Decode:
-    """Where a decode stands: status, steps done, place in the queue."""
-
-    def look() -> schemas.Decode:
-        state = _find(own, id)
-        position = own.jobs.position(id) if state.status == "queued" else None
-        return schemas.Decode.of(state, position)
-
-    return await anyio.to_thread.run_sync(look)
-
-
-@router.get(
-    "/{id}/image",
-    summary="The best picture there is",
+@router.put(
+    "/{id}",
+    summary="Decode a bitstream under its id",
     response_class=Response,
+    openapi_extra=schemas.BITSTREAM,
     responses={
-        200: {"content": _PNG, "description": "The best picture there is; see X-Afterimage-Tier."},
-        304: {"description": "The picture that If-None-Match names is still the best."},
-        **problems.responses(404, 503),
+        **_ANSWERS,
+        201: {**_ANSWERS[200], "description": "As 200; the decode is new."},
     },
 )
-async def picture(own: Own, id: str, request: Request) -> Response:
-    """The finished picture, or the instant one while there is none."""
-    state = await anyio.to_thread.run_sync(_find, own, id)
-    finished = await anyio.to_thread.run_sync(own.store.picture, id)
-    if finished is not None:
-        answer = _picture(finished, state.decode.tier, FINAL_CACHE, {})
-    else:
-        data = await anyio.to_thread.run_sync(own.store.bitstream, state.decode.digest)
-        if data is None:
-            raise JobNotFound(f"the bitstream of decode {id} is no longer kept")
-        b = bitstream.parse(data, own.settings.max_pixels)
-        answer = await _kept_draft(own, state.decode, b, time.perf_counter(), {})
-    known = {
-        tag.strip().removeprefix("W/")
-        for tag in request.headers.get("if-none-match", "").split(",")
-    }
-    if answer.headers["etag"] in known or "*" in known:
-        keep = {k: v for k, v in answer.headers.items() if k in {"etag", "cache-control"}}
-        return Response(status_code=304, headers=keep)
-    return answer
-
-
-async def _kept_draft(
-    own: State, decode: Decode, b: Bitstream, began: float, headers: dict[str, str]
+async def put(
+    own: Own,
+    request: Request,
+    id: str,
+    sent: Sent,
+    what: AskedFor,
+    format: Accepted,
+    prefer: Preferred,
+    caller: CallerName,
 ) -> Response:
-    """The instant picture from the cache; computed, and kept there, where it is not."""
-    name = decode.digest, decode.codec
-    kept = await anyio.to_thread.run_sync(own.store.draft, *name)
-    if kept is not None:
-        return _picture(kept, "instant", DRAFT_CACHE, headers)
-    answer = await _draft(own, b, began, headers)
-    await anyio.to_thread.run_sync(own.store.put_draft, *name, bytes(answer.body))
+    """As `POST`, under the id that the client computed from the content.
+
+    The id is the first 32 hex digits of SHA-256 over six lines, joined by newlines: `afterimage-1`;
+    SHA-256 of the bitstream in hex; the settings as JSON with sorted keys and no spaces (`beta`,
+    `eta`, `gamma`, `guidance`, `sampler`, `steps`); the seed; the weights ids of the codec and of
+    the decoder, which `/v1/models` lists.
+    """
+    if what.settings is None:
+        raise ParameterError("an instant picture has no id: ask for a diffusion tier, or POST")
+    wanted = _decode(own, sent, what, what.settings)
+    if wanted.id != id:
+        raise IdMismatch(f"this content's id is {wanted.id}")
+    submission = _Submission(own, request, sent, wanted, what, format, prefer, caller)
+    answer = await submission.answer()
+    if submission.made and answer.status_code == 200:
+        answer.status_code = 201
     return answer
 
 
-def _check_work(own: State, b: Bitstream, settings: Settings) -> None:
+@dataclass(slots=True)
+class _Submission:
+    """One request for a diffusion picture."""
+
+    own: State
+    request: Request
+    sent: Given
+    decode: Decode
+    what: Asked
+    format: OutputFormat
+    prefer: Preferences
+    caller: str
+    made: bool = False  # whether the job is new
+
+    async def answer(self) -> Response:
+        """The finished picture where it is kept; else the draft, or 202, and the job is queued."""
+        location = f"/v1/decodes/{self.decode.id}"
+        headers = {"Location": location, "Link": f'<{location}/image>; rel="upgrade"'}
+        finished = await pictures.finished(self.own, self.decode, self.format)
+        if finished is not None:
+            return self._picture(finished, self.decode.tier, {**headers, "X-Cache": "hit"})
+        headers["X-Cache"] = "miss"
+        await anyio.to_thread.run_sync(_admit, self.own)
+        if self.prefer.respond_async:
+            return await self._later(headers)
+        drawn = await pictures.draft(self.own, self.decode, self.sent.bitstream, self.format)
+        await self._submit()  # only what decodes is queued
+        return self._picture(drawn.file, "instant", {**headers, **self.sent.timing(drawn)})
+
+    async def _later(self, headers: dict[str, str]) -> Response:
+        await self.own.instant.check(self.sent.bitstream)
+        await self._submit()
+        id = self.decode.id
+        if self.prefer.wait_s:
+            await progress.until_ended(self.own, id, self.prefer.wait_s)
+            finished = await pictures.finished(self.own, self.decode, self.format)
+            if finished is not None:
+                headers["Preference-Applied"] = f"wait={self.prefer.wait_s}"
+                return self._picture(finished, self.decode.tier, headers)
+        state = await anyio.to_thread.run_sync(progress.view, self.own, id)
+        headers["Preference-Applied"] = self.prefer.applied
+        headers["Retry-After"] = str(math.ceil(state.eta_s or 1))
+        return JSONResponse(state.model_dump(mode="json"), 202, headers)
+
+    async def _submit(self) -> None:
+        _, self.made = await anyio.to_thread.run_sync(
+            self.own.jobs.submit, self.decode, self.sent.data, self.caller, self.what.hold_s
+        )
+
+    def _picture(self, file: bytes, tier: str, headers: dict[str, str]) -> Response:
+        return answers.picture(self.request, file, self.format, tier, headers)
+
+
+def _decode(own: State, sent: Given, what: Asked, settings: Settings) -> Decode:
+    """The job that is asked for. Raises `ParameterError` where it is more than one may ask for."""
+    b = sent.bitstream
+    wanted = Decode(
+        sent.digest, what.tier.name, settings, what.seed, own.library.codec_id(b),
+        own.decoder_weights, b.quality, b.width, b.height,
+    )  # fmt: skip
     limit = own.settings.max_megapixel_steps
-    work = b.width * b.height / 1e6 * settings.calls
-    if work > limit:
-        raise ParameterError(f"{work:.0f} megapixel-steps; the limit is {limit:.0f}: ask for fewer")
+    if wanted.work > limit:
+        raise ParameterError(
+            f"{wanted.work:.0f} megapixel-steps; the limit is {limit:.0f}: ask for fewer"
+        )
+    return wanted
 
 
-def _find(own: State, id: str) -> JobState:
-    state = own.jobs.get(id)
-    if state is None:
-        raise JobNotFound(f"there is no decode {id}")
-    return state
+def _admit(own: State) -> None:
+    """Raises `Busy` where the queue is longer than the service promises to serve."""
+    backlog, limit = costs.backlog_s(own.jobs), own.settings.max_backlog_s
+    if backlog > limit:
+        retry_after = str(math.ceil(backlog - limit))
+        raise Busy(f"{backlog:.0f} s of work are queued", {"Retry-After": retry_after})
 
 
-async def _draft(own: State, b: Bitstream, began: float, headers: dict[str, str]) -> Response:
-    """The instant picture, computed off the event loop."""
-
-    def compute() -> tuple[bytes, str]:
-        marks = [began, time.perf_counter()]
-        used = own.library.codec(b)
-        latents = used.latents(b)
-        marks.append(time.perf_counter())
-        x_hat = used.synthesis(latents.y_hat)
-        marks.append(time.perf_counter())
-        png = image.write(codec.to_pixels(codec.crop(x_hat, b.height, b.width)), "png")
-        marks.append(time.perf_counter())
-        names = ("parse", "entropy", "g_s", "encode")
-        spans = zip(names, marks, marks[1:], strict=False)
-        return png, ", ".join(f"{n};dur={(y - x) * 1e3:.1f}" for n, x, y in spans)
-
-    png, timing = await anyio.to_thread.run_sync(compute, limiter=own.cores)
-    return _picture(png, "instant", DRAFT_CACHE, {**headers, "Server-Timing": timing})
-
-
-def _picture(png: bytes, tier: str, cache: str, headers: dict[str, str]) -> Response:
-    own = {
-        "ETag": f'"{hashlib.sha256(png).hexdigest()}"',
-        "Cache-Control": cache,
-        "X-Afterimage-Tier": tier,
-        "X-Content-Type-Options": "nosniff",
-        **headers,
-    }
-    if tier != "instant":
-        own["X-Afterimage-Note"] = "synthesised detail"
-    return Response(png, 200, own, "image/png")
+def _check_key(own: State, caller: str, key: str, job_id: str) -> None:
+    """Remember what a key stands for. Raises `KeyReused` where that is something else."""
+    name = own.store.key("idempotency", caller, key)
+    new = own.store.queue.set(name, job_id, nx=True, ex=IDEMPOTENCY_TTL_S)
+    if not new and own.store.queue.get(name) != job_id.encode():
+        raise KeyReused(f"Idempotency-Key {key!r} came with another request before")

@@ -4,13 +4,17 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Annotated
 
-import anyio
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request
+from redis.asyncio import Redis as AsyncRedis
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from models.errors import MalformedHeader
+from models.image import OutputFormat
 from models.library import Library
+from service import negotiate
+from service.instant import Instant
+from service.negotiate import Preferences
 from service.problems import BodyTooLarge
 from service.settings import ServiceSettings
 from worker.jobs import Jobs
@@ -26,7 +30,8 @@ class State:
     decoder_weights: str
     store: Store
     jobs: Jobs
-    cores: anyio.CapacityLimiter  # how many pictures are computed at once
+    instant: Instant
+    streams: AsyncRedis  # for reads that wait
 
 
 def state(request: Request) -> State:
@@ -72,5 +77,31 @@ async def _first_file(request: Request, data: bytes) -> bytes:
     raise MalformedHeader("the multipart form holds no file")
 
 
+def caller_name(request: Request) -> str:
+    """Who asks."""
+    return request.client.host if request.client else ""
+
+
+def accepted(
+    accept: Annotated[
+        str | None, Header(description="PNG, WebP, AVIF, JPEG or NPY, by weight.")
+    ] = None,
+) -> OutputFormat:
+    """The picture's format. Raises `NotAcceptable`."""
+    return negotiate.picture_format(accept)
+
+
+def preferred(
+    prefer: Annotated[
+        str | None, Header(examples=["respond-async, wait=10"], description="RFC 7240.")
+    ] = None,
+) -> Preferences:
+    """What `Prefer` asks for."""
+    return negotiate.preferences(prefer)
+
+
 Own = Annotated[State, Depends(state)]
 Body = Annotated[bytes, Depends(body)]
+CallerName = Annotated[str, Depends(caller_name)]
+Accepted = Annotated[OutputFormat, Depends(accepted)]
+Preferred = Annotated[Preferences, Depends(preferred)]

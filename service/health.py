@@ -16,6 +16,12 @@ async def livez() -> Health:
     return Health(status="ok", redis="unasked")
 
 
+@router.get("/startupz", summary="Started")
+async def startupz() -> Health:
+    """The models are loaded: no connection is accepted before."""
+    return Health(status="ok", redis="unasked")
+
+
 @router.get("/readyz", summary="Ready")
 async def readyz(own: Own, response: Response) -> Health:
     """The models are loaded; `degraded` while Redis is away and only instant decodes work."""

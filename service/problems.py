@@ -1,6 +1,7 @@
 """Errors to HTTP: RFC 9457 `application/problem+json`, one table for all of them."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,30 +18,98 @@ RETRY_S = 5
 """When to come back after a store was away."""
 
 
-class JobNotFound(errors.AfterimageError):
+class RequestError(errors.AfterimageError):
+    """What a request gets wrong about HTTP, or about the service's state.
+
+    `headers` go with the answer.
+    """
+
+    def __init__(self, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.headers = dict(headers or {})
+
+
+class Unauthorized(RequestError):
+    """No API key or signature, or one that is not valid."""
+
+
+class Forbidden(RequestError):
+    """The API key lacks the scope."""
+
+
+class JobNotFound(RequestError):
     """There is no decode with this id."""
 
 
-class BodyTooLarge(errors.AfterimageError):
+class NotAcceptable(RequestError):
+    """None of the formats that `Accept` names can be made."""
+
+
+class Conflict(RequestError):
+    """The decode has ended, or has not: it cannot be done to it now."""
+
+
+class PictureGone(RequestError):
+    """The picture is no longer kept; `retry` makes it again."""
+
+
+class BodyTooLarge(RequestError):
     """More bytes than the limit."""
+
+
+class IdMismatch(RequestError):
+    """The id in the path is not that of the request's content."""
+
+
+class KeyReused(RequestError):
+    """The `Idempotency-Key` came with another request before."""
+
+
+class RangeNotSatisfiable(RequestError):
+    """The range begins behind the picture's end."""
+
+
+class TooManyRequests(RequestError):
+    """The caller's quota is used up; `Retry-After` says until when."""
+
+
+class Busy(RequestError):
+    """More requests than can be served soon; `Retry-After` says when to come back."""
+
+
+class DeadlineExceeded(RequestError):
+    """The request's time is over before its answer was there."""
 
 
 STATUS: dict[type[errors.AfterimageError], int] = {
     errors.MalformedHeader: 400,
-    errors.UnsupportedCodec: 415,
-    errors.UnsupportedPicture: 415,
+    Unauthorized: 401,
+    Forbidden: 403,
+    JobNotFound: 404,
+    NotAcceptable: 406,
+    Conflict: 409,
+    PictureGone: 410,
     errors.PictureTooLarge: 413,
     BodyTooLarge: 413,
+    errors.UnsupportedCodec: 415,
+    errors.UnsupportedPicture: 415,
+    RangeNotSatisfiable: 416,
     errors.BitstreamError: 422,
     errors.PictureError: 422,
     errors.ParameterError: 422,
-    JobNotFound: 404,
+    IdMismatch: 422,
+    KeyReused: 422,
+    TooManyRequests: 429,
     errors.WeightsError: 500,
     errors.AfterimageError: 500,
+    Busy: 503,
+    DeadlineExceeded: 504,
 }
 
 
-def problem(status: int, kind: str, detail: str, **extra: Any) -> JSONResponse:
+def problem(
+    status: int, kind: str, detail: str, headers: Mapping[str, str] | None = None, **extra: Any
+) -> JSONResponse:
     """A problem document; `kind` is the stable last part of its type."""
     body = {
         "type": f"urn:afterimage:problem:{kind}",
@@ -49,10 +118,10 @@ def problem(status: int, kind: str, detail: str, **extra: Any) -> JSONResponse:
         "detail": detail,
         **extra,
     }
-    headers = {"Cache-Control": "no-store"}
+    sent = {"Cache-Control": "no-store"}
     if status == 503:
-        headers["Retry-After"] = str(RETRY_S)
-    return JSONResponse(body, status, headers, MEDIA_TYPE)
+        sent["Retry-After"] = str(RETRY_S)
+    return JSONResponse(body, status, {**sent, **(headers or {})}, MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:
@@ -61,7 +130,8 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(errors.AfterimageError)
     async def _own(_request: Request, e: errors.AfterimageError) -> JSONResponse:
         status = next(STATUS[c] for c in type(e).__mro__ if c in STATUS)
-        return problem(status, _kind(type(e).__name__), str(e))
+        headers = e.headers if isinstance(e, RequestError) else {}
+        return problem(status, _kind(type(e).__name__), str(e), headers)
 
     @app.exception_handler(RequestValidationError)
     async def _parameters(_request: Request, e: RequestValidationError) -> JSONResponse:
@@ -75,9 +145,8 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(_request: Request, e: HTTPException) -> JSONResponse:
         kinds = {404: "not-found", 405: "method-not-allowed"}
-        answer = problem(e.status_code, kinds.get(e.status_code, "http-error"), str(e.detail))
-        answer.headers.update(e.headers or {})
-        return answer
+        kind = kinds.get(e.status_code, "http-error")
+        return problem(e.status_code, kind, str(e.detail), e.headers)
 
     @app.exception_handler(RedisError)
     async def _store(_request: Request, _e: RedisError) -> JSONResponse:
@@ -100,11 +169,19 @@ EXAMPLE: JsonDict = {
 }
 _MEANING = {
     400: "Empty body or truncated header",
+    401: "No API key or signature, or one that is not valid",
+    403: "The API key lacks the scope",
     404: "No such decode",
+    406: "None of the acceptable formats can be made",
+    409: "The decode's state does not allow it",
+    410: "The picture is no longer kept; retry makes it again",
     413: "More bytes or declared pixels than the limit",
     415: "Unknown magic, codec or picture format",
-    422: "Wrong lengths, checksum, entropy coded bytes or parameter",
-    503: "The queue cannot be used",
+    416: "The range begins behind the picture's end",
+    422: "Wrong lengths, checksum, entropy coded bytes, id or parameter",
+    429: "The caller's quota is used up",
+    503: "The queue cannot be used, or too much is waiting",
+    504: "The request's time is over",
 }
 
 

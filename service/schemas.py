@@ -7,8 +7,13 @@ from pydantic import BaseModel, ConfigDict
 
 from models import tiers
 from models.bitstream import Bitstream, Format, Metric, Profile
+from models.checkpoint import Entry
+from models.image import MEDIA_TYPES
 from service import problems
-from worker.jobs import JobState, Status
+from service.negotiate import MAX_WAIT_S
+from service.settings import ServiceSettings
+from worker.jobs import MAX_HOLD_S
+from worker.records import JobState, Status
 
 
 class Problem(BaseModel):
@@ -36,6 +41,7 @@ class Decode(BaseModel):
                     "step": 2,
                     "total": 4,
                     "position": None,
+                    "eta_s": 1.4,
                     "attempts": 1,
                     "width": 768,
                     "height": 512,
@@ -58,7 +64,8 @@ class Decode(BaseModel):
     seed: int
     step: int
     total: int
-    position: int | None
+    position: int | None  # jobs ahead in the queue
+    eta_s: float | None  # until the picture is there
     attempts: int
     width: int
     height: int
@@ -72,12 +79,14 @@ class Decode(BaseModel):
     image: str
 
     @classmethod
-    def of(cls, state: JobState, position: int | None) -> "Decode":
+    def of(cls, state: JobState, position: int | None, eta_s: float | None) -> "Decode":
         """The public view of a job."""
         d = state.decode
         return cls(
             id=state.id, status=state.status, tier=d.tier, seed=d.seed, step=state.step,
-            total=state.total, position=position, attempts=state.attempts, width=d.width,
+            total=state.total, position=position,
+            eta_s=None if eta_s is None else round(eta_s, 1),
+            attempts=state.attempts, width=d.width,
             height=d.height, quality=d.quality, codec_weights=d.codec,
             decoder_weights=d.decoder, created=datetime.fromtimestamp(state.created, UTC),
             started=_time(state.started), ended=_time(state.ended), error=state.error or None,
@@ -162,6 +171,77 @@ class Tier(BaseModel):
         )
 
 
+class Model(BaseModel):
+    """Installed weights."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "kind": "codec",
+                    "name": "msh_q2",
+                    "weights_id": "4db2e4cc55a0a9ca",
+                    "quality": 2,
+                    "metric": "mse",
+                    "source": "shipped",
+                }
+            ]
+        }
+    )
+
+    kind: str  # codec or decoder
+    name: str
+    weights_id: str
+    quality: int | None
+    metric: str | None
+    source: str
+
+    @classmethod
+    def of(cls, e: Entry) -> "Model":
+        """The public view of a manifest's entry."""
+        return cls(
+            kind=e.kind, name=e.name, weights_id=e.weights_id, quality=e.quality or None,
+            metric=e.metric or None, source=e.source or "shipped",
+        )  # fmt: skip
+
+
+class Limits(BaseModel):
+    """Caps on requests."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "bytes": 33554432,
+                    "pixels": 20000000,
+                    "megapixel_steps": 4000,
+                    "steps": 1000,
+                    "wait_s": 60,
+                    "deadline_s": 86400,
+                    "request_timeout_s": 30,
+                }
+            ]
+        }
+    )
+
+    bytes: int  # of a request's body
+    pixels: int  # of a picture, declared or real
+    megapixel_steps: float  # of a decode: pixels times steps, guidance counts twice
+    steps: int
+    wait_s: int  # of `Prefer: wait`
+    deadline_s: int
+    request_timeout_s: float  # for an instant picture
+
+    @classmethod
+    def of(cls, s: ServiceSettings) -> "Limits":
+        """What these settings allow."""
+        return cls(
+            bytes=s.max_bytes, pixels=s.max_pixels, megapixel_steps=s.max_megapixel_steps,
+            steps=tiers.MAX_STEPS, wait_s=MAX_WAIT_S, deadline_s=MAX_HOLD_S,
+            request_timeout_s=s.request_timeout_s,
+        )  # fmt: skip
+
+
 class Health(BaseModel):
     """Whether the service can take work."""
 
@@ -176,3 +256,14 @@ def _time(seconds: float) -> datetime | None:
 
 
 BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
+PICTURES: dict[str, Any] = {media_type: {"schema": BINARY} for media_type in MEDIA_TYPES.values()}
+BITSTREAM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "A bitstream: `.msh`, or an image file of CompressAI's `codec.py`.",
+        "content": {
+            "application/octet-stream": {"schema": BINARY},
+            "multipart/form-data": {"schema": {"type": "object", "properties": {"file": BINARY}}},
+        },
+    }
+}

@@ -15,7 +15,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Give `afterimage weights` its commands."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    into = commands.add_parser("import", help="install a CompressAI checkpoint of mbt2018-mean")
+    into = commands.add_parser(
+        "import", help="install a CompressAI checkpoint of mbt2018-mean; services read it on start"
+    )
     into.add_argument(
         "source", metavar="FILE|zoo", help=".pth, .pth.tar or .safetensors; zoo: download it"
     )

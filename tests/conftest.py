@@ -127,6 +127,15 @@ class Service:
     client: httpx.Client
     process: subprocess.Popen[bytes]
     log: Path
+    urls: tuple[str, str]  # of its queue and cache
+
+    @contextlib.contextmanager
+    def stores(self) -> Iterator[Store]:
+        """Connections to its stores."""
+        queue, cache = self.urls
+        connected = connect(WorkerSettings(REDIS_URL=queue, CACHE_REDIS_URL=cache))
+        yield connected
+        connected.close()
 
 
 @contextlib.contextmanager
@@ -151,7 +160,8 @@ def run_service(folder: Path, *options: str, **environment: str) -> Iterator[Ser
                 if process.poll() is not None or time.monotonic() > deadline:
                     pytest.fail(f"the service did not start: {log.read_text()}")
                 time.sleep(0.1)
-            yield Service(client, process, log)
+            urls = own.get("REDIS_URL", ""), own.get("CACHE_REDIS_URL", "")
+            yield Service(client, process, log, urls)
     finally:
         process.terminate()
         process.wait(90)
@@ -160,10 +170,11 @@ def run_service(folder: Path, *options: str, **environment: str) -> Iterator[Ser
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One service with one worker and the shipped weights, for all end-to-end tests."""
-    with run_service(
-        tmp_path_factory.mktemp("service"), AFTERIMAGE_MAX_PIXELS="1000000"
-    ) as running:
-        yield running
+    folder = tmp_path_factory.mktemp("service")
+    with embed.servers(folder / "redis") as urls:
+        stores = {"REDIS_URL": urls[0], "CACHE_REDIS_URL": urls[1]}
+        with run_service(folder, AFTERIMAGE_MAX_PIXELS="1000000", **stores) as running:
+            yield running
 
 
 def psnr(a: image.Pixels, b: image.Pixels) -> float:

@@ -1,12 +1,9 @@
 """The contract between API and workers: what a job is, where it stands, how it is handed over."""
 
 import contextlib
-import hashlib
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
 import redis
 from redis.client import Pipeline
@@ -14,7 +11,8 @@ from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from models.tiers import Settings
+from worker import events
+from worker.records import Decode, JobState, Status, end, fresh
 from worker.store import RECORD_TTL_S, Store
 
 TASK = "worker.tasks.enhance"
@@ -29,48 +27,24 @@ GIVEN_UP = f"its worker died or was cut off {MAX_ATTEMPTS} times"
 FAILED_S = 60
 """How long RQ keeps its own note of a job that raised."""
 
-Status = Literal["queued", "running", "succeeded", "failed", "expired"]
+HOLD_S = 3600
+"""How long a submission is interested in its picture, unless it says otherwise."""
+MAX_HOLD_S = 24 * 3600
+"""How long it may."""
+POLL_HOLD_S = 600
+"""How long a question about a job renews that interest, at least."""
+WEIGHT = 0.2
+"""Of the newest measurement in the average cost of a megapixel-step."""
+WATCHED_S = 30
+"""How long previews are drawn after an event stream was last read."""
 
 
 @dataclass(frozen=True, slots=True)
-class Decode:
-    """What is asked for. Two equal requests are one job: its id is the digest of its content."""
+class Wish:
+    """What the outside wants of a running job."""
 
-    digest: str  # SHA-256 of the bitstream, hex
-    tier: str
-    settings: Settings
-    seed: int
-    codec: str  # weights ids
-    decoder: str
-    quality: int
-    width: int
-    height: int
-
-    @property
-    def id(self) -> str:
-        """32 hex digits of SHA-256 over the lines: recipe's name, digest, settings, seed, weights.
-
-        The tier's name is no part of it: equal settings are equal pictures.
-        """
-        settings = json.dumps(asdict(self.settings), sort_keys=True, separators=(",", ":"))
-        lines = ("afterimage-1", self.digest, settings, str(self.seed), self.codec, self.decoder)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
-
-
-@dataclass(frozen=True, slots=True)
-class JobState:
-    """A job's record. Times are seconds since the epoch, 0 while they have not come."""
-
-    id: str
-    status: Status
-    decode: Decode
-    step: int
-    total: int
-    attempts: int
-    created: float
-    started: float
-    ended: float
-    error: str
+    wanted: bool  # else it should stop
+    watched: bool  # previews are looked at
 
 
 class Jobs:
@@ -83,12 +57,16 @@ class Jobs:
             f"{store.prefix}-decodes", connection=store.queue, serializer=JSONSerializer
         )
 
-    def submit(self, decode: Decode, data: bytes) -> tuple[JobState, bool]:
+    def submit(
+        self, decode: Decode, data: bytes, caller: str = "", hold_s: float = HOLD_S
+    ) -> tuple[JobState, bool]:
         """Queue a job unless it is queued, running or done; its state, and whether it is new.
 
-        Record, bitstream and queue entry are written in one transaction, whoever else submits.
+        Record, bitstream, queue entry and the caller's interest, for `hold_s` seconds, are written
+        in one transaction, whoever else submits.
         """
-        key = self._key(decode.id)
+        key = self.key(decode.id)
+        self.hold(decode.id, caller, hold_s)  # a running job that was to stop goes on
         with self.store.queue.pipeline() as pipe:
             while True:
                 try:
@@ -99,9 +77,10 @@ class Jobs:
                     pipe.multi()
                     pipe.set(self.store.key("bitstream", decode.digest), data, ex=RECORD_TTL_S)
                     pipe.delete(key)
-                    pipe.hset(key, mapping=_fresh(decode))
+                    pipe.hset(key, mapping=fresh(decode))
                     pipe.expire(key, RECORD_TTL_S)
                     self._enqueue(decode.id, pipe)
+                    events.tell(self.store, pipe, decode.id, "queued")
                     pipe.execute()
                 except redis.WatchError:
                     continue
@@ -111,27 +90,54 @@ class Jobs:
 
     def get(self, job_id: str) -> JobState | None:
         """The job's state, or None where there is no record; `expired` once its picture is gone."""
-        row: dict[bytes, bytes] = self.store.queue.hgetall(self._key(job_id))  # type: ignore[assignment]
-        if b"decode" not in row:  # nothing, or what a worker wrote after the record was lost
-            return None
-        fields = {k.decode(): v.decode() for k, v in row.items()}
-        request = json.loads(fields["decode"])
-        decode = Decode(**{**request, "settings": Settings(**request["settings"])})
-        status = fields["status"]
-        if status == "succeeded" and not self.store.cache.exists(self.store.key("picture", job_id)):
-            status = "expired"
-        return JobState(
-            id=job_id,
-            status=status,  # type: ignore[arg-type]
-            decode=decode,
-            step=int(fields["step"]),
-            total=int(fields["total"]),
-            attempts=int(fields["attempts"]),
-            created=float(fields["created"]),
-            started=float(fields["started"]),
-            ended=float(fields["ended"]),
-            error=fields["error"],
-        )
+        state = self.record(job_id)
+        picture = self.store.key("picture", job_id)
+        if state and state.status == "succeeded" and not self.store.cache.exists(picture):
+            return replace(state, status="expired")
+        return state
+
+    def record(self, job_id: str) -> JobState | None:
+        """As `get`, whether or not its picture is kept."""
+        row: dict[bytes, bytes] = self.store.queue.hgetall(self.key(job_id))  # type: ignore[assignment]
+        return JobState.of(job_id, row)
+
+    def hold(self, job_id: str, caller: str, seconds: float) -> None:
+        """The caller wants the picture for so long, or for longer if it said so before."""
+        key = self._interest(job_id)
+        with self.store.queue.pipeline() as pipe:
+            pipe.zadd(key, {caller: time.time() + seconds}, gt=True)
+            pipe.expire(key, RECORD_TTL_S)
+            pipe.execute()
+
+    def renew(self, job_id: str, caller: str, seconds: float) -> None:
+        """Who asks is interested still; who has withdrawn is not by asking."""
+        key = self._interest(job_id)
+        self.store.queue.zadd(key, {caller: time.time() + seconds}, xx=True, gt=True)
+
+    def watch(self, job_id: str) -> None:
+        """Somebody reads the job's events: previews are worth drawing for a while."""
+        self.store.queue.set(self.store.key("watched", job_id), 1, ex=WATCHED_S)
+
+    def withdraw(self, job_id: str, caller: str) -> bool:
+        """The caller no longer wants the picture; whether somebody else does.
+
+        Else a job that waits is canceled, and one that runs will be by its worker.
+        """
+        self.store.queue.zrem(self._interest(job_id), caller)
+
+        def drop(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
+            if state and state.status == "queued":
+                pipe.lrem(self.queue.key, 0, job_id)
+                self._finish(pipe, job_id, "canceled")
+
+        wanted = self.wanted(job_id)
+        while not wanted and not self._change(job_id, self._interest(job_id), drop):
+            wanted = self.wanted(job_id)
+        return wanted
+
+    def wanted(self, job_id: str) -> bool:
+        """Whether anybody waits for the picture."""
+        return bool(self.store.queue.zcount(self._interest(job_id), time.time(), "+inf"))
 
     def position(self, job_id: str) -> int | None:
         """Jobs ahead in the queue, or None where it does not wait there."""
@@ -141,11 +147,13 @@ class Jobs:
     def started(self, job_id: str) -> None:
         """A worker begins: counts the attempt and takes the lease."""
         with self.store.queue.pipeline() as pipe:
-            pipe.hset(self._key(job_id), mapping={"status": "running", "started": time.time()})
-            pipe.hincrby(self._key(job_id), "attempts", 1)
+            now = {"status": "running", "started": str(time.time()), "step": "0"}
+            pipe.hset(self.key(job_id), mapping=now)  # type: ignore[arg-type]
+            pipe.hincrby(self.key(job_id), "attempts", 1)
             pipe.srem(self._waiting, job_id)
             pipe.zadd(self._leases, {job_id: self._now()})
             pipe.expire(self._leases, RECORD_TTL_S)
+            events.tell(self.store, pipe, job_id, "started")
             pipe.execute()
 
     def beat(self, job_id: str) -> None:
@@ -160,10 +168,11 @@ class Jobs:
             pipe.zrem(self._leases, job_id)
             if state and state.status == "running":
                 if state.attempts < MAX_ATTEMPTS:
-                    pipe.hset(self._key(job_id), mapping={"status": "queued", "step": 0})
+                    pipe.hset(self.key(job_id), mapping={"status": "queued", "step": 0})
                     self._enqueue(job_id, pipe, at_front=True)
+                    events.tell(self.store, pipe, job_id, "queued", attempts=state.attempts)
                 else:
-                    pipe.hset(self._key(job_id), mapping=_end("failed", GIVEN_UP))
+                    self._finish(pipe, job_id, "failed", GIVEN_UP)
 
         for job_id in (value.decode() for value in silent):  # type: ignore[union-attr]
             self._change(job_id, self._leases, leave)
@@ -186,41 +195,89 @@ class Jobs:
         for job_id in job_ids:
             self._change(job_id, self._waiting, back)
 
-    def progress(self, job_id: str, step: int) -> None:
-        """A denoiser step is done."""
+    def progress(self, job_id: str, step: int, total: int) -> Wish:
+        """A denoiser step is done; what the outside wants now."""
         with self.store.queue.pipeline() as pipe:
-            pipe.hset(self._key(job_id), "step", str(step))
-            pipe.expire(self._key(job_id), RECORD_TTL_S)
+            pipe.zcount(self._interest(job_id), time.time(), "+inf")
+            pipe.exists(self.store.key("watched", job_id))
+            pipe.hset(self.key(job_id), "step", str(step))
+            pipe.expire(self.key(job_id), RECORD_TTL_S)
+            if events.worth_telling(step, total):
+                events.tell(self.store, pipe, job_id, "progress", step=step, total=total)
+            interested, watched, *_ = pipe.execute()
+        return Wish(bool(interested), bool(watched))
+
+    def preview(self, job_id: str, step: int, total: int, picture: bytes) -> None:
+        """Keep the estimate so far, a picture file, and say so."""
+        self.store.put_preview(job_id, picture)
+        with self.store.queue.pipeline() as pipe:
+            events.tell(self.store, pipe, job_id, "preview", step=step, total=total)
             pipe.execute()
 
     def succeeded(self, job_id: str, png: bytes) -> None:
         """Keep the picture, then say so."""
         self.store.put_picture(job_id, png)
-        self._finish(job_id, "succeeded", "")
+        state = self.record(job_id)
+        if state is not None and state.started:
+            self._measured((time.time() - state.started) / state.decode.work)
+        self._end(job_id, "succeeded")
 
     def failed(self, job_id: str, error: str) -> None:
         """`error` is shown to clients."""
-        self._finish(job_id, "failed", error)
+        self._end(job_id, "failed", error)
 
-    def _finish(self, job_id: str, status: Status, error: str) -> None:
+    def unwanted(self, job_id: str) -> None:
+        """A worker stopped, or did not begin, since nobody waits; who came meanwhile is served."""
+
+        def leave(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
+            if state is None:
+                return
+            if self.wanted(job_id):
+                pipe.hset(self.key(job_id), mapping={"status": "queued", "step": 0})
+                pipe.zrem(self._leases, job_id)
+                self._enqueue(job_id, pipe, at_front=True)
+            else:
+                self._finish(pipe, job_id, "canceled")
+
+        while not self._change(job_id, self._interest(job_id), leave):
+            pass
+
+    def cost(self) -> float | None:
+        """Seconds of a megapixel-step on one worker, lately; None until a job was measured."""
+        found: bytes | None = self.store.queue.get(self.store.key("cost"))  # type: ignore[assignment]
+        return float(found) if found else None
+
+    def _measured(self, cost: float) -> None:
+        before = self.cost()
+        mean = cost if before is None else (1 - WEIGHT) * before + WEIGHT * cost
+        self.store.queue.set(self.store.key("cost"), mean, ex=RECORD_TTL_S)
+
+    def _end(self, job_id: str, status: Status, error: str = "") -> None:
         with self.store.queue.pipeline() as pipe:
-            pipe.hset(self._key(job_id), mapping=_end(status, error))
-            pipe.expire(self._key(job_id), RECORD_TTL_S)
-            pipe.zrem(self._leases, job_id)
-            pipe.srem(self._waiting, job_id)
+            self._finish(pipe, job_id, status, error)
             pipe.execute()
+
+    def _finish(self, pipe: Pipeline, job_id: str, status: Status, error: str = "") -> None:
+        pipe.hset(self.key(job_id), mapping=end(status, error))
+        pipe.expire(self.key(job_id), RECORD_TTL_S)
+        pipe.zrem(self._leases, job_id)
+        pipe.srem(self._waiting, job_id)
+        kind = events.END_OF[status]
+        events.tell(self.store, pipe, job_id, kind, **({"error": error} if error else {}))
 
     def _change(
         self, job_id: str, also: str, change: Callable[[str, JobState | None, Pipeline], None]
-    ) -> None:
-        """Apply `change` to the record as it stands; nothing where it or `also` changes meanwhile:
-        another keeper was there, or the worker speaks up."""
+    ) -> bool:
+        """Apply `change` to the record as it stands; nothing, and False, where it or `also` changes
+        meanwhile: another keeper was there, or the worker speaks up."""
         with self.store.queue.pipeline() as pipe, contextlib.suppress(redis.WatchError):
-            pipe.watch(self._key(job_id), also)  # type: ignore[no-untyped-call]
+            pipe.watch(self.key(job_id), also)  # type: ignore[no-untyped-call]
             state = self.get(job_id)
             pipe.multi()
             change(job_id, state, pipe)
             pipe.execute()
+            return True
+        return False
 
     def _enqueue(self, job_id: str, pipe: Pipeline, at_front: bool = False) -> None:
         pipe.delete(Job.key_for(job_id))  # with the expiry that a failure gave it
@@ -249,27 +306,19 @@ class Jobs:
         return self.store.key("waiting")
 
     @property
+    def running(self) -> list[str]:
+        """Jobs that workers have begun."""
+        return [value.decode() for value in self.store.queue.zrange(self._leases, 0, -1)]  # type: ignore[union-attr]
+
+    @property
     def _leases(self) -> str:
         """Sorted set: running job -> when its worker was last heard of."""
         return self.store.key("running")
 
-    def _key(self, job_id: str) -> str:
+    def _interest(self, job_id: str) -> str:
+        """Sorted set: caller -> until when it wants the picture."""
+        return self.store.key("interest", job_id)
+
+    def key(self, job_id: str) -> str:
+        """Of the job's record, a hash."""
         return self.store.key("job", job_id)
-
-
-def _end(status: Status, error: str) -> dict[Any, Any]:
-    return {"status": status, "ended": time.time(), "error": error}
-
-
-def _fresh(decode: Decode) -> dict[Any, Any]:
-    return {
-        "status": "queued",
-        "decode": json.dumps(asdict(decode)),
-        "step": 0,
-        "total": decode.settings.steps,
-        "attempts": 0,
-        "created": time.time(),
-        "started": 0,
-        "ended": 0,
-        "error": "",
-    }

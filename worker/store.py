@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 
 import redis
+from redis.asyncio import Redis as AsyncRedis
 
 from models.errors import AfterimageError
 from worker.settings import WorkerSettings
 
 PICTURE_TTL_S = 24 * 3600
 """How long a finished picture is kept; the cache may evict it earlier."""
+PREVIEW_TTL_S = 600
+"""How long the last estimate of a running job is kept."""
 DRAFT_TTL_S = 3600
 """How long an instant picture is kept for those who poll for its upgrade."""
 RECORD_TTL_S = PICTURE_TTL_S + 24 * 3600
@@ -49,14 +52,23 @@ class Store:
         """Keep a finished picture."""
         self.cache.set(self.key("picture", job_id), png, ex=PICTURE_TTL_S)
 
-    def draft(self, digest: str, codec: str) -> bytes | None:
-        """The instant picture of a bitstream, a PNG file, while its upgrade may be asked about."""
-        value: bytes | None = self.cache.get(self.key("draft", digest, codec))  # type: ignore[assignment]
+    def preview(self, job_id: str) -> bytes | None:
+        """The last estimate that a worker drew of a running job, a WebP file."""
+        value: bytes | None = self.cache.get(self.key("preview", job_id))  # type: ignore[assignment]
         return value
 
-    def put_draft(self, digest: str, codec: str, png: bytes) -> None:
+    def put_preview(self, job_id: str, picture: bytes) -> None:
+        """Keep an estimate."""
+        self.cache.set(self.key("preview", job_id), picture, ex=PREVIEW_TTL_S)
+
+    def draft(self, digest: str, codec: str, format: str) -> bytes | None:
+        """The instant picture of a bitstream, a file, while its upgrade may be asked about."""
+        value: bytes | None = self.cache.get(self.key("draft", digest, codec, format))  # type: ignore[assignment]
+        return value
+
+    def put_draft(self, digest: str, codec: str, format: str, picture: bytes) -> None:
         """Keep an instant picture."""
-        self.cache.set(self.key("draft", digest, codec), png, ex=DRAFT_TTL_S)
+        self.cache.set(self.key("draft", digest, codec, format), picture, ex=DRAFT_TTL_S)
 
     def bitstream(self, digest: str) -> bytes | None:
         """A submitted bitstream, while it is kept."""
@@ -81,6 +93,11 @@ def connect(settings: WorkerSettings) -> Store:
     """
     queue = settings.redis_url
     return Store(_client(queue), _client(settings.cache_redis_url or queue), settings.prefix)
+
+
+def streams(settings: WorkerSettings) -> AsyncRedis:
+    """Connections to the queue for reads that wait, within an event loop."""
+    return AsyncRedis.from_url(settings.redis_url, socket_connect_timeout=CONNECT_S)
 
 
 def _client(url: str) -> redis.Redis:

@@ -9,13 +9,17 @@ from collections.abc import Callable
 from rq.timeouts import JobTimeoutException
 from torch import Tensor
 
-from models import bitstream, image
-from models.errors import AfterimageError, WrongWeights
+from models import bitstream, codec, image
+from models.errors import AfterimageError, Canceled, WrongWeights
 from models.library import Library, provenance
-from worker.jobs import BEAT_S, Decode, Jobs
+from worker.jobs import BEAT_S, Jobs
+from worker.records import Decode
 from worker.store import RedisError
 
 log = logging.getLogger(__name__)
+
+PREVIEW_S = 1.0
+"""At least so long from one preview to the next: drawing one takes some hundredths of a second."""
 
 
 class Keeper(threading.Thread):
@@ -43,6 +47,22 @@ class Keeper(threading.Thread):
                 log.warning("the queue cannot be used: %s", e)
 
 
+class Previews:
+    """Estimates of a running job, for those who read its events: small files, not too often."""
+
+    def __init__(self, jobs: Jobs, job_id: str, decode: Decode) -> None:
+        self.jobs, self.job_id, self.decode = jobs, job_id, decode
+        self.drawn = time.monotonic()
+
+    def draw(self, step: int, steps: int, picture: Callable[[], Tensor]) -> None:
+        """Keep the estimate, unless the last is younger than `PREVIEW_S`."""
+        if time.monotonic() - self.drawn < PREVIEW_S:
+            return
+        self.drawn = time.monotonic()
+        pixels = codec.to_pixels(codec.crop(picture(), self.decode.height, self.decode.width))
+        self.jobs.preview(self.job_id, step, steps, image.write(pixels, "webp"))
+
+
 class Context:
     """What the worker process prepared before its first job."""
 
@@ -62,15 +82,25 @@ def enhance(job_id: str) -> None:
     if data is None:
         jobs.failed(job_id, "the bitstream is no longer kept; send it again")
         return
+    if not jobs.wanted(job_id):
+        jobs.unwanted(job_id)
+        return
     jobs.started(job_id)
     Context.keeper.current = job_id
+    previews = Previews(jobs, job_id, state.decode)
 
-    def on_step(step: int, _steps: int, _picture: Callable[[], Tensor]) -> None:
+    def on_step(step: int, steps: int, picture: Callable[[], Tensor]) -> None:
         with contextlib.suppress(RedisError):  # progress is worth less than the work
-            jobs.progress(job_id, step)
+            wish = jobs.progress(job_id, step, steps)
+            if not wish.wanted:
+                raise Canceled("nobody waits for the picture any more")
+            if wish.watched and step < steps:
+                previews.draw(step, steps, picture)
 
     try:
         png = _draw(state.decode, data, on_step)
+    except Canceled:
+        jobs.unwanted(job_id)
     except AfterimageError as e:
         log.warning("job %s failed: %s", job_id, e)
         jobs.failed(job_id, str(e))

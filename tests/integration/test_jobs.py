@@ -15,7 +15,8 @@ from rq.serializers import JSONSerializer
 
 from models import bitstream, checkpoint, image
 from models.tiers import TIERS, Settings
-from worker.jobs import BEAT_S, Decode, Jobs, JobState
+from worker.jobs import BEAT_S, Jobs
+from worker.records import Decode, JobState
 from worker.store import Store
 from worker.tasks import Keeper
 
@@ -107,7 +108,7 @@ def test_simultaneous_submissions_make_one_job(jobs: Jobs, small_msh: bytes) -> 
 def test_every_key_of_ours_expires(jobs: Jobs, small_msh: bytes) -> None:
     jobs.submit(request_for(small_msh), small_msh)
     keys = [k for k in jobs.store.queue.keys("afterimage:*")]
-    assert len(keys) == 3
+    assert len(keys) == 5
     assert all(jobs.store.queue.ttl(k) > 0 for k in keys)
 
 
@@ -148,7 +149,7 @@ def test_a_record_lost_while_its_job_ran_is_no_record(jobs: Jobs, small_msh: byt
     jobs.submit(d, small_msh)
     jobs.started(d.id)
     jobs.store.queue.flushall()
-    jobs.progress(d.id, 1)
+    jobs.progress(d.id, 1, 2)
     assert jobs.get(d.id) is None
     assert jobs.submit(d, small_msh)[1]
 

@@ -1,0 +1,76 @@
+"""A picture as an HTTP answer: validators, ranges, and what it says about itself."""
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping
+
+from fastapi import Request, Response
+
+from models.image import MEDIA_TYPES, OutputFormat
+from service.problems import RangeNotSatisfiable
+
+DRAFT_CACHE = "max-age=0, stale-while-revalidate=60"
+FINAL_CACHE = "max-age=31536000, immutable"
+_RANGE = re.compile(r"bytes=(\d{1,18})?-(\d{1,18})?")
+
+
+def picture(
+    request: Request,
+    data: bytes,
+    format: OutputFormat,
+    tier: str,
+    headers: Mapping[str, str] | None = None,
+    status: int = 200,
+) -> Response:
+    """200 with the picture file, 304 where the client has it, 206 for a part of it.
+
+    Conditions and ranges belong to GET and HEAD. Raises `RangeNotSatisfiable`.
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    own = {
+        "ETag": f'"{digest}"',
+        "Cache-Control": DRAFT_CACHE if tier == "instant" else FINAL_CACHE,
+        "Vary": "Accept",
+        "X-Afterimage-Tier": tier,
+        **({"X-Afterimage-Note": "synthesised detail"} if tier != "instant" else {}),
+        **(headers or {}),
+    }
+    if request.method in {"GET", "HEAD"}:
+        if _known(request, own["ETag"]):
+            return Response(status_code=304, headers=own)
+        own["Accept-Ranges"] = "bytes"
+        asked = request.headers.get("range")
+        if asked and request.headers.get("if-range", own["ETag"]) == own["ETag"]:
+            part = _range(asked, len(data))
+            if part is not None:
+                own["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{len(data)}"
+                data, status = data[part], 206
+    own["Content-Digest"] = f"sha-256=:{_base64(data)}:"
+    return Response(data, status, own, MEDIA_TYPES[format])
+
+
+def _known(request: Request, etag: str) -> bool:
+    named = request.headers.get("if-none-match", "")
+    tags = {tag.strip().removeprefix("W/") for tag in named.split(",")}
+    return bool(tags & {etag, "*"})
+
+
+def _range(asked: str, size: int) -> slice | None:
+    """One range of bytes; None for several or for what is none, which are answered whole."""
+    found = _RANGE.fullmatch(asked.strip())
+    if not found or found.groups() == (None, None):
+        return None
+    first, last = (None if n is None else int(n) for n in found.groups())
+    if first is None:  # the last so many
+        first, last = max(size - (last or 0), 0), size - 1
+    last = size - 1 if last is None else min(last, size - 1)
+    if found[1] and found[2] and int(found[2]) < int(found[1]):
+        return None
+    if first > last:
+        raise RangeNotSatisfiable(f"{asked} of {size} bytes", {"Content-Range": f"bytes */{size}"})
+    return slice(first, last + 1)
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(hashlib.sha256(data).digest()).decode()

@@ -1,0 +1,102 @@
+"""Instant pictures: computed off the event loop, with a bounded line of those who wait."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import anyio
+import anyio.to_thread
+from cachetools import LRUCache
+from torch import Tensor
+
+from models import codec, image
+from models.bitstream import Bitstream
+from models.image import OutputFormat, Pixels
+from models.library import Library
+from service.problems import Busy, DeadlineExceeded
+from service.settings import ServiceSettings
+
+KEPT_BYTES = 64 * 2**20
+"""Instant pictures that a process keeps, so that repeats are quick with Redis away, too."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A picture file, and the ms that its stages took; none where it was kept."""
+
+    file: bytes
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+class Instant:
+    """What of a process computes pictures within requests."""
+
+    def __init__(self, library: Library, settings: ServiceSettings) -> None:
+        self.library = library
+        self.settings = settings
+        self._places = anyio.CapacityLimiter(settings.decodes_at_once)
+        self._kept: LRUCache[tuple[str, str, OutputFormat], bytes] = LRUCache(KEPT_BYTES, len)
+        self._seconds = 0.3  # of a turn, lately
+
+    async def picture(self, b: Bitstream, digest: str, format: OutputFormat) -> Drawn:
+        """The instant picture of a bitstream. Raises as `Codec.latents` and `run`."""
+        name = digest, self.library.codec_id(b), format
+        kept = self._kept.get(name)
+        if kept is not None:
+            return Drawn(kept)
+        asked = time.perf_counter()
+        drawn = await self.run(lambda: self._draw(b, format, asked))
+        if len(drawn.file) < KEPT_BYTES // 4:
+            self._kept[name] = drawn.file
+        return drawn
+
+    async def check(self, b: Bitstream) -> None:
+        """Raise what decoding the bitstream would raise; no picture is made."""
+        await self.run(lambda: self.library.codec(b).latents(b))
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """`work` in a thread, when its turn comes.
+
+        Raises `Busy` where the line is full, `DeadlineExceeded` where it takes too long.
+        """
+        waiting = self._places.statistics().tasks_waiting
+        if waiting >= self.settings.waiting_line:
+            turns = (waiting + 1) / self.settings.decodes_at_once
+            retry_after = str(math.ceil(turns * self._seconds))
+            raise Busy(f"{waiting} requests wait already", {"Retry-After": retry_after})
+        try:
+            with anyio.fail_after(self.settings.request_timeout_s):
+                return await anyio.to_thread.run_sync(
+                    self._timed, work, limiter=self._places, abandon_on_cancel=True
+                )
+        except TimeoutError as e:
+            limit = self.settings.request_timeout_s
+            raise DeadlineExceeded(f"no answer within {limit:g} s") from e
+
+    def _timed(self, work: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self._seconds += 0.1 * (time.perf_counter() - began - self._seconds)
+
+    def _draw(self, b: Bitstream, format: OutputFormat, asked: float) -> Drawn:
+        marks = [asked, time.perf_counter()]
+        used = self.library.codec(b)
+        latents = used.latents(b)
+        marks.append(time.perf_counter())
+        x_hat = used.synthesis(latents.y_hat)
+        marks.append(time.perf_counter())
+        file = image.write(_pixels(x_hat, b), format)
+        marks.append(time.perf_counter())
+        names = ("queue", "entropy", "g_s", "encode")
+        spans = zip(names, marks, marks[1:], strict=False)
+        return Drawn(file, {name: (y - x) * 1e3 for name, x, y in spans})
+
+
+def _pixels(x_hat: Tensor, b: Bitstream) -> Pixels:
+    return codec.to_pixels(codec.crop(x_hat, b.height, b.width))

@@ -1,0 +1,139 @@
+"""`GET /v1/decodes/{id}/image`: the best picture there is, in the format that is liked best."""
+
+import math
+from typing import Annotated
+
+import anyio.to_thread
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse
+
+from models import bitstream, codec, image, realism, tiers
+from models.bitstream import Bitstream
+from models.errors import ParameterError
+from models.image import OutputFormat
+from models.library import provenance
+from service import answers, problems, progress, schemas
+from service.deps import Accepted, CallerName, Own, Preferred, State
+from service.instant import Drawn
+from service.problems import Conflict, JobNotFound, PictureGone
+from worker.records import Decode, JobState
+
+router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
+
+_RANKS = {name: rank for rank, name in enumerate(tiers.TIERS)}
+
+
+@router.api_route(
+    "/{id}/image",
+    methods=["GET", "HEAD"],
+    summary="The best picture there is",
+    response_class=Response,
+    responses={
+        200: {"content": schemas.PICTURES, "description": "The best picture there is."},
+        202: {"model": schemas.Decode, "description": "`min_tier` is not reached yet."},
+        206: {"content": schemas.PICTURES, "description": "The part that `Range` asks for."},
+        304: {"description": "The picture that If-None-Match names is still the best."},
+        **problems.responses(404, 406, 409, 410, 416, 422, 503),
+    },
+)
+async def picture(
+    own: Own,
+    id: str,
+    request: Request,
+    format: Accepted,
+    prefer: Preferred,
+    caller: CallerName,
+    min_tier: Annotated[
+        str, Query(description="At least this tier: 202 while it is pending.")
+    ] = "instant",
+    realism: Annotated[
+        float,
+        Query(ge=0, le=1, description="0: the instant picture; 1: the tier's. Nothing is redrawn."),
+    ] = 1.0,
+) -> Response:
+    """The finished picture, or the instant one while there is none; `X-Afterimage-Tier` says."""
+    tiers.find(min_tier)
+    state = await progress.look(own, id, caller)
+    if min_tier != "instant" and prefer.wait_s:
+        await progress.until_ended(own, id, prefer.wait_s)
+        state = await progress.look(own, id, caller)
+    if state.status == "expired":
+        raise PictureGone(f"the picture of decode {id} is no longer kept; retry makes it again")
+    if state.status != "succeeded" and min_tier != "instant":
+        return await _pending(own, state, min_tier)
+    if _RANKS[min_tier] > _RANKS[state.decode.tier]:
+        raise ParameterError(f"decode {id} draws {state.decode.tier}, not {min_tier}")
+    if state.status == "succeeded" and realism > 0:
+        file = await finished(own, state.decode, format, realism)
+        if file is not None:
+            shown = {"X-Afterimage-Realism": f"{realism:g}"}
+            return answers.picture(request, file, format, state.decode.tier, shown)
+    b = await _bitstream(own, state.decode)
+    drawn = await draft(own, state.decode, b, format)
+    return answers.picture(request, drawn.file, format, "instant")
+
+
+@router.get(
+    "/{id}/preview",
+    summary="The estimate so far",
+    response_class=Response,
+    responses={
+        200: {"content": {"image/webp": {"schema": schemas.BINARY}}, "description": "A WebP file."},
+        **problems.responses(404, 503),
+    },
+)
+async def preview(own: Own, id: str, caller: CallerName) -> Response:
+    """The last estimate of a decode that is being drawn while its events are read."""
+    await progress.look(own, id, caller)
+    file = await anyio.to_thread.run_sync(own.store.preview, id)
+    if file is None:
+        raise JobNotFound(f"there is no preview of decode {id}")
+    return Response(file, 200, {"Cache-Control": "no-store"}, "image/webp")
+
+
+async def finished(
+    own: State, decode: Decode, format: OutputFormat, alpha: float = 1.0
+) -> bytes | None:
+    """The finished picture's file at realism `alpha`, where it is kept."""
+    png = await anyio.to_thread.run_sync(own.store.picture, decode.id)
+    if png is None or (format == "png" and alpha == 1):
+        return png
+    b = None if alpha == 1 else await _bitstream(own, decode)
+
+    def remake() -> bytes:
+        pixels = image.read(png, own.settings.max_pixels)
+        if b is not None:
+            x_hat = codec.crop(own.library.instant(b)[1], b.height, b.width)
+            pixels = codec.to_pixels(realism.mix(x_hat, codec.to_tensor(pixels), alpha))
+        text = provenance(
+            decode.tier, decode.settings, decode.seed, decode.codec, decode.decoder, alpha
+        )
+        return image.write(pixels, format, text)
+
+    return await own.instant.run(remake)
+
+
+async def draft(own: State, decode: Decode, b: Bitstream, format: OutputFormat) -> Drawn:
+    """The instant picture, from the stores or computed and kept there."""
+    name = decode.digest, decode.codec, format
+    kept = await anyio.to_thread.run_sync(own.store.draft, *name)
+    if kept is not None:
+        return Drawn(kept)
+    drawn = await own.instant.picture(b, decode.digest, format)
+    await anyio.to_thread.run_sync(own.store.put_draft, *name, drawn.file)
+    return drawn
+
+
+async def _bitstream(own: State, decode: Decode) -> Bitstream:
+    data = await anyio.to_thread.run_sync(own.store.bitstream, decode.digest)
+    if data is None:
+        raise JobNotFound(f"the bitstream of decode {decode.id} is no longer kept")
+    return bitstream.parse(data, own.settings.max_pixels)
+
+
+async def _pending(own: State, state: JobState, min_tier: str) -> Response:
+    if state.status in {"failed", "canceled"}:
+        raise Conflict(f"decode {state.id} is {state.status}: {state.error or 'retry makes it'}")
+    shown = await anyio.to_thread.run_sync(progress.view, own, state.id)
+    headers = {"Retry-After": str(math.ceil(shown.eta_s or 1)), "Cache-Control": "no-store"}
+    return JSONResponse(shown.model_dump(mode="json"), 202, headers)

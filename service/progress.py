@@ -1,0 +1,176 @@
+"""Where a decode stands: asked, waited for, followed as events; withdrawn or tried again."""
+
+import re
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import anyio
+import anyio.to_thread
+from fastapi import APIRouter, Depends, Header, Response
+from fastapi.responses import JSONResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from service import problems, schemas
+from service.deps import CallerName, Own, Preferred, State
+from service.problems import Conflict, JobNotFound, PictureGone
+from worker import costs, events
+from worker.events import Event
+from worker.jobs import POLL_HOLD_S
+from worker.records import ENDED, JobState
+
+router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
+
+BLOCK_S = 5
+"""How long one read of a job's events waits; interest and previews are renewed in between."""
+RECONNECT_MS = 2000
+"""When a client that lost its event stream should come back."""
+_EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
+
+
+@router.get("/{id}", summary="Where a decode stands", responses=problems.responses(404, 410, 503))
+async def status(
+    own: Own, id: str, prefer: Preferred, caller: CallerName, response: Response
+) -> schemas.Decode:
+    """Status, steps done, place in the queue; with `Prefer: wait=N`, once it has ended or after N
+    seconds."""
+    await _kept(own, id, caller)
+    if prefer.wait_s:
+        await until_ended(own, id, prefer.wait_s)
+        response.headers["Preference-Applied"] = f"wait={prefer.wait_s}"
+    response.headers["Cache-Control"] = "no-store"
+    return await anyio.to_thread.run_sync(view, own, id)
+
+
+async def _followed(own: Own, id: str, caller: CallerName) -> JobState:
+    """Raised before the stream begins: what is wrong with the id."""
+    return await _kept(own, id, caller)
+
+
+@router.get(
+    "/{id}/events",
+    summary="Follow a decode",
+    response_class=EventSourceResponse,
+    responses=problems.responses(404, 410, 503),
+)
+async def follow(
+    own: Own,
+    id: str,
+    caller: CallerName,
+    state: Annotated[JobState, Depends(_followed)],
+    last_event_id: Annotated[
+        str | None, Header(description="Of the last event that was read: the next comes first.")
+    ] = None,
+) -> AsyncIterator[ServerSentEvent]:
+    """Server-sent events until the end: `queued started progress preview completed failed
+    canceled`."""
+    after = last_event_id if _EVENT_ID.fullmatch(last_event_id or "") else "0"
+    yield ServerSentEvent(comment="connected", retry=RECONNECT_MS)
+    async for event in _events(own, id, str(after), caller):
+        data = event.data | {"id": id}
+        if event.kind == "preview":
+            data["image"] = f"/v1/decodes/{id}/preview?step={event.data['step']}"
+        yield ServerSentEvent(data=data, event=event.kind, id=event.id)
+
+
+@router.delete(
+    "/{id}",
+    summary="Withdraw",
+    responses={
+        202: {"model": schemas.Decode, "description": "A worker is drawing it, and will stop."},
+        **problems.responses(404, 409, 503),
+    },
+)
+async def withdraw(own: Own, id: str, caller: CallerName) -> Response:
+    """The caller no longer wants the picture; where nobody else does, the job ends."""
+
+    def stop() -> tuple[schemas.Decode, bool]:
+        state = _find(own, id)
+        if state.status in ENDED:
+            raise Conflict(f"decode {id} is {state.status} already")
+        wanted = own.jobs.withdraw(id, caller)
+        shown = view(own, id)
+        return shown, shown.status == "running" and not wanted
+
+    shown, stopping = await anyio.to_thread.run_sync(stop)
+    return JSONResponse(shown.model_dump(mode="json"), 202 if stopping else 200)
+
+
+@router.post(
+    "/{id}/retry",
+    status_code=202,
+    summary="Try again",
+    responses=problems.responses(404, 409, 503),
+)
+async def retry(own: Own, id: str, caller: CallerName, response: Response) -> schemas.Decode:
+    """Queue a decode again that failed, was canceled, or whose picture is no longer kept."""
+
+    def again() -> schemas.Decode:
+        state = _find(own, id)
+        if state.status not in {"failed", "canceled", "expired"}:
+            raise Conflict(f"decode {id} is {state.status}")
+        data = own.store.bitstream(state.decode.digest)
+        if data is None:
+            raise JobNotFound(f"the bitstream of decode {id} is no longer kept; send it again")
+        own.jobs.submit(state.decode, data, caller)
+        return view(own, id)
+
+    response.headers["Location"] = f"/v1/decodes/{id}"
+    return await anyio.to_thread.run_sync(again)
+
+
+async def look(own: State, id: str, caller: str) -> JobState:
+    """A decode's state; to ask is to be interested. Raises `JobNotFound`."""
+
+    def ask() -> JobState:
+        state = _find(own, id)
+        if state.status not in ENDED:
+            own.jobs.renew(id, caller, POLL_HOLD_S)
+        return state
+
+    return await anyio.to_thread.run_sync(ask)
+
+
+async def until_ended(own: State, id: str, seconds: float) -> None:
+    """Return when the job has ended, or so many seconds later."""
+    with anyio.move_on_after(seconds):
+        async for _ in _events(own, id, "0", None):
+            pass
+
+
+def view(own: State, id: str) -> schemas.Decode:
+    """The public view of a job. Raises `JobNotFound`."""
+    state = _find(own, id)
+    position = own.jobs.position(id) if state.status == "queued" else None
+    return schemas.Decode.of(state, position, costs.eta_s(own.jobs, state))
+
+
+async def _events(own: State, id: str, after: str, caller: str | None) -> AsyncIterator[Event]:
+    """What happens to a job after an event, until it has ended; `caller`, if any, watches it."""
+    name = events.key(own.store, id)
+    while True:
+        if caller is not None:
+            await anyio.to_thread.run_sync(own.jobs.watch, id)
+            await anyio.to_thread.run_sync(own.jobs.renew, id, caller, POLL_HOLD_S)
+        found: list[Any] = await own.streams.xread({name: after}, block=BLOCK_S * 1000)  # type: ignore[assignment]
+        told = [Event.of(entry) for _, entries in found for entry in entries]
+        for event in told:
+            after = event.id
+            yield event
+        if not told or told[-1].kind in events.END_OF.values():
+            state = await anyio.to_thread.run_sync(own.jobs.get, id)
+            if state is None or state.status in ENDED:
+                return
+
+
+async def _kept(own: State, id: str, caller: str) -> JobState:
+    state = await look(own, id, caller)
+    if state.status == "expired":
+        raise PictureGone(f"the picture of decode {id} is no longer kept; retry makes it again")
+    return state
+
+
+def _find(own: State, id: str) -> JobState:
+    state = own.jobs.get(id)
+    if state is None:
+        raise JobNotFound(f"there is no decode {id}")
+    return state

@@ -1,0 +1,370 @@
+"""A decode's whole life over HTTP, a test for each row of the endpoint table and more."""
+
+import base64
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+
+from models import image
+from models.tiers import TIERS
+from tests.conftest import Service, psnr, wait_for
+from worker.records import Decode
+
+pytestmark = [pytest.mark.redis, pytest.mark.weights]
+
+SLOW = {"tier": "ddim-100", "steps": 400}
+"""A job of some seconds at 150×100 pixels."""
+
+
+@pytest.fixture
+def client(service: Service) -> httpx.Client:
+    return service.client
+
+
+@pytest.fixture
+def stream(client: httpx.Client, photo: image.Pixels, request: pytest.FixtureRequest) -> bytes:
+    """A bitstream that no other test has sent."""
+    at = int(hashlib.sha256(request.node.name.encode()).hexdigest(), 16)
+    top, left = at % 400, at // 400 % 600
+    cut = photo[top : top + 100, left : left + 150].copy()
+    return client.post("/v1/encodes", content=image.write(cut, "png")).content
+
+
+def submit(client: httpx.Client, stream: bytes, **asked: object) -> str:
+    answer = client.post("/v1/decodes", params={"tier": "perceptual", **asked}, content=stream)
+    assert answer.status_code == 200, answer.text
+    return str(answer.headers["location"])
+
+
+def until(client: httpx.Client, location: str, status: str) -> None:
+    deadline = time.monotonic() + 60
+    while client.get(location).json()["status"] != status:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def events(lines: Iterator[str]) -> Iterator[dict[str, object]]:
+    """Server-sent events as dictionaries of event, id and data."""
+    event: dict[str, object] = {}
+    for line in lines:
+        name, _, value = line.partition(": ")
+        if name in {"event", "id"}:
+            event[name] = value
+        elif name == "data":
+            event["data"] = json.loads(value)
+        elif not line and "event" in event:
+            yield event
+            event = {}
+
+
+def test_a_client_that_prefers_so_is_answered_at_once(client: httpx.Client, stream: bytes) -> None:
+    answer = client.post(
+        "/v1/decodes", params=SLOW, content=stream, headers={"Prefer": "respond-async"}
+    )
+    assert (answer.status_code, answer.headers["preference-applied"]) == (202, "respond-async")
+    assert int(answer.headers["retry-after"]) >= 1
+    shown = answer.json()
+    assert shown["status"] in {"queued", "running"}
+    assert answer.headers["location"] == f"/v1/decodes/{shown['id']}"
+    client.delete(answer.headers["location"])
+
+
+def test_a_client_that_waits_gets_the_finished_picture(client: httpx.Client, stream: bytes) -> None:
+    answer = client.post(
+        "/v1/decodes",
+        params={"tier": "perceptual"},
+        content=stream,
+        headers={"Prefer": "respond-async, wait=60", "Accept": "image/webp"},
+    )
+    assert (answer.status_code, answer.headers["x-afterimage-tier"]) == (200, "perceptual")
+    assert answer.headers["content-type"] == "image/webp"
+    assert answer.headers["preference-applied"] == "wait=60"
+
+
+def test_broken_bytes_are_refused_before_they_are_queued(
+    client: httpx.Client, small_compressai: bytes
+) -> None:
+    broken = bytearray(small_compressai)
+    broken[-100] ^= 255
+    answer = client.post(
+        "/v1/decodes",
+        params={"tier": "perceptual"},
+        content=bytes(broken),
+        headers={"Prefer": "respond-async"},
+    )
+    assert answer.status_code == 422
+
+
+def test_a_client_may_name_the_id_that_it_computed(client: httpx.Client, stream: bytes) -> None:
+    weights = {m["name"]: m["weights_id"] for m in client.get("/v1/models").json()}
+    settings = TIERS["ddim-10"].settings
+    assert settings is not None
+    digest = hashlib.sha256(stream).hexdigest()
+    ids = weights["msh_q2"], weights["decoder_compact"]
+    own = Decode(digest, "ddim-10", settings, 7, *ids, 2, 150, 100)
+    asked = {"tier": "ddim-10", "seed": 7}
+    first = client.put(f"/v1/decodes/{own.id}", params=asked, content=stream)
+    assert (first.status_code, first.headers["x-afterimage-tier"]) == (201, "instant")
+    again = client.put(f"/v1/decodes/{own.id}", params=asked, content=stream)
+    assert again.status_code == 200
+    other = client.put(f"/v1/decodes/{own.id}", params={**asked, "seed": 8}, content=stream)
+    assert (other.status_code, "id-mismatch" in other.json()["type"]) == (422, True)
+    instant = client.put(f"/v1/decodes/{own.id}", content=stream)
+    assert instant.status_code == 422
+    wait_for(client, first.headers["location"])
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp", "avif", "npy"])
+def test_a_picture_comes_in_the_format_that_is_asked_for(
+    client: httpx.Client, small_msh: bytes, format: image.OutputFormat
+) -> None:
+    """The instant one and the finished one."""
+    accept = {"Accept": image.MEDIA_TYPES[format]}
+    location = submit(client, small_msh)
+    wait_for(client, location)
+    for answer, reference in (
+        (client.post("/v1/decodes", content=small_msh, headers=accept),
+         client.post("/v1/decodes", content=small_msh)),
+        (client.get(f"{location}/image", headers=accept), client.get(f"{location}/image")),
+    ):  # fmt: skip
+        assert answer.headers["content-type"] == image.MEDIA_TYPES[format]
+        assert answer.headers["vary"] == "Accept"
+        expected = image.read(reference.content, 10**6)
+        if format == "npy":
+            import io
+
+            found = np.load(io.BytesIO(answer.content))
+        else:
+            found = image.read(answer.content, 10**6)
+        assert (
+            psnr(found, expected) > 38
+            if format in {"jpeg", "avif"}
+            else (np.array_equal(found, expected))
+        )
+
+
+def test_a_format_that_cannot_be_made_is_406(client: httpx.Client, small_msh: bytes) -> None:
+    answer = client.post("/v1/decodes", content=small_msh, headers={"Accept": "image/tiff"})
+    assert (answer.status_code, answer.json()["status"]) == (406, 406)
+
+
+def test_a_picture_can_be_asked_for_in_parts(client: httpx.Client, small_msh: bytes) -> None:
+    location = submit(client, small_msh)
+    wait_for(client, location)
+    whole = client.get(f"{location}/image")
+    size, etag = len(whole.content), whole.headers["etag"]
+
+    def part(value: str, **headers: str) -> httpx.Response:
+        return client.get(f"{location}/image", headers={"Range": value, **headers})
+
+    for value, expected in (
+        ("bytes=0-99", whole.content[:100]),
+        ("bytes=100-", whole.content[100:]),
+        ("bytes=-50", whole.content[-50:]),
+        (f"bytes=10-{size + 5}", whole.content[10:]),
+    ):
+        answer = part(value)
+        assert (answer.status_code, answer.content) == (206, expected)
+        digest = base64.b64encode(hashlib.sha256(expected).digest()).decode()
+        assert answer.headers["content-digest"] == f"sha-256=:{digest}:"
+    assert part("bytes=0-99").headers["content-range"] == f"bytes 0-99/{size}"
+    assert part(f"bytes={size}-").status_code == 416
+    assert part("bytes=0-99", **{"If-Range": '"another"'}).status_code == 200
+    assert part("bytes=0-99", **{"If-Range": etag}).status_code == 206
+    for several in ("bytes=0-1,5-6", "lines=0-1", "bytes=9-3", "bytes=-"):
+        assert part(several).content == whole.content
+    head = client.head(f"{location}/image")
+    assert (head.status_code, head.content) == (200, b"")
+    assert (head.headers["etag"], int(head.headers["content-length"])) == (etag, size)
+
+
+def test_realism_lies_between_the_instant_and_the_finished_picture(
+    client: httpx.Client, stream: bytes
+) -> None:
+    location = submit(client, stream)
+    wait_for(client, location)
+
+    def at(alpha: float) -> image.Pixels:
+        answer = client.get(f"{location}/image", params={"realism": alpha})
+        assert answer.headers["x-afterimage-tier"] == ("instant" if alpha == 0 else "perceptual")
+        return image.read(answer.content, 10**6)
+
+    instant = image.read(client.post("/v1/decodes", content=stream).content, 10**6)
+    finished = at(1)
+    assert np.array_equal(at(0), instant)
+    middle = at(0.5).astype(int)
+    assert np.abs(middle - (instant.astype(int) + finished) / 2).max() <= 1
+    assert not np.array_equal(middle, instant)
+    refused = client.get(f"{location}/image", params={"realism": 1.5})
+    assert refused.status_code == 422
+
+
+def test_a_least_tier_is_waited_for(client: httpx.Client, stream: bytes) -> None:
+    location = submit(client, stream, tier="ddim-10", steps=60)
+    pending = client.get(f"{location}/image", params={"min_tier": "ddim-10"})
+    assert (pending.status_code, "retry-after" in pending.headers) == (202, True)
+    done = client.get(
+        f"{location}/image", params={"min_tier": "ddim-10"}, headers={"Prefer": "wait=60"}
+    )
+    assert (done.status_code, done.headers["x-afterimage-tier"]) == (200, "ddim-10")
+    never = client.get(f"{location}/image", params={"min_tier": "ddpm-1000"})
+    assert never.status_code == 422
+
+
+def test_a_status_question_may_wait_for_the_end(client: httpx.Client, stream: bytes) -> None:
+    location = submit(client, stream)
+    shown = client.get(location, headers={"Prefer": "wait=60"})
+    assert shown.json()["status"] == "succeeded"
+    location = submit(client, stream, **SLOW)
+    began = time.monotonic()
+    shown = client.get(location, headers={"Prefer": "wait=1"})
+    assert shown.json()["status"] in {"queued", "running"}
+    assert 0.9 < time.monotonic() - began < 8
+    assert shown.headers["preference-applied"] == "wait=1"
+    client.delete(location)
+
+
+def test_events_tell_the_whole_story_and_resume(client: httpx.Client, stream: bytes) -> None:
+    location = submit(client, stream, **SLOW)
+    with client.stream("GET", f"{location}/events", timeout=120) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        told = []
+        for event in events(answer.iter_lines()):
+            told.append(event)
+            if event["event"] == "preview":
+                preview = client.get(event["data"]["image"])  # type: ignore[index]
+                assert preview.headers["content-type"] == "image/webp"
+                assert image.read(preview.content, 10**6).shape == (100, 150, 3)
+    kinds = [event["event"] for event in told]
+    assert kinds[:2] == ["queued", "started"]
+    assert kinds[-1] == "completed"
+    assert "preview" in kinds
+    assert 90 < kinds.count("progress") <= 100
+    steps = [e["data"]["step"] for e in told if e["event"] == "progress"]  # type: ignore[index]
+    assert steps == sorted(steps)
+    ids = [str(event["id"]) for event in told]
+    with client.stream("GET", f"{location}/events", headers={"Last-Event-ID": ids[5]}) as answer:
+        rest = list(events(answer.iter_lines()))
+    assert [event["id"] for event in rest] == ids[6:]
+    with client.stream("GET", f"{location}/events", headers={"Last-Event-ID": "?"}) as answer:
+        assert len(list(events(answer.iter_lines()))) == len(told)
+
+
+def test_a_waiting_decode_is_canceled_at_once_and_can_be_tried_again(
+    client: httpx.Client, stream: bytes
+) -> None:
+    first = submit(client, stream, **SLOW)
+    until(client, first, "running")
+    second = submit(client, stream, **SLOW, seed=1)
+    withdrawn = client.delete(second)
+    assert (withdrawn.status_code, withdrawn.json()["status"]) == (200, "canceled")
+    assert client.delete(second).status_code == 409
+    pending = client.get(f"{second}/image", params={"min_tier": "ddim-100"})
+    assert pending.status_code == 409
+    assert client.get(f"{second}/image").headers["x-afterimage-tier"] == "instant"
+
+    stopping = client.delete(first)
+    assert stopping.status_code == 202
+    began = time.monotonic()
+    until(client, first, "canceled")
+    assert time.monotonic() - began < 5
+
+    again = client.post(f"{second}/retry")
+    assert (again.status_code, again.json()["status"]) == (202, "queued")
+    assert client.post(f"{second}/retry").status_code == 409
+    client.delete(second)
+
+
+def test_an_expired_picture_is_gone_until_it_is_tried_again(
+    service: Service, stream: bytes
+) -> None:
+    client = service.client
+    location = submit(client, stream)
+    wait_for(client, location)
+    before = client.get(f"{location}/image").content
+    with service.stores() as store:
+        store.cache.delete(store.key("picture", location.rpartition("/")[2]))
+    for path in ("", "/image", "/events"):
+        assert client.get(f"{location}{path}").status_code == 410
+    assert client.post(f"{location}/retry").status_code == 202
+    wait_for(client, location)
+    assert client.get(f"{location}/image").content == before
+
+
+def test_nobody_s_job_is_dropped_before_it_begins(service: Service, stream: bytes) -> None:
+    client = service.client
+    first = submit(client, stream, **SLOW)
+    until(client, first, "running")
+    second = submit(client, stream, **SLOW, seed=1, deadline_s=1)
+    time.sleep(1.2)
+    client.delete(first)
+    with service.stores() as store:  # a question over HTTP would be interest again
+        key, deadline = store.key("job", second.rpartition("/")[2]), time.monotonic() + 30
+        while (status := store.queue.hget(key, "status")) == b"queued":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert status == b"canceled"
+
+
+def test_an_idempotency_key_means_one_request(client: httpx.Client, stream: bytes) -> None:
+    def send(seed: int) -> httpx.Response:
+        return client.post(
+            "/v1/decodes",
+            params={"tier": "ddim-10", "steps": 2, "seed": seed},
+            content=stream,
+            headers={"Idempotency-Key": "a key of mine"},
+        )
+
+    first, same, other = send(1), send(1), send(2)
+    assert first.headers["location"] == same.headers["location"]
+    assert (other.status_code, "key-reused" in other.json()["type"]) == (422, True)
+    wait_for(client, first.headers["location"])
+
+
+def test_other_callers_keep_a_job_alive(service: Service, stream: bytes) -> None:
+    client = service.client
+    location = submit(client, stream, **SLOW)
+    with service.stores() as store:
+        store.queue.zadd(
+            store.key("interest", location.rpartition("/")[2]), {"another": time.time() + 60}
+        )
+        answer = client.delete(location)
+        assert (answer.status_code, answer.json()["status"] != "canceled") == (200, True)
+        store.queue.zrem(store.key("interest", location.rpartition("/")[2]), "another")
+    wait_for(client, location)
+
+
+def test_models_and_limits_are_listed(client: httpx.Client) -> None:
+    models = client.get("/v1/models").json()
+    assert [m["quality"] for m in models if m["kind"] == "codec"] == [1, 2, 3]
+    assert all(len(m["weights_id"]) == 16 for m in models)
+    limits = client.get("/v1/limits").json()
+    assert limits["pixels"] == 1_000_000
+    assert limits["steps"] == 1000
+    assert client.get("/startupz").status_code == 200
+
+
+def test_many_duplicates_are_one_computation(client: httpx.Client, stream: bytes) -> None:
+    asked = {"tier": "ddim-10", "seed": 3}
+    etags: list[str] = []
+
+    def one() -> None:
+        with httpx.Client(base_url=client.base_url, timeout=120) as own:
+            location = submit(own, stream, **asked)
+            wait_for(own, location)
+            etags.append(own.get(f"{location}/image").headers["etag"])
+
+    threads = [threading.Thread(target=one) for _ in range(24)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(etags) == 24
+    assert len(set(etags)) == 1
+    assert client.get(submit(client, stream, **asked)).json()["attempts"] == 1

@@ -1,0 +1,90 @@
+"""`Accept` and `Prefer`."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.image import MEDIA_TYPES
+from service.negotiate import MAX_WAIT_S, PREFERENCE, Preferences, picture_format, preferences
+from service.problems import NotAcceptable
+
+WEIGHTS = st.sampled_from(["0", "0.0", "0.001", "0.5", "0.75", "1", "1.000"])
+RANGES = st.sampled_from([*MEDIA_TYPES.values(), "image/*", "application/*", "*/*", "text/html"])
+
+
+@pytest.mark.parametrize(
+    ("accept", "chosen"),
+    [
+        (None, "png"),
+        ("", "png"),
+        ("*/*", "png"),
+        ("image/*", "png"),
+        ("image/avif,image/webp,image/png,*/*;q=0.8", "png"),  # a browser's
+        ("image/webp, image/png;q=0.5", "webp"),
+        ("image/*;q=0.5, image/jpeg", "jpeg"),
+        ("IMAGE/WEBP", "webp"),
+        ("image/png;q=0, */*;q=0.1", "webp"),
+        ("application/x-npy", "npy"),
+        ('image/webp;note="a, b;c", text/html', "webp"),
+        ("image/png;q=much, image/avif;q=0.1", "avif"),
+    ],
+)
+def test_the_best_liked_format_is_made(accept: str | None, chosen: str) -> None:
+    assert picture_format(accept) == chosen
+
+
+@pytest.mark.parametrize("accept", ["text/html", "image/*;q=0", "image/tiff", ",", ";", "png"])
+def test_what_cannot_be_made_is_refused_with_what_can(accept: str) -> None:
+    with pytest.raises(NotAcceptable, match="image/png, image/webp"):
+        picture_format(accept)
+
+
+@given(st.lists(st.tuples(RANGES, WEIGHTS), min_size=1, max_size=6))
+def test_nothing_is_chosen_that_another_format_outweighs(items: list[tuple[str, str]]) -> None:
+    def weight(media_type: str) -> float:
+        for name in (media_type, media_type.split("/")[0] + "/*", "*/*"):
+            found = [float(q) for of, q in items if of == name]
+            if found:
+                return max(found)
+        return 0
+
+    accept = ", ".join(f"{name};q={q}" for name, q in items)
+    best = max(weight(MEDIA_TYPES[f]) for f in PREFERENCE)
+    if best:
+        assert weight(MEDIA_TYPES[picture_format(accept)]) == best
+    else:
+        with pytest.raises(NotAcceptable):
+            picture_format(accept)
+
+
+@given(st.text() | st.text('a/*;,="q01. '))
+def test_no_header_whatever_breaks_the_parser(text: str) -> None:
+    try:
+        assert picture_format(text) in PREFERENCE
+    except NotAcceptable:
+        assert text.strip()
+    found = preferences(text)
+    assert found.wait_s is None or 0 <= found.wait_s <= MAX_WAIT_S
+
+
+@pytest.mark.parametrize(
+    ("prefer", "expected"),
+    [
+        (None, Preferences()),
+        ("respond-async", Preferences(True)),
+        ("respond-async, wait=10", Preferences(True, 10)),
+        ('Respond-Async; foo="a,b", wait="7"', Preferences(True, 7)),
+        ("wait=10, wait=20", Preferences(False, 10)),
+        ("wait=99999", Preferences(False, MAX_WAIT_S)),
+        ("wait=-1", Preferences()),
+        (",;,", Preferences()),
+        ("wait=1.5, return=minimal", Preferences()),
+    ],
+)
+def test_preferences_are_read(prefer: str | None, expected: Preferences) -> None:
+    assert preferences(prefer) == expected
+
+
+def test_what_was_applied_is_said() -> None:
+    assert preferences("wait=10, respond-async").applied == "respond-async, wait=10"
+    assert Preferences().applied == ""

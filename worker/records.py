@@ -1,0 +1,100 @@
+"""What a job is: the request, its id, and where it stands."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from models.tiers import Settings
+
+Status = Literal["queued", "running", "succeeded", "failed", "canceled", "expired"]
+ENDED: frozenset[Status] = frozenset({"succeeded", "failed", "canceled", "expired"})
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """What is asked for. Two equal requests are one job: its id is the digest of its content."""
+
+    digest: str  # SHA-256 of the bitstream, hex
+    tier: str
+    settings: Settings
+    seed: int
+    codec: str  # weights ids
+    decoder: str
+    quality: int
+    width: int
+    height: int
+
+    @property
+    def id(self) -> str:
+        """32 hex digits of SHA-256 over the lines: recipe's name, digest, settings, seed, weights.
+
+        The tier's name is no part of it: equal settings are equal pictures.
+        """
+        settings = json.dumps(asdict(self.settings), sort_keys=True, separators=(",", ":"))
+        lines = ("afterimage-1", self.digest, settings, str(self.seed), self.codec, self.decoder)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+    @property
+    def work(self) -> float:
+        """What the picture costs, in megapixel-steps."""
+        return self.width * self.height / 1e6 * self.settings.calls
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """A job's record. Times are seconds since the epoch, 0 while they have not come."""
+
+    id: str
+    status: Status
+    decode: Decode
+    step: int
+    total: int
+    attempts: int
+    created: float
+    started: float
+    ended: float
+    error: str
+
+    @classmethod
+    def of(cls, job_id: str, row: Mapping[bytes, bytes]) -> "JobState | None":
+        """The record of a job from its hash; None where there is none."""
+        if b"decode" not in row:  # nothing, or what a worker wrote after the record was lost
+            return None
+        fields = {k.decode(): v.decode() for k, v in row.items()}
+        request = json.loads(fields["decode"])
+        return cls(
+            id=job_id,
+            status=fields["status"],  # type: ignore[arg-type]
+            decode=Decode(**{**request, "settings": Settings(**request["settings"])}),
+            step=int(fields["step"]),
+            total=int(fields["total"]),
+            attempts=int(fields["attempts"]),
+            created=float(fields["created"]),
+            started=float(fields["started"]),
+            ended=float(fields["ended"]),
+            error=fields["error"],
+        )
+
+
+def fresh(decode: Decode) -> dict[Any, Any]:
+    """The hash of a job that was just queued."""
+    return {
+        "status": "queued",
+        "decode": json.dumps(asdict(decode)),
+        "step": 0,
+        "total": decode.settings.steps,
+        "attempts": 0,
+        "created": time.time(),
+        "started": 0,
+        "ended": 0,
+        "error": "",
+        "work": decode.work,
+    }
+
+
+def end(status: Status, error: str) -> dict[Any, Any]:
+    """The fields that change when a job ends."""
+    return {"status": status, "ended": time.time(), "error": error}
