@@ -80,4 +80,4 @@ def to_pixels(x: Tensor) -> Pixels:
 
 
 def _crc(symbols: Int32Array) -> int:
-    return int(google_crc32c.value(symbols.astype("<i4").tobytes()))
+    return int(google_crc32c.value(symbols.astype("<i4", copy=False).tobytes()))

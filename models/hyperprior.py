@@ -86,6 +86,7 @@ class Hyperprior:
         """
         if size[0] % STRIDE_Z or size[1] % STRIDE_Z:
             raise LengthMismatch(f"padded size {size} is no multiple of {STRIDE_Z}")
+        rans.words_of(y_string)  # what decodes under no arithmetic is worth no `h_s`
         shape = (self.net.N, size[0] // STRIDE_Z, size[1] // STRIDE_Z)
         z_symbols = rans.decode(z_string, _channels(shape), self.z_tables)
         with torch.inference_mode():

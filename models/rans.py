@@ -19,9 +19,12 @@ STATE_LOW = 1 << 31
 """The state an encoder starts from, and the lower end of the normalised interval."""
 
 LARGEST = (1 << 30) - 1
-"""Largest symbol that is coded, the smallest being -2^30: what 8 bypass digits hold for sure."""
+"""Largest symbol that is coded, the smallest being -2^30: what 8 bypass digits always hold."""
 
-_OK, _SHORT, _BYPASS, _START, _STATE, _TRAILING = range(6)
+OFFSET_MAX = 1 << 28
+"""Bound of a CDF's first symbol, so that a difference from it still fits 8 bypass digits."""
+
+_OK, _SHORT, _BYPASS, _STATE, _TRAILING = range(5)
 
 Int32Array = NDArray[np.int32]
 
@@ -32,7 +35,7 @@ class Tables:
 
     `cdf` (contexts, width) holds cumulative frequencies; the last symbol of a row escapes to bypass
     digits. `length` (contexts,) counts a row's entries, `offset` (contexts,) is its first symbol.
-    Raises `ValueError` where a row is no CDF.
+    Raises `ValueError` where a row is no CDF, or an offset exceeds `OFFSET_MAX`.
     """
 
     cdf: Int32Array
@@ -45,8 +48,11 @@ class Tables:
             raise ValueError("cdf, length and offset disagree about the number of contexts")
         if n == 0 or self.length.min() < 3 or self.length.max() > width:
             raise ValueError("a CDF's length lies outside its row")
+        if self.offset.min() < -OFFSET_MAX or self.offset.max() > OFFSET_MAX:
+            raise ValueError("a CDF begins at a symbol out of all range")
         for row, size in zip(self.cdf, self.length, strict=True):
-            if row[0] != 0 or row[size - 1] != 1 << PRECISION or (np.diff(row[:size]) <= 0).any():
+            rises = (row[1:size] > row[: size - 1]).all()  # a difference might wrap
+            if row[0] != 0 or row[size - 1] != 1 << PRECISION or not rises:
                 raise ValueError("a CDF must rise strictly from 0 to 65536")
 
 
@@ -69,20 +75,20 @@ def _raw(value, escape):  # type: ignore[no-untyped-def]  # pragma: no cover
 
 @njit(cache=True, nogil=True)
 def _bypass(x, words, position):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Read a count, then as many digits, the lowest first: state, position, raw (-1: invalid)."""
-    count = np.int64(0)
-    digit = np.int64(15)
-    while digit == 15 and count <= 8:
+    """Read a count, then as many digits, the lowest first: state, position, raw (-1: invalid).
+
+    CompressAI writes a count of 15 or more in several digits, but no value needs more than 8.
+    """
+    count = np.int64(x & np.uint64(15))
+    x, position = _refill(x >> np.uint64(4), words, position)
+    if count > 8:
+        return x, position, np.int64(-1)
+    raw = digit = np.int64(0)
+    for j in range(count):
         digit = np.int64(x & np.uint64(15))
-        count += digit
+        raw |= digit << np.int64(4 * j)
         x, position = _refill(x >> np.uint64(4), words, position)
-    raw = np.int64(0)
-    if count <= 8:
-        for j in range(count):
-            digit = np.int64(x & np.uint64(15))
-            raw |= digit << np.int64(4 * j)
-            x, position = _refill(x >> np.uint64(4), words, position)
-    if count > 8 or (count > 0 and digit == 0):  # a leading zero: no encoder writes it
+    if count > 0 and digit == 0:  # a leading zero: no encoder writes it
         raw = np.int64(-1)
     return x, position, raw
 
@@ -91,8 +97,6 @@ def _bypass(x, words, position):  # type: ignore[no-untyped-def]  # pragma: no c
 def _decode(words, indexes, cdf, length, offset, out):  # type: ignore[no-untyped-def]  # pragma: no cover
     x = np.uint64(words[0]) | (np.uint64(words[1]) << np.uint64(32))
     position = 2
-    if x < np.uint64(1 << 31) or x >= np.uint64(1 << 63):
-        return _START
     for i in range(indexes.size):
         row = indexes[i]
         target = np.int32(x & np.uint64(0xFFFF))
@@ -179,10 +183,16 @@ def _bits(symbols, indexes, cdf, length, offset, out):  # type: ignore[no-untype
         out[i] = bits - np.log2(np.float64(cdf[row, value + 1] - cdf[row, value]))
 
 
-def _contexts(indexes: Int32Array, tables: Tables) -> Int32Array:
-    if indexes.size and not 0 <= indexes.min() <= indexes.max() < len(tables.cdf):
-        raise ValueError(f"contexts must lie in 0…{len(tables.cdf) - 1}")
-    return np.ascontiguousarray(indexes, np.int32).reshape(-1)
+def words_of(data: bytes) -> NDArray[np.uint32]:
+    """The 32-bit words of entropy coded `data`, first the state that the encoder ended in.
+
+    Raises `CorruptStream` where no tables and contexts whatever can decode them.
+    """
+    if len(data) % 4 or len(data) < 8:
+        raise CorruptStream(f"{len(data)} entropy coded bytes: not two or more 32-bit words")
+    if not STATE_LOW <= int.from_bytes(data[:8], "little") < 1 << 63:
+        raise CorruptStream("the entropy coded bytes begin with a state that no encoder reaches")
+    return np.frombuffer(data, "<u4")
 
 
 def decode(data: bytes, indexes: Int32Array, tables: Tables) -> Int32Array:
@@ -191,25 +201,17 @@ def decode(data: bytes, indexes: Int32Array, tables: Tables) -> Int32Array:
     Raises `CorruptStream` where the bytes end early, are no whole words or hold an impossible
     escape, `DesynchronisedStream` where all symbols were read but the end state does not hold.
     """
-    if len(data) % 4 or len(data) < 8:
-        raise CorruptStream(f"{len(data)} entropy coded bytes: not two or more 32-bit words")
-    words = np.frombuffer(data, "<u4")
-    out = np.empty(indexes.size, np.int32)
-    status = _decode(
-        words, _contexts(indexes, tables), tables.cdf, tables.length, tables.offset, out
-    )
+    words, contexts = words_of(data), _contexts(indexes, tables)
+    out = np.empty(contexts.size, np.int32)
+    status = _decode(words, contexts, tables.cdf, tables.length, tables.offset, out)
     if status == _SHORT:
         raise CorruptStream("the entropy coded bytes end before the last symbol")
-    if status == _START:
-        raise CorruptStream("the entropy coded bytes begin with a state that no encoder reaches")
     if status == _BYPASS:
         raise CorruptStream("an escape code holds a value that no encoder writes")
-    if status != _OK:
-        raise DesynchronisedStream(
-            "the entropy decoder did not end at the encoder's initial state"
-            if status == _STATE
-            else "entropy coded bytes remain after the last symbol"
-        )
+    if status == _STATE:
+        raise DesynchronisedStream("the entropy decoder did not end at the encoder's initial state")
+    if status == _TRAILING:
+        raise DesynchronisedStream("entropy coded bytes remain after the last symbol")
     return out.reshape(indexes.shape)
 
 
@@ -218,19 +220,32 @@ def encode(symbols: Int32Array, indexes: Int32Array, tables: Tables) -> bytes:
 
     Raises `ValueError` where a symbol lies outside 31 bits, or shapes disagree.
     """
+    flat, contexts = _flat(symbols, indexes), _contexts(indexes, tables)
+    words = np.empty(flat.size * 2 + 4, np.uint32)  # at most 16 + 9·4 bits a symbol
+    at = _encode(flat, contexts, tables.cdf, tables.length, tables.offset, words)
+    return words[at:].astype("<u4", copy=False).tobytes()
+
+
+def bits(symbols: Int32Array, indexes: Int32Array, tables: Tables) -> NDArray[np.float32]:
+    """Bits that each symbol costs in its context: float32 of the shape of `symbols`.
+
+    Raises `ValueError` as `encode` does.
+    """
+    flat, contexts = _flat(symbols, indexes), _contexts(indexes, tables)
+    out = np.empty(flat.size, np.float32)
+    _bits(flat, contexts, tables.cdf, tables.length, tables.offset, out)
+    return out.reshape(symbols.shape)
+
+
+def _contexts(indexes: Int32Array, tables: Tables) -> Int32Array:
+    if indexes.size and not 0 <= indexes.min() <= indexes.max() < len(tables.cdf):
+        raise ValueError(f"contexts must lie in 0…{len(tables.cdf) - 1}")
+    return np.ascontiguousarray(indexes, np.int32).reshape(-1)
+
+
+def _flat(symbols: Int32Array, indexes: Int32Array) -> Int32Array:
     if symbols.shape != indexes.shape:
         raise ValueError(f"{symbols.shape} symbols for {indexes.shape} contexts")
     if symbols.size and not -LARGEST - 1 <= symbols.min() <= symbols.max() <= LARGEST:
         raise ValueError("a symbol lies outside 31 bits")
-    flat = np.ascontiguousarray(symbols, np.int32).reshape(-1)
-    words = np.empty(flat.size * 2 + 4, np.uint32)  # at most 16 + 9·4 bits a symbol
-    at = _encode(flat, _contexts(indexes, tables), tables.cdf, tables.length, tables.offset, words)
-    return words[at:].astype("<u4").tobytes()
-
-
-def bits(symbols: Int32Array, indexes: Int32Array, tables: Tables) -> NDArray[np.float32]:
-    """Bits that each symbol costs in its context: float32 of the shape of `symbols`."""
-    out = np.empty(symbols.size, np.float32)
-    flat = np.ascontiguousarray(symbols, np.int32).reshape(-1)
-    _bits(flat, _contexts(indexes, tables), tables.cdf, tables.length, tables.offset, out)
-    return out.reshape(symbols.shape)
+    return np.ascontiguousarray(symbols, np.int32).reshape(-1)

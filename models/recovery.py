@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import NoReturn
@@ -29,7 +30,7 @@ ARITHMETICS = ("float64", "one thread", "oneDNN off", "channels_last")
 an edge, float64 agrees with either about equally often, whatever the other machine was: of 900
 streams made with AVX2, 17 did not decode with AVX-512, and 11 of these did with float64."""
 TIMEOUT_S = 60.0
-"""For an answer, and for callers ahead: the largest picture takes 3 to 9 s an arithmetic."""
+"""For an answer, and for callers ahead: the largest picture takes 2 to 13 s an arithmetic."""
 WINDOW = 16**2
 """Positions of z in a window of the float64 `h_s`: 0.1 GB meanwhile, not 2 GB at 20 megapixels."""
 OVERLAP = 2
@@ -101,8 +102,10 @@ class Helper:
 
     def __init__(self, timeout: float = TIMEOUT_S) -> None:
         self.timeout = timeout
-        self._lock, self._owner = threading.Lock(), os.getpid()
+        self._lock = threading.Lock()
         self._running: _Running | None = None
+        os.register_at_fork(after_in_child=self._leave)
+        atexit.register(self.close)
 
     def evaluate(
         self, key: str, h_s: nn.Sequential, z_hat: Tensor, arithmetic: str
@@ -111,8 +114,6 @@ class Helper:
 
         Raises `Unavailable`.
         """
-        if self._owner != os.getpid():  # a fork inherits the pipe, but its parent owns the helper
-            self.__init__(self.timeout)  # type: ignore[misc]
         if not self._lock.acquire(timeout=self.timeout):
             raise Unavailable("others are waiting for it")
         try:
@@ -121,8 +122,6 @@ class Helper:
                     return self._ask(self._running, key, h_s, z_hat, arithmetic)
                 self.close()
             self._running = _start()
-            atexit.unregister(self.close)
-            atexit.register(self.close)
             return self._ask(self._running, key, h_s, z_hat, arithmetic)
         except (OSError, EOFError) as e:
             self.close()
@@ -136,7 +135,7 @@ class Helper:
     def close(self) -> None:
         """End the process, if there is one."""
         running, self._running = self._running, None
-        if running is not None and self._owner == os.getpid():
+        if running is not None:
             running.connection.close()
             running.process.kill()
             running.process.wait()
@@ -146,15 +145,29 @@ class Helper:
         """The process, or `None` while there is none."""
         return self._running.process.pid if self._running else None
 
+    def _leave(self) -> None:
+        """In a fork: the process is the parent's, and ends when no one else holds its pipe."""
+        if self._running is not None:
+            self._running.connection.close()
+        self._running, self._lock = None, threading.Lock()
+
     def _ask(
         self, to: _Running, key: str, h_s: nn.Sequential, z_hat: Tensor, arithmetic: str
     ) -> tuple[Tensor, Tensor]:
         net = None if key in to.known else h_s
-        to.connection.send_bytes(pickle.dumps((key, net, z_hat.numpy(), arithmetic)))
-        if not to.connection.poll(self.timeout):
-            self.close()
-            raise Unavailable(f"it took longer than {self.timeout:g} s")
-        scales_hat, means_hat = pickle.loads(to.connection.recv_bytes())
+        began = time.monotonic()
+        late = threading.Timer(self.timeout, to.process.kill)  # whatever it, or we, wait for
+        late.daemon = True
+        late.start()
+        try:
+            to.connection.send_bytes(pickle.dumps((key, net, z_hat.numpy(), arithmetic)))
+            scales_hat, means_hat = pickle.loads(to.connection.recv_bytes())
+        except (OSError, EOFError):
+            if time.monotonic() - began < self.timeout:
+                raise
+            raise Unavailable(f"it took longer than {self.timeout:g} s") from None
+        finally:
+            late.cancel()
         to.known.add(key)
         return torch.from_numpy(scales_hat), torch.from_numpy(means_hat)
 
@@ -166,6 +179,7 @@ def _start() -> _Running:
             [sys.executable, "-P", "-W", "ignore", "-m", __name__, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # ours may be the pipe that a picture is written to
         )
     return _Running(process, ours, set())
 
@@ -176,16 +190,14 @@ HELPER = Helper()
 
 def serve(connection: "Connection[bytes, bytes]") -> None:
     """Answer until the other end is closed, or nothing was asked for `IDLE_S`."""
-    plain: dict[str, nn.Sequential] = {}
-    prepared: dict[tuple[str, str], nn.Sequential] = {}
+    known: dict[str, nn.Sequential] = {}
     with contextlib.suppress(EOFError, OSError):
         while connection.poll(IDLE_S):
             key, h_s, z_hat, arithmetic = pickle.loads(connection.recv_bytes())
             if h_s is not None:
-                plain[key] = h_s
-            if (key, arithmetic) not in prepared:
-                prepared[key, arithmetic] = prepare(plain[key], arithmetic)
-            found = evaluate(prepared[key, arithmetic], torch.from_numpy(z_hat), arithmetic)
+                known[key] = h_s
+            prepared = prepare(known[key], arithmetic)
+            found = evaluate(prepared, torch.from_numpy(z_hat), arithmetic)
             connection.send_bytes(pickle.dumps(tuple(t.contiguous().numpy() for t in found)))
 
 

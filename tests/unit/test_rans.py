@@ -230,8 +230,25 @@ def test_bits_add_up_to_the_size_of_the_stream() -> None:
     assert abs(8 * len(rans.encode(symbols, indexes, t)) - bits) < 100
 
 
-@pytest.mark.parametrize("last", [65535, 65537])
-def test_tables_that_are_no_cdf_are_refused(last: int) -> None:
-    cdf = np.array([[0, 10, last]], np.int32)
+@pytest.mark.parametrize(
+    "row",
+    [(0, 10, 65535), (0, 10, 65537), (1, 10, 65536), (0, 10, 10, 65536), (0, 65536),
+     (0, 2**31 - 1, -(2**31), -1, 65536)],
+    ids=str,
+)  # fmt: skip
+def test_tables_that_are_no_cdf_are_refused(row: tuple[int, ...]) -> None:
+    """Not even where differences wrap around in 32 bits, as the last one's do."""
     with pytest.raises(ValueError, match="CDF"):
-        rans.Tables(cdf, np.array([3], np.int32), np.array([0], np.int32))
+        rans.Tables(
+            np.array([row], np.int32), np.array([len(row)], np.int32), np.zeros(1, np.int32)
+        )
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_symbols_come_back_from_the_farthest_offset(sign: int) -> None:
+    cdf, length = np.array([[0, 1 << 15, 1 << 16]], np.int32), np.array([3], np.int32)
+    t = rans.Tables(cdf, length, np.array([sign * rans.OFFSET_MAX], np.int32))
+    symbols, indexes = np.array([rans.LARGEST, -rans.LARGEST - 1], np.int32), np.zeros(2, np.int32)
+    assert np.array_equal(rans.decode(rans.encode(symbols, indexes, t), indexes, t), symbols)
+    with pytest.raises(ValueError, match="range"):
+        rans.Tables(cdf, length, np.array([sign * (rans.OFFSET_MAX + 1)], np.int32))

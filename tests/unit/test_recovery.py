@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,6 +185,17 @@ def test_no_process_is_started_for_a_z_string_that_is_wrong(
     assert recovery.HELPER.pid is None
 
 
+@pytest.mark.parametrize("damage", [lambda s: s[:-1], lambda s: bytes(8) + s[8:]])
+def test_no_process_is_started_for_a_y_string_that_no_arithmetic_decodes(
+    shipped: Codec, foreign: tuple[Bitstream, torch.Tensor], damage: Callable[[bytes], bytes]
+) -> None:
+    recovery.HELPER.close()
+    b = foreign[0]
+    with pytest.raises(BitstreamError):
+        shipped.latents(replace(b, y_string=damage(b.y_string)))
+    assert recovery.HELPER.pid is None
+
+
 def test_no_process_is_started_for_the_exact_profile(shipped: Codec, small_msh: bytes) -> None:
     recovery.HELPER.close()
     with pytest.raises(BitstreamError):
@@ -236,6 +247,35 @@ def test_slowness_is_a_bitstream_error_and_ends_the_process(
     with pytest.raises(BitstreamError, match="longer than"):
         shipped.latents(foreign[0])
     assert recovery.HELPER.pid is None
+
+
+@pytest.mark.parametrize("key", ["key", "another"])  # whose weights do not fit into the pipe
+def test_a_process_that_stands_still_is_ended(
+    shipped: Codec, helper: recovery.Helper, key: str
+) -> None:
+    z_hat = torch.zeros(1, 128, 1, 1)
+    helper.evaluate("key", shipped.net.h_s, z_hat, "float64")
+    assert helper.pid is not None
+    os.kill(helper.pid, signal.SIGSTOP)
+    helper.timeout = 0.3
+    with pytest.raises(recovery.Unavailable, match="longer than"):
+        helper.evaluate(key, shipped.net.h_s, z_hat, "float64")
+    assert helper.pid is None
+
+
+def test_a_fork_leaves_the_process_to_its_parent() -> None:
+    """Neither its pipe nor a lock that another thread held comes along."""
+    script = (
+        "import os, torch; from models import recovery; h = recovery.HELPER;"
+        "ask = 'key', torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1)), torch.zeros(1, 2, 1, 1);"
+        "h.evaluate(*ask, 'one thread'); pipe = f'/proc/self/fd/{h._running.connection.fileno()}';"
+        "h._lock.acquire(); child = os.fork();"
+        "child or os._exit(h.pid is not None or os.path.exists(pipe) or h._lock.locked());"
+        "print(os.waitpid(child, 0)[1], end=' '); h._lock.release(); pid = h.pid;"
+        "h.evaluate(*ask, 'one thread'); print(h.pid == pid)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "0 True\n"
 
 
 def test_the_process_ends_with_its_parent() -> None:
