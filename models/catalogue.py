@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from models import checkpoint
@@ -78,19 +78,17 @@ def install(
     `row` holds `kind` and what else an `Entry` has; entries that agree in all fields of `replaces`
     are dropped from the manifest.
     """
+    data = save(tensors, metadata)
+    own: dict[str, str | int] = {
+        "name": name,
+        "file": f"{name}.safetensors",
+        "sha256": sha256(data).hexdigest(),
+        "weights_id": checkpoint.weights_id(tensors),
+    }
+    entry = Entry(**(own | dict(row)))  # type: ignore[arg-type]
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        path, part = folder / f"{name}.safetensors", folder / f"{name}.part"
-        save_file(tensors, part, metadata)
-        part.chmod(0o644)
-        os.replace(part, path)
-        own: dict[str, str | int] = {
-            "name": name,
-            "file": path.name,
-            "sha256": sha256(path.read_bytes()).hexdigest(),
-            "weights_id": checkpoint.weights_id(tensors),
-        }
-        entry = Entry(**(own | dict(row)))  # type: ignore[arg-type]
+        _replace(folder / entry.file, data)
         others = [e for e in _entries(folder) if not _agree(e, entry, replaces)]
         _write(folder, [*others, entry])
     return entry
@@ -115,9 +113,16 @@ def _write(folder: Path, entries: Sequence[Entry]) -> None:
     rows = ({k: v for k, v in asdict(e).items() if v} for e in entries)
     texts = ("\n".join(f"{k} = {_toml(v)}" for k, v in row.items()) for row in rows)
     blocks = [f"[[weights]]\n{text}\n" for text in texts] or ["weights = []\n"]
-    part = folder / f"{MANIFEST}.part"
-    part.write_text("\n".join(blocks), "utf-8")
-    os.replace(part, folder / MANIFEST)
+    _replace(folder / MANIFEST, "\n".join(blocks).encode())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _toml(value: str | int) -> str:

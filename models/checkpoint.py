@@ -38,7 +38,7 @@ def weights_id(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         t = tensors[name].contiguous()
         h.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+        h.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()[:16]
 
 
@@ -47,8 +47,14 @@ def manifest(folder: Path = WEIGHTS) -> list[Entry]:
     path = folder / "manifest.toml"
     try:
         table = tomllib.loads(path.read_text("utf-8"))
-        return [Entry(**row) for row in table["weights"]]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        entries = [Entry(**row) for row in table["weights"]]
+        for e in entries:
+            if Path(e.file).name != e.file:
+                raise ValueError(f"{e.file!r} lies outside its folder")
+        return entries
+    except OSError as e:
+        raise WeightsError(f"{path}: {e.strerror}") from e
+    except (ValueError, KeyError, TypeError) as e:
         raise WeightsError(f"{path}: {e}") from e
 
 

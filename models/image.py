@@ -11,7 +11,6 @@ from PIL import (
     ExifTags,
     Image,
     ImageCms,
-    ImageOps,
     PngImagePlugin,
     TiffImagePlugin,
     UnidentifiedImageError,
@@ -40,6 +39,9 @@ SUFFIXES: Mapping[str, OutputFormat] = {
 }
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM")
 """What is read: formats whose size is known before their pixels are decoded."""
+MAX_SCANS = 1000
+"""Of a JPEG: 14 bytes can be a whole scan, and each takes 1 ms a megapixel. Cameras write one,
+progressive files ten; what follows the picture in its file may look like some hundred more."""
 ENCODERS: Mapping[OutputFormat, Mapping[str, Any]] = {
     "png": {"format": "PNG", "compress_level": 1, "compress_type": zlib.Z_RLE},
     "jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
@@ -48,23 +50,39 @@ ENCODERS: Mapping[OutputFormat, Mapping[str, Any]] = {
         "format": "AVIF", "quality": 90, "speed": 10, "subsampling": "4:4:4", "max_threads": 1
     },
 }  # fmt: skip
-"""Pillow's settings. ms and KiB of one 768×512 picture on one thread, instant | perceptual:
+"""Pillow's settings. ms and KiB of one 768×512 picture on one thread, instant | perceptual, and
+of an instant one of 3840×2160; where `g_s` takes 200 ms for the small one:
 
-    png   30, 399 |  37, 533   level 1 without Z_RLE  33, 465 |  42, 624
-                               level 6, the default  137, 399 | 218, 546; level 9 976 ms
-    webp  22, 356 |  13, 524   quality 80, default    92, 357 |  33, 524; method 1 72, 300
-    avif  39,  53 |  44,  73   speed 8               114,  53 | 124,  73; 6, default 304, 46
-    jpeg   2, 109 |   2, 136   progressive            11, 104 |  13, 127
-    npy  0.2, 1152
+    png   19, 400 | 23, 533 |  397, 11445   level 1 without Z_RLE  20, 466 |  26, 624 |  428, 11893
+                                            level 6, the default   88, 399 | 140, 547 | 1833, 10995
+    webp  13, 357 |  7, 524 |  333,  8408   quality 80, default   148, 285 | 111, 467 | 4878,  7518
+    avif  21,  53 | 24,  74 |  711,  1760   speed 6, the default  154,  47 | 209,  69 | 4385,  1641
+    jpeg   1, 109 |  1, 136 |   29,  3067   progressive             7, 104 |   8, 127 |  196,  2882
+    npy    0, 1152 | 0, 1152 |   3, 24300
 
-A decode takes about 400 ms. JPEG and AVIF lose detail: 47.6 and 45.6 dB to the instant picture."""
+Z_HUFFMAN_ONLY saves a tenth of PNG's time, and grows flat pictures. JPEG and AVIF lose detail: 47.6
+and 45.6 dB to the instant picture."""
+
+
+_TAG = ExifTags.Base
+_TURNS: Mapping[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by its EXIF orientation."""
 
 
 def read(data: bytes, max_pixels: int) -> Pixels:
     """A picture file -> (H, W, 3) uint8 in sRGB: upright by EXIF, alpha flattened on white.
 
-    ICC profiles are what colour is managed by; samples keep their upper 8 bits. A transparent
-    *colour* of a 16-bit PNG is not read. Of several frames, the first is.
+    ICC profiles are what colour is managed by; samples keep their upper 8 bits. Profiles and EXIF
+    data that are broken say nothing. A transparent *colour* of a 16-bit PNG is not read. Of several
+    frames, the first is.
 
     Raises `UnsupportedPicture` for what is no picture, `PictureTooLarge` before decoding one with
     more than `max_pixels`, `PictureError` for a broken one.
@@ -74,18 +92,20 @@ def read(data: bytes, max_pixels: int) -> Pixels:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as source:
             check_size(source.height, source.width, max_pixels)
-            profile = source.info.get("icc_profile")
-            upright = _white_is_most(source, ImageOps.exif_transpose(source))
-            picture = _to_rgb(upright, profile)
+            _check_work(source, data, max_pixels)
+            source.load()
+            upright = _upright(_eight_bits(source), _orientation(source))
+            picture = _to_rgb(upright, source.info.get("icc_profile"))
     except AfterimageError:
         raise
     except UnidentifiedImageError as e:
-        raise UnsupportedPicture("not a picture in a format that is read here") from e
+        known = ", ".join(FORMATS)
+        raise UnsupportedPicture(f"no picture in a format that is read: {known}") from e
     except Image.DecompressionBombError as e:
         raise PictureTooLarge(str(e)) from e
     except Exception as e:  # Pillow's plugins raise almost anything at damaged files
         raise PictureError(f"the picture cannot be read: {e}") from e
-    return np.asarray(picture).copy()
+    return np.array(picture)
 
 
 def write(pixels: Pixels, format: OutputFormat, text: Mapping[str, str] | None = None) -> bytes:
@@ -106,7 +126,7 @@ def write(pixels: Pixels, format: OutputFormat, text: Mapping[str, str] | None =
     elif text:
         options["exif"] = _exif(text)
     try:
-        Image.fromarray(pixels, "RGB").save(out, **options)
+        Image.fromarray(pixels).save(out, **options)
     except (OSError, ValueError) as e:
         height, width = pixels.shape[:2]
         raise PictureError(f"{width}×{height} pixels cannot be written as {format}: {e}") from e
@@ -117,31 +137,59 @@ def _exif(text: Mapping[str, str]) -> Image.Exif:
     exif = Image.Exif()
     others = dict(text)
     if software := others.pop("Software", ""):
-        exif[ExifTags.Base.Software] = software
-    exif[ExifTags.Base.ImageDescription] = "\n".join(f"{k}: {v}" for k, v in others.items())
+        exif[_TAG.Software] = software
+    exif[_TAG.ImageDescription] = "\n".join(f"{k}: {v}" for k, v in others.items())
     return exif
 
 
-def _white_is_most(source: Image.Image, upright: Image.Image) -> Image.Image:
-    """Pillow inverts a TIFF whose white is zero, but not one of 16 bits."""
-    if isinstance(source, TiffImagePlugin.TiffImageFile) and upright.mode.startswith("I;16"):
-        if source.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0:
-            return Image.fromarray(0xFFFF - np.asarray(upright).astype(np.uint16))
-    return upright
+def _check_work(source: Image.Image, data: bytes, max_pixels: int) -> None:
+    """Refuse small pictures that take much time or memory to decode."""
+    if source.format in {"JPEG", "MPO"} and data.count(b"\xff\xda") > MAX_SCANS:
+        raise PictureError(f"a JPEG of more than {MAX_SCANS} scans")
+    if isinstance(source, TiffImagePlugin.TiffImageFile):  # a tile is unpacked whole
+        tags = source.tag_v2
+        width, height = (tags.get(t, 0) for t in (_TAG.TileWidth, _TAG.TileLength))
+        if width * height > max_pixels:
+            raise PictureTooLarge(f"tiles of {width}×{height} pixels; the limit is {max_pixels}")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Grey of up to 16 bits -> its upper 8; other pictures as they are, they have 8 already.
+
+    Raises `UnsupportedPicture` for more bits.
+    """
+    if picture.mode == "F":
+        raise UnsupportedPicture("floating-point pictures are not read")
+    if picture.mode != "I" and not picture.mode.startswith("I;16"):
+        return picture
+    values = np.asarray(picture)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise UnsupportedPicture("pictures with more than 16 bits a sample are not read")
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):  # what Pillow does to fewer bits only
+        if picture.tag_v2.get(_TAG.BitsPerSample) == (12,):
+            values = values << 4
+        if picture.tag_v2.get(_TAG.PhotometricInterpretation) == 0:
+            values = 0xFFFF - values
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def _orientation(picture: Image.Image) -> object:
+    """By EXIF or XMP, once the picture is loaded (Pillow turns TIFF itself)."""
+    try:
+        return picture.getexif().get(_TAG.Orientation)
+    except Exception:  # Pillow raises almost anything at broken EXIF data
+        return None
+
+
+def _upright(picture: Image.Image, orientation: object) -> Image.Image:
+    turn = _TURNS.get(orientation)
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _to_rgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    if picture.mode in {"I", "I;16", "I;16B", "I;16L", "I;16N"}:  # 16-bit grey
-        values = np.asarray(picture).astype(np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise UnsupportedPicture("pictures with more than 16 bits a sample are not read")
-        picture = Image.fromarray((values >> 8).astype(np.uint8), "L")
-    if picture.mode == "F":
-        raise UnsupportedPicture("floating-point pictures are not read")
     alpha = None
     if picture.mode in {"P", "PA", "1", "YCbCr"} or "transparency" in picture.info:
-        has_alpha = picture.mode == "PA" or "transparency" in picture.info
-        picture = picture.convert("RGBA" if has_alpha else "RGB")
+        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     if picture.mode in {"RGBA", "LA"}:
         alpha = picture.getchannel("A")
         picture = picture.convert("RGB" if picture.mode == "RGBA" else "L")

@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping
 from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from models import catalogue, zoo
@@ -89,6 +91,7 @@ def read(file: Path) -> dict[str, Tensor]:
     No code in the file is run. Raises `WeightsError`, `OSError` where it cannot be opened.
     """
     found: object
+    file.open("rb").close()  # its errors name the file
     try:
         if file.suffix == ".safetensors":
             found = load_file(file)
@@ -99,25 +102,29 @@ def read(file: Path) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as e:  # torch's reader raises almost anything at damaged files
-        raise WeightsError(f"no checkpoint of tensors alone: {_line(e)}") from e
+        told = isinstance(e, (RuntimeError, SafetensorError)) and _line(e)  # others tell nothing
+        raise WeightsError(
+            "no checkpoint of tensors alone, as torch.save(model.state_dict(), FILE) writes it"
+            + (f": {told}" if told else "")
+        ) from e
     if isinstance(found, Mapping) and "state_dict" in found:
         found = found["state_dict"]
     if not isinstance(found, Mapping):
         raise WeightsError(f"no state dict, but a {type(found).__name__}")
     for name, value in found.items():
-        if not isinstance(value, Tensor):
-            raise WeightsError(f"{name!r} is no tensor: the file holds no state dict")
+        if not _is_plain(value):
+            raise WeightsError(f"{name!r} is no plain tensor: the file holds no state dict")
     return {_renamed(str(name)): value for name, value in found.items()}
 
 
 def checked(state: Mapping[str, Tensor], quality: int) -> dict[str, Tensor]:
-    """The parameters and tables of a state dict that fits the quality's network.
+    """The parameters, in float32, and tables of a state dict that fits the quality's network.
 
     Raises `WeightsError`, which names the first tensor that is wrong.
     """
     n, m = channels(quality)
     shapes = parameters(n, m)
-    kept = {k: v.contiguous() for k, v in state.items() if not k.endswith(_CONSTANTS)}
+    kept = {k: v for k, v in state.items() if not k.endswith(_CONSTANTS)}
     for name in kept:
         if name not in shapes and name not in zoo.TABLES:
             raise WeightsError(f"{name} is no tensor of mbt2018-mean: another model's checkpoint")
@@ -130,10 +137,7 @@ def checked(state: Mapping[str, Tensor], quality: int) -> dict[str, Tensor]:
                 f"{name} has the shape {tuple(value.shape)}; quality {quality} "
                 f"(N = {n}, M = {m}) has {shape}"
             )
-        if not value.is_floating_point() or not value.isfinite().all():
-            raise WeightsError(f"{name} holds values that are no finite floating-point numbers")
-        if value.dtype == torch.float64:
-            kept[name] = value.float()
+        kept[name] = _floats(name, value)
     return _check_tables(kept)
 
 
@@ -156,10 +160,10 @@ def write(state: dict[str, Tensor], file: Path) -> None:
     check_suffix(file)
     part = file.with_name(f".{file.name}.part")
     try:
-        if file.suffix == ".safetensors":
-            save_file({k: v.contiguous() for k, v in state.items()}, part)
-        else:
-            with part.open("wb") as out:
+        with part.open("wb") as out:
+            if file.suffix == ".safetensors":
+                out.write(save({k: v.contiguous() for k, v in state.items()}))
+            else:
                 torch.save(state, out)
         os.replace(part, file)
     finally:
@@ -167,14 +171,40 @@ def write(state: dict[str, Tensor], file: Path) -> None:
 
 
 def _check_tables(kept: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All tables or none: `kept` with those that are there as int32, without empty ones."""
+    """All tables or none: `kept` with those that are there, without empty ones."""
     present = [name for name in zoo.TABLES if name in kept and kept[name].numel()]
     if present and len(present) < len(zoo.TABLES):
         missing = next(name for name in zoo.TABLES if name not in present)
         raise WeightsError(f"{missing} is missing, while {present[0]} is there")
     others = {k: v for k, v in kept.items() if k not in zoo.TABLES}
-    tables = {k: kept[k].float() if "scale" in k else kept[k].int() for k in present}
+    tables = {k: (_floats if "scale" in k else _integers)(k, kept[k]) for k in present}
     return others | tables
+
+
+def _is_plain(value: object) -> TypeGuard[Tensor]:
+    """Dense, and no larger than what the file holds of it (a view may repeat a number)."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not value.is_meta
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
+
+
+def _floats(name: str, value: Tensor) -> Tensor:
+    if value.is_floating_point():
+        found = value.detach().float().contiguous()
+        if found.isfinite().all():
+            return found
+    raise WeightsError(f"{name} holds values that are no finite floating-point numbers")
+
+
+def _integers(name: str, value: Tensor) -> Tensor:
+    if value.dtype in {torch.int32, torch.int64}:
+        found = value.int().contiguous()
+        if (found == value).all():
+            return found
+    raise WeightsError(f"{name} holds values that are no 32-bit integers")
 
 
 def _renamed(name: str) -> str:
@@ -213,5 +243,5 @@ def _no_standstill() -> Iterator[None]:
 
 
 def _line(e: object) -> str:
-    """The first line of an error's text, or its kind."""
-    return next(iter(str(e).splitlines()), "") or type(e).__name__
+    """The first sentence of an error's text, or its kind."""
+    return next(iter(str(e).splitlines()), "").partition(". ")[0] or type(e).__name__

@@ -42,7 +42,7 @@ def from_tensors(tensors: Mapping[str, Tensor], quality: int, metric: Metric = "
         state = {
             k: v.float()
             for k, v in tensors.items()
-            if k.startswith(parts) and not k.endswith(("_reparam.pedestal", ".bound", ".pedestal"))
+            if k.startswith(parts) and not k.endswith((".bound", ".pedestal"))
         }
         net.load_state_dict(state)
         net.eval().requires_grad_(False)
@@ -107,11 +107,9 @@ def with_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if all(name in state and state[name].numel() for name in TABLES):
         return dict(state)
     net = reference(*state["g_a.6.weight"].shape[:2][::-1])
-    net.update()
     weights = {k: v for k, v in state.items() if k not in TABLES}
-    floats = {k: v.float() for k, v in weights.items()}
-    net.load_state_dict({**net.state_dict(), **floats})
-    net.update(force=True)
+    net.load_state_dict({**net.state_dict(), **{k: v.float() for k, v in weights.items()}})
+    net.update()
     made = net.state_dict()
     for name in TABLES:
         weights[name] = made[name].to(torch.int32) if "scale" not in name else made[name].float()
@@ -128,13 +126,12 @@ def reference(N: int, M: int) -> Any:
 
 
 def _check_tables(tensors: Mapping[str, Tensor], net: MeanScaleHyperprior) -> None:
-    contexts = [
-        len(tensors[f"{p}._offset"]) for p in ("entropy_bottleneck", "gaussian_conditional")
-    ]
     scales = tensors["gaussian_conditional.scale_table"]
-    if contexts != [net.N, len(scales)]:
-        raise ValueError(f"{contexts} CDFs for {net.N} channels and {len(scales)} scales")
-    if scales.min() <= 0 or (scales.diff() <= 0).any():
+    parts = ("entropy_bottleneck", "gaussian_conditional")
+    contexts = [tensors[f"{p}._offset"].numel() for p in parts]
+    if contexts != [net.N, scales.numel()]:
+        raise ValueError(f"{contexts} CDFs for {net.N} channels and {scales.numel()} scales")
+    if scales.ndim != 1 or not (scales > 0).all() or not (scales.diff() > 0).all():
         raise ValueError("the scale table does not rise from above 0")
 
 

@@ -150,11 +150,22 @@ def test_16_bit_grey_keeps_its_upper_byte() -> None:
     assert np.array_equal(pixels[..., 0], (values >> 8).astype(np.uint8))
 
 
-def test_16_bit_grey_whose_white_is_zero_is_not_a_negative() -> None:
-    data = bytearray(file(Image.fromarray(np.array([[0, 0xFF00]], np.uint16)), "TIFF"))
-    tag = data.index(struct.pack("<HHI", ExifTags.Base.PhotometricInterpretation, 3, 1))
-    data[tag + 8] = 0
-    assert image.read(bytes(data), 10**6)[0, :, 0].tolist() == [255, 0]
+@pytest.mark.parametrize(
+    ("stored", "tags", "seen"),
+    [
+        ((0, 0xFF00), {"PhotometricInterpretation": 0}, [255, 0]),
+        ((0xF0FF, 0x0000), {"BitsPerSample": 12}, [255, 0]),
+    ],
+    ids=["white is zero", "12 bits"],
+)
+def test_grey_of_a_tiff_is_as_dark_as_it_is_meant(
+    stored: tuple[int, int], tags: dict[str, int], seen: list[int]
+) -> None:
+    data = bytearray(file(Image.fromarray(np.array([stored], np.uint16)), "TIFF"))
+    for name, value in tags.items():
+        tag = data.index(struct.pack("<HHI", ExifTags.Base[name], 3, 1))
+        data[tag + 8] = value
+    assert image.read(bytes(data), 10**6)[0, :, 0].tolist() == seen
 
 
 @pytest.mark.parametrize(
@@ -246,6 +257,14 @@ def test_a_profile_says_nothing_about_transparency() -> None:
     assert blue > 120
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_broken_exif_data_are_ignored(small: image.Pixels, format: str, exif: bytes) -> None:
+    options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(format, {})
+    data = file(Image.fromarray(small), format, exif=exif, **options)
+    assert apart(image.read(data, 10**6), small) < 3
+
+
 def test_a_broken_profile_is_ignored(small: image.Pixels) -> None:
     data = file(Image.fromarray(small), icc_profile=b"nonsense")
     assert np.array_equal(image.read(data, 10**6), small)
@@ -259,6 +278,25 @@ def test_too_many_pixels_are_refused(small: image.Pixels) -> None:
 def test_a_thread_of_pixels_is_refused_for_its_padding() -> None:
     with pytest.raises(PictureTooLarge, match="side"):
         image.read(file(Image.new("L", (20_000, 1))), 10**6)
+
+
+def test_tiles_that_are_larger_than_their_picture_are_refused(small: image.Pixels) -> None:
+    """The decoder unpacks them whole."""
+    private = {0xFF00: ExifTags.Base.TileWidth, 0xFF01: ExifTags.Base.TileLength}
+    data = file(Image.fromarray(small), "TIFF", tiffinfo=dict.fromkeys(private, 30_000))
+    for given, meant in private.items():
+        data = data.replace(struct.pack("<HHI", given, 3, 1), struct.pack("<HHI", meant, 3, 1))
+    with pytest.raises(PictureTooLarge, match="tiles of 30000×30000"):
+        image.read(data, 10**6)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused(small: image.Pixels) -> None:
+    """Each is decoded over the whole picture, however few its bytes."""
+    data = file(Image.fromarray(small), "JPEG", progressive=True)
+    assert image.read(data, 10**6).shape == small.shape
+    last = data[data.rindex(b"\xff\xda") : -2]
+    with pytest.raises(PictureError, match="1000 scans"):
+        image.read(data[:-2] + last * 1000 + data[-2:], 10**6)
 
 
 def test_a_profile_means_the_same_for_palette_pictures() -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FORBIDDEN = {"models": {"worker", "service"}, "worker": {"service"}, "service": set[str]()}
-STARRED = {"worker.jobs", "worker.store", "worker.settings", "worker.embed"}
+STARRED = {
+    "worker.costs", "worker.embed", "worker.events", "worker.jobs", "worker.records",
+    "worker.settings", "worker.store",
+}  # fmt: skip
 """What the service may import of the worker."""
 NO_TORCH = (*STARRED, "models.errors", "models.bitstream", "models.tiers")
 

@@ -1,0 +1,137 @@
+"""The Python client against a real service."""
+
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from models import image
+from models.errors import Canceled
+from service.client import ApiError, AsyncClient, Client
+from tests.conftest import Service, run_service
+
+pytestmark = [pytest.mark.redis, pytest.mark.weights]
+
+
+@pytest.fixture
+def url(service: Service) -> str:
+    return str(service.client.base_url)
+
+
+def stream(client: Client, photo: image.Pixels, at: int) -> bytes:
+    cut = photo[at : at + 90, at : at + 140].copy()
+    return client.encode(image.write(cut, "png"))
+
+
+def test_a_decode_is_a_draft_then_progress_then_the_picture(url: str, photo: image.Pixels) -> None:
+    with Client(url) as client:
+        data = stream(client, photo, 11)
+        assert client.inspect(data)["width"] == 140
+        updates = list(client.decode(data, "ddim-10", steps=80, format="webp"))
+        kinds = [u.kind for u in updates]
+        assert (kinds[0], kinds[1], kinds[-1]) == ("draft", "queued", "final")
+        assert [u.step for u in updates if u.kind == "progress"] == list(range(1, 81))
+        final = updates[-1]
+        assert (final.tier, final.picture is not None) == ("ddim-10", True)
+        assert image.read(final.picture or b"", 10**6).shape == (90, 140, 3)
+        assert updates[0].picture != final.picture
+        again = list(client.decode(data, "ddim-10", steps=80, format="webp"))
+        assert [u.kind for u in again] == ["final"]
+        assert again[0].picture == final.picture
+        assert [u.kind for u in client.decode(data, "instant")] == ["final"]
+
+
+async def _collect(url: str, data: bytes) -> list[str]:
+    async with AsyncClient(url) as client:
+        return [update.kind async for update in client.decode(data, seed=5)]
+
+
+def test_the_same_without_threads(url: str, photo: image.Pixels) -> None:
+    import anyio
+
+    with Client(url) as client:
+        data = stream(client, photo, 23)
+    kinds = anyio.run(_collect, url, data)
+    assert (kinds[0], kinds[-1]) == ("draft", "final")
+
+
+def test_previews_are_pictures(url: str, photo: image.Pixels) -> None:
+    with Client(url) as client:
+        data = stream(client, photo, 37)
+        for update in client.decode(data, "ddim-100", steps=600):
+            if update.kind == "preview":
+                assert image.read(update.picture or b"", 10**6).shape == (90, 140, 3)
+                break
+        else:
+            pytest.fail("no preview came")
+
+
+def test_refusals_are_errors_with_the_problem(url: str, small_msh: bytes) -> None:
+    with Client(url) as client:
+        with pytest.raises(ApiError, match="unknown tier") as refused:
+            list(client.decode(small_msh, "best"))
+        assert refused.value.status == 422
+        with pytest.raises(ApiError) as refused:
+            list(client.decode(b"x"))
+        assert refused.value.status == 400
+        assert refused.value.problem["type"].startswith("urn:afterimage:problem:")
+
+
+def test_a_canceled_decode_says_so(service: Service, url: str, photo: image.Pixels) -> None:
+    with Client(url) as client:
+        data = stream(client, photo, 41)
+
+        def withdraw() -> None:
+            time.sleep(1)
+            asked = {"tier": "ddim-100", "steps": 900}
+            found = service.client.post("/v1/decodes", params=asked, content=data)
+            client.cancel(found.headers["location"])
+
+        other = threading.Thread(target=withdraw)
+        other.start()
+        with pytest.raises(Canceled):
+            list(client.decode(data, "ddim-100", steps=900))
+        other.join()
+
+
+def test_a_restarted_service_does_not_lose_its_listeners(
+    tmp_path: Path, redis_urls: tuple[str, str], photo: image.Pixels
+) -> None:
+    """Two API processes over one Redis: the events go on at the other when the first is gone."""
+    stores = {"REDIS_URL": redis_urls[0], "CACHE_REDIS_URL": redis_urls[1]}
+    with (
+        run_service(tmp_path, "--workers", "1", **stores) as first,
+        run_service(tmp_path, "--workers", "0", **stores) as second,
+    ):
+        with Client(str(first.client.base_url)) as client:
+            data = stream(client, photo, 53)
+        ports = [str(s.client.base_url) for s in (first, second)]
+
+        class Balancer(httpx.AsyncHTTPTransport):
+            """To the second, at first; to the first once that is gone."""
+
+            async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+                gone = second.process.poll() is not None
+                target = httpx.URL(ports[0] if gone else ports[1])
+                request.url = request.url.copy_with(host=target.host, port=target.port)
+                return await super().handle_async_request(request)
+
+        async def listen() -> list[str]:
+            http = httpx.AsyncClient(base_url=ports[1], transport=Balancer(), timeout=60)
+            kinds = []
+            async with AsyncClient("", http=http) as own:
+                async for update in own.decode(data, "ddim-100", steps=300):
+                    kinds.append(update.kind)
+                    if kinds.count("progress") == 3:
+                        second.process.kill()
+                        second.process.wait()
+            return kinds
+
+        import anyio
+
+        kinds = anyio.run(listen)
+        assert kinds[-1] == "final"
+        assert kinds.count("progress") == 100
+        assert kinds.count("started") == 1

@@ -1,0 +1,55 @@
+"""Redis goes away and comes back; the service and its worker stay."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_service, wait_for
+from worker import embed
+
+pytestmark = [pytest.mark.redis, pytest.mark.weights]
+
+
+@contextlib.contextmanager
+def server(folder: Path) -> Iterator[str]:
+    """A queue on a socket in `folder`, with the data that are there."""
+    with embed._server(embed.find_server(), folder / "redis.sock", folder, embed._QUEUE):
+        yield f"unix://{folder / 'redis.sock'}"
+
+
+def test_instant_decodes_go_on_without_redis_and_upgrades_when_it_is_back(
+    tmp_path: Path, small_msh: bytes, small_compressai: bytes
+) -> None:
+    asked = {"tier": "perceptual"}
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as running:
+        url = first.enter_context(server(tmp_path))
+        own = running.enter_context(run_service(tmp_path, REDIS_URL=url, CACHE_REDIS_URL=url))
+        client = own.client
+        assert client.get("/readyz").json() == {"status": "ok", "redis": "up"}
+        before = client.post("/v1/decodes", params=asked, content=small_msh)
+        wait_for(client, before.headers["location"])
+        first.close()
+
+        assert client.get("/readyz").json() == {"status": "degraded", "redis": "down"}
+        assert client.post("/v1/decodes", content=small_compressai).status_code == 200  # a new one
+        again = client.post("/v1/decodes", content=small_msh)
+        assert (again.status_code, again.content) == (200, before.content)
+        refused = client.post("/v1/decodes", params=asked, content=small_compressai)
+        assert (refused.status_code, int(refused.headers["retry-after"]) > 0) == (503, True)
+        for path in ("", "/image", "/events"):
+            assert client.get(before.headers["location"] + path).status_code == 503
+
+        with server(tmp_path):
+            deadline = time.monotonic() + 20
+            while client.get("/readyz").json()["status"] != "ok":
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            kept = client.get(before.headers["location"])
+            assert kept.json()["status"] == "succeeded"  # the queue is on disk
+            made = client.post("/v1/decodes", params=asked, content=small_compressai)
+            assert wait_for(client, made.headers["location"])["status"] == "succeeded"
+            assert "a worker ended" not in own.log.read_text()
+            running.close()
