@@ -9,9 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
 
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument(
         "--realism", type=float, default=1.0, help="0: the instant picture; 1: the tier's (default)"
     )
+    decode.add_argument("--url", help="a service that draws it; the draft is written meanwhile")
     decode.set_defaults(run=_decode)
 
     inspect = commands.add_parser("inspect", help="what bitstreams' headers say, a JSON line each")
@@ -228,6 +230,9 @@ def _decode(args: argparse.Namespace) -> int:
     targets = _targets(args.inputs, args.output, ".png")
     for target in targets.values():
         _picture_format(target)
+    if args.url:
+        asked = {"seed": seed, "realism": alpha, **{n: getattr(args, n) for n in names}}
+        return _each(targets, partial(_decode_there, args.url, args.tier, asked, targets))
 
     from torch import Tensor
     from tqdm import tqdm
@@ -256,6 +261,33 @@ def _decode(args: argparse.Namespace) -> int:
         return image.write(pixels, _picture_format(targets[source]), text)
 
     return _each(targets, one)
+
+
+def _decode_there(
+    url: str, tier: str, asked: dict[str, Any], targets: dict[Path, Path], source: Path
+) -> bytes:
+    """The picture that the service at `url` draws; its draft is in the target meanwhile."""
+    from httpx import TransportError
+    from tqdm import tqdm
+
+    from service.client import Client
+
+    format = _picture_format(targets[source])
+    data = source.read_bytes()
+    try:
+        with (
+            Client(url, os.environ.get("AFTERIMAGE_API_KEY", "")) as client,
+            tqdm(desc=source.name, unit="step", leave=False, disable=None) as bar,
+        ):
+            for update in client.decode(data, tier, format=format, previews=False, **asked):
+                if update.kind == "draft" and update.picture:
+                    _write(targets[source], update.picture)
+                bar.total = update.total or bar.total
+                bar.update(max(update.step - bar.n, 0))
+    except TransportError as e:
+        raise AfterimageError(f"{url}: {e}") from e
+    assert update.picture is not None
+    return update.picture
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -304,15 +336,19 @@ def _each(targets: dict[Path, Path], one: Callable[[Path], bytes]) -> int:
     failures = 0
     for source, target in tqdm(targets.items(), unit="file", disable=None):
         try:
-            data = one(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part = target.with_name(f".{target.name}.part")
-            part.write_bytes(data)
-            part.replace(target)
+            _write(target, one(source))
         except (AfterimageError, OSError) as e:
             failures += 1
             _complain(f"{source}: {e}")
     return 1 if failures else 0
+
+
+def _write(target: Path, data: bytes) -> None:
+    """All of it or nothing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    part.write_bytes(data)
+    part.replace(target)
 
 
 def _picture_format(target: Path) -> "OutputFormat":

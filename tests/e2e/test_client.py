@@ -5,10 +5,12 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from models import image
 from models.errors import Canceled
+from service.cli import main
 from service.client import ApiError, AsyncClient, Client
 from tests.conftest import Service, run_service
 
@@ -74,7 +76,7 @@ def test_refusals_are_errors_with_the_problem(url: str, small_msh: bytes) -> Non
             list(client.decode(small_msh, "best"))
         assert refused.value.status == 422
         with pytest.raises(ApiError) as refused:
-            list(client.decode(b"x"))
+            list(client.decode(b""))
         assert refused.value.status == 400
         assert refused.value.problem["type"].startswith("urn:afterimage:problem:")
 
@@ -135,3 +137,19 @@ def test_a_restarted_service_does_not_lose_its_listeners(
         assert kinds[-1] == "final"
         assert kinds.count("progress") == 100
         assert kinds.count("started") == 1
+
+
+def test_the_command_line_draws_at_a_service(
+    url: str, tmp_path: Path, small_msh: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.msh").write_bytes(small_msh)
+    source, out = str(tmp_path / "a.msh"), tmp_path / "a.webp"
+    assert main(["decode", source, "-o", str(out), "--url", url, "--tier", "ddim-10"]) == 0
+    there = image.read(out.read_bytes(), 10**6)
+    assert main(["decode", source, "-o", str(tmp_path / "b.png"), "--tier", "ddim-10"]) == 0
+    here = image.read((tmp_path / "b.png").read_bytes(), 10**6)
+    assert np.abs(there.astype(int) - here).max() <= 1  # other threads, other roundings
+    assert main(["decode", source, "-o", str(out), "--url", "http://127.0.0.1:1"]) == 1
+    told = capsys.readouterr().err
+    assert "127.0.0.1:1" in told
+    assert "Traceback" not in told

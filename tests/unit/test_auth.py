@@ -1,0 +1,243 @@
+"""API keys and signed links, asked for by a small application."""
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated
+
+import anyio
+import httpx
+import pytest
+from fastapi import Depends, FastAPI
+
+from service import auth, links, problems
+from service.auth import Caller, Keys, require
+from service.keys import KeysError, digest
+
+TOKEN = "ai_" + "k" * 43
+SECRET = b"0123456789abcdef0123456789abcdef"
+
+
+def table(token: str = TOKEN, name: str = "gallery", scopes: str = '["decode"]', *more: str) -> str:
+    return "\n".join(
+        ("[[keys]]", f'name = "{name}"', f'sha256 = "{digest(token)}"', f"scopes = {scopes}", *more)
+    )
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys.toml"
+    path.write_text(table())
+    return path
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is looked at for every key."""
+    monkeypatch.setattr(auth, "CHECK_S", 0.0)
+
+
+def application(keys: Keys | None, secret: bytes | None = None) -> FastAPI:
+    app = FastAPI()
+    problems.install(app)
+    app.state.keys, app.state.link_secret = keys, secret
+
+    @app.get("/decodes")
+    @app.post("/decodes")
+    async def decodes(caller: Annotated[Caller, Depends(require("decode"))]) -> str:
+        return caller.name
+
+    @app.get("/encodes")
+    async def encodes(caller: Annotated[Caller, Depends(require("encode"))]) -> str:
+        return caller.name
+
+    @app.api_route("/image", methods=["GET", "HEAD", "POST"])
+    async def image(caller: Annotated[Caller, Depends(require("decode", or_link=True))]) -> str:
+        return f"{caller.name} {sorted(caller.scopes)}"
+
+    return app
+
+
+def ask(app: FastAPI, url: str = "/decodes", method: str = "GET", **headers: str) -> httpx.Response:
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app, client=("192.0.2.7", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            sent = {name.replace("_", "-"): value for name, value in headers.items()}
+            return await client.request(method, url, headers=sent)
+
+    return anyio.run(send)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": f"Bearer {TOKEN}"},
+        {"Authorization": f"bearer {TOKEN}"},
+        {"X_API_Key": TOKEN},
+        {"Authorization": "Basic Zm9vOmJhcg==", "X_API_Key": TOKEN},
+    ],
+)
+def test_a_key_lets_its_caller_in(file: Path, headers: dict[str, str]) -> None:
+    answer = ask(application(Keys.read(file)), **headers)
+    assert (answer.status_code, answer.json()) == (200, "gallery")
+
+
+@pytest.mark.parametrize(
+    ("headers", "challenge"),
+    [
+        ({}, "Bearer"),
+        ({"Authorization": "Basic Zm9vOmJhcg=="}, "Bearer"),
+        ({"Authorization": "Bearer"}, "Bearer"),
+        ({"X_API_Key": ""}, "Bearer"),
+        ({"Authorization": f"Bearer {TOKEN}x"}, 'Bearer error="invalid_token"'),
+        ({"X_API_Key": TOKEN[:-1]}, 'Bearer error="invalid_token"'),
+        ({"X_API_Key": digest(TOKEN)}, 'Bearer error="invalid_token"'),
+        ({"X_API_Key": TOKEN.upper()}, 'Bearer error="invalid_token"'),
+        ({"Authorization": "Bearer x", "X_API_Key": TOKEN}, 'Bearer error="invalid_token"'),
+    ],
+)
+def test_no_key_or_a_wrong_one_is_unauthorized(
+    file: Path, headers: dict[str, str], challenge: str
+) -> None:
+    answer = ask(application(Keys.read(file)), **headers)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == challenge
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["type"] == "urn:afterimage:problem:unauthorized"
+    assert TOKEN not in answer.text
+
+
+def test_a_key_that_is_no_ascii_is_unauthorized(file: Path) -> None:
+    assert Keys.read(file).find("schlüssel\x00") is None
+
+
+def test_a_key_without_the_scope_is_forbidden(file: Path) -> None:
+    answer = ask(application(Keys.read(file)), "/encodes", X_API_Key=TOKEN)
+    assert answer.status_code == 403
+    assert answer.json()["detail"] == "the API key lacks the scope encode"
+    assert 'scope="encode"' in answer.headers["www-authenticate"]
+
+
+def test_without_keys_everybody_may_do_everything_under_its_address() -> None:
+    app = application(None)
+    for url in ("/decodes", "/encodes"):
+        assert ask(app, url).json() == "192.0.2.7"
+    assert ask(app, X_API_Key="any").json() == "192.0.2.7"
+
+
+def test_a_key_is_good_through_its_last_day(file: Path) -> None:
+    today = datetime.now(UTC).date()
+    for days, name in ((0, "gallery"), (30, "gallery"), (-1, None)):
+        expires = f"expires = {today + timedelta(days)}"
+        file.write_text(table(TOKEN, "gallery", '["decode"]', expires))
+        found = Keys.read(file).find(TOKEN)
+        assert (found.name if found else None) == name
+
+
+def test_each_key_has_its_own_scopes_and_limits(file: Path) -> None:
+    limits = ("requests_per_minute = 60", "jobs_at_once = 4")
+    other = table("ai_other", "press", '["encode", "admin"]', *limits)
+    file.write_text(f"{table()}\n{other}\n")
+    keys = Keys.read(file)
+    assert keys.find(TOKEN) == Caller("gallery", frozenset({"decode"}))
+    assert keys.find("ai_other") == Caller("press", frozenset({"encode", "admin"}), 60, 4)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_changed_file_is_read_again(file: Path) -> None:
+    app = application(Keys.read(file))
+    file.write_text(table("ai_new", "press"))
+    assert ask(app, X_API_Key=TOKEN).status_code == 401
+    assert ask(app, X_API_Key="ai_new").json() == "press"
+    file.write_text("")
+    assert ask(app, X_API_Key="ai_new").status_code == 401
+
+
+def test_a_withdrawn_key_is_refused_within_two_seconds(file: Path) -> None:
+    keys = Keys.read(file)
+    file.write_text("")
+    deadline = time.monotonic() + 2
+    while keys.find(TOKEN) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert keys.find(TOKEN) is None
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("breakage", [lambda f: f.write_text("[[keys]"), os.remove])
+def test_a_file_that_breaks_keeps_the_last_good_keys_and_is_told_once(
+    file: Path, breakage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = Keys.read(file)
+    breakage(file)
+    with caplog.at_level(logging.ERROR):
+        for _ in range(3):
+            assert keys.find(TOKEN) is not None
+    (record,) = caplog.records
+    assert str(file) in record.getMessage()
+    file.write_text(table("ai_new"))
+    assert keys.find(TOKEN) is None
+    assert keys.find("ai_new") is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[keys]]\nname = \n", "at line 2"),
+        ("keys = 3", "keys: Input should be a valid list"),
+        ("[[key]]", "key: Extra inputs are not permitted"),
+        ("[[keys]]", "keys.0.name: Field required"),
+        (table(name="a b"), "keys.0.name: String should match"),
+        (table(scopes='["decode", "all"]'), "keys.0.scopes.1: Input should be 'decode', 'encode'"),
+        (table(scopes="[]"), "keys.0.scopes: List should have at least 1 item"),
+        (table(TOKEN, "a", '["decode"]', "jobs_at_once = 0"), "keys.0.jobs_at_once: Input should"),
+        (table(TOKEN, "a", '["decode"]', 'expires = "soon"'), "keys.0.expires: Input should be"),
+        (table(TOKEN, "a", '["decode"]', "requests = 1"), "keys.0.requests: Extra inputs"),
+        (f'{table()}\n{table("ai_other")[:-30]}"', "no TOML"),
+        (f"{table()}\n{table(name='press')}", "two have the same sha256"),
+        (table().replace(digest(TOKEN), TOKEN), "keys.0.sha256: String should match"),
+    ],
+)
+def test_a_wrong_file_is_named_by_line_or_field(file: Path, text: str, said: str) -> None:
+    file.write_text(text)
+    with pytest.raises(KeysError) as caught:
+        Keys.read(file)
+    assert str(caught.value).startswith(f"{file}: ")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert TOKEN not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(KeysError, match="missing.toml: No such file or directory"):
+        Keys.read(tmp_path / "missing.toml")
+    (tmp_path / "keys.toml").write_bytes(b"\xff")
+    with pytest.raises(KeysError, match="keys.toml: no UTF-8"):
+        Keys.read(tmp_path / "keys.toml")
+
+
+def test_a_link_opens_its_picture_and_nothing_else(file: Path) -> None:
+    app = application(Keys.read(file), SECRET)
+    later = int(time.time()) + 60
+    url = links.sign(SECRET, "/image", "realism=0.5", later)
+    assert ask(app, url).json() == "link:192.0.2.7 []"
+    assert ask(app, url, "HEAD").status_code == 200
+    assert ask(app, url, "POST").status_code == 401
+    assert ask(app, url.replace("0.5", "0.6")).status_code == 401
+    assert ask(app, url.replace("/image", "/decodes")).status_code == 401
+    assert ask(app, links.sign(SECRET, "/decodes", "", later)).status_code == 401  # takes no links
+    assert ask(app, links.sign(SECRET, "/image", "", later - 61)).status_code == 401
+    assert ask(app, links.sign(secrets.token_bytes(), "/image", "", later)).status_code == 401
+    assert ask(application(Keys.read(file)), url).status_code == 401  # no secret, no links
+    assert ask(app, url, X_API_Key="wrong").status_code == 401
+    assert ask(app, url, X_API_Key=TOKEN).json() == "gallery ['decode']"
+
+
+def test_the_ways_to_send_a_key_are_described() -> None:
+    described = application(None).openapi()
+    assert described["components"]["securitySchemes"].keys() == {"HTTPBearer", "APIKeyHeader"}
+    used = described["paths"]["/decodes"]["post"]["security"]
+    assert used == [{"HTTPBearer": []}, {"APIKeyHeader": []}]
