@@ -33,8 +33,8 @@ check: $(READY) ## lint, formatting and types
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
-bench: $(READY) ## time and memory, against CompressAI in one process (PART=decode or diffusion)
-	@for part in $(or $(PART),decode diffusion); do $(BIN)/python -P tests/bench/$$part.py || exit; done
+bench: $(READY) ## time and memory, against CompressAI in one process (PART=decode, diffusion or http)
+	@for part in $(or $(PART),decode diffusion http); do $(BIN)/python -P tests/bench/$$part.py || exit; done
 
 fuzz: $(READY) ## mutated bitstreams of both formats; exit 1 on any violation (N=, SEED=)
 	@$(BIN)/python -P -W ignore tests/fuzz/bitstreams.py $(or $(N),100000) --seed $(or $(SEED),0)

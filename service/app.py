@@ -16,13 +16,18 @@ from service import (
     codecs,
     decodes,
     health,
+    metrics,
     pictures,
     problems,
     progress,
     schemas,
+    sharing,
 )
+from service.auth import Keys
 from service.deps import State
 from service.instant import Instant
+from service.quotas import Quotas
+from service.requests import Requests
 from service.settings import ServiceSettings
 from worker import store
 from worker.jobs import Jobs
@@ -41,7 +46,8 @@ diffusion decoder from the same bytes soon after.
 def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     """The API over the stores that `settings` (by default the environment) name.
 
-    Raises `NoRedis` for a wrong URL. Models are loaded at start-up; `WeightsError` ends it.
+    Raises `NoRedis` for a wrong URL, `KeysError` for a wrong file of API keys. Models are loaded at
+    start-up; `WeightsError` ends it.
     """
     chosen = settings or ServiceSettings()
     connected = store.connect(chosen)
@@ -49,7 +55,11 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.own = await anyio.to_thread.run_sync(_state, chosen, connected)
+        port = chosen.metrics_port
+        stop = metrics.serve(port, app.state.own.jobs) if port else None
         yield
+        if stop is not None:
+            await anyio.to_thread.run_sync(stop)
         connected.close()
         await app.state.own.streams.aclose()
 
@@ -60,9 +70,15 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         lifespan=lifespan,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
+    app.state.keys = Keys.read(chosen.api_keys) if chosen.api_keys else None
+    secret = chosen.link_secret
+    app.state.link_secret = secret.get_secret_value().encode() if secret else None
     problems.install(app)
-    for module in (decodes, pictures, progress, codecs, about, health):
+    for module in (decodes, pictures, progress, sharing, codecs, about, health):
         app.include_router(module.router)
+    if not chosen.metrics_port:
+        app.include_router(metrics.router)
+    app.add_middleware(Requests)  # the last, so that it is the outermost
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
@@ -78,12 +94,14 @@ def _state(settings: ServiceSettings, connected: Store) -> State:
     decoder = next((e for e in checkpoint.manifest() if e.kind == "decoder"), None)
     if decoder is None:
         raise WeightsError("the manifest names no diffusion decoder")
+    jobs = Jobs(connected, settings.job_timeout_s)
     return State(
         settings,
         loaded,
         decoder.weights_id,
         connected,
-        Jobs(connected, settings.job_timeout_s),
+        jobs,
+        Quotas(jobs, settings.requests_per_minute, settings.jobs_at_once),
         Instant(loaded, settings),
         store.streams(settings),
     )

@@ -1,4 +1,4 @@
-"""`afterimage serve | worker | encode | decode | inspect | weights`."""
+"""`afterimage serve | worker | encode | decode | inspect | keys | weights`."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from models.bitstream import METRICS
 from models.errors import AfterimageError
 from models.tiers import TIERS, Sampler, check_realism, check_seed, find, vary
-from service import __version__, weights
+from service import __version__, keys, weights
 from service.settings import ServiceSettings
 from worker.settings import prepare_process
 
@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("inputs", type=Path, nargs="+", metavar="IN")
     inspect.set_defaults(run=_inspect)
 
+    keys.add(commands.add_parser("keys", help="API keys: make one"))
     weights.add(commands.add_parser("weights", help="codec weights: import, export, list, remove"))
     return parser
 
@@ -123,11 +124,13 @@ def _serve(args: argparse.Namespace) -> int:
     import uvicorn
 
     from service.app import create_app
-    from worker import embed
+    from worker import embed, logs, tracing
 
     if args.workers < 0:
         return _complain("--workers must be 0 or more")
     _set_stores(args)
+    logs.setup("INFO")
+    tracing.setup("afterimage-api")
     signal.signal(signal.SIGTERM, _exit)  # so that everything started here is stopped
     settings = ServiceSettings()
 
@@ -149,7 +152,8 @@ def _serve(args: argparse.Namespace) -> int:
             create_app(ServiceSettings()),
             args.host,
             args.port,
-            log_level="warning",
+            log_config=None,
+            access_log=False,
             timeout_graceful_shutdown=STALLED_S,
         )
         server = Server(config)

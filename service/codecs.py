@@ -8,7 +8,7 @@ from models import bitstream, codec, image
 from models.bitstream import Bitstream, Format, Metric
 from models.errors import WrongWeights
 from service import problems, schemas
-from service.deps import Body, Own
+from service.deps import Body, Decoding, Encoding, Own
 
 router = APIRouter(prefix="/v1")
 
@@ -35,11 +35,12 @@ def _upload(description: str, *media_types: str) -> dict[str, Any]:
             "description": "The bitstream.",
             "headers": {"X-Afterimage-Bpp": {"schema": {"type": "number"}, "example": 0.21}},
         },
-        **problems.responses(413, 415, 422),
+        **problems.responses(413, 415, 422, 503, 504),
     },
 )
 async def encode(
     own: Own,
+    caller: Encoding,
     data: Body,
     quality: Annotated[
         int, Query(ge=1, le=8, description="1: smallest, 3: best; to 8 with imported weights.")
@@ -72,7 +73,7 @@ async def encode(
     openapi_extra=_upload("A bitstream.", _MEDIA_TYPE),
     responses=problems.responses(400, 413, 415, 422),
 )
-async def inspect(own: Own, data: Body) -> schemas.Inspection:
+async def inspect(own: Own, caller: Decoding, data: Body) -> schemas.Inspection:
     """What a bitstream's header says; nothing is decoded."""
     b = bitstream.parse(data, own.settings.max_pixels)
     try:

@@ -14,8 +14,9 @@ from models.bitstream import Bitstream
 from models.errors import ParameterError
 from models.image import OutputFormat
 from models.tiers import Settings, Tier
-from service import answers, pictures, problems, progress, schemas
-from service.deps import Accepted, Body, CallerName, Own, Preferred, State
+from service import answers, metrics, pictures, problems, progress, schemas
+from service.auth import Caller
+from service.deps import Accepted, Body, Decoding, Own, Preferred, State
 from service.instant import Drawn
 from service.negotiate import Preferences
 from service.problems import Busy, IdMismatch, KeyReused
@@ -43,7 +44,7 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
         "description": "With `Prefer: respond-async`: queued; the picture is not there yet.",
         "headers": {"Retry-After": {"schema": {"type": "integer"}, "example": 2}},
     },
-    **problems.responses(400, 406, 413, 415, 422, 429, 503, 504),
+    **problems.responses(400, 406, 413, 415, 422, 503, 504),
 }
 
 
@@ -135,7 +136,7 @@ async def decode(
     what: AskedFor,
     format: Accepted,
     prefer: Preferred,
-    caller: CallerName,
+    caller: Decoding,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Decode a bitstream.
@@ -148,8 +149,9 @@ async def decode(
         drawn = await own.instant.picture(sent.bitstream, sent.digest, format)
         return answers.picture(request, drawn.file, format, "instant", sent.timing(drawn))
     wanted = _decode(own, sent, what, what.settings)
+    request.state.job_id = wanted.id
     if idempotency_key is not None:
-        await anyio.to_thread.run_sync(_check_key, own, caller, idempotency_key, wanted.id)
+        await anyio.to_thread.run_sync(_check_key, own, caller.name, idempotency_key, wanted.id)
     return await _Submission(own, request, sent, wanted, what, format, prefer, caller).answer()
 
 
@@ -171,7 +173,7 @@ async def put(
     what: AskedFor,
     format: Accepted,
     prefer: Preferred,
-    caller: CallerName,
+    caller: Decoding,
 ) -> Response:
     """As `POST`, under the id that the client computed from the content.
 
@@ -183,6 +185,7 @@ async def put(
     if what.settings is None:
         raise ParameterError("an instant picture has no id: ask for a diffusion tier, or POST")
     wanted = _decode(own, sent, what, what.settings)
+    request.state.job_id = wanted.id
     if wanted.id != id:
         raise IdMismatch(f"this content's id is {wanted.id}")
     submission = _Submission(own, request, sent, wanted, what, format, prefer, caller)
@@ -203,7 +206,7 @@ class _Submission:
     what: Asked
     format: OutputFormat
     prefer: Preferences
-    caller: str
+    caller: Caller
     made: bool = False  # whether the job is new
 
     async def answer(self) -> Response:
@@ -211,6 +214,7 @@ class _Submission:
         location = f"/v1/decodes/{self.decode.id}"
         headers = {"Location": location, "Link": f'<{location}/image>; rel="upgrade"'}
         finished = await pictures.finished(self.own, self.decode, self.format)
+        metrics.cache("picture", finished is not None)
         if finished is not None:
             return self._picture(finished, self.decode.tier, {**headers, "X-Cache": "hit"})
         headers["X-Cache"] = "miss"
@@ -237,9 +241,16 @@ class _Submission:
         return JSONResponse(state.model_dump(mode="json"), 202, headers)
 
     async def _submit(self) -> None:
-        _, self.made = await anyio.to_thread.run_sync(
-            self.own.jobs.submit, self.decode, self.sent.data, self.caller, self.what.hold_s
-        )
+        def submit() -> bool:
+            self.own.quotas.job(self.caller, self.decode.id)
+            jobs, data, hold_s = self.own.jobs, self.sent.data, self.what.hold_s
+            state, made = jobs.submit(self.decode, data, self.caller.name, hold_s)
+            eta_s = costs.eta_s(jobs, state) if made else None
+            if eta_s is not None:
+                jobs.promise(state.id, eta_s)
+            return made
+
+        self.made = await anyio.to_thread.run_sync(submit)
 
     def _picture(self, file: bytes, tier: str, headers: dict[str, str]) -> Response:
         return answers.picture(self.request, file, self.format, tier, headers)
@@ -265,6 +276,7 @@ def _admit(own: State) -> None:
     backlog, limit = costs.backlog_s(own.jobs), own.settings.max_backlog_s
     if backlog > limit:
         retry_after = str(math.ceil(backlog - limit))
+        metrics.shed("backlog")
         raise Busy(f"{backlog:.0f} s of work are queued", {"Retry-After": retry_after})
 
 

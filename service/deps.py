@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Annotated
 
+import anyio.to_thread
 from fastapi import Depends, Header, Request
 from redis.asyncio import Redis as AsyncRedis
 from starlette.datastructures import UploadFile
@@ -13,9 +14,11 @@ from models.errors import MalformedHeader
 from models.image import OutputFormat
 from models.library import Library
 from service import negotiate
+from service.auth import Caller, require
 from service.instant import Instant
 from service.negotiate import Preferences
 from service.problems import BodyTooLarge
+from service.quotas import Quotas
 from service.settings import ServiceSettings
 from worker.jobs import Jobs
 from worker.store import Store
@@ -30,6 +33,7 @@ class State:
     decoder_weights: str
     store: Store
     jobs: Jobs
+    quotas: Quotas
     instant: Instant
     streams: AsyncRedis  # for reads that wait
 
@@ -77,9 +81,38 @@ async def _first_file(request: Request, data: bytes) -> bytes:
     raise MalformedHeader("the multipart form holds no file")
 
 
-def caller_name(request: Request) -> str:
-    """Who asks."""
-    return request.client.host if request.client else ""
+async def counted(request: Request, own: State, who: Caller) -> Caller:
+    """Who asks, once this request is within its quota. Raises `TooManyRequests`."""
+    request.state.caller = who.name
+    request.state.quota = await anyio.to_thread.run_sync(own.quotas.request, who)
+    return who
+
+
+async def decoding(
+    request: Request,
+    own: Annotated[State, Depends(state)],
+    who: Annotated[Caller, Depends(require("decode"))],
+) -> Caller:
+    """Who may decode."""
+    return await counted(request, own, who)
+
+
+async def encoding(
+    request: Request,
+    own: Annotated[State, Depends(state)],
+    who: Annotated[Caller, Depends(require("encode"))],
+) -> Caller:
+    """Who may encode."""
+    return await counted(request, own, who)
+
+
+async def viewing(
+    request: Request,
+    own: Annotated[State, Depends(state)],
+    who: Annotated[Caller, Depends(require("decode", or_link=True))],
+) -> Caller:
+    """Who may see a picture: decoders, and holders of a link to it."""
+    return await counted(request, own, who)
 
 
 def accepted(
@@ -102,6 +135,8 @@ def preferred(
 
 Own = Annotated[State, Depends(state)]
 Body = Annotated[bytes, Depends(body)]
-CallerName = Annotated[str, Depends(caller_name)]
+Decoding = Annotated[Caller, Depends(decoding)]
+Encoding = Annotated[Caller, Depends(encoding)]
+Viewing = Annotated[Caller, Depends(viewing)]
 Accepted = Annotated[OutputFormat, Depends(accepted)]
 Preferred = Annotated[Preferences, Depends(preferred)]

@@ -15,11 +15,9 @@ from models import codec, image
 from models.bitstream import Bitstream
 from models.image import OutputFormat, Pixels
 from models.library import Library
+from service import metrics
 from service.problems import Busy, DeadlineExceeded
 from service.settings import ServiceSettings
-
-KEPT_BYTES = 64 * 2**20
-"""Instant pictures that a process keeps, so that repeats are quick with Redis away, too."""
 
 T = TypeVar("T")
 
@@ -39,18 +37,21 @@ class Instant:
         self.library = library
         self.settings = settings
         self._places = anyio.CapacityLimiter(settings.decodes_at_once)
-        self._kept: LRUCache[tuple[str, str, OutputFormat], bytes] = LRUCache(KEPT_BYTES, len)
+        self._kept: LRUCache[tuple[str, str, OutputFormat], bytes]  # repeats are quick, Redis or no
+        self._kept = LRUCache(settings.instant_cache_bytes, len)
         self._seconds = 0.3  # of a turn, lately
 
     async def picture(self, b: Bitstream, digest: str, format: OutputFormat) -> Drawn:
         """The instant picture of a bitstream. Raises as `Codec.latents` and `run`."""
         name = digest, self.library.codec_id(b), format
         kept = self._kept.get(name)
+        metrics.cache("draft", kept is not None)
         if kept is not None:
             return Drawn(kept)
         asked = time.perf_counter()
         drawn = await self.run(lambda: self._draw(b, format, asked))
-        if len(drawn.file) < KEPT_BYTES // 4:
+        metrics.stages(drawn.stages)
+        if len(drawn.file) < self._kept.maxsize / 4:
             self._kept[name] = drawn.file
         return drawn
 
@@ -67,6 +68,7 @@ class Instant:
         if waiting >= self.settings.waiting_line:
             turns = (waiting + 1) / self.settings.decodes_at_once
             retry_after = str(math.ceil(turns * self._seconds))
+            metrics.shed("line")
             raise Busy(f"{waiting} requests wait already", {"Retry-After": retry_after})
         try:
             with anyio.fail_after(self.settings.request_timeout_s):
@@ -75,6 +77,7 @@ class Instant:
                 )
         except TimeoutError as e:
             limit = self.settings.request_timeout_s
+            metrics.shed("timeout")
             raise DeadlineExceeded(f"no answer within {limit:g} s") from e
 
     def _timed(self, work: Callable[[], T]) -> T:

@@ -13,7 +13,7 @@ from models.errors import ParameterError
 from models.image import OutputFormat
 from models.library import provenance
 from service import answers, problems, progress, schemas
-from service.deps import Accepted, CallerName, Own, Preferred, State
+from service.deps import Accepted, Own, Preferred, State, Viewing
 from service.instant import Drawn
 from service.problems import Conflict, JobNotFound, PictureGone
 from worker.records import Decode, JobState
@@ -23,9 +23,9 @@ router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
 _RANKS = {name: rank for rank, name in enumerate(tiers.TIERS)}
 
 
-@router.api_route(
+@router.head("/{id}/image", include_in_schema=False)
+@router.get(
     "/{id}/image",
-    methods=["GET", "HEAD"],
     summary="The best picture there is",
     response_class=Response,
     responses={
@@ -33,7 +33,7 @@ _RANKS = {name: rank for rank, name in enumerate(tiers.TIERS)}
         202: {"model": schemas.Decode, "description": "`min_tier` is not reached yet."},
         206: {"content": schemas.PICTURES, "description": "The part that `Range` asks for."},
         304: {"description": "The picture that If-None-Match names is still the best."},
-        **problems.responses(404, 406, 409, 410, 416, 422, 503),
+        **problems.responses(404, 406, 409, 410, 416, 422, 503, 504),
     },
 )
 async def picture(
@@ -42,7 +42,7 @@ async def picture(
     request: Request,
     format: Accepted,
     prefer: Preferred,
-    caller: CallerName,
+    caller: Viewing,
     min_tier: Annotated[
         str, Query(description="At least this tier: 202 while it is pending.")
     ] = "instant",
@@ -53,10 +53,10 @@ async def picture(
 ) -> Response:
     """The finished picture, or the instant one while there is none; `X-Afterimage-Tier` says."""
     tiers.find(min_tier)
-    state = await progress.look(own, id, caller)
+    state = await progress.look(own, id, caller.name)
     if min_tier != "instant" and prefer.wait_s:
         await progress.until_ended(own, id, prefer.wait_s)
-        state = await progress.look(own, id, caller)
+        state = await progress.look(own, id, caller.name)
     if state.status == "expired":
         raise PictureGone(f"the picture of decode {id} is no longer kept; retry makes it again")
     if state.status != "succeeded" and min_tier != "instant":
@@ -82,9 +82,9 @@ async def picture(
         **problems.responses(404, 503),
     },
 )
-async def preview(own: Own, id: str, caller: CallerName) -> Response:
+async def preview(own: Own, id: str, caller: Viewing) -> Response:
     """The last estimate of a decode that is being drawn while its events are read."""
-    await progress.look(own, id, caller)
+    await progress.look(own, id, caller.name)
     file = await anyio.to_thread.run_sync(own.store.preview, id)
     if file is None:
         raise JobNotFound(f"there is no preview of decode {id}")

@@ -11,6 +11,7 @@ from pydantic.config import JsonDict
 from starlette.exceptions import HTTPException
 
 from models import errors
+from service import metrics
 from worker.store import RedisError
 
 MEDIA_TYPE = "application/problem+json"
@@ -150,11 +151,13 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RedisError)
     async def _store(_request: Request, _e: RedisError) -> JSONResponse:
+        metrics.shed("redis")
         return problem(503, "queue-away", "the queue cannot be used; instant decodes still work")
 
     @app.exception_handler(Exception)
-    async def _unexpected(_request: Request, _e: Exception) -> JSONResponse:
-        return problem(500, "internal-error", "an unexpected error; it was logged")
+    async def _unexpected(request: Request, _e: Exception) -> JSONResponse:
+        ids = {"X-Request-Id": getattr(request.state, "request_id", "")}
+        return problem(500, "internal-error", "an unexpected error; it was logged", ids)
 
 
 def _kind(name: str) -> str:
@@ -185,7 +188,11 @@ _MEANING = {
 }
 
 
+_OF_KEYS = (401, 403, 429)
+
+
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI entries for the problems that an operation may answer with."""
+    """OpenAPI entries for the problems that an operation may answer with, besides those of keys."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {s: {"description": _MEANING[s], "content": content} for s in statuses}
+    known = sorted({*_OF_KEYS, *statuses})
+    return {s: {"description": _MEANING[s], "content": content} for s in known}

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from service import problems, schemas
-from service.deps import CallerName, Own, Preferred, State
+from service.deps import Decoding, Own, Preferred, State
 from service.problems import Conflict, JobNotFound, PictureGone
 from worker import costs, events
 from worker.events import Event
@@ -27,13 +27,17 @@ RECONNECT_MS = 2000
 _EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
 
 
-@router.get("/{id}", summary="Where a decode stands", responses=problems.responses(404, 410, 503))
+@router.get(
+    "/{id}",
+    summary="Where a decode stands",
+    responses=problems.responses(404, 410, 503),
+)
 async def status(
-    own: Own, id: str, prefer: Preferred, caller: CallerName, response: Response
+    own: Own, id: str, prefer: Preferred, caller: Decoding, response: Response
 ) -> schemas.Decode:
     """Status, steps done, place in the queue; with `Prefer: wait=N`, once it has ended or after N
     seconds."""
-    await _kept(own, id, caller)
+    await _kept(own, id, caller.name)
     if prefer.wait_s:
         await until_ended(own, id, prefer.wait_s)
         response.headers["Preference-Applied"] = f"wait={prefer.wait_s}"
@@ -41,9 +45,9 @@ async def status(
     return await anyio.to_thread.run_sync(view, own, id)
 
 
-async def _followed(own: Own, id: str, caller: CallerName) -> JobState:
+async def _followed(own: Own, id: str, caller: Decoding) -> JobState:
     """Raised before the stream begins: what is wrong with the id."""
-    return await _kept(own, id, caller)
+    return await _kept(own, id, caller.name)
 
 
 @router.get(
@@ -55,7 +59,7 @@ async def _followed(own: Own, id: str, caller: CallerName) -> JobState:
 async def follow(
     own: Own,
     id: str,
-    caller: CallerName,
+    caller: Decoding,
     state: Annotated[JobState, Depends(_followed)],
     last_event_id: Annotated[
         str | None, Header(description="Of the last event that was read: the next comes first.")
@@ -65,7 +69,7 @@ async def follow(
     canceled`."""
     after = last_event_id if _EVENT_ID.fullmatch(last_event_id or "") else "0"
     yield ServerSentEvent(comment="connected", retry=RECONNECT_MS)
-    async for event in _events(own, id, str(after), caller):
+    async for event in _events(own, id, str(after), caller.name):
         data = event.data | {"id": id}
         if event.kind == "preview":
             data["image"] = f"/v1/decodes/{id}/preview?step={event.data['step']}"
@@ -80,14 +84,15 @@ async def follow(
         **problems.responses(404, 409, 503),
     },
 )
-async def withdraw(own: Own, id: str, caller: CallerName) -> Response:
+async def withdraw(own: Own, id: str, caller: Decoding) -> Response:
     """The caller no longer wants the picture; where nobody else does, the job ends."""
 
     def stop() -> tuple[schemas.Decode, bool]:
         state = _find(own, id)
         if state.status in ENDED:
             raise Conflict(f"decode {id} is {state.status} already")
-        wanted = own.jobs.withdraw(id, caller)
+        wanted = own.jobs.withdraw(id, caller.name)
+        own.quotas.ended(caller, id)
         shown = view(own, id)
         return shown, shown.status == "running" and not wanted
 
@@ -101,7 +106,7 @@ async def withdraw(own: Own, id: str, caller: CallerName) -> Response:
     summary="Try again",
     responses=problems.responses(404, 409, 503),
 )
-async def retry(own: Own, id: str, caller: CallerName, response: Response) -> schemas.Decode:
+async def retry(own: Own, id: str, caller: Decoding, response: Response) -> schemas.Decode:
     """Queue a decode again that failed, was canceled, or whose picture is no longer kept."""
 
     def again() -> schemas.Decode:
@@ -111,7 +116,8 @@ async def retry(own: Own, id: str, caller: CallerName, response: Response) -> sc
         data = own.store.bitstream(state.decode.digest)
         if data is None:
             raise JobNotFound(f"the bitstream of decode {id} is no longer kept; send it again")
-        own.jobs.submit(state.decode, data, caller)
+        own.quotas.job(caller, id)
+        own.jobs.submit(state.decode, data, caller.name)
         return view(own, id)
 
     response.headers["Location"] = f"/v1/decodes/{id}"

@@ -205,6 +205,30 @@ class Model(BaseModel):
         )  # fmt: skip
 
 
+class Link(BaseModel):
+    """A signed URL."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "url": "/v1/decodes/3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e/image?min_tier=instant"
+                    "&realism=1.0&expires=1767268800&signature=Zk3…",
+                    "expires": "2026-01-01T12:00:00Z",
+                }
+            ]
+        }
+    )
+
+    url: str
+    expires: datetime
+
+    @classmethod
+    def until(cls, url: str, seconds: int) -> "Link":
+        """`seconds` since the epoch."""
+        return cls(url=url, expires=datetime.fromtimestamp(seconds, UTC))
+
+
 class Limits(BaseModel):
     """Caps on requests."""
 

@@ -1,6 +1,8 @@
 """Settings of the API, from the environment; the stores' settings are the worker's."""
 
-from pydantic import Field
+from pathlib import Path
+
+from pydantic import Field, SecretStr
 
 from worker.settings import WorkerSettings
 
@@ -12,8 +14,22 @@ class ServiceSettings(WorkerSettings):
     max_megapixel_steps: float = Field(
         4000, gt=0, description="largest job: megapixels times steps; about 0.6 s each on 2 cores"
     )
+    api_keys: Path | None = Field(
+        None, description="TOML file of API keys; none: no authentication"
+    )
+    link_secret: SecretStr | None = Field(
+        None, min_length=32, description="signs links; one for all API processes"
+    )
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="of a caller whose key names no limit"
+    )
+    jobs_at_once: int | None = Field(None, ge=1, description="likewise, jobs that have not ended")
+    metrics_port: int = Field(0, ge=0, le=65535, description="of /metrics; 0: the API's own port")
     max_backlog_s: float = Field(
         900, gt=0, description="work that may be queued; beyond it new jobs are refused"
+    )
+    instant_cache_bytes: int = Field(
+        64 * 2**20, ge=0, description="instant pictures that an API process keeps"
     )
     decodes_at_once: int = Field(
         2, ge=1, description="instant decodes in parallel; each uses all threads"

@@ -1,6 +1,8 @@
 """The contract between API and workers: what a job is, where it stands, how it is handed over."""
 
 import contextlib
+import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +13,7 @@ from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from worker import events
+from worker import events, figures, logs, tracing
 from worker.records import Decode, JobState, Status, end, fresh
 from worker.store import RECORD_TTL_S, Store
 
@@ -39,12 +41,22 @@ WATCHED_S = 30
 """How long previews are drawn after an event stream was last read."""
 
 
+NAME = f"{socket.gethostname()}-{os.getpid()}"
+"""Of this process, in figures."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What the outside wants of a running job."""
 
     wanted: bool  # else it should stop
     watched: bool  # previews are looked at
+
+
+def _origin() -> dict[str, str]:
+    """The request that queues a job, for the log and the trace of who runs it."""
+    traceparent = tracing.inject().get("traceparent", "")
+    return {"request_id": logs.request_id.get(), "traceparent": traceparent}
 
 
 class Jobs:
@@ -77,7 +89,7 @@ class Jobs:
                     pipe.multi()
                     pipe.set(self.store.key("bitstream", decode.digest), data, ex=RECORD_TTL_S)
                     pipe.delete(key)
-                    pipe.hset(key, mapping=fresh(decode))
+                    pipe.hset(key, mapping=fresh(decode) | _origin())
                     pipe.expire(key, RECORD_TTL_S)
                     self._enqueue(decode.id, pipe)
                     events.tell(self.store, pipe, decode.id, "queued")
@@ -113,6 +125,10 @@ class Jobs:
         """Who asks is interested still; who has withdrawn is not by asking."""
         key = self._interest(job_id)
         self.store.queue.zadd(key, {caller: time.time() + seconds}, xx=True, gt=True)
+
+    def promise(self, job_id: str, seconds: float) -> None:
+        """Remember what was predicted when the job was queued."""
+        self.store.queue.hset(self.key(job_id), "eta_s", str(seconds))
 
     def watch(self, job_id: str) -> None:
         """Somebody reads the job's events: previews are worth drawing for a while."""
@@ -171,6 +187,7 @@ class Jobs:
                     pipe.hset(self.key(job_id), mapping={"status": "queued", "step": 0})
                     self._enqueue(job_id, pipe, at_front=True)
                     events.tell(self.store, pipe, job_id, "queued", attempts=state.attempts)
+                    figures.add(self.store, pipe, figures.LEASES_LOST)
                 else:
                     self._finish(pipe, job_id, "failed", GIVEN_UP)
 
@@ -219,7 +236,10 @@ class Jobs:
         self.store.put_picture(job_id, png)
         state = self.record(job_id)
         if state is not None and state.started:
-            self._measured((time.time() - state.started) / state.decode.work)
+            seconds = time.time() - state.started
+            self._measured(seconds / state.decode.work)
+            figures.measured(self.store, NAME, seconds, state.decode.work)
+            figures.predicted(self.store, time.time() - state.created, state.eta_s)
         self._end(job_id, "succeeded")
 
     def failed(self, job_id: str, error: str) -> None:
@@ -264,6 +284,7 @@ class Jobs:
         pipe.srem(self._waiting, job_id)
         kind = events.END_OF[status]
         events.tell(self.store, pipe, job_id, kind, **({"error": error} if error else {}))
+        figures.add(self.store, pipe, f"ended:{status}")
 
     def _change(
         self, job_id: str, also: str, change: Callable[[str, JobState | None, Pipeline], None]

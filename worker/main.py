@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable
 
+from worker import logs, tracing
 from worker.settings import WorkerSettings, prepare_process
 
 log = logging.getLogger("afterimage.worker")
@@ -11,7 +12,8 @@ log = logging.getLogger("afterimage.worker")
 
 def main() -> int:
     """Load the models, then run jobs until SIGTERM or SIGINT; a running job is finished first."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logs.setup("INFO")
+    tracing.setup("afterimage-worker")
     settings = WorkerSettings()
     if not settings.redis_url:
         print("a worker needs REDIS_URL, the queue that it serves", file=sys.stderr)  # noqa: T201

@@ -57,6 +57,9 @@ class JobState:
     started: float
     ended: float
     error: str
+    eta_s: float = 0.0  # what was predicted at submission; 0: nothing
+    request_id: str = ""  # of the request that queued it, and its trace
+    traceparent: str = ""
 
     @classmethod
     def of(cls, job_id: str, row: Mapping[bytes, bytes]) -> "JobState | None":
@@ -76,6 +79,9 @@ class JobState:
             started=float(fields["started"]),
             ended=float(fields["ended"]),
             error=fields["error"],
+            eta_s=float(fields.get("eta_s", 0)),
+            request_id=fields.get("request_id", ""),
+            traceparent=fields.get("traceparent", ""),
         )
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from models import bitstream, codec, image
 from models.errors import AfterimageError, Canceled, WrongWeights
 from models.library import Library, provenance
+from worker import logs, tracing
 from worker.jobs import BEAT_S, Jobs
-from worker.records import Decode
+from worker.records import Decode, JobState
 from worker.store import RedisError
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,17 @@ def enhance(job_id: str) -> None:
     if data is None:
         jobs.failed(job_id, "the bitstream is no longer kept; send it again")
         return
+    origin = {"traceparent": state.traceparent}
+    with (
+        logs.bound(state.request_id, job_id),
+        tracing.extract(origin),
+        tracing.span("decode job", "consumer", **{"afterimage.job_id": job_id}),
+    ):
+        _run(jobs, state, data)
+
+
+def _run(jobs: Jobs, state: JobState, data: bytes) -> None:
+    job_id = state.id
     if not jobs.wanted(job_id):
         jobs.unwanted(job_id)
         return
@@ -111,6 +123,7 @@ def enhance(job_id: str) -> None:
         raise
     else:
         jobs.succeeded(job_id, png)
+        log.info("job %s: %d steps drawn", job_id, state.decode.settings.steps)
     finally:
         Context.keeper.current = None
 

@@ -39,9 +39,9 @@ def test_a_committed_stream_decodes_to_the_cards_psnr(
 
 
 def test_a_photograph_becomes_bytes_then_a_draft_then_the_perceptual_picture(
-    service: Service, small: image.Pixels
+    service: Service, photo: image.Pixels
 ) -> None:
-    client = service.client
+    client, small = service.client, photo[101:201, 200:350].copy()
     encoded = client.post("/v1/encodes", params={"quality": 2}, content=image.write(small, "png"))
     assert encoded.status_code == 200
     bpp = 8 * len(encoded.content) / small[..., 0].size

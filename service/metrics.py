@@ -1,0 +1,113 @@
+"""`GET /metrics`: what this process measured, and what the queue and its workers left in Redis."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Literal
+
+import anyio.to_thread
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse, Response
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+    start_http_server,
+)
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from service.collector import Queue
+from worker.jobs import Jobs
+
+if TYPE_CHECKING:
+    from service.deps import State
+
+ShedReason = Literal["line", "backlog", "memory", "timeout", "redis"]
+"""Why a request got 503 or 504: the line for the cores, the queue's backlog, its memory, the
+request's deadline, Redis away."""
+
+_REQUESTS = Histogram(
+    "afterimage_request_duration_seconds", "Seconds from a request's start to its answer's end.",
+    ("route", "method", "status"), registry=None,
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)  # fmt: skip
+_STAGES = Histogram(
+    "afterimage_stage_duration_seconds", "Seconds of an instant decode's stages.", ("stage",),
+    registry=None, buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+)  # fmt: skip
+_CACHE = Counter(
+    "afterimage_cache_lookups", "Looks for a picture that may be kept.", ("cache", "result"),
+    registry=None,
+)  # fmt: skip
+_SHED = Counter(
+    "afterimage_shed_requests", "Requests that were refused or given up.", ("reason",),
+    registry=None,
+)  # fmt: skip
+_RATE_LIMITED = Counter(
+    "afterimage_rate_limited_requests", "Requests beyond their caller's quota.", registry=None
+)
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
+router = APIRouter(tags=["health"])
+
+
+def request(route: str, method: str, status: int, seconds: float) -> None:
+    """A request ended; methods that no route has count as one."""
+    known = method if method in _METHODS else "other"
+    _REQUESTS.labels(route, known, f"{status // 100}xx").observe(seconds)
+
+
+def stages(spans_ms: Mapping[str, float]) -> None:
+    """The stages of an instant decode (parse, entropy, g_s, encode), in ms as in Server-Timing."""
+    for stage, ms in spans_ms.items():
+        _STAGES.labels(stage).observe(ms / 1e3)
+
+
+def cache(name: Literal["draft", "picture"], hit: bool) -> None:
+    """A picture was looked for."""
+    _CACHE.labels(name, "hit" if hit else "miss").inc()
+
+
+def shed(reason: ShedReason) -> None:
+    """A request was refused, or given up."""
+    _SHED.labels(reason).inc()
+
+
+def rate_limited() -> None:
+    """A caller's quota was used up."""
+    _RATE_LIMITED.inc()
+
+
+def registry(jobs: Jobs) -> CollectorRegistry:
+    """Everything that the page shows."""
+    made = CollectorRegistry()
+    for metric in (_REQUESTS, _STAGES, _CACHE, _SHED, _RATE_LIMITED, Queue(jobs)):
+        made.register(metric)
+    ProcessCollector(registry=made)
+    PlatformCollector(registry=made)
+    return made
+
+
+@router.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
+async def page(request: Request) -> Response:
+    """Prometheus text exposition: requests and stages of this process; queue, jobs and workers of
+    all. Where Redis is away, the process's own remain and `afterimage_redis_up` is 0."""
+    own: State = request.app.state.own
+    text = await anyio.to_thread.run_sync(generate_latest, registry(own.jobs))
+    headers = {"Cache-Control": "no-store"}
+    return Response(text, headers=headers, media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+def serve(port: int, jobs: Jobs, host: str = "0.0.0.0") -> Callable[[], None]:
+    """Show the page on a port of its own; the returned function ends that.
+
+    Raises `OSError` where the port is taken.
+    """
+    server, thread = start_http_server(port, host, registry(jobs))
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return stop

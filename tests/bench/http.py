@@ -1,0 +1,182 @@
+"""`instant` over HTTP: against the same decode in-process, and against a plain CompressAI server.
+
+make bench PART=http
+
+Each server in turn, in a process of its own with all cores; the client keeps so many requests in
+flight. The pictures are PNG; every request is computed (no cache).
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+sys.path.append(str(Path(__file__).parent))
+import machine
+
+from models import bitstream, codec, image, zoo
+from worker.settings import WorkerSettings, prepare_process
+
+PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
+CONCURRENCY = (1, 2, 8, 32)
+REQUESTS = {1: 30, 2: 40, 8: 60, 32: 96}
+QUALITY = 2
+PLAIN = """
+import io, sys
+import torch, uvicorn
+from fastapi import FastAPI, Request, Response
+from PIL import Image
+sys.path.append({bench!r})
+import decode as bench
+from models import bitstream
+own = bench._codec("shipped")
+net = bench._reference(own)
+app = FastAPI()
+
+def draw(data):
+    b = bitstream.parse(data)
+    shape = [side // 64 for side in bitstream.padded(b.height, b.width)]
+    with torch.inference_mode():
+        x = net.decompress([[b.y_string], [b.z_string]], shape)["x_hat"]
+    x = (x[0, :, :b.height, :b.width] * 255).round().byte().permute(1, 2, 0).contiguous()
+    out = io.BytesIO()
+    Image.fromarray(x.numpy()).save(out, "PNG")
+    return out.getvalue()
+
+@app.get("/livez")
+def livez():
+    return "ok"
+
+@app.post("/v1/decodes")
+async def decode(request: Request):
+    from starlette.concurrency import run_in_threadpool
+    made = await run_in_threadpool(draw, await request.body())
+    return Response(made, media_type="image/png")
+
+uvicorn.run(app, port={port}, log_level="warning")
+"""
+
+
+@contextlib.contextmanager
+def server(plain: bool) -> Iterator[str]:
+    """Ours, without workers, or the plain one."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    code = PLAIN.format(bench=str(Path(__file__).parent), port=port)
+    ours = ["-m", "service.cli", "serve", "--port", str(port), "--workers", "0"]
+    command = [sys.executable, "-P", "-W", "ignore", *(["-c", code] if plain else ours)]
+    environment = os.environ | {"AFTERIMAGE_INSTANT_CACHE_BYTES": "0"}
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/livez").status_code == 200:
+                    break
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def load(url: str, data: bytes, at_once: int, requests: int) -> dict[str, float]:
+    """Latencies in ms and pictures a second."""
+    spent: list[float] = []
+    left = iter(range(requests))
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+
+        async def one() -> None:
+            for _ in left:
+                began = time.perf_counter()
+                answer = await client.post("/v1/decodes", content=data)
+                answer.raise_for_status()
+                spent.append((time.perf_counter() - began) * 1e3)
+
+        await client.post("/v1/decodes", content=data)
+        began = time.perf_counter()
+        await asyncio.gather(*(one() for _ in range(at_once)))
+        seconds = time.perf_counter() - began
+    cuts = statistics.quantiles(spent, n=100, method="inclusive")
+    found = {"p50": cuts[49], "p90": cuts[89], "p99": cuts[98], "best": min(spent)}
+    return found | {"per_s": requests / seconds}
+
+
+def in_process(data: bytes) -> dict[str, float]:
+    """ms of the same work without HTTP: the decode, and the picture's file."""
+    own = zoo.load(QUALITY)
+    b = bitstream.parse(data)
+    decodes, files = [], []
+    for _ in range(31):
+        marks = [time.perf_counter()]
+        x_hat = own.synthesis(own.latents(bitstream.parse(data)).y_hat)
+        pixels = codec.to_pixels(codec.crop(x_hat, b.height, b.width))
+        marks.append(time.perf_counter())
+        image.write(pixels, "png")
+        marks.append(time.perf_counter())
+        decodes.append((marks[1] - marks[0]) * 1e3)
+        files.append((marks[2] - marks[1]) * 1e3)
+    return {
+        "decode_p50": statistics.median(decodes[1:]), "decode_best": min(decodes),
+        "png_p50": statistics.median(files[1:]), "png_best": min(files),
+    }  # fmt: skip
+
+
+def main() -> int:
+    prepare_process(WorkerSettings())
+    own = zoo.load(QUALITY)
+    x = codec.to_tensor(image.read(PHOTO.read_bytes(), 10**7))
+    streams = {
+        name: bitstream.serialize(own.encode(x, format, "exact"))
+        for name, format in (("float", "compressai"), ("exact", "msh"))
+    }
+    inside = {name: in_process(data) for name, data in streams.items()}
+    rows: list[dict[str, Any]] = []
+    for name in ("float", "exact", "plain CompressAI"):
+        with server(name == "plain CompressAI") as url:
+            for at_once in CONCURRENCY:
+                data = streams.get(name, streams["float"])
+                found = asyncio.run(load(url, data, at_once, REQUESTS[at_once]))
+                rows.append({"server": name, "at_once": at_once} | found)
+    about = machine.describe()
+    document = {"machine": about, "in_process": inside, "rows": rows}
+    machine.write("http", document, _table(rows, inside, about))
+    return 0
+
+
+def _table(
+    rows: list[dict[str, Any]], inside: dict[str, dict[str, float]], about: dict[str, str]
+) -> str:
+    lines = [
+        "# `instant` over HTTP, 768×512\n",
+        ", ".join(f"{k} {v}" for k, v in about.items()) + "\n",
+        "| server | requests at once | p50 ms | p90 | p99 | best | pictures/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = [f"{r[name]:.0f}" for name in ("p50", "p90", "p99", "best")]
+        lines.append(f"| {r['server']} | {r['at_once']} | {' | '.join(cells)} | {r['per_s']:.1f} |")
+    lines.append("\nIn-process, and what HTTP adds to a request that is alone (best of each):\n")
+    for name, ms in inside.items():
+        (alone,) = (r for r in rows if r["server"] == name and r["at_once"] == 1)
+        added = alone["best"] - ms["decode_best"] - ms["png_best"]
+        lines.append(
+            f"- {name}: decode {ms['decode_p50']:.0f} ms (best {ms['decode_best']:.0f}), PNG file "
+            f"{ms['png_p50']:.0f} (best {ms['png_best']:.0f}); HTTP adds {added:.1f} ms."
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

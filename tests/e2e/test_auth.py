@@ -1,0 +1,135 @@
+"""A service with API keys: who may do what, how often, and links for those without a key."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service import keys
+from service.client import ApiError, Client
+from tests.conftest import Service, run_service, wait_for
+
+pytestmark = [pytest.mark.redis, pytest.mark.weights]
+
+TABLE = """
+[[keys]]
+name = "{name}"
+sha256 = "{digest}"
+scopes = [{scopes}]
+{more}
+"""
+TOKENS = {name: f"ai_{name * 10}" for name in ("both", "decoder", "hasty", "single")}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("guarded")
+    more = {"hasty": "requests_per_minute = 3", "single": "jobs_at_once = 1"}
+    tables = [
+        TABLE.format(
+            name=name,
+            digest=keys.digest(token),
+            scopes='"decode", "encode"' if name == "both" else '"decode"',
+            more=more.get(name, ""),
+        )
+        for name, token in TOKENS.items()
+    ]
+    (folder / "keys.toml").write_text("".join(tables))
+    environment = {
+        "AFTERIMAGE_API_KEYS": str(folder / "keys.toml"),
+        "AFTERIMAGE_LINK_SECRET": "s" * 40,
+    }
+    with run_service(folder, **environment) as running:
+        yield running
+
+
+def by(name: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {TOKENS[name]}"}
+
+
+def test_without_a_key_only_probes_and_lists_answer(guarded: Service, small_msh: bytes) -> None:
+    client = guarded.client
+    for path in ("/livez", "/readyz", "/v1/tiers", "/v1/limits"):
+        assert client.get(path).status_code == 200
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"X-API-Key": "wrong"}):
+        answer = client.post("/v1/decodes", content=small_msh, headers=headers)
+        assert (answer.status_code, answer.json()["status"]) == (401, 401)
+        assert answer.headers["www-authenticate"].startswith("Bearer")
+    answer = client.post("/v1/decodes", content=small_msh, headers={"X-API-Key": TOKENS["both"]})
+    assert answer.status_code == 200
+
+
+def test_scopes_are_kept_apart(guarded: Service, small_msh: bytes) -> None:
+    client = guarded.client
+    assert client.post("/v1/inspect", content=small_msh, headers=by("decoder")).status_code == 200
+    refused = client.post("/v1/encodes", content=b"", headers=by("decoder"))
+    assert refused.status_code == 403
+    assert client.post("/v1/encodes", content=b"", headers=by("both")).status_code == 422
+
+
+def test_a_rate_is_limited_and_says_until_when(guarded: Service, small_msh: bytes) -> None:
+    answers = [
+        guarded.client.post("/v1/inspect", content=small_msh, headers=by("hasty")) for _ in range(4)
+    ]
+    assert [a.status_code for a in answers] == [200, 200, 200, 429]
+    assert 0 < int(answers[-1].headers["retry-after"]) <= 60
+    assert "r=0" in answers[-1].headers["ratelimit"]
+    assert "r=2" in answers[0].headers["ratelimit"]
+
+
+def test_jobs_at_once_are_limited(guarded: Service, small_msh: bytes) -> None:
+    def post(seed: int) -> httpx.Response:
+        asked = {"tier": "ddim-100", "steps": 300, "seed": seed}
+        return guarded.client.post(
+            "/v1/decodes", params=asked, content=small_msh, headers=by("single")
+        )
+
+    first, same, second = post(1), post(1), post(2)
+    assert [a.status_code for a in (first, same, second)] == [200, 200, 429]
+    location = first.headers["location"]
+    assert guarded.client.delete(location, headers=by("single")).status_code in {200, 202}
+    deadline = time.monotonic() + 30
+    while (again := post(2)).status_code == 429:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    guarded.client.delete(again.headers["location"], headers=by("single"))
+
+
+def test_a_link_shows_one_picture_to_whoever_holds_it(guarded: Service, small_msh: bytes) -> None:
+    client = guarded.client
+    with httpx.Client(base_url=client.base_url, headers=by("both"), timeout=60) as own:
+        location = own.post(
+            "/v1/decodes", params={"tier": "perceptual"}, content=small_msh
+        ).headers["location"]
+        wait_for(own, location)
+        made = own.post(f"{location}/links", params={"seconds": 2, "realism": 0.5})
+    assert made.status_code == 201
+    url = made.json()["url"]
+    shown = client.get(url)
+    assert (shown.status_code, shown.headers["x-afterimage-realism"]) == (200, "0.5")
+    assert client.head(url).status_code == 200
+    assert client.get(url.replace("realism=0.5", "realism=1.0")).status_code == 401
+    assert client.get(f"{location}/image").status_code == 401
+    assert client.delete(url).status_code in {401, 405}
+    time.sleep(2.5)
+    assert client.get(url).status_code == 401
+
+
+def test_the_client_and_the_command_line_bring_their_key(
+    guarded: Service, small_msh: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from service.cli import main
+
+    url = str(guarded.client.base_url)
+    with Client(url) as client, pytest.raises(ApiError) as refused:
+        list(client.decode(small_msh, "instant"))
+    assert refused.value.status == 401
+    with Client(url, TOKENS["both"]) as client:
+        assert [u.kind for u in client.decode(small_msh, "instant")] == ["final"]
+    (tmp_path / "a.msh").write_bytes(small_msh)
+    command = ["decode", str(tmp_path / "a.msh"), "-o", str(tmp_path / "a.png"), "--url", url]
+    assert main(command) == 1
+    monkeypatch.setenv("AFTERIMAGE_API_KEY", TOKENS["both"])
+    assert main(command) == 0

@@ -1,0 +1,253 @@
+"""The metrics page: parsed as Prometheus does, over a real Redis."""
+
+import asyncio
+import socket
+import time
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from models.tiers import Settings
+from service import metrics
+from service.requests import Requests
+from worker import figures
+from worker.jobs import Jobs
+from worker.records import Decode
+from worker.settings import WorkerSettings
+from worker.store import Store, connect
+
+SETTINGS = Settings(sampler="ddim", steps=4, eta=0.0, gamma=1.0)
+
+
+def decode(seed: int) -> Decode:
+    return Decode("d" * 64, "fast", SETTINGS, seed, "c" * 16, "e" * 16, 2, 64, 64)
+
+
+def application(jobs: Jobs) -> FastAPI:
+    made = FastAPI()
+    made.include_router(metrics.router)
+    made.add_api_route("/v1/things/{id}", lambda id: id)
+    made.add_middleware(Requests)
+    made.state.own = SimpleNamespace(jobs=jobs)
+    return made
+
+
+def get(app: FastAPI, path: str = "/metrics", method: str = "GET") -> httpx.Response:
+    async def once() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path)
+
+    return asyncio.run(once())
+
+
+def parse(text: str) -> dict[str, Metric]:
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def value(families: dict[str, Metric], sample: str, **labels: str) -> float:
+    """The only sample of this name and these labels; 0 where there is none."""
+    found = [
+        s.value
+        for family in families.values()
+        for s in family.samples
+        if s.name == sample and labels.items() <= s.labels.items()
+    ]
+    assert len(found) < 2
+    return found[0] if found else 0.0
+
+
+def scrape(store: Store) -> dict[str, Metric]:
+    answer = get(application(Jobs(store)))
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    return parse(answer.text)
+
+
+def test_every_metric_is_named_typed_and_explained(store: Store) -> None:
+    jobs = Jobs(store)
+    figures.measured(store, "w", 1.0, 1.0)
+    app = application(jobs)
+    get(app, "/v1/things/1")
+    found = {
+        name.removeprefix("afterimage_"): family
+        for name, family in parse(get(app).text).items()
+        if name.startswith("afterimage_") and not name.endswith("_created")
+    }
+    assert {name: family.type for name, family in found.items()} == {
+        "request_duration_seconds": "histogram",
+        "stage_duration_seconds": "histogram",
+        "cache_lookups": "counter",
+        "shed_requests": "counter",
+        "rate_limited_requests": "counter",
+        "redis_up": "gauge",
+        "queue_depth": "gauge",
+        "queue_oldest_age_seconds": "gauge",
+        "jobs_running": "gauge",
+        "jobs_ended": "counter",
+        "leases_lost": "counter",
+        "eta_error_ratio": "histogram",
+        "model_seconds": "counter",
+        "megapixel_steps": "counter",
+        "model_seconds_per_megapixel_step": "gauge",
+    }
+    assert all(family.documentation.endswith(".") for family in found.values())
+
+
+def test_requests_count_by_template_method_and_class(store: Store) -> None:
+    app = application(Jobs(store))
+    before = parse(get(app).text)
+    for path, method in [("/v1/things/1", "GET"), ("/v1/things/2", "GET"),
+                         ("/x/1", "GET"), ("/x/2", "BREW")]:  # fmt: skip
+        get(app, path, method)
+    after = parse(get(app).text)
+    name = "afterimage_request_duration_seconds_count"
+
+    def new(**labels: str) -> float:
+        return value(after, name, **labels) - value(before, name, **labels)
+
+    assert new(route="/v1/things/{id}", method="GET", status="2xx") == 2
+    assert new(route="unmatched", method="GET", status="4xx") == 1
+    assert new(route="unmatched", method="other", status="4xx") == 1
+
+
+def test_stages_are_in_seconds(store: Store) -> None:
+    before = scrape(store)
+    metrics.stages({"parse": 1.0, "g_s": 250.0})
+    after = scrape(store)
+    name = "afterimage_stage_duration_seconds"
+    for stage, seconds in {"parse": 0.001, "g_s": 0.25}.items():
+        spent = value(after, f"{name}_sum", stage=stage) - value(before, f"{name}_sum", stage=stage)
+        assert spent == pytest.approx(seconds)
+    within = {"stage": "g_s", "le": "0.25"}
+    assert value(after, f"{name}_bucket", **within) > value(before, f"{name}_bucket", **within)
+
+
+def test_hits_misses_shed_and_rate_limited_requests_count(store: Store) -> None:
+    before = scrape(store)
+    metrics.cache("draft", True)
+    metrics.cache("picture", False)
+    metrics.shed("backlog")
+    metrics.rate_limited()
+    after = scrape(store)
+    for name, labels in [
+        ("afterimage_cache_lookups_total", {"cache": "draft", "result": "hit"}),
+        ("afterimage_cache_lookups_total", {"cache": "picture", "result": "miss"}),
+        ("afterimage_shed_requests_total", {"reason": "backlog"}),
+        ("afterimage_rate_limited_requests_total", {}),
+    ]:
+        assert value(after, name, **labels) - value(before, name, **labels) == 1
+
+
+def test_the_queue_is_asked_at_every_scrape(store: Store) -> None:
+    jobs = Jobs(store)
+    empty = scrape(store)
+    assert value(empty, "afterimage_redis_up") == 1
+    assert value(empty, "afterimage_queue_depth") == 0
+    assert value(empty, "afterimage_queue_oldest_age_seconds") == 0
+    for seed in range(3):
+        jobs.submit(decode(seed), b"bitstream")
+    store.queue.hset(jobs.key(decode(1).id), "created", str(time.time() - 100))
+    jobs.started(decode(0).id)
+    store.queue.lrem(jobs.queue.key, 0, decode(0).id)
+    found = scrape(store)
+    assert value(found, "afterimage_queue_depth") == 2
+    assert value(found, "afterimage_queue_oldest_age_seconds") == pytest.approx(100, abs=5)
+    assert value(found, "afterimage_jobs_running") == 1
+
+
+def test_a_queued_job_without_a_record_breaks_nothing(store: Store) -> None:
+    jobs = Jobs(store)
+    jobs.submit(decode(0), b"bitstream")
+    store.queue.delete(jobs.key(decode(0).id))
+    assert value(scrape(store), "afterimage_queue_depth") == 1
+
+
+def test_what_workers_add_is_shown(store: Store) -> None:
+    figures.worker_metric(store, figures.LEASES_LOST)
+    figures.worker_metric(store, figures.SUCCEEDED, 2)
+    with store.queue.pipeline() as pipe:
+        figures.add(store, pipe, figures.FAILED)
+        pipe.execute()
+    found = scrape(store)
+    assert value(found, "afterimage_leases_lost_total") == 1
+    ended = {s: value(found, "afterimage_jobs_ended_total", status=s)
+             for s in ("succeeded", "failed", "canceled")}  # fmt: skip
+    assert ended == {"succeeded": 2, "failed": 1, "canceled": 0}
+    assert 0 < store.queue.ttl(figures.key(store))
+
+
+def test_the_etas_error_is_a_histogram(store: Store) -> None:
+    for measured_s, predicted_s in [(9, 10), (10, 10), (30, 10), (1000, 10), (5, 0)]:
+        figures.predicted(store, measured_s, predicted_s)  # the last predicted nothing
+    found = scrape(store)
+    name = "afterimage_eta_error_ratio"
+    counts = {le: value(found, f"{name}_bucket", le=le) for le in ("0.75", "0.9", "1.0", "4.0")}
+    assert counts == {"0.75": 0, "0.9": 1, "1.0": 2, "4.0": 3}
+    assert value(found, f"{name}_bucket", le="+Inf") == value(found, f"{name}_count") == 4
+    assert value(found, f"{name}_sum") == pytest.approx(0.9 + 1 + 3 + 100)
+
+
+def test_the_models_cost_is_shown_by_worker(store: Store) -> None:
+    figures.measured(store, "host-1", 3.0, 2.0)
+    figures.measured(store, "host-1", 1.0, 2.0)
+    figures.measured(store, 'odd:"\n', 5.0, 1.0)
+    found = scrape(store)
+    name = "afterimage_model_seconds_per_megapixel_step"
+    assert value(found, name, worker="host-1") == 1.0
+    assert value(found, name, worker='odd:"\n') == 5.0
+    assert value(found, "afterimage_model_seconds_total", worker="host-1") == 4.0
+    assert value(found, "afterimage_megapixel_steps_total", worker="host-1") == 4.0
+
+
+def test_workers_that_are_long_gone_are_forgotten(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures.measured(store, "old", 1.0, 1.0)
+    monkeypatch.setattr(figures, "WORKER_TTL_S", 0.05)
+    time.sleep(0.1)
+    figures.measured(store, "new", 1.0, 1.0)
+    assert list(figures.read(store).model) == ["new"]
+
+
+def away() -> Store:
+    """Stores that nobody serves."""
+    return connect(WorkerSettings(REDIS_URL="redis://127.0.0.1:9", CACHE_REDIS_URL=""))
+
+
+def test_with_redis_away_the_processs_own_metrics_remain() -> None:
+    metrics.rate_limited()
+    found = scrape(away())
+    assert value(found, "afterimage_redis_up") == 0
+    assert "afterimage_queue_depth" not in found
+    assert value(found, "afterimage_rate_limited_requests_total") >= 1
+    assert value(found, "process_resident_memory_bytes") > 0
+
+
+def test_with_redis_away_a_workers_figures_are_lost_silently() -> None:
+    figures.worker_metric(away(), figures.LEASES_LOST)
+    figures.measured(away(), "w", 1.0, 1.0)
+    figures.predicted(away(), 1.0, 1.0)
+
+
+def test_the_page_has_a_port_of_its_own_and_gives_it_back(store: Store) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    for _ in range(2):
+        stop = metrics.serve(port, Jobs(store), "127.0.0.1")
+        try:
+            text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+        finally:
+            stop()
+        assert value(parse(text), "afterimage_redis_up") == 1
+
+
+def test_the_page_is_described_in_openapi(store: Store) -> None:
+    described = application(Jobs(store)).openapi()["paths"]["/metrics"]["get"]
+    assert described["summary"] == "Metrics" and "Prometheus" in described["description"]
+    assert list(described["responses"]["200"]["content"]) == ["text/plain"]
