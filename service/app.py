@@ -32,6 +32,7 @@ from service.settings import ServiceSettings
 from worker import store
 from worker.jobs import Jobs
 from worker.store import Store
+from worker.webhooks import WebhookSettings
 
 DESCRIPTION = """
 Send a learned-codec bitstream; get the codec's own picture at once, and a picture drawn by a
@@ -102,6 +103,7 @@ def _state(settings: ServiceSettings, connected: Store) -> State:
         connected,
         jobs,
         Quotas(jobs, settings.requests_per_minute, settings.jobs_at_once),
+        WebhookSettings(),
         Instant(loaded, settings),
         store.streams(settings),
     )

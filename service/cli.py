@@ -28,8 +28,11 @@ if TYPE_CHECKING:  # it brings Pillow
 
 WORKER = (sys.executable, "-P", "-m", "worker.main")
 """The worker's command; -P: a folder of the user's called `worker` must not shadow ours."""
-RESTART_S = 1.0
-"""How long after its death a worker is started again."""
+COURIER = (sys.executable, "-P", "-m", "worker.webhooks")
+"""That of the process which sends webhooks."""
+RESTART_S = 1.0, 30.0
+"""How long after its death a worker is started again; twice as long each time, up to the second,
+while it dies within the second: it cannot start, and trying takes a core."""
 GRACE_S = 60.0
 """How long workers may take to finish their jobs when the service stops."""
 STALLED_S = 10
@@ -125,6 +128,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     from service.app import create_app
     from worker import embed, logs, tracing
+    from worker.webhooks import WebhookSettings
 
     if args.workers < 0:
         return _complain("--workers must be 0 or more")
@@ -146,7 +150,8 @@ def _serve(args: argparse.Namespace) -> int:
             queue, cache = stack.enter_context(embed.servers(settings.cache_dir))
             os.environ["REDIS_URL"] = queue
             os.environ.setdefault("CACHE_REDIS_URL", cache)
-        stack.enter_context(_workers(args.workers))
+        courier = [COURIER] if WebhookSettings().secrets else []
+        stack.enter_context(_workers([WORKER] * args.workers + courier))
         _say("loading models")
         config = uvicorn.Config(
             create_app(ServiceSettings()),
@@ -163,31 +168,38 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _workers(count: int) -> Iterator[None]:
-    """Worker processes, started again when they die; at the end they finish their jobs, for
+def _workers(commands: Sequence[Sequence[str]]) -> Iterator[None]:
+    """Processes beside the API, started again when they die; at the end they finish their jobs, for
     `GRACE_S` at most."""
     from worker.embed import die_with_parent
 
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(WORKER, start_new_session=True, preexec_fn=die_with_parent)
+    def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
 
     stopping = threading.Event()
-    running = [start() for _ in range(count)]
+    running = [start(command) for command in commands]
 
-    def watch() -> None:
-        while not stopping.wait(RESTART_S):
-            for i, process in enumerate(running):
-                if process.poll() is not None:
-                    _say(f"a worker ended with {process.returncode}; starting another")
-                    running[i] = start()
+    def watch(i: int) -> None:
+        shortest, longest = RESTART_S
+        began, wait = time.monotonic(), shortest
+        while not stopping.wait(0.2):
+            if running[i].poll() is None:
+                continue
+            wait = min(2 * wait, longest) if time.monotonic() - began < longest else shortest
+            _say(f"a worker ended with {running[i].returncode}; starting another")
+            if stopping.wait(wait):
+                return
+            running[i], began = start(commands[i]), time.monotonic()
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    watchers = [threading.Thread(target=watch, args=(i,), daemon=True) for i in range(len(running))]
+    for watcher in watchers:
+        watcher.start()
     try:
         yield
     finally:
         stopping.set()
-        watcher.join()
+        for watcher in watchers:
+            watcher.join()
         for process in running:
             process.terminate()
         deadline = time.monotonic() + GRACE_S

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -20,9 +21,9 @@ from service.deps import Accepted, Body, Decoding, Own, Preferred, State
 from service.instant import Drawn
 from service.negotiate import Preferences
 from service.problems import Busy, IdMismatch, KeyReused
-from worker import costs
+from worker import costs, webhooks
 from worker.jobs import HOLD_S, MAX_HOLD_S
-from worker.records import Decode
+from worker.records import ENDED, Decode
 
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
 
@@ -56,6 +57,7 @@ class Asked:
     settings: Settings | None  # None: the instant picture alone
     seed: int
     hold_s: int
+    webhooks: Sequence[str]
 
 
 def asked(
@@ -81,13 +83,22 @@ def asked(
             description="How long the picture is wanted; questions about it renew that.",
         ),
     ] = HOLD_S,
+    webhook: Annotated[
+        list[str] | None,
+        Query(
+            max_length=8,
+            description="An https URL that is told of the end, by Standard Webhooks.",
+        ),
+    ] = None,
 ) -> Asked:
     """The parameters, checked together. Raises `ParameterError`."""
     chosen = tiers.find(tier)
     settings = chosen.settings and tiers.vary(
         chosen.settings, sampler=sampler, steps=steps, eta=eta, gamma=gamma, guidance=guidance
     )
-    return Asked(chosen, settings, seed, deadline_s)
+    if webhook and settings is None:
+        raise ParameterError("an instant picture is there at once: nobody needs to be told")
+    return Asked(chosen, settings, seed, deadline_s, webhook or ())
 
 
 AskedFor = Annotated[Asked, Depends(asked)]
@@ -217,6 +228,8 @@ class _Submission:
         metrics.cache("picture", finished is not None)
         if finished is not None:
             return self._picture(finished, self.decode.tier, {**headers, "X-Cache": "hit"})
+        for url in self.what.webhooks:
+            await anyio.to_thread.run_sync(webhooks.check, url, self.own.webhooks)
         headers["X-Cache"] = "miss"
         await anyio.to_thread.run_sync(_admit, self.own)
         if self.prefer.respond_async:
@@ -244,7 +257,12 @@ class _Submission:
         def submit() -> bool:
             self.own.quotas.job(self.caller, self.decode.id)
             jobs, data, hold_s = self.own.jobs, self.sent.data, self.what.hold_s
+            for url in self.what.webhooks:  # before the job, whose end could be missed
+                webhooks.register(self.own.store, self.decode.id, url)
+                jobs.hold(self.decode.id, f"webhook:{url}", MAX_HOLD_S)
             state, made = jobs.submit(self.decode, data, self.caller.name, hold_s)
+            if self.what.webhooks and state.status in ENDED:
+                webhooks.job_ended(self.own.store, state.id, *webhooks.event(state))
             eta_s = costs.eta_s(jobs, state) if made else None
             if eta_s is not None:
                 jobs.promise(state.id, eta_s)

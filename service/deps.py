@@ -22,6 +22,7 @@ from service.quotas import Quotas
 from service.settings import ServiceSettings
 from worker.jobs import Jobs
 from worker.store import Store
+from worker.webhooks import WebhookSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class State:
     store: Store
     jobs: Jobs
     quotas: Quotas
+    webhooks: WebhookSettings
     instant: Instant
     streams: AsyncRedis  # for reads that wait
 

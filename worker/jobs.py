@@ -13,7 +13,7 @@ from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from worker import events, figures, logs, tracing
+from worker import events, figures, logs, tracing, webhooks
 from worker.records import Decode, JobState, Status, end, fresh
 from worker.store import RECORD_TTL_S, Store
 
@@ -285,6 +285,10 @@ class Jobs:
         kind = events.END_OF[status]
         events.tell(self.store, pipe, job_id, kind, **({"error": error} if error else {}))
         figures.add(self.store, pipe, f"ended:{status}")
+        state = self.record(job_id)
+        if state is not None:
+            told = webhooks.event(replace(state, status=status, error=error))
+            webhooks.job_ended(self.store, job_id, *told, pipe)
 
     def _change(
         self, job_id: str, also: str, change: Callable[[str, JobState | None, Pipeline], None]

@@ -54,7 +54,9 @@ def test_a_decode_is_seen_in_metrics_and_in_one_log_by_its_ids(
     lines = [json.loads(line) for line in service.log.read_text().splitlines() if line[0] == "{"]
     ours = [line for line in lines if line.get("job_id") == job_id]
     assert {line["logger"] for line in ours} >= {"afterimage.access", "worker.tasks"}
-    assert {line.get("request_id") for line in ours if line["logger"] == "worker.tasks"} == {"mine-1"}
+    assert {line.get("request_id") for line in ours if line["logger"] == "worker.tasks"} == {
+        "mine-1"
+    }
 
 
 def test_metrics_may_have_a_port_of_their_own(tmp_path: Path) -> None:

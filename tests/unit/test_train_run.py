@@ -1,7 +1,6 @@
 """A run: its clock, average, fall-back, checkpoints and ranks, on a tiny network."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -72,7 +71,7 @@ def log(config: RunConfig) -> list[dict[str, Any]]:
 def stop_at(number: int) -> Callable[[Step, nn.Module], float]:
     def at(step: Step, net: nn.Module) -> float:
         if step.number == number:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return 1.0
 
     return at
@@ -143,7 +142,7 @@ def test_a_loss_that_is_not_finite_falls_back_and_later_halves_the_rate(config: 
     def at(step: Step, net: nn.Module) -> float:
         rates.append(run.optimisers["net"].param_groups[0]["lr"])
         if step.number == 45:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return float("nan") if step.number in {10, 20, 30} else 1.0
 
     run = Run(Regression(at), config, CPU)
@@ -206,7 +205,7 @@ def _rank(folder: Path) -> None:
     def at(step: Step, net: nn.Module) -> float:
         first.append(float(torch.rand((), generator=step.own)))
         if ranks.rank == 1 and step.number == 25:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return float("nan") if ranks.rank == 1 and step.number == 12 else 1.0
 
     task = Regression(at)

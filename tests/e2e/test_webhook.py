@@ -1,0 +1,56 @@
+"""A receiver is told when a decode has ended, by the service as it is run."""
+
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from standardwebhooks import Webhook
+
+from tests.conftest import Service, run_service, wait_for
+
+pytestmark = [pytest.mark.redis, pytest.mark.weights]
+
+SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+def test_the_end_of_a_decode_is_told_signed(tmp_path: Path, small_msh: bytes) -> None:
+    told: list[Any] = []
+    came = threading.Event()
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            told.append(Webhook(SECRET).verify(body, dict(self.headers.items())))
+            self.send_response(204)
+            self.end_headers()
+            came.set()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"127.0.0.1:{server.server_port}"
+        environment = {"AFTERIMAGE_WEBHOOK_SECRET": SECRET, "AFTERIMAGE_WEBHOOK_ALLOW": host}
+        with run_service(tmp_path, **environment) as service:
+            asked = {"tier": "perceptual", "webhook": f"http://{host}/told"}
+            answer = service.client.post("/v1/decodes", params=asked, content=small_msh)
+            location = answer.headers["location"]
+            wait_for(service.client, location)
+            assert came.wait(20)
+            refused = {"tier": "perceptual", "webhook": "https://127.0.0.1/told", "seed": 1}
+            answer = service.client.post("/v1/decodes", params=refused, content=small_msh)
+            assert answer.status_code == 422
+        server.shutdown()
+    (event,) = told
+    assert event["type"] == "decode.succeeded"
+    assert event["data"]["image"] == f"{location}/image"
+
+
+def test_without_a_secret_webhooks_are_refused(service: Service, small_msh: bytes) -> None:
+    asked = {"tier": "perceptual", "webhook": "https://example.org/", "seed": 77}
+    answer = service.client.post("/v1/decodes", params=asked, content=small_msh)
+    assert answer.status_code == 422
+    assert "AFTERIMAGE_WEBHOOK_SECRET" in answer.json()["detail"]

@@ -1,0 +1,732 @@
+"""Webhooks over a real Redis to real receivers."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from models.errors import ParameterError
+from models.tiers import Settings
+from worker import webhooks
+from worker.addresses import Resolver, resolve
+from worker.messages import DEAD_KEPT, Message, Messages
+from worker.records import Decode, JobState, Status
+from worker.store import Store
+from worker.webhooks import WebhookSettings
+
+pytestmark = pytest.mark.redis
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+OTHER = "whsec_QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVoxMjM0"
+DATA = {"id": "a" * 32, "status": "succeeded"}
+AT_ONCE = (0.0,) * 7
+
+
+@dataclass(frozen=True)
+class Received:
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    at: float
+
+    @property
+    def id(self) -> str:
+        return self.headers["webhook-id"]
+
+
+Answer = Callable[[BaseHTTPRequestHandler, int], None]
+"""Answers the n-th request, from 1."""
+
+
+def status(code: int, headers: dict[str, str] | None = None, body: bytes = b"") -> Answer:
+    def answer(handler: BaseHTTPRequestHandler, _n: int) -> None:
+        handler.send_response(code)
+        for name, value in (headers or {}).items():
+            handler.send_header(name, value)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer
+
+
+def in_turn(*codes: int) -> Answer:
+    return lambda handler, n: status(codes[min(n, len(codes)) - 1])(handler, n)
+
+
+@dataclass
+class Receiver:
+    """A server of a client's, on its own port."""
+
+    answer: Answer = field(default_factory=lambda: status(204))
+    address: str = "127.0.0.1"
+    requests: list[Received] = field(default_factory=list)
+    port: int = 0
+
+    def url(self, host: str = "127.0.0.1", scheme: str = "http") -> str:
+        return f"{scheme}://{host}:{self.port}/hook?token=s3cret-of-receiver"
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @contextlib.contextmanager
+    def serving(self, tls: ssl.SSLContext | None = None) -> Iterator["Receiver"]:
+        own = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                headers = {k.lower(): v for k, v in self.headers.items()}
+                own.requests.append(Received(self.path, headers, body, time.monotonic()))
+                with contextlib.suppress(OSError):  # who had enough hangs up
+                    own.answer(self, len(own.requests))
+
+            def log_message(self, *_: object) -> None: ...
+
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_: object) -> None: ...
+
+        server = Server((self.address, self.port), Handler)
+        self.port = server.server_address[1]
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield self
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver().serving() as serving:
+        yield serving
+
+
+def settings(receiver: Receiver, **changed: Any) -> WebhookSettings:
+    return WebhookSettings(
+        **{
+            "webhook_secret": SECRET,
+            "webhook_allow": receiver.host,
+            "webhook_retries_s": AT_ONCE,
+            "webhook_timeout_s": 5,
+            **changed,
+        }
+    )
+
+
+def end_job(store: Store, *urls: str, job: str = "job") -> None:
+    for url in urls:
+        webhooks.register(store, job, url)
+    webhooks.job_ended(store, job, "decode.succeeded", DATA)
+
+
+@contextlib.contextmanager
+def delivering(
+    store: Store, settings: WebhookSettings, resolver: Resolver = resolve
+) -> Iterator[None]:
+    stop = threading.Event()
+    arguments = (store, settings, stop, resolver)
+    consumer = threading.Thread(target=webhooks.deliver_forever, args=arguments)
+    consumer.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        consumer.join()
+
+
+def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail("it did not happen")
+        time.sleep(0.02)
+
+
+def deliver_all(store: Store, settings: WebhookSettings, resolver: Resolver = resolve) -> None:
+    """Until nothing waits."""
+    with delivering(store, settings, resolver):
+        until(lambda: not store.queue.exists(Messages(store).due))
+
+
+def dead(store: Store) -> list[dict[str, Any]]:
+    found: list[bytes] = store.queue.lrange(Messages(store).dead, 0, -1)  # type: ignore[assignment]
+    return [json.loads(x) for x in found]
+
+
+def test_the_end_of_a_job_is_told_in_a_signed_request(store: Store, receiver: Receiver) -> None:
+    end_job(store, receiver.url())
+    deliver_all(store, settings(receiver))
+    [got] = receiver.requests
+    told = Webhook(SECRET).verify(got.body, got.headers)
+    assert (told["type"], told["data"]) == ("decode.succeeded", DATA)
+    assert told["timestamp"].endswith("Z")
+    assert got.headers["content-type"] == "application/json"
+    assert got.headers["host"] == receiver.host
+    assert got.path == "/hook?token=s3cret-of-receiver"
+    with pytest.raises(WebhookVerificationError):
+        Webhook(OTHER).verify(got.body, got.headers)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(SECRET).verify(got.body.replace(b"succeeded", b"failed"), got.headers)
+    assert dead(store) == []
+
+
+def test_while_a_secret_changes_both_sign(store: Store, receiver: Receiver) -> None:
+    end_job(store, receiver.url())
+    deliver_all(store, settings(receiver, webhook_secret=f"{OTHER} {SECRET}"))
+    [got] = receiver.requests
+    for secret in (SECRET, OTHER):
+        Webhook(secret).verify(got.body, got.headers)
+
+
+def test_several_urls_are_told_once_each(store: Store, receiver: Receiver) -> None:
+    a, b = receiver.url() + "&a", receiver.url() + "&b"
+    end_job(store, a, b, a)
+    webhooks.job_ended(store, "job", "decode.succeeded", DATA)
+    deliver_all(store, settings(receiver))
+    assert sorted(r.path[-2:] for r in receiver.requests) == ["&a", "&b"]
+    assert len({r.id for r in receiver.requests}) == 2
+
+
+def test_nothing_is_queued_for_a_job_that_nobody_asked_about(store: Store) -> None:
+    end_job(store)
+    assert store.queue.keys("*") == []
+
+
+def test_a_message_is_a_part_of_the_transaction_that_ends_the_job(store: Store) -> None:
+    webhooks.register(store, "job", "https://a.example/")
+    with store.queue.pipeline() as pipe:
+        pipe.set("mark", 1, ex=60)
+        webhooks.job_ended(store, "job", "decode.failed", DATA, pipe)
+        assert not store.queue.exists(Messages(store).due)
+        pipe.execute()
+    assert store.queue.exists("mark") and store.queue.zcard(Messages(store).due) == 1
+
+
+def test_a_job_has_so_many_webhooks_and_no_more(store: Store) -> None:
+    for i in range(webhooks.MAX_URLS):
+        webhooks.register(store, "job", f"https://a.example/{i}")
+    webhooks.register(store, "job", "https://a.example/0")
+    with pytest.raises(ParameterError, match="32"):
+        webhooks.register(store, "job", "https://a.example/more")
+    assert store.queue.scard("afterimage:webhooks:of:job") == webhooks.MAX_URLS
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed", "canceled"])
+def test_what_is_told_says_how_the_job_ended(end: Status) -> None:
+    decode = Decode("ab" * 32, "perceptual", Settings("ddim", 4), 5, "c" * 16, "d" * 16, 2, 64, 32)
+    error = "broken" if end == "failed" else ""
+    kind, data = webhooks.event(JobState(decode.id, end, decode, 4, 4, 1, 1.0, 2.0, 3.0, error))
+    assert kind == f"decode.{end}"
+    assert (data["id"], data["status"], data["tier"], data["seed"]) == (
+        decode.id, end, "perceptual", 5
+    )  # fmt: skip
+    assert data["image"] == (f"/v1/decodes/{decode.id}/image" if end == "succeeded" else None)
+    assert data["error"] == (error or None)
+
+
+def test_a_failed_attempt_is_repeated_with_the_same_id(store: Store, receiver: Receiver) -> None:
+    receiver.answer = in_turn(500, 404, 200)
+    end_job(store, receiver.url())
+    deliver_all(store, settings(receiver))
+    assert len(receiver.requests) == 3
+    assert len({(r.id, r.body) for r in receiver.requests}) == 1
+    for got in receiver.requests:
+        Webhook(SECRET).verify(got.body, got.headers)
+    assert dead(store) == []
+
+
+def test_attempts_are_counted_and_put_off(store: Store, receiver: Receiver) -> None:
+    receiver.answer = status(500)
+    end_job(store, receiver.url())
+    with delivering(store, settings(receiver, webhook_retries_s=(0, 86400, 86400))):
+        until(lambda: len(receiver.requests) == 2)
+        queue = Messages(store)
+        [(name, due)] = store.queue.zrange(queue.due, 0, -1, withscores=True)
+        key = queue.key(name.decode())
+        until(lambda: store.queue.zscore(queue.due, name) != due or due > time.time() + 60)
+    assert store.queue.hget(key, "attempts") == b"2"
+    assert len(receiver.requests) == 2
+
+
+def test_what_never_succeeds_is_kept_among_the_dead(store: Store, receiver: Receiver) -> None:
+    receiver.answer = status(500)
+    end_job(store, receiver.url())
+    deliver_all(store, settings(receiver, webhook_retries_s=(0, 0)))
+    assert len(receiver.requests) == 3
+    [last] = dead(store)
+    assert (last["id"], last["attempts"]) == (receiver.requests[0].id, 3)
+    assert (last["error"], last["job"]) == ("it answered 500", "job")
+    assert json.loads(last["body"])["data"] == DATA
+
+
+def test_the_dead_are_bounded(store: Store) -> None:
+    queue = Messages(store)
+    store.queue.rpush(queue.dead, *(["{}"] * DEAD_KEPT))
+    end_job(store, "https://a.example/")
+    message = queue.claim(10)
+    assert message is not None and queue.give_up(message, "it answered 500")
+    assert store.queue.llen(queue.dead) == DEAD_KEPT
+    assert dead(store)[0]["id"] == message.id
+
+
+def test_a_receiver_that_is_gone_is_not_asked_again(store: Store, receiver: Receiver) -> None:
+    receiver.answer = status(410)
+    end_job(store, receiver.url())
+    deliver_all(store, settings(receiver))
+    assert len(receiver.requests) == 1
+    assert dead(store)[0]["error"] == "it answered 410"
+
+
+def test_redirects_are_not_followed(store: Store, receiver: Receiver) -> None:
+    with Receiver().serving() as elsewhere:
+        receiver.answer = status(307, {"Location": elsewhere.url()})
+        end_job(store, receiver.url())
+        allowed = f"{receiver.host},{elsewhere.host}"
+        deliver_all(store, settings(receiver, webhook_allow=allowed, webhook_retries_s=()))
+        assert (len(receiver.requests), elsewhere.requests) == (1, [])
+    assert dead(store)[0]["error"] == "it answered 307"
+
+
+@pytest.mark.parametrize("as_date", [False, True])
+@pytest.mark.parametrize("code", [429, 503])
+def test_a_receiver_may_put_us_off(
+    store: Store, receiver: Receiver, code: int, as_date: bool
+) -> None:
+    asked = formatdate(time.time() + 3, usegmt=True) if as_date else "2"
+    first, then = status(code, {"Retry-After": asked}), status(204)
+    receiver.answer = lambda handler, n: (first if n == 1 else then)(handler, n)
+    end_job(store, receiver.url())
+    deliver_all(store, settings(receiver))
+    before, after = (r.at for r in receiver.requests)
+    assert 1.5 < after - before < 10
+
+
+def test_a_receiver_may_not_put_us_off_for_ever(store: Store, receiver: Receiver) -> None:
+    receiver.answer = status(503, {"Retry-After": "9" * 50})
+    end_job(store, receiver.url())
+    queue = Messages(store)
+    with delivering(store, settings(receiver)):
+        until(lambda: _due_in(store, queue) > 600)
+    assert _due_in(store, queue) <= 3600
+
+
+def _due_in(store: Store, queue: Messages) -> float:
+    return max(score for _, score in store.queue.zrange(queue.due, 0, -1, withscores=True)) - (
+        time.time()
+    )
+
+
+def test_other_answers_may_not_put_us_off(store: Store, receiver: Receiver) -> None:
+    receiver.answer = lambda handler, n: status(500 if n == 1 else 200, {"Retry-After": "600"})(
+        handler, n
+    )
+    end_job(store, receiver.url())
+    deliver_all(store, settings(receiver))
+    assert len(receiver.requests) == 2
+
+
+def test_who_does_not_listen_is_a_failure(store: Store, receiver: Receiver) -> None:
+    with Receiver().serving() as closed:
+        pass
+    end_job(store, closed.url())
+    deliver_all(store, settings(closed, webhook_retries_s=(0,)))
+    assert "ConnectError" in dead(store)[0]["error"]
+
+
+def drip_headers(handler: BaseHTTPRequestHandler, _n: int) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+    for _ in range(100):
+        handler.wfile.write(b"x")
+        time.sleep(0.05)
+
+
+def say_nothing(handler: BaseHTTPRequestHandler, _n: int) -> None:
+    handler.connection.recv(1)  # until it is hung up on
+
+
+@pytest.mark.parametrize("slow", [drip_headers, say_nothing])
+def test_a_slow_receiver_has_one_deadline_for_everything(
+    store: Store, receiver: Receiver, slow: Answer
+) -> None:
+    receiver.answer = slow
+    end_job(store, receiver.url())
+    start = time.monotonic()
+    deliver_all(store, settings(receiver, webhook_timeout_s=0.5, webhook_retries_s=()))
+    assert time.monotonic() - start < 3
+    assert "Timeout" in dead(store)[0]["error"]
+
+
+def test_endless_headers_are_a_failure(store: Store, receiver: Receiver) -> None:
+    def answer(handler: BaseHTTPRequestHandler, _n: int) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        while True:
+            handler.wfile.write(b"X-More: " + b"x" * 1000 + b"\r\n")
+
+    receiver.answer = answer
+    end_job(store, receiver.url())
+    deliver_all(store, settings(receiver, webhook_retries_s=()))
+    assert "bytes of headers" in dead(store)[0]["error"]
+
+
+def test_a_huge_answer_is_not_read(store: Store, receiver: Receiver) -> None:
+    sent: list[int] = []
+
+    def answer(handler: BaseHTTPRequestHandler, _n: int) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(10**9))
+        handler.end_headers()
+        for _ in range(10**9 // 2**16):
+            handler.wfile.write(b"x" * 2**16)
+            sent.append(2**16)
+
+    receiver.answer = answer
+    end_job(store, receiver.url())
+    deliver_all(store, settings(receiver))
+    until(lambda: not _answering())
+    assert len(receiver.requests) == 1 and dead(store) == []
+    assert sum(sent) < 20 * 2**20  # what the system's socket buffers took
+
+
+def test_who_has_answered_is_not_listened_to(store: Store, receiver: Receiver) -> None:
+    hung_up: list[bool] = []
+
+    def answer(handler: BaseHTTPRequestHandler, _n: int) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        handler.wfile.write(b"x")
+        handler.connection.settimeout(3)
+        try:
+            hung_up.append(handler.connection.recv(1) == b"")
+        except ConnectionResetError:
+            hung_up.append(True)
+        except TimeoutError:
+            hung_up.append(False)
+
+    receiver.answer = answer
+    end_job(store, receiver.url())
+    deliver_all(store, settings(receiver))
+    until(lambda: hung_up)
+    assert hung_up == [True] and dead(store) == []
+
+
+def _answering() -> bool:
+    return any("process_request_thread" in t.name for t in threading.enumerate())
+
+
+def test_what_is_not_http_is_a_failure(store: Store, receiver: Receiver) -> None:
+    receiver.answer = lambda handler, _n: (
+        handler.wfile.write(b"220 smtp.example ESMTP\r\n") and None
+    )
+    end_job(store, receiver.url())
+    deliver_all(store, settings(receiver, webhook_retries_s=()))
+    assert "RemoteProtocolError" in dead(store)[0]["error"]
+
+
+def test_one_slow_receiver_does_not_hold_up_the_others(store: Store, receiver: Receiver) -> None:
+    with Receiver(drip_headers).serving() as slow:
+        both = settings(receiver, webhook_allow=f"{receiver.host} {slow.host}")
+        end_job(store, slow.url(), job="slow")
+        with delivering(store, both):
+            until(lambda: slow.requests)
+            end_job(store, receiver.url(), job="quick")
+            until(lambda: receiver.requests, 3)
+
+
+def test_proxies_of_the_environment_are_not_used(
+    store: Store, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    end_job(store, receiver.url())
+    deliver_all(store, settings(receiver, webhook_retries_s=()))
+    assert len(receiver.requests) == 1
+
+
+@dataclass(frozen=True)
+class Certificate:
+    tls: ssl.SSLContext
+    file: Path
+    names: list[str | None]  # that clients asked for
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    """Of hooks.test, signed by itself."""
+    if not shutil.which("openssl"):
+        pytest.skip("there is no openssl to make a certificate")
+    folder = tmp_path_factory.mktemp("tls")
+    key, file = folder / "key.pem", folder / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", file,
+         "-days", "2", "-subj", "/CN=hooks.test", "-addext", "subjectAltName=DNS:hooks.test"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(file, key)
+    names: list[str | None] = []
+    tls.sni_callback = lambda _socket, name, _context: names.append(name)
+    return Certificate(tls, file, names)
+
+
+def test_tls_goes_to_the_checked_address_and_is_verified_against_the_name(
+    store: Store, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.file))
+    asked: list[str] = []
+
+    def resolver(host: str) -> list[str]:
+        asked.append(host)
+        return ["127.0.0.1"]
+
+    with Receiver().serving(certificate.tls) as receiver:
+        end_job(store, receiver.url("hooks.test", "https"))
+        deliver_all(store, settings(receiver, webhook_allow="hooks.test"), resolver)
+    [got] = receiver.requests
+    Webhook(SECRET).verify(got.body, got.headers)
+    assert got.headers["host"] == f"hooks.test:{receiver.port}"
+    assert (asked, certificate.names[-1]) == (["hooks.test"], "hooks.test")
+
+
+@pytest.mark.parametrize("host", ["other.test", "127.0.0.1"])
+def test_a_certificate_of_another_name_is_refused(
+    store: Store, certificate: Certificate, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.file))
+    with Receiver().serving(certificate.tls) as receiver:
+        end_job(store, receiver.url(host, "https"))
+        chosen = settings(receiver, webhook_allow=host, webhook_retries_s=())
+        deliver_all(store, chosen, lambda _host: ["127.0.0.1"])
+    assert receiver.requests == []
+    assert "CERTIFICATE_VERIFY_FAILED" in dead(store)[0]["error"]
+
+
+def test_a_certificate_of_an_unknown_authority_is_refused(
+    store: Store, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with Receiver().serving(certificate.tls) as receiver:
+        end_job(store, receiver.url("hooks.test", "https"))
+        chosen = settings(receiver, webhook_allow="hooks.test", webhook_retries_s=())
+        deliver_all(store, chosen, lambda _host: ["127.0.0.1"])
+    assert receiver.requests == []
+    assert "CERTIFICATE_VERIFY_FAILED" in dead(store)[0]["error"]
+
+
+def test_a_name_that_changes_its_address_is_followed_nowhere(
+    store: Store, receiver: Receiver
+) -> None:
+    """The resolver is asked once an attempt, and its first answer is where the request goes."""
+    with Receiver(address="127.0.0.2", port=receiver.port).serving() as rebound:
+        answers = iter(["127.0.0.1", "127.0.0.2", "127.0.0.2"])
+        end_job(store, receiver.url("rebind.test"))
+        chosen = settings(receiver, webhook_allow="rebind.test")
+        deliver_all(store, chosen, lambda _host: [next(answers)])
+        assert (len(receiver.requests), rebound.requests) == (1, [])
+    assert next(answers) == "127.0.0.2"
+
+
+def test_a_name_that_was_public_when_given_and_is_private_now_is_not_sent_to(
+    store: Store, receiver: Receiver
+) -> None:
+    answers = iter([["93.184.216.34"], ["127.0.0.1"], ["93.184.216.34", "127.0.0.1"]])
+    chosen = settings(receiver, webhook_retries_s=(0,))
+    url = receiver.url("rebind.test", "https")
+    webhooks.check(url, chosen, lambda _host: next(answers))
+    end_job(store, url)
+    deliver_all(store, chosen, lambda _host: next(answers))
+    assert receiver.requests == []
+    assert "public addresses only" in dead(store)[0]["error"]
+
+
+def test_an_address_that_is_away_does_not_hide_the_next(store: Store, receiver: Receiver) -> None:
+    end_job(store, receiver.url("hooks.test"))
+    chosen = settings(receiver, webhook_allow="hooks.test", webhook_retries_s=())
+    deliver_all(store, chosen, lambda _host: ["127.0.0.3", "127.0.0.1"])
+    assert len(receiver.requests) == 1
+
+
+def test_consumers_share_the_work_and_send_nothing_twice(store: Store, receiver: Receiver) -> None:
+    for i in range(60):
+        end_job(store, receiver.url(), job=f"job-{i}")
+    with delivering(store, settings(receiver)), delivering(store, settings(receiver)):
+        until(lambda: not store.queue.exists(Messages(store).due))
+    assert len(receiver.requests) == 60
+    assert len({r.id for r in receiver.requests}) == 60
+
+
+def test_who_lost_its_lease_notes_nothing(store: Store) -> None:
+    queue = Messages(store)
+    end_job(store, "https://a.example/")
+    late = queue.claim(0.05)
+    assert late is not None and queue.claim(10) is None
+    time.sleep(0.1)
+    now = queue.claim(10)
+    assert now is not None and (now.id, now.attempts) == (late.id, 2)
+    assert not queue.put_off(late, 0) and not queue.give_up(late, "") and not queue.delivered(late)
+    assert queue.delivered(now)
+    assert store.queue.keys("*") == []
+
+
+@contextlib.contextmanager
+def consumer(redis_url: str, receiver: Receiver, **changed: str) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own, as a service starts it."""
+    environment = {
+        "REDIS_URL": redis_url,
+        "AFTERIMAGE_WEBHOOK_SECRET": SECRET,
+        "AFTERIMAGE_WEBHOOK_ALLOW": receiver.host,
+        "AFTERIMAGE_WEBHOOK_RETRIES_S": "[86400, 86400]",
+        "AFTERIMAGE_WEBHOOK_TIMEOUT_S": "1",
+        **changed,
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "worker.webhooks"],
+        env=os.environ | environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_what_a_killed_consumer_held_is_sent_by_another(
+    redis_urls: tuple[str, str], store: Store, receiver: Receiver
+) -> None:
+    held = threading.Event()
+    receiver.answer = lambda handler, n: status(200)(handler, n) if n > 1 else _wait(held)
+    end_job(store, receiver.url())
+    with consumer(redis_urls[0], receiver) as first:
+        until(lambda: receiver.requests, 60)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    with delivering(store, settings(receiver)):
+        until(lambda: len(receiver.requests) == 2)
+    held.set()
+    assert len({r.id for r in receiver.requests}) == 1
+    assert not store.queue.exists(Messages(store).due)
+
+
+def _wait(event: threading.Event) -> None:
+    event.wait(60)
+
+
+def test_a_consumer_that_is_stopped_finishes_what_it_began_and_logs_no_secret(
+    redis_urls: tuple[str, str], store: Store, receiver: Receiver
+) -> None:
+    def answer(handler: BaseHTTPRequestHandler, n: int) -> None:
+        process.terminate()
+        time.sleep(0.3)
+        status(200)(handler, n)
+
+    receiver.answer = answer
+    end_job(store, receiver.url())
+    with consumer(redis_urls[0], receiver) as process:
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 0
+    assert not store.queue.exists(Messages(store).due)
+    assert "delivered at attempt 1" in told and "job" in told
+    for secret in (SECRET, SECRET[6:], "s3cret-of-receiver", "v1,"):
+        assert secret not in told
+
+
+def test_a_process_without_a_queue_or_a_secret_says_so() -> None:
+    environment = {k: v for k, v in os.environ.items() if "REDIS_URL" not in k}
+    good = {"REDIS_URL": "redis://127.0.0.1:1", "AFTERIMAGE_WEBHOOK_SECRET": SECRET}
+    for changed, text in (
+        ({"REDIS_URL": ""}, "need REDIS_URL"),
+        ({"AFTERIMAGE_WEBHOOK_SECRET": ""}, "AFTERIMAGE_WEBHOOK_SECRET"),
+        ({"AFTERIMAGE_WEBHOOK_SECRET": "whsec_c2hvcnQ="}, "base64 of 24 to 64 bytes"),
+        ({}, "cannot be sent"),
+    ):
+        command = [sys.executable, "-P", "-m", "worker.webhooks"]
+        done = subprocess.run(
+            command, env=environment | good | changed, capture_output=True, text=True
+        )
+        assert done.returncode != 0
+        assert text in done.stderr
+        assert "Traceback" not in done.stderr and "c2hvcnQ" not in done.stderr
+
+
+def test_logs_hold_no_secret_of_ours_or_of_the_receivers(
+    store: Store, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    receiver.answer = in_turn(500, 200)
+    end_job(store, receiver.url())
+    deliver_all(store, settings(receiver))
+    assert "attempt 1 failed: it answered 500" in caplog.text
+    signature = receiver.requests[0].headers["webhook-signature"]
+    for secret in (SECRET, SECRET[6:], "s3cret-of-receiver", signature):
+        assert secret not in caplog.text
+
+
+def test_every_key_expires(store: Store, receiver: Receiver) -> None:
+    receiver.answer = status(500)
+    webhooks.register(store, "waiting", receiver.url())
+    end_job(store, receiver.url(), job="dead")
+    deliver_all(store, settings(receiver, webhook_retries_s=()))
+    end_job(store, receiver.url(), job="queued")
+    keys: list[bytes] = store.queue.keys("*")  # type: ignore[assignment]
+    assert len(keys) == 4
+    assert all(key.startswith(b"afterimage:") and store.queue.ttl(key) > 0 for key in keys)
+
+
+def test_a_message_that_expired_is_passed_over(store: Store) -> None:
+    queue = Messages(store)
+    end_job(store, "https://a.example/1", job="1")
+    end_job(store, "https://a.example/2", job="2")
+    first: list[bytes] = store.queue.zrange(queue.due, 0, 0)  # type: ignore[assignment]
+    store.queue.delete(queue.key(first[0].decode()))
+    message = queue.claim(10)
+    assert isinstance(message, Message) and message.job == "2"
+    assert store.queue.zcard(queue.due) == 1
+
+
+def test_webhooks_are_refused_where_nobody_can_sign_them() -> None:
+    with pytest.raises(ParameterError, match="AFTERIMAGE_WEBHOOK_SECRET"):
+        webhooks.check("https://a.example/", WebhookSettings(webhook_secret=""))
+
+
+def test_private_urls_are_refused_at_submission() -> None:
+    chosen = WebhookSettings(webhook_secret=SECRET)
+    for url in ("https://localhost/", "https://127.1/", "https://[::ffff:10.0.0.1]/"):
+        with pytest.raises(ParameterError, match="webhook"):
+            webhooks.check(url, chosen)
+
+
+@pytest.mark.parametrize("secret", ["plain", "whsec_", "whsec_c2hvcnQ=", "whsec_%%%", SECRET[6:]])
+def test_a_weak_secret_is_refused_and_not_repeated(secret: str) -> None:
+    with pytest.raises(ValidationError) as e:
+        WebhookSettings(webhook_secret=secret)
+    assert "whsec_ and base64" in str(e.value)
+    assert f"'{secret}'" not in str(e.value)
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFTERIMAGE_WEBHOOK_SECRET", SECRET)
+    monkeypatch.setenv("AFTERIMAGE_WEBHOOK_ALLOW", "Hooks.Internal, 10.0.0.1:8080")
+    monkeypatch.setenv("AFTERIMAGE_WEBHOOK_RETRIES_S", "[1, 2.5]")
+    found = WebhookSettings()
+    assert found.secrets == [SECRET] and SECRET not in repr(found)
+    assert found.allow == {"hooks.internal", "10.0.0.1:8080"}
+    assert found.webhook_retries_s == (1, 2.5)

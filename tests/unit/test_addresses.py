@@ -1,0 +1,181 @@
+"""Where webhooks may go, and where not."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from models.errors import ParameterError
+from worker import addresses
+
+PUBLIC = "93.184.216.34"
+PUBLIC_6 = "2606:2800:220:1:248:1893:25c8:1946"
+
+PRIVATE = [
+    "0.0.0.0", "0.1.2.3", "10.0.0.1", "100.64.0.1", "100.100.100.200", "127.0.0.1", "127.8.9.1",
+    "169.254.169.254", "172.16.0.1", "172.31.255.255", "192.0.0.192", "192.0.2.1", "192.88.99.1",
+    "192.168.1.1", "198.18.0.1", "198.51.100.1", "203.0.113.1", "224.0.0.1", "224.0.1.1",
+    "239.1.1.1", "240.0.0.1", "255.255.255.255", "168.63.129.16",
+    "::", "::1", "::ffff:10.0.0.1", "::ffff:93.184.216.34", "::10.0.0.1", "64:ff9b::a00:1",
+    "64:ff9b::5db8:d822", "64:ff9b:1::1", "2002:a00:1::1", "2002:5db8:d822::1", "2001::1",
+    "2001:db8::1", "3fff::1", "fc00::1", "fd00:ec2::254", "fe80::1", "fec0::1", "ff02::1",
+    "ff0e::1", "100::1", "5f00::1", "4000::1", "2606:4700::1111%eth0", "not an address", "",
+]  # fmt: skip
+
+
+def answers(*found: str) -> Callable[[str], list[str]]:
+    return lambda _host: list(found)
+
+
+def refuse(url: str, text: str, *found: str, allow: frozenset[str] = frozenset()) -> None:
+    with pytest.raises(ParameterError, match=text):
+        addresses.check(url, allow, answers(*(found or (PUBLIC,))))
+
+
+@pytest.mark.parametrize("address", PRIVATE)
+def test_what_is_not_global_unicast_is_not_public(address: str) -> None:
+    assert not addresses.public(address)
+
+
+@pytest.mark.parametrize("address", [PUBLIC, PUBLIC_6, "8.8.8.8", "1.1.1.1", "2a00:1450::1"])
+def test_global_unicast_is_public(address: str) -> None:
+    assert addresses.public(address)
+
+
+def test_a_url_is_taken_apart_once_and_keeps_what_was_resolved() -> None:
+    target = addresses.check(
+        "https://Hooks.Example.com:8443/a%20b?q=ü#end", resolver=answers(PUBLIC, PUBLIC_6, PUBLIC)
+    )
+    assert (target.scheme, target.host, target.port) == ("https", "hooks.example.com", 8443)
+    assert target.path == b"/a%20b?q=%C3%BC"
+    assert target.addresses == (PUBLIC, PUBLIC_6)
+    assert target.authority == "hooks.example.com:8443"
+
+
+def test_the_host_header_names_a_port_only_where_it_is_not_the_schemes() -> None:
+    assert addresses.check("https://a.example", resolver=answers(PUBLIC)).authority == "a.example"
+    six = addresses.check(f"https://[{PUBLIC_6}]:8443/", resolver=answers(PUBLIC_6))
+    assert (six.host, six.authority) == (PUBLIC_6, f"[{PUBLIC_6}]:8443")
+
+
+def test_names_in_other_scripts_are_asked_for_in_ascii() -> None:
+    assert addresses.check("https://bücher.example/", resolver=answers(PUBLIC)).host == (
+        "xn--bcher-kva.example"
+    )
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.1", "2130706433", "0x7f000001", "0x7f.1", "0177.0.0.1", "0", "10.1", "127.0.0.1", "[::1]",
+     "[::ffff:10.0.0.1]", "[::ffff:7f00:1]", "[::]", "[fe80::1%25eth0]", "[64:ff9b::7f00:1]",
+     "169.254.169.254", "localhost", "localhost.", "ip6-localhost"],
+)  # fmt: skip
+def test_every_spelling_of_a_private_address_is_refused_by_the_real_resolver(host: str) -> None:
+    with pytest.raises(ParameterError, match="webhook"):
+        addresses.check(f"https://{host}/")
+
+
+@pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f.1", "134744072", "1.2.3"])
+def test_a_number_that_resolvers_take_for_an_address_is_no_host(host: str) -> None:
+    refuse(f"https://{host}/", "neither a name nor an address")
+
+
+@pytest.mark.parametrize("private", ["10.0.0.1", "::1", "169.254.169.254"])
+def test_one_private_address_among_public_ones_is_enough(private: str) -> None:
+    refuse("https://a.example/", "public addresses only", PUBLIC, private)
+    refuse("https://a.example/", "public addresses only", private, PUBLIC)
+
+
+def test_the_refusal_does_not_say_what_a_name_resolves_to() -> None:
+    messages = []
+    for found in (["10.0.0.1"], []):
+        with pytest.raises(ParameterError) as e:
+            addresses.check("https://db.internal/", resolver=answers(*found))
+        messages.append(str(e.value))
+    assert messages[0] == messages[1]
+    assert "10.0.0.1" not in messages[0]
+
+
+@pytest.mark.parametrize("error", [OSError("none"), UnicodeError("label too long")])
+def test_a_name_that_does_not_resolve_is_refused(error: Exception) -> None:
+    def fail(_host: str) -> list[str]:
+        raise error
+
+    with pytest.raises(ParameterError, match="does not resolve"):
+        addresses.check("https://nowhere.example/", resolver=fail)
+
+
+def test_names_under_invalid_do_not_resolve() -> None:
+    with pytest.raises(ParameterError, match="does not resolve"):
+        addresses.check("https://nowhere.invalid/")
+
+
+def test_a_resolver_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    hung = threading.Event()
+
+    def hang(*_: object, **__: object) -> list[str]:
+        hung.wait(60)
+        return []
+
+    monkeypatch.setattr(addresses, "RESOLVE_S", 0.1)
+    monkeypatch.setattr("socket.getaddrinfo", hang)
+    with pytest.raises(TimeoutError):
+        addresses.resolve("slow.example")
+    hung.set()
+
+
+def test_only_https_is_taken() -> None:
+    for url in ("http://a.example/", "ftp://a.example/", "file:///etc/passwd", "//a.example/", ""):
+        refuse(url, "webhook")
+
+
+def test_users_and_passwords_are_refused() -> None:
+    for user in ("user", "user:password", ":password", "good.example\\"):
+        refuse(f"https://{user}@a.example/", "user or password")
+
+
+def test_ports_of_other_services_are_refused() -> None:
+    for port in (22, 25, 80, 1023):
+        refuse(f"https://a.example:{port}/", "not 443")
+    for port in (443, 1024, 65535):
+        addresses.check(f"https://a.example:{port}/", resolver=answers(PUBLIC))
+    for port in (0, 65536, 99999):
+        refuse(f"https://a.example:{port}/", "no port")
+
+
+def test_long_urls_are_refused() -> None:
+    url = "https://a.example/".ljust(addresses.MAX_URL, "x")
+    addresses.check(url, resolver=answers(PUBLIC))
+    refuse(url + "x", "2049 characters")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://", "https:///path", "https://a b/", "https://a\r\nX: y/", "https://a%00.example/",
+     "https://a..example/", "https://-a.example/", "https://a.example\\.b.example/",
+     "https://①②⑦.0.0.1/", "https://[::1/", "https://a.example:port/"],
+)  # fmt: skip
+def test_what_is_no_url_is_refused(url: str) -> None:
+    refuse(url, "webhook")
+
+
+def test_an_allowed_host_may_be_private_and_plain_and_on_any_port() -> None:
+    allow = frozenset({"hooks.internal", "10.0.0.1:8080", "[::1]:80"})
+    for url in (
+        "http://hooks.internal/", "https://hooks.internal:22/", "http://10.0.0.1:8080/",
+        "http://[::1]/",
+    ):  # fmt: skip
+        assert addresses.check(url, allow, answers("10.0.0.1")).addresses == ("10.0.0.1",)
+
+
+def test_what_is_only_like_an_allowed_host_is_not_allowed() -> None:
+    allow = frozenset({"hooks.internal", "10.0.0.1:8080"})
+    for url in (
+        "https://x.hooks.internal/", "https://hooks.internal.example/", "https://10.0.0.1:8081/",
+    ):  # fmt: skip
+        refuse(url, "public addresses only", "10.0.0.1", allow=allow)
+    refuse("http://10.0.0.1:8081/", "https", "10.0.0.1", allow=allow)
+
+
+def test_an_allowed_name_does_not_allow_its_address() -> None:
+    refuse("https://127.0.0.1/", "public", "127.0.0.1", allow=frozenset({"localhost"}))
