@@ -30,11 +30,11 @@ class Keeper(threading.Thread):
         super().__init__(name="keeper", daemon=True)
         self.jobs = jobs
         self.current: str | None = None
+        self.stopped = threading.Event()
 
     def run(self) -> None:
         lost: set[str] = set()
-        while True:
-            time.sleep(BEAT_S)
+        while not self.stopped.wait(BEAT_S):
             try:
                 if self.current is not None:
                     self.jobs.beat(self.current)

@@ -167,7 +167,8 @@ def test_a_full_queue_store_does_not_stop_the_keeper(jobs: Jobs, small_msh: byte
         assert keeper.is_alive()
     finally:
         jobs.store.queue.config_set("maxmemory", "0")
-        keeper.current = None
+        keeper.stopped.set()
+        keeper.join()
 
 
 @pytest.mark.weights
