@@ -158,6 +158,7 @@ def _serve(args: argparse.Namespace) -> int:
             args.host,
             args.port,
             log_config=None,
+            log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=STALLED_S,
         )

@@ -59,10 +59,7 @@ async def encode(
 
     b = await own.instant.run(compute)
     made = bitstream.serialize(b)
-    headers = {
-        "X-Afterimage-Bpp": f"{8 * len(made) / (b.width * b.height):.4f}",
-        "X-Content-Type-Options": "nosniff",
-    }
+    headers = {"X-Afterimage-Bpp": f"{8 * len(made) / (b.width * b.height):.4f}"}
     return Response(made, 200, headers, _MEDIA_TYPE)
 
 

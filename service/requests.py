@@ -79,6 +79,7 @@ def _telling(scope: Scope, send: Send, seen: Seen) -> Send:
             seen.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["X-Request-Id"] = seen.request_id
+            headers["X-Content-Type-Options"] = "nosniff"
             if seen.traceparent:
                 headers["traceparent"] = seen.traceparent
             headers.update(scope["state"].get("quota", {}))

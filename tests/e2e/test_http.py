@@ -274,7 +274,9 @@ def test_unknown_paths_and_methods_are_problems(service: Service) -> None:
 
 
 def test_probes_answer(service: Service) -> None:
-    assert service.client.get("/livez").json()["status"] == "ok"
+    answer = service.client.get("/livez")
+    assert answer.json()["status"] == "ok"
+    assert answer.headers["x-content-type-options"] == "nosniff"
     assert service.client.get("/readyz").json() == {"status": "ok", "redis": "up"}
 
 
