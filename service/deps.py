@@ -1,6 +1,6 @@
 """What routes receive: bodies within limits, and the state that the application keeps."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,6 +16,7 @@ from models.library import Library
 from service import negotiate
 from service.auth import Caller, require
 from service.instant import Instant
+from service.keys import Scope
 from service.negotiate import Preferences
 from service.problems import BodyTooLarge
 from service.quotas import Quotas
@@ -83,38 +84,22 @@ async def _first_file(request: Request, data: bytes) -> bytes:
     raise MalformedHeader("the multipart form holds no file")
 
 
-async def counted(request: Request, own: State, who: Caller) -> Caller:
-    """Who asks, once this request is within its quota. Raises `TooManyRequests`."""
-    request.state.caller = who.name
-    request.state.quota = await anyio.to_thread.run_sync(own.quotas.request, who)
-    return who
+def within_quota(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable[Caller]]:
+    """A dependency: who asks, as `auth.require`, and once the request is within its quota.
 
+    Raises `Unauthorized`, `Forbidden`, `TooManyRequests`.
+    """
 
-async def decoding(
-    request: Request,
-    own: Annotated[State, Depends(state)],
-    who: Annotated[Caller, Depends(require("decode"))],
-) -> Caller:
-    """Who may decode."""
-    return await counted(request, own, who)
+    async def caller(
+        request: Request,
+        own: Annotated[State, Depends(state)],
+        who: Annotated[Caller, Depends(require(scope, or_link))],
+    ) -> Caller:
+        request.state.caller = who.name
+        request.state.quota = await anyio.to_thread.run_sync(own.quotas.request, who)
+        return who
 
-
-async def encoding(
-    request: Request,
-    own: Annotated[State, Depends(state)],
-    who: Annotated[Caller, Depends(require("encode"))],
-) -> Caller:
-    """Who may encode."""
-    return await counted(request, own, who)
-
-
-async def viewing(
-    request: Request,
-    own: Annotated[State, Depends(state)],
-    who: Annotated[Caller, Depends(require("decode", or_link=True))],
-) -> Caller:
-    """Who may see a picture: decoders, and holders of a link to it."""
-    return await counted(request, own, who)
+    return caller
 
 
 def accepted(
@@ -137,8 +122,9 @@ def preferred(
 
 Own = Annotated[State, Depends(state)]
 Body = Annotated[bytes, Depends(body)]
-Decoding = Annotated[Caller, Depends(decoding)]
-Encoding = Annotated[Caller, Depends(encoding)]
-Viewing = Annotated[Caller, Depends(viewing)]
+Decoding = Annotated[Caller, Depends(within_quota("decode"))]
+Encoding = Annotated[Caller, Depends(within_quota("encode"))]
+Viewing = Annotated[Caller, Depends(within_quota("decode", or_link=True))]
+"""Decoders, and holders of a link to the picture."""
 Accepted = Annotated[OutputFormat, Depends(accepted)]
 Preferred = Annotated[Preferences, Depends(preferred)]
