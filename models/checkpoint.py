@@ -30,6 +30,7 @@ class Entry:
     quality: int = 0
     metric: str = ""
     source: str = ""  # what it was imported from
+    card: str = ""  # file beside it that tells of its making
 
 
 def weights_id(tensors: Mapping[str, Tensor]) -> str:
@@ -49,8 +50,9 @@ def manifest(folder: Path = WEIGHTS) -> list[Entry]:
         table = tomllib.loads(path.read_text("utf-8"))
         entries = [Entry(**row) for row in table["weights"]]
         for e in entries:
-            if Path(e.file).name != e.file:
-                raise ValueError(f"{e.file!r} lies outside its folder")
+            for file in (e.file, e.card or e.file):
+                if Path(file).name != file:
+                    raise ValueError(f"{file!r} lies outside its folder")
         return entries
     except OSError as e:
         raise WeightsError(f"{path}: {e.strerror}") from e

@@ -17,10 +17,10 @@ from service import (
     decodes,
     health,
     metrics,
+    openapi,
     pictures,
     problems,
     progress,
-    schemas,
     sharing,
 )
 from service.auth import Keys
@@ -70,6 +70,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        generate_unique_id_function=lambda route: route.name,
     )
     app.state.keys = Keys.read(chosen.api_keys) if chosen.api_keys else None
     secret = chosen.link_secret
@@ -85,7 +86,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     async def root() -> RedirectResponse:
         return RedirectResponse("/docs")
 
-    _add_problem_schema(app)
+    openapi.install(app, keyed=app.state.keys is not None)
     return app
 
 
@@ -107,23 +108,3 @@ def _state(settings: ServiceSettings, connected: Store) -> State:
         Instant(loaded, settings),
         store.streams(settings),
     )
-
-
-def _add_problem_schema(app: FastAPI) -> None:
-    """Problem documents come from handlers, so no route declares them: add them to OpenAPI."""
-    made = app.openapi
-
-    def openapi() -> dict[str, object]:
-        if app.openapi_schema is None:
-            schema = made()
-            components = schema.setdefault("components", {}).setdefault("schemas", {})
-            components["Problem"] = schemas.Problem.model_json_schema()
-            for path in schema["paths"].values():
-                for operation in path.values():
-                    if "422" in operation["responses"]:
-                        operation["responses"]["422"] = problems.responses(422)[422]
-            for unused in ("HTTPValidationError", "ValidationError"):
-                components.pop(unused, None)
-        return app.openapi_schema or {}
-
-    app.openapi = openapi  # type: ignore[method-assign]

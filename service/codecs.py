@@ -1,14 +1,23 @@
 """`/v1/encodes`, `/v1/inspect`: what is done with bitstreams and needs no queue."""
 
+import contextlib
 from typing import Annotated, Any
 
+import anyio.to_thread
 from fastapi import APIRouter, Query, Response
 
 from models import bitstream, codec, image
 from models.bitstream import Bitstream, Format, Metric
-from models.errors import WrongWeights
+from models.errors import (
+    ParameterError,
+    PictureError,
+    PictureTooLarge,
+    UnsupportedPicture,
+    WrongWeights,
+)
 from service import problems, schemas
 from service.deps import Body, Decoding, Encoding, Own
+from worker.store import RedisError
 
 router = APIRouter(prefix="/v1")
 
@@ -16,10 +25,7 @@ _MEDIA_TYPE = "application/octet-stream"
 
 
 def _upload(description: str, *media_types: str) -> dict[str, Any]:
-    content: dict[str, Any] = {m: {"schema": schemas.BINARY} for m in media_types}
-    content["multipart/form-data"] = {
-        "schema": {"type": "object", "properties": {"file": schemas.BINARY}}
-    }
+    content = {m: {"schema": schemas.BINARY} for m in media_types} | schemas.FORM
     return {"requestBody": {"required": True, "description": description, "content": content}}
 
 
@@ -35,7 +41,16 @@ def _upload(description: str, *media_types: str) -> dict[str, Any]:
             "description": "The bitstream.",
             "headers": {"X-Afterimage-Bpp": {"schema": {"type": "number"}, "example": 0.21}},
         },
-        **problems.responses(413, 415, 422, 503, 504),
+        **problems.responses(
+            *problems.OF_KEYS,
+            *problems.OF_BODIES,
+            *problems.OF_LINES,
+            PictureError,
+            UnsupportedPicture,
+            PictureTooLarge,
+            ParameterError,
+            WrongWeights,
+        ),
     },
 )
 async def encode(
@@ -68,13 +83,16 @@ async def encode(
     summary="Read a bitstream's header",
     tags=["inspect"],
     openapi_extra=_upload("A bitstream.", _MEDIA_TYPE),
-    responses=problems.responses(400, 413, 415, 422),
+    responses=problems.responses(*problems.OF_KEYS, *problems.OF_BITSTREAMS),
 )
 async def inspect(own: Own, caller: Decoding, data: Body) -> schemas.Inspection:
-    """What a bitstream's header says; nothing is decoded."""
+    """What a bitstream's header says, and what its pictures cost; nothing is decoded."""
     b = bitstream.parse(data, own.settings.max_pixels)
+    decodable, step_s = True, None
     try:
         own.library.codec_id(b)
     except WrongWeights:
-        return schemas.Inspection.of(b, len(data), decodable=False)
-    return schemas.Inspection.of(b, len(data), decodable=True)
+        decodable = False
+    with contextlib.suppress(RedisError):  # without the queue, nothing is known of workers
+        step_s = await anyio.to_thread.run_sync(own.jobs.cost)
+    return schemas.Inspection.of(b, len(data), decodable, own.instant.megapixel_s, step_s)

@@ -10,14 +10,23 @@ import anyio.to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from models import bitstream, tiers
+from models import bitstream, errors, tiers
 from models.bitstream import Bitstream
 from models.errors import ParameterError
 from models.image import OutputFormat
 from models.tiers import Settings, Tier
 from service import answers, metrics, pictures, problems, progress, schemas
 from service.auth import Caller
-from service.deps import Accepted, Body, Decoding, Own, Preferred, State
+from service.deps import (
+    Accepted,
+    Body,
+    Decoding,
+    JobId,
+    Own,
+    Preferred,
+    State,
+    one_of_tiers,
+)
 from service.instant import Drawn
 from service.negotiate import Preferences
 from service.problems import Busy, IdMismatch, KeyReused
@@ -45,7 +54,15 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
         "description": "With `Prefer: respond-async`: queued; the picture is not there yet.",
         "headers": {"Retry-After": {"schema": {"type": "integer"}, "example": 2}},
     },
-    **problems.responses(400, 406, 413, 415, 422, 503, 504),
+    **problems.responses(
+        *problems.OF_KEYS,
+        *problems.OF_BITSTREAMS,
+        *problems.OF_LINES,
+        ParameterError,
+        problems.NotAcceptable,
+        problems.QueueAway,
+        KeyReused,
+    ),
 }
 
 
@@ -61,9 +78,7 @@ class Asked:
 
 
 def asked(
-    tier: Annotated[
-        str, Query(examples=["perceptual"], description="See `/v1/tiers`.")
-    ] = "instant",
+    tier: Annotated[str, one_of_tiers("See `/v1/tiers`.")] = "instant",
     seed: Annotated[int, Query(ge=0, le=tiers.MAX_SEED)] = 0,
     steps: Annotated[int | None, Query(ge=1, le=tiers.MAX_STEPS)] = None,
     eta: Annotated[float | None, Query(ge=0, le=1)] = None,
@@ -142,12 +157,12 @@ Sent = Annotated[Given, Depends(given)]
 )
 async def decode(
     own: Own,
+    caller: Decoding,
     request: Request,
     sent: Sent,
     what: AskedFor,
     format: Accepted,
     prefer: Preferred,
-    caller: Decoding,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Decode a bitstream.
@@ -174,17 +189,20 @@ async def decode(
     responses={
         **_ANSWERS,
         201: {**_ANSWERS[200], "description": "As 200; the decode is new."},
+        422: problems.responses(
+            *errors.BitstreamError.__subclasses__(), ParameterError, IdMismatch
+        )[422],
     },
 )
 async def put(
     own: Own,
+    caller: Decoding,
     request: Request,
-    id: str,
+    id: JobId,
     sent: Sent,
     what: AskedFor,
     format: Accepted,
     prefer: Preferred,
-    caller: Decoding,
 ) -> Response:
     """As `POST`, under the id that the client computed from the content.
 
@@ -226,12 +244,13 @@ class _Submission:
         headers = {"Location": location, "Link": f'<{location}/image>; rel="upgrade"'}
         finished = await pictures.finished(self.own, self.decode, self.format)
         metrics.cache("picture", finished is not None)
-        if finished is not None:
-            return self._picture(finished, self.decode.tier, {**headers, "X-Cache": "hit"})
         for url in self.what.webhooks:
             await anyio.to_thread.run_sync(webhooks.check, url, self.own.webhooks)
+        if finished is not None:
+            await anyio.to_thread.run_sync(self._tell)
+            return self._picture(finished, self.decode.tier, {**headers, "X-Cache": "hit"})
         headers["X-Cache"] = "miss"
-        await anyio.to_thread.run_sync(_admit, self.own)
+        await anyio.to_thread.run_sync(_admit, self.own, self.decode.id)
         if self.prefer.respond_async:
             return await self._later(headers)
         drawn = await pictures.draft(self.own, self.decode, self.sent.bitstream, self.format)
@@ -270,6 +289,15 @@ class _Submission:
 
         self.made = await anyio.to_thread.run_sync(submit)
 
+    def _tell(self) -> None:
+        """Tell the webhooks of this request of a job whose picture is kept."""
+        state = self.own.jobs.get(self.decode.id) if self.what.webhooks else None
+        if state is None:
+            return
+        for url in self.what.webhooks:
+            webhooks.register(self.own.store, state.id, url)
+        webhooks.job_ended(self.own.store, state.id, *webhooks.event(state))
+
     def _picture(self, file: bytes, tier: str, headers: dict[str, str]) -> Response:
         return answers.picture(self.request, file, self.format, tier, headers)
 
@@ -289,8 +317,14 @@ def _decode(own: State, sent: Given, what: Asked, settings: Settings) -> Decode:
     return wanted
 
 
-def _admit(own: State) -> None:
-    """Raises `Busy` where the queue is longer than the service promises to serve."""
+def _admit(own: State, job_id: str) -> None:
+    """Raises `Busy` where the queue is longer than the service promises to serve.
+
+    A repeat of what is queued or runs costs nothing.
+    """
+    state = own.jobs.get(job_id)
+    if state is not None and state.status not in ENDED:
+        return
     backlog, limit = costs.backlog_s(own.jobs), own.settings.max_backlog_s
     if backlog > limit:
         retry_after = str(math.ceil(backlog - limit))

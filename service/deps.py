@@ -2,10 +2,11 @@
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
+import anyio
 import anyio.to_thread
-from fastapi import Depends, Header, Request
+from fastapi import Depends, Header, Path, Query, Request
 from redis.asyncio import Redis as AsyncRedis
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -13,12 +14,13 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from models.errors import MalformedHeader
 from models.image import OutputFormat
 from models.library import Library
+from models.tiers import TIERS
 from service import negotiate
 from service.auth import Caller, require
 from service.instant import Instant
 from service.keys import Scope
 from service.negotiate import Preferences
-from service.problems import BodyTooLarge
+from service.problems import BodyTooLarge, RequestTimeout
 from service.quotas import Quotas
 from service.settings import ServiceSettings
 from worker.jobs import Jobs
@@ -48,20 +50,25 @@ def state(request: Request) -> State:
 
 
 async def body(request: Request, own: Annotated[State, Depends(state)]) -> bytes:
-    """The raw body, or the first file of a multipart form, read within the byte limit.
+    """The raw body, or the first file of a multipart form, read within the limits.
 
-    Raises `BodyTooLarge`, before reading where Content-Length tells; `MalformedHeader` for a form
-    that is none.
+    Raises `BodyTooLarge`, before reading where Content-Length tells; `RequestTimeout`;
+    `MalformedHeader` for a form that is none.
     """
-    limit = own.settings.max_bytes
+    limit, seconds = own.settings.max_bytes, own.settings.body_timeout_s
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise BodyTooLarge(f"{declared} bytes; the limit is {limit}")
     data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > limit:
-            raise BodyTooLarge(f"more than {limit} bytes")
+    try:
+        with anyio.fail_after(seconds):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > limit:
+                    raise BodyTooLarge(f"more than {limit} bytes")
+    except TimeoutError:
+        gone = {"Connection": "close"}  # what comes still is no other request
+        raise RequestTimeout(f"{len(data)} bytes came within {seconds:g} s", gone) from None
     if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         return await _first_file(request, bytes(data))
     return bytes(data)
@@ -103,12 +110,15 @@ def within_quota(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable
 
 
 def accepted(
-    accept: Annotated[
-        str | None, Header(description="PNG, WebP, AVIF, JPEG or NPY, by weight.")
-    ] = None,
+    accept: Annotated[str | None, Header(include_in_schema=False)] = None,  # OpenAPI ignores it
 ) -> OutputFormat:
     """The picture's format. Raises `NotAcceptable`."""
     return negotiate.picture_format(accept)
+
+
+def one_of_tiers(description: str) -> Any:
+    """A query parameter that names a tier; `tiers.find` says what is wrong with another."""
+    return Query(description=description, json_schema_extra={"enum": list(TIERS)})
 
 
 def preferred(
@@ -120,6 +130,9 @@ def preferred(
     return negotiate.preferences(prefer)
 
 
+JobId = Annotated[
+    str, Path(pattern="^[0-9a-f]{32}$", examples=["3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e"])
+]
 Own = Annotated[State, Depends(state)]
 Body = Annotated[bytes, Depends(body)]
 Decoding = Annotated[Caller, Depends(within_quota("decode"))]

@@ -40,6 +40,8 @@ class Instant:
         self._kept: LRUCache[tuple[str, str, OutputFormat], bytes]  # repeats are quick, Redis or no
         self._kept = LRUCache(settings.instant_cache_bytes, len)
         self._seconds = 0.3  # of a turn, lately
+        self.megapixel_s: float | None = None
+        """Seconds of an instant picture per megapixel, lately; None before the first."""
 
     async def picture(self, b: Bitstream, digest: str, format: OutputFormat) -> Drawn:
         """The instant picture of a bitstream. Raises as `Codec.latents` and `run`."""
@@ -51,6 +53,7 @@ class Instant:
         asked = time.perf_counter()
         drawn = await self.run(lambda: self._draw(b, format, asked))
         metrics.stages(drawn.stages)
+        self._learn(sum(ms for name, ms in drawn.stages.items() if name != "queue"), b)
         if len(drawn.file) < self._kept.maxsize / 4:
             self._kept[name] = drawn.file
         return drawn
@@ -79,6 +82,11 @@ class Instant:
             limit = self.settings.request_timeout_s
             metrics.shed("timeout")
             raise DeadlineExceeded(f"no answer within {limit:g} s") from e
+
+    def _learn(self, ms: float, b: Bitstream) -> None:
+        cost = ms / 1e3 / (b.width * b.height / 1e6)
+        before = cost if self.megapixel_s is None else self.megapixel_s
+        self.megapixel_s = before + 0.1 * (cost - before)
 
     def _timed(self, work: Callable[[], T]) -> T:
         began = time.perf_counter()

@@ -1,7 +1,7 @@
 """`GET /v1/decodes/{id}/image`: the best picture there is, in the format that is liked best."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
@@ -13,7 +13,7 @@ from models.errors import ParameterError
 from models.image import OutputFormat
 from models.library import provenance
 from service import answers, problems, progress, schemas
-from service.deps import Accepted, Own, Preferred, State, Viewing
+from service.deps import Accepted, JobId, Own, Preferred, State, Viewing, one_of_tiers
 from service.instant import Drawn
 from service.problems import Conflict, JobNotFound, PictureGone
 from worker.records import Decode, JobState
@@ -23,28 +23,33 @@ router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
 _RANKS = {name: rank for rank, name in enumerate(tiers.TIERS)}
 
 
-@router.head("/{id}/image", include_in_schema=False)
-@router.get(
-    "/{id}/image",
-    summary="The best picture there is",
-    response_class=Response,
-    responses={
+_ROUTE: dict[str, Any] = {
+    "summary": "The best picture there is",
+    "response_class": Response,
+    "responses": {
         200: {"content": schemas.PICTURES, "description": "The best picture there is."},
         202: {"model": schemas.Decode, "description": "`min_tier` is not reached yet."},
         206: {"content": schemas.PICTURES, "description": "The part that `Range` asks for."},
         304: {"description": "The picture that If-None-Match names is still the best."},
-        **problems.responses(404, 406, 409, 410, 416, 422, 503, 504),
+        **problems.responses(
+            *problems.OF_KEYS, *problems.OF_LINES, problems.QueueAway, JobNotFound, Conflict,
+            PictureGone, ParameterError, problems.NotAcceptable, problems.RangeNotSatisfiable,
+        ),
     },
-)
+}  # fmt: skip
+
+
+@router.head("/{id}/image", name="picture_head", **_ROUTE)
+@router.get("/{id}/image", **_ROUTE)
 async def picture(
     own: Own,
-    id: str,
+    caller: Viewing,
+    id: JobId,
     request: Request,
     format: Accepted,
     prefer: Preferred,
-    caller: Viewing,
     min_tier: Annotated[
-        str, Query(description="At least this tier: 202 while it is pending.")
+        str, one_of_tiers("At least this tier: 202 while it is pending.")
     ] = "instant",
     realism: Annotated[
         float,
@@ -62,7 +67,7 @@ async def picture(
     if state.status != "succeeded" and min_tier != "instant":
         return await _pending(own, state, min_tier)
     if _RANKS[min_tier] > _RANKS[state.decode.tier]:
-        raise ParameterError(f"decode {id} draws {state.decode.tier}, not {min_tier}")
+        raise Conflict(f"decode {id} draws {state.decode.tier}, not {min_tier}")
     if state.status == "succeeded" and realism > 0:
         file = await finished(own, state.decode, format, realism)
         if file is not None:
@@ -79,10 +84,10 @@ async def picture(
     response_class=Response,
     responses={
         200: {"content": {"image/webp": {"schema": schemas.BINARY}}, "description": "A WebP file."},
-        **problems.responses(404, 503),
+        **problems.responses(*problems.OF_KEYS, JobNotFound, ParameterError, problems.QueueAway),
     },
 )
-async def preview(own: Own, id: str, caller: Viewing) -> Response:
+async def preview(own: Own, caller: Viewing, id: JobId) -> Response:
     """The last estimate of a decode that is being drawn while its events are read."""
     await progress.look(own, id, caller.name)
     file = await anyio.to_thread.run_sync(own.store.preview, id)

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic.config import JsonDict
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from models import errors
 from service import metrics
@@ -42,6 +43,10 @@ class JobNotFound(RequestError):
     """There is no decode with this id."""
 
 
+class ModelNotFound(RequestError):
+    """There are no such weights, or there is no card of them."""
+
+
 class NotAcceptable(RequestError):
     """None of the formats that `Accept` names can be made."""
 
@@ -70,12 +75,20 @@ class RangeNotSatisfiable(RequestError):
     """The range begins behind the picture's end."""
 
 
+class RequestTimeout(RequestError):
+    """The request's body did not arrive in time."""
+
+
 class TooManyRequests(RequestError):
     """The caller's quota is used up; `Retry-After` says until when."""
 
 
 class Busy(RequestError):
     """More requests than can be served soon; `Retry-After` says when to come back."""
+
+
+class QueueAway(RequestError):
+    """The queue cannot be used; instant decodes still work."""
 
 
 class DeadlineExceeded(RequestError):
@@ -87,7 +100,9 @@ STATUS: dict[type[errors.AfterimageError], int] = {
     Unauthorized: 401,
     Forbidden: 403,
     JobNotFound: 404,
+    ModelNotFound: 404,
     NotAcceptable: 406,
+    RequestTimeout: 408,
     Conflict: 409,
     PictureGone: 410,
     errors.PictureTooLarge: 413,
@@ -104,6 +119,7 @@ STATUS: dict[type[errors.AfterimageError], int] = {
     errors.WeightsError: 500,
     errors.AfterimageError: 500,
     Busy: 503,
+    QueueAway: 503,
     DeadlineExceeded: 504,
 }
 
@@ -112,13 +128,7 @@ def problem(
     status: int, kind: str, detail: str, headers: Mapping[str, str] | None = None, **extra: Any
 ) -> JSONResponse:
     """A problem document; `kind` is the stable last part of its type."""
-    body = {
-        "type": f"urn:afterimage:problem:{kind}",
-        "title": kind.replace("-", " ").capitalize(),
-        "status": status,
-        "detail": detail,
-        **extra,
-    }
+    body = {**_document(status, kind, detail), **extra}
     sent = {"Cache-Control": "no-store"}
     if status == 503:
         sent["Retry-After"] = str(RETRY_S)
@@ -130,9 +140,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(errors.AfterimageError)
     async def _own(_request: Request, e: errors.AfterimageError) -> JSONResponse:
-        status = next(STATUS[c] for c in type(e).__mro__ if c in STATUS)
         headers = e.headers if isinstance(e, RequestError) else {}
-        return problem(status, _kind(type(e).__name__), str(e), headers)
+        return problem(status_of(type(e)), _kind(type(e).__name__), str(e), headers)
 
     @app.exception_handler(RequestValidationError)
     async def _parameters(_request: Request, e: RequestValidationError) -> JSONResponse:
@@ -144,15 +153,17 @@ def install(app: FastAPI) -> None:
         return problem(422, "parameter-error", text, errors=found)
 
     @app.exception_handler(HTTPException)
-    async def _http(_request: Request, e: HTTPException) -> JSONResponse:
+    async def _http(request: Request, e: HTTPException) -> JSONResponse:
         kinds = {404: "not-found", 405: "method-not-allowed"}
-        kind = kinds.get(e.status_code, "http-error")
-        return problem(e.status_code, kind, str(e.detail), e.headers)
+        kind, headers = kinds.get(e.status_code, "http-error"), dict(e.headers or {})
+        if e.status_code == 405:
+            headers["Allow"] = ", ".join(_methods(app, request.url.path))
+        return problem(e.status_code, kind, str(e.detail), headers)
 
     @app.exception_handler(RedisError)
-    async def _store(_request: Request, _e: RedisError) -> JSONResponse:
+    async def _store(request: Request, _e: RedisError) -> JSONResponse:
         metrics.shed("redis")
-        return problem(503, "queue-away", "the queue cannot be used; instant decodes still work")
+        return await _own(request, QueueAway("the queue is away; instant decodes still work"))
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, _e: Exception) -> JSONResponse:
@@ -160,39 +171,54 @@ def install(app: FastAPI) -> None:
         return problem(500, "internal-error", "an unexpected error; it was logged", ids)
 
 
+def _methods(app: FastAPI, path: str) -> list[str]:
+    """What the routes of a path answer to; one route knows of its own methods only."""
+    described = app.openapi()["paths"]
+    matching = (at for at in described if compile_path(at)[0].match(path))
+    return sorted({method.upper() for at in matching for method in described[at]})
+
+
 def _kind(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower()
 
 
-EXAMPLE: JsonDict = {
-    "type": "urn:afterimage:problem:checksum-mismatch",
-    "title": "Checksum mismatch",
-    "status": 422,
-    "detail": "the bitstream's CRC-32C does not hold: its bytes were changed",
-}
-_MEANING = {
-    400: "Empty body or truncated header",
-    401: "No API key or signature, or one that is not valid",
-    403: "The API key lacks the scope",
-    404: "No such decode",
-    406: "None of the acceptable formats can be made",
-    409: "The decode's state does not allow it",
-    410: "The picture is no longer kept; retry makes it again",
-    413: "More bytes or declared pixels than the limit",
-    415: "Unknown magic, codec or picture format",
-    416: "The range begins behind the picture's end",
-    422: "Wrong lengths, checksum, entropy coded bytes, id or parameter",
-    429: "The caller's quota is used up",
-    503: "The queue cannot be used, or too much is waiting",
-    504: "The request's time is over",
-}
+def _document(status: int, kind: str, detail: str) -> dict[str, Any]:
+    return {
+        "type": f"urn:afterimage:problem:{kind}",
+        "title": kind.replace("-", " ").capitalize(),
+        "status": status,
+        "detail": detail,
+    }
 
 
-_OF_KEYS = (401, 403, 429)
+EXAMPLE: JsonDict = _document(
+    422, "checksum-mismatch", "the bitstream's CRC-32C does not hold: its bytes were changed"
+)
+OF_KEYS = (Unauthorized, Forbidden, TooManyRequests)
+"""What every operation for callers with keys may answer."""
+OF_BODIES = (errors.MalformedHeader, RequestTimeout, BodyTooLarge)
+"""What every operation that takes a body may answer."""
+OF_BITSTREAMS = (*errors.BitstreamError.__subclasses__(), errors.PictureTooLarge, *OF_BODIES)
+"""What every operation that takes a bitstream may answer."""
+OF_LINES = (Busy, DeadlineExceeded)
+"""What every operation that computes a picture may answer."""
 
 
-def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI entries for the problems that an operation may answer with, besides those of keys."""
-    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    known = sorted({*_OF_KEYS, *statuses})
-    return {s: {"description": _MEANING[s], "content": content} for s in known}
+def responses(*kinds: type[errors.AfterimageError]) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries for the problems that an operation may answer with, an example of each."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for kind in sorted(set(kinds), key=lambda k: (status_of(k), k.__name__)):
+        status, name = status_of(kind), _kind(kind.__name__)
+        text = (kind.__doc__ or "").split("\n")[0]
+        schema = {"$ref": "#/components/schemas/Problem"}
+        empty = {"description": "", "content": {MEDIA_TYPE: {"schema": schema, "examples": {}}}}
+        entry = found.setdefault(status, empty)
+        entry["description"] = f"{entry['description']} {text}".strip()
+        value = _document(status, name, text.rstrip("."))
+        entry["content"][MEDIA_TYPE]["examples"][name] = {"summary": text, "value": value}
+    return found
+
+
+def status_of(kind: type[errors.AfterimageError]) -> int:
+    """The HTTP status of an error."""
+    return next(STATUS[c] for c in kind.__mro__ if c in STATUS)

@@ -10,14 +10,16 @@ from fastapi import APIRouter, Depends, Header, Response
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from models.errors import ParameterError
 from service import problems, schemas
-from service.deps import Decoding, Own, Preferred, State
+from service.deps import Decoding, JobId, Own, Preferred, State
 from service.problems import Conflict, JobNotFound, PictureGone
 from worker import costs, events
 from worker.events import Event
 from worker.jobs import POLL_HOLD_S
 from worker.records import ENDED, JobState
 
+_ASKED = (*problems.OF_KEYS, JobNotFound, ParameterError, problems.QueueAway)
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
 
 BLOCK_S = 5
@@ -30,10 +32,10 @@ _EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
 @router.get(
     "/{id}",
     summary="Where a decode stands",
-    responses=problems.responses(404, 410, 503),
+    responses=problems.responses(*_ASKED, PictureGone),
 )
 async def status(
-    own: Own, id: str, prefer: Preferred, caller: Decoding, response: Response
+    own: Own, caller: Decoding, id: JobId, prefer: Preferred, response: Response
 ) -> schemas.Decode:
     """Status, steps done, place in the queue; with `Prefer: wait=N`, once it has ended or after N
     seconds."""
@@ -45,7 +47,7 @@ async def status(
     return await anyio.to_thread.run_sync(view, own, id)
 
 
-async def _followed(own: Own, id: str, caller: Decoding) -> JobState:
+async def _followed(own: Own, caller: Decoding, id: JobId) -> JobState:
     """Raised before the stream begins: what is wrong with the id."""
     return await _kept(own, id, caller.name)
 
@@ -54,12 +56,12 @@ async def _followed(own: Own, id: str, caller: Decoding) -> JobState:
     "/{id}/events",
     summary="Follow a decode",
     response_class=EventSourceResponse,
-    responses=problems.responses(404, 410, 503),
+    responses=problems.responses(*_ASKED, PictureGone),
 )
 async def follow(
     own: Own,
-    id: str,
     caller: Decoding,
+    id: JobId,
     state: Annotated[JobState, Depends(_followed)],
     last_event_id: Annotated[
         str | None, Header(description="Of the last event that was read: the next comes first.")
@@ -81,10 +83,10 @@ async def follow(
     summary="Withdraw",
     responses={
         202: {"model": schemas.Decode, "description": "A worker is drawing it, and will stop."},
-        **problems.responses(404, 409, 503),
+        **problems.responses(*_ASKED, Conflict),
     },
 )
-async def withdraw(own: Own, id: str, caller: Decoding) -> Response:
+async def withdraw(own: Own, caller: Decoding, id: JobId) -> Response:
     """The caller no longer wants the picture; where nobody else does, the job ends."""
 
     def stop() -> tuple[schemas.Decode, bool]:
@@ -104,9 +106,9 @@ async def withdraw(own: Own, id: str, caller: Decoding) -> Response:
     "/{id}/retry",
     status_code=202,
     summary="Try again",
-    responses=problems.responses(404, 409, 503),
+    responses=problems.responses(*_ASKED, Conflict),
 )
-async def retry(own: Own, id: str, caller: Decoding, response: Response) -> schemas.Decode:
+async def retry(own: Own, caller: Decoding, id: JobId, response: Response) -> schemas.Decode:
     """Queue a decode again that failed, was canceled, or whose picture is no longer kept."""
 
     def again() -> schemas.Decode:

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from models import tiers
 from models.bitstream import Bitstream, Format, Metric, Profile
@@ -16,6 +16,14 @@ from worker.jobs import MAX_HOLD_S
 from worker.records import JobState, Status
 
 
+class Fault(BaseModel):
+    """A parameter that is wrong."""
+
+    parameter: str
+    in_: str = Field(alias="in")
+    message: str
+
+
 class Problem(BaseModel):
     """RFC 9457 problem document."""
 
@@ -25,6 +33,7 @@ class Problem(BaseModel):
     title: str
     status: int
     detail: str
+    errors: list[Fault] | None = Field(None, description="With `parameter-error`, one by one.")
 
 
 class Decode(BaseModel):
@@ -94,8 +103,16 @@ class Decode(BaseModel):
         )  # fmt: skip
 
 
+class Cost(BaseModel):
+    """What a tier's picture costs."""
+
+    steps: int
+    megapixel_steps: float  # steps times megapixels; guidance other than 1 doubles it
+    seconds: float | None  # on one worker, by what was measured lately; null before that
+
+
 class Inspection(BaseModel):
-    """What a bitstream's header says."""
+    """What a bitstream's header says, and what its pictures cost."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -111,7 +128,10 @@ class Inspection(BaseModel):
                     "bpp": 0.2,
                     "weights_id": "4db2e4cc55a0a9ca",
                     "decodable": True,
-                    "steps": {"instant": 0, "perceptual": 4},
+                    "costs": {
+                        "instant": {"steps": 0, "megapixel_steps": 0, "seconds": 0.1},
+                        "perceptual": {"steps": 4, "megapixel_steps": 1.573, "seconds": 1.2},
+                    },
                 }
             ]
         }
@@ -127,17 +147,37 @@ class Inspection(BaseModel):
     bpp: float
     weights_id: str | None
     decodable: bool
-    steps: dict[str, int]
+    costs: dict[str, Cost]
 
     @classmethod
-    def of(cls, b: Bitstream, size: int, decodable: bool) -> "Inspection":
-        """The public view of a header; `decodable` where its weights are installed."""
+    def of(
+        cls,
+        b: Bitstream,
+        size: int,
+        decodable: bool,
+        instant_s: float | None = None,
+        step_s: float | None = None,
+    ) -> "Inspection":
+        """The public view of a header; `decodable` where its weights are installed.
+
+        `instant_s` and `step_s`: measured seconds of a megapixel and of a megapixel-step.
+        """
+        megapixels = b.width * b.height / 1e6
+
+        def cost(tier: tiers.Tier) -> Cost:
+            work = megapixels * (tier.settings.calls if tier.settings else 0)
+            done, each = (work, step_s) if tier.settings else (megapixels, instant_s)
+            return Cost(
+                steps=tier.settings.steps if tier.settings else 0,
+                megapixel_steps=round(work, 4),
+                seconds=None if each is None else round(done * each, 3),
+            )
+
         return cls(
             format=b.format, profile=b.profile, quality=b.quality, metric=b.metric,
             width=b.width, height=b.height, bytes=size,
             bpp=round(8 * size / (b.width * b.height), 4), weights_id=b.weights_id or None,
-            decodable=decodable,
-            steps={t.name: t.settings.steps if t.settings else 0 for t in tiers.TIERS.values()},
+            decodable=decodable, costs={t.name: cost(t) for t in tiers.TIERS.values()},
         )  # fmt: skip
 
 
@@ -184,6 +224,8 @@ class Model(BaseModel):
                     "quality": 2,
                     "metric": "mse",
                     "source": "shipped",
+                    "sha256": "47347070…",
+                    "card": "/v1/models/4db2e4cc55a0a9ca/card",
                 }
             ]
         }
@@ -195,13 +237,16 @@ class Model(BaseModel):
     quality: int | None
     metric: str | None
     source: str
+    sha256: str  # of the file
+    card: str | None  # where its model card is
 
     @classmethod
     def of(cls, e: Entry) -> "Model":
         """The public view of a manifest's entry."""
         return cls(
             kind=e.kind, name=e.name, weights_id=e.weights_id, quality=e.quality or None,
-            metric=e.metric or None, source=e.source or "shipped",
+            metric=e.metric or None, source=e.source or "shipped", sha256=e.sha256,
+            card=f"/v1/models/{e.weights_id}/card" if e.card else None,
         )  # fmt: skip
 
 
@@ -281,13 +326,18 @@ def _time(seconds: float) -> datetime | None:
 
 BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
 PICTURES: dict[str, Any] = {media_type: {"schema": BINARY} for media_type in MEDIA_TYPES.values()}
+FORM: dict[str, Any] = {
+    "multipart/form-data": {
+        "schema": {"type": "object", "properties": {"file": BINARY}, "required": ["file"]}
+    }
+}
 BITSTREAM: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "description": "A bitstream: `.msh`, or an image file of CompressAI's `codec.py`.",
         "content": {
             "application/octet-stream": {"schema": BINARY},
-            "multipart/form-data": {"schema": {"type": "object", "properties": {"file": BINARY}}},
+            **FORM,
         },
     }
 }

@@ -35,4 +35,5 @@ class ServiceSettings(WorkerSettings):
         2, ge=1, description="instant decodes in parallel; each uses all threads"
     )
     waiting_line: int = Field(64, ge=0, description="requests that may wait for their decode")
+    body_timeout_s: float = Field(60, gt=0, description="longest wait for a request's body")
     request_timeout_s: float = Field(30, gt=0, description="longest wait for an instant picture")

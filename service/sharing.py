@@ -8,9 +8,10 @@ import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 
 from models import tiers
+from models.errors import ParameterError
 from service import links, problems, progress, schemas
-from service.deps import Decoding, Own
-from service.problems import Conflict
+from service.deps import Decoding, JobId, Own, one_of_tiers
+from service.problems import Conflict, JobNotFound
 
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
 
@@ -21,15 +22,17 @@ MAX_LINK_S = 7 * 24 * 3600
     "/{id}/links",
     status_code=201,
     summary="Share a picture",
-    responses=problems.responses(404, 409, 422, 503),
+    responses=problems.responses(
+        *problems.OF_KEYS, JobNotFound, Conflict, ParameterError, problems.QueueAway
+    ),
 )
 async def share(
     own: Own,
-    request: Request,
-    id: str,
     caller: Decoding,
+    request: Request,
+    id: JobId,
     seconds: Annotated[int, Query(ge=1, le=MAX_LINK_S, description="How long it is valid.")] = 3600,
-    min_tier: Annotated[str, Query(description="As of the picture.")] = "instant",
+    min_tier: Annotated[str, one_of_tiers("As of the picture.")] = "instant",
     realism: Annotated[float, Query(ge=0, le=1, description="As of the picture.")] = 1.0,
 ) -> schemas.Link:
     """A URL that whoever holds it may GET, without a key, until it expires."""

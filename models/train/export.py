@@ -15,6 +15,7 @@ def codec(file: Path, quality: int, folder: Path = checkpoint.WEIGHTS) -> str:
     """
     tensors = {k: v.contiguous() for k, v in zoo.with_tables(_read(file)[0]).items()}
     row: dict[str, str | int] = {"kind": "codec", "quality": quality, "metric": "mse"}
+    row["card"] = "msh.md"
     return catalogue.install(tensors, f"msh_q{quality}", folder, row).weights_id
 
 
@@ -28,7 +29,8 @@ def decoder(file: Path, folder: Path = checkpoint.WEIGHTS) -> str:
     for entry in checkpoint.manifest(folder) if (folder / catalogue.MANIFEST).exists() else ():
         if entry.kind == "decoder" and entry.name != name:
             (folder / entry.file).unlink(missing_ok=True)
-    return catalogue.install(tensors, name, folder, {"kind": "decoder"}, metadata).weights_id
+    row = {"kind": "decoder", "card": "compact.md"}
+    return catalogue.install(tensors, name, folder, row, metadata).weights_id
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,0 +1,115 @@
+"""The OpenAPI document against the live service: schemathesis, all of its checks."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from models import image
+from service import keys
+from tests.conftest import Service, run_service, wait_for
+
+pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]
+
+HERE = Path(__file__).parent
+TOKEN = "ai_" + "x" * 40
+NEED_MORE = {
+    "PUT /v1/decodes/{id}",  # an id that follows from the rest
+    "DELETE /v1/decodes/{id}", "GET /v1/decodes/{id}/preview",  # a job that runs just then
+}  # fmt: skip
+"""What random requests seldom succeed at; `test_decodes.py` sees to these."""
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service whose one key may do everything, with a queue that never refuses."""
+    folder = tmp_path_factory.mktemp("keyed")
+    table = (
+        f'[[keys]]\nname = "fuzz"\nsha256 = "{keys.digest(TOKEN)}"\nscopes = ["decode", "encode"]'
+    )
+    (folder / "keys.toml").write_text(table)
+    environment = {
+        "AFTERIMAGE_API_KEYS": str(folder / "keys.toml"),
+        "AFTERIMAGE_LINK_SECRET": "s" * 40,
+        "AFTERIMAGE_MAX_PIXELS": "1000000",
+        "AFTERIMAGE_MAX_BACKLOG_S": "1000000",
+    }
+    with run_service(folder, **environment) as running:
+        running.client.headers["X-API-Key"] = TOKEN
+        yield running
+
+
+@pytest.fixture(scope="module")
+def bodies(keyed: Service, photo: image.Pixels, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small bitstreams and pictures, in folders by media type."""
+    root, cut = tmp_path_factory.mktemp("bodies"), photo[100:164, 200:270].copy()
+    for format, kind in image.MEDIA_TYPES.items():
+        if kind.startswith("image/"):
+            (root / kind).mkdir(parents=True)
+            (root / kind / "cut").write_bytes(image.write(cut, format))
+    streams = root / "application/octet-stream"
+    streams.mkdir(parents=True)
+    for format in ("msh", "compressai"):
+        made = keyed.client.post(
+            "/v1/encodes", params={"format": format}, content=image.write(cut, "png")
+        )
+        (streams / format).write_bytes(made.content)
+    return root
+
+
+@pytest.fixture(scope="module")
+def decodes(keyed: Service, bodies: Path) -> list[str]:
+    """Locations of decodes: two have succeeded, two were withdrawn."""
+    stream = (bodies / "application/octet-stream/msh").read_bytes()
+    client, found = keyed.client, []
+    for seed, steps in enumerate((2, 2, 200, 200)):
+        asked = {"tier": "ddim-10", "steps": steps, "seed": seed}
+        answer = client.post("/v1/decodes", params=asked, content=stream)
+        found.append(str(answer.headers["location"]))
+        if steps > 2:
+            client.delete(found[-1])
+        wait_for(client, found[-1])
+    return found
+
+
+def test_the_service_does_what_its_schema_says(
+    keyed: Service, bodies: Path, decodes: list[str], tmp_path: Path
+) -> None:
+    """Examples, boundary values, random and wrong requests, and sequences of them."""
+    environment = {
+        "AFTERIMAGE_BODIES": str(bodies),
+        "AFTERIMAGE_IDS": " ".join(at.rpartition("/")[2] for at in decodes),
+        "AFTERIMAGE_TOKEN": TOKEN,
+        "SCHEMATHESIS_HOOKS": "schema_hooks",
+        "PYTHONPATH": str(HERE),
+    }
+    command = [
+        str(Path(sys.executable).with_name("schemathesis")),
+        "--config-file", HERE / "schemathesis.toml", "run", f"{keyed.client.base_url}/openapi.json",
+        "--continue-on-failure", "--max-examples", "15", "--seed", "1", "--request-timeout", "30",
+        "--report", "ndjson", "--report-ndjson-path", tmp_path / "events", "--no-color",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    accepted = answered_well(tmp_path / "events")
+    paths = keyed.client.get("/openapi.json").json()["paths"]
+    described = {f"{method.upper()} {at}" for at, methods in paths.items() for method in methods}
+    assert described - accepted <= NEED_MORE
+
+
+def answered_well(events: Path) -> set[str]:
+    """Operations of which a request was answered with 2xx."""
+    found = set()
+    for line in events.read_text().splitlines():
+        run = json.loads(line).get("ScenarioFinished", {}).get("recorder", {})
+        for name, interaction in run.get("interactions", {}).items():
+            case, response = run["cases"][name]["value"], interaction["response"]
+            if response and 200 <= response["status_code"] < 300:
+                found.add(f"{case['method']} {case['path']}")
+    return found
