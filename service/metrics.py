@@ -88,7 +88,12 @@ def registry(jobs: Jobs) -> CollectorRegistry:
     return made
 
 
-@router.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
+@router.get(
+    "/metrics",
+    summary="Metrics",
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"text/plain": {"example": "afterimage_redis_up 1.0\n"}}}},
+)
 async def page(request: Request) -> Response:
     """Prometheus text exposition: requests and stages of this process; queue, jobs and workers of
     all. Where Redis is away, the process's own remain and `afterimage_redis_up` is 0."""

@@ -26,6 +26,11 @@ BLOCK_S = 5
 """How long one read of a job's events waits; interest and previews are renewed in between."""
 RECONNECT_MS = 2000
 """When a client that lost its event stream should come back."""
+_EVENT = """event: progress
+id: 1767268801000-0
+data: {"step": 2, "total": 4, "id": "3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e"}
+
+"""
 _EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
 
 
@@ -56,7 +61,13 @@ async def _followed(own: Own, caller: Decoding, id: JobId) -> JobState:
     "/{id}/events",
     summary="Follow a decode",
     response_class=EventSourceResponse,
-    responses=problems.responses(*_ASKED, PictureGone),
+    responses={
+        200: {
+            "content": {"text/event-stream": {"example": _EVENT}},
+            "description": "Events, until the decode has ended.",
+        },
+        **problems.responses(*_ASKED, PictureGone),
+    },
 )
 async def follow(
     own: Own,
@@ -82,6 +93,7 @@ async def follow(
     "/{id}",
     summary="Withdraw",
     responses={
+        200: {"model": schemas.Decode, "description": "Withdrawn; where nobody else waits, over."},
         202: {"model": schemas.Decode, "description": "A worker is drawing it, and will stop."},
         **problems.responses(*_ASKED, Conflict),
     },

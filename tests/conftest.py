@@ -180,8 +180,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One service with one worker and the shipped weights, for all end-to-end tests."""
     folder = tmp_path_factory.mktemp("service")
     with embed.servers(folder / "redis") as urls:
-        stores = {"REDIS_URL": urls[0], "CACHE_REDIS_URL": urls[1]}
-        with run_service(folder, AFTERIMAGE_MAX_PIXELS="1000000", **stores) as running:
+        own = {"REDIS_URL": urls[0], "CACHE_REDIS_URL": urls[1]}
+        own |= {"AFTERIMAGE_MAX_PIXELS": "1000000", "AFTERIMAGE_BODY_TIMEOUT_S": "3"}
+        with run_service(folder, **own) as running:
             yield running
 
 

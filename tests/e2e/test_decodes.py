@@ -214,7 +214,7 @@ def test_a_least_tier_is_waited_for(client: httpx.Client, stream: bytes) -> None
     )
     assert (done.status_code, done.headers["x-afterimage-tier"]) == (200, "ddim-10")
     never = client.get(f"{location}/image", params={"min_tier": "ddpm-1000"})
-    assert never.status_code == 422
+    assert never.status_code == 409
 
 
 def test_a_status_question_may_wait_for_the_end(client: httpx.Client, stream: bytes) -> None:
@@ -310,6 +310,25 @@ def test_nobody_s_job_is_dropped_before_it_begins(service: Service, stream: byte
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert status == b"canceled"
+
+
+def test_a_long_queue_refuses_new_jobs_but_no_repeats(service: Service, stream: bytes) -> None:
+    client = service.client
+    with service.stores() as store:
+        key = store.key("cost")
+        before = store.queue.get(key)
+        first = submit(client, stream, **SLOW)
+        store.queue.set(key, 1e6)  # seconds of a megapixel-step: now the queue is long
+        try:
+            new = client.post("/v1/decodes", params={**SLOW, "seed": 1}, content=stream)
+            assert (new.status_code, new.json()["type"]) == (503, "urn:afterimage:problem:busy")
+            assert int(new.headers["retry-after"]) > 1000
+            assert submit(client, stream, **SLOW) == first
+            assert client.post("/v1/decodes", content=stream).status_code == 200  # instant
+        finally:
+            client.delete(first)
+            until(client, first, "canceled")
+            store.queue.set(key, before or 1, ex=60)
 
 
 def test_an_idempotency_key_means_one_request(client: httpx.Client, stream: bytes) -> None:

@@ -57,6 +57,8 @@ def test_without_a_key_only_probes_and_lists_answer(guarded: Service, small_msh:
         answer = client.post("/v1/decodes", content=small_msh, headers=headers)
         assert (answer.status_code, answer.json()["status"]) == (401, 401)
         assert answer.headers["www-authenticate"].startswith("Bearer")
+        garbage = client.post("/v1/decodes", content=b"?", headers=headers)
+        assert garbage.status_code == 401  # before the body is looked at
     answer = client.post("/v1/decodes", content=small_msh, headers={"X-API-Key": TOKENS["both"]})
     assert answer.status_code == 200
 

@@ -7,6 +7,7 @@ import io
 import re
 import struct
 import time
+from typing import Any
 
 import httpx
 import numpy as np
@@ -19,6 +20,7 @@ from tests.conftest import DATA, Service, psnr, wait_for
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
 PROBLEM = "application/problem+json"
+FILES = {"application/x-npy", "application/octet-stream"}
 
 
 def pixels(answer: httpx.Response) -> image.Pixels:
@@ -153,7 +155,32 @@ def test_inspect_tells_what_the_header_says(service: Service, small_msh: bytes) 
     found = service.client.post("/v1/inspect", content=small_msh).json()
     assert (found["width"], found["height"], found["bytes"]) == (150, 100, len(small_msh))
     assert found["decodable"] is True
-    assert found["steps"]["ddpm-1000"] == 1000
+    cost = found["costs"]["ddpm-1000"]
+    assert (cost["steps"], cost["megapixel_steps"]) == (1000, 15)
+
+
+def test_inspect_says_what_a_picture_will_cost_once_that_was_measured(
+    service: Service, small_msh: bytes
+) -> None:
+    client = service.client
+    location = client.post("/v1/decodes?tier=ddim-10&seed=5", content=small_msh).headers["location"]
+    wait_for(client, location)
+    costs = client.post("/v1/inspect", content=small_msh).json()["costs"]
+    assert 0 < costs["instant"]["seconds"] < costs["ddim-100"]["seconds"]
+    assert costs["ddpm-1000"]["seconds"] == pytest.approx(
+        10 * costs["ddim-100"]["seconds"], rel=0.1
+    )
+
+
+def test_every_model_has_a_digest_and_a_card(service: Service) -> None:
+    for model in service.client.get("/v1/models").json():
+        file = DATA.parents[1] / "models/weights" / f"{model['name']}.safetensors"
+        assert model["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+        card = service.client.get(model["card"])
+        assert card.headers["content-type"].startswith("text/markdown")
+        assert f"`{model['name']}.safetensors`" in card.text
+    unknown = service.client.get(f"/v1/models/{'0' * 16}/card")
+    assert (unknown.status_code, unknown.headers["content-type"]) == (404, PROBLEM)
 
 
 def giant() -> bytes:
@@ -261,6 +288,26 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(service: Service) ->
     assert service.client.post("/v1/decodes", content=chunks()).status_code == 413
 
 
+def test_a_body_that_does_not_come_is_408(service: Service) -> None:
+    url = service.client.base_url
+    slow = http.client.HTTPConnection(url.host, url.port or 80, timeout=30)
+    slow.putrequest("POST", "/v1/decodes")
+    slow.putheader("Content-Length", "1000")
+    slow.endheaders(b"a few bytes, and then no more")
+    answer = slow.getresponse()
+    assert (answer.status, answer.getheader("Content-Type")) == (408, PROBLEM)
+    assert b"29 bytes came within 3 s" in answer.read()
+    slow.close()
+
+
+@pytest.mark.parametrize("id", ["0" * 31, "A" * 32, "\U0001f426", "nothing"])
+def test_what_is_no_id_is_refused(service: Service, id: str) -> None:
+    for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/retry"), ("GET", "/events")):
+        answer = service.client.request(method, f"/v1/decodes/{id}{path}")
+        assert (answer.status_code, answer.headers["content-type"]) == (422, PROBLEM)
+        assert answer.json()["errors"][0]["parameter"] == "id"
+
+
 @pytest.mark.parametrize("path", ["", "/image"])
 def test_an_unknown_decode_is_not_found(service: Service, path: str) -> None:
     answer = service.client.get(f"/v1/decodes/{'0' * 32}{path}")
@@ -271,6 +318,8 @@ def test_unknown_paths_and_methods_are_problems(service: Service) -> None:
     for method, path, status in (("GET", "/nothing", 404), ("DELETE", "/v1/inspect", 405)):
         answer = service.client.request(method, path)
         assert (answer.status_code, answer.headers["content-type"]) == (status, PROBLEM)
+    answer = service.client.patch(f"/v1/decodes/{'0' * 32}")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET, PUT")
 
 
 def test_probes_answer(service: Service) -> None:
@@ -292,14 +341,33 @@ def test_openapi_has_examples_and_describes_every_problem(service: Service) -> N
     assert schema["openapi"].startswith("3.1")
     assert schema["components"]["schemas"]["Problem"]["examples"]
     assert "HTTPValidationError" not in schema["components"]["schemas"]
-    for name in ("Decode", "Inspection", "Tier", "Problem"):
-        assert schema["components"]["schemas"][name]["examples"]
-    for path in ("/v1/decodes", "/v1/encodes", "/v1/inspect"):
-        operation = schema["paths"][path]["post"]
-        assert operation["requestBody"]["content"]
-        problems = [r for s, r in operation["responses"].items() if int(s) >= 400]
-        assert problems
-        assert all(PROBLEM in r["content"] for r in problems)
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            for status, answer in operation["responses"].items():
+                for kind, content in answer.get("content", {}).items():
+                    shown = _examples(schema, content)
+                    binary = kind.startswith("image/") or kind in FILES
+                    assert shown or binary, (path, kind)
+                    if int(status) >= 400:
+                        assert kind == PROBLEM
+                        assert all(e["status"] == int(status) for e in shown)
+            if method in {"post", "put"} and operation["operationId"] not in {"retry", "share"}:
+                assert "application/octet-stream" in operation["requestBody"]["content"] or (
+                    "image/png" in operation["requestBody"]["content"]
+                )
+
+
+def _examples(schema: Any, content: Any) -> list[Any]:
+    """The examples of one kind of answer: its own, or those of the model that it is, or lists."""
+    if "example" in content:
+        return [content["example"]]
+    if "examples" in content:
+        return [e["value"] for e in content["examples"].values()]
+    model = content.get("schema", {})
+    model = model.get("items", model)
+    if "$ref" in model:
+        model = schema["components"]["schemas"][model["$ref"].rpartition("/")[2]]
+    return list(model.get("examples", []))
 
 
 def test_tiers_are_listed(service: Service) -> None:

@@ -5,8 +5,11 @@ import struct
 
 import google_crc32c
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from models import bitstream
+from models.bitstream import Bitstream
 from models.errors import (
     BitstreamError,
     ChecksumMismatch,
@@ -92,6 +95,59 @@ def test_a_thread_of_pixels_is_refused_for_its_padding() -> None:
 def test_contradicting_lengths_are_refused(data: bytes) -> None:
     with pytest.raises(LengthMismatch):
         bitstream.parse(data)
+
+
+HEADERS = st.builds(
+    lambda model, code, sides, depth, z, strings, rest: (
+        compressai_header(model, code, *sides, depth, z, strings) + rest
+    ),
+    st.integers(0, 255), st.integers(0, 255), st.tuples(*[st.integers(0, 2**32 - 1)] * 2),
+    st.integers(0, 255), st.tuples(*[st.integers(0, 2**32 - 1)] * 2), st.integers(0, 2**32 - 1),
+    st.binary(max_size=40),
+)  # fmt: skip
+MSH_HEADERS = st.builds(
+    lambda fields, sides, weights, lengths, payload: (
+        _msh(*fields, *sides, weights, *lengths, payload)
+    ),
+    st.tuples(*[st.integers(0, 4)] * 4), st.tuples(*[st.integers(0, 5000)] * 2),
+    st.binary(min_size=8, max_size=8), st.tuples(st.integers(0, 60), st.integers(0, 2**32 - 1)),
+    st.binary(max_size=60),
+)  # fmt: skip
+
+
+def _msh(version: int, profile: int, quality: int, metric: int, height: int, width: int,
+         weights: bytes, y_length: int, symbols: int, payload: bytes) -> bytes:  # fmt: skip
+    """A file whose checksum holds, whatever it says."""
+    head = b"\x8dMSH" + struct.pack(
+        "<BBBBII8sII", version, profile, quality, metric, height, width, weights, y_length, symbols
+    )
+    return head + struct.pack("<I", google_crc32c.value(head + payload)) + payload
+
+
+@given(st.one_of(st.binary(max_size=80), HEADERS, MSH_HEADERS))
+def test_any_bytes_are_a_bitstream_that_serialises_to_them_or_a_clear_error(data: bytes) -> None:
+    try:
+        b = bitstream.parse(data)
+    except (BitstreamError, PictureTooLarge) as e:
+        assert len(str(e)) > 10
+    else:
+        assert bitstream.serialize(b) == data
+        assert 0 < b.height * b.width <= bitstream.MAX_PIXELS
+
+
+@given(st.integers(1, 8), st.sampled_from(bitstream.METRICS), st.integers(1, 4096),
+       st.integers(1, 4096), st.binary(max_size=99), st.binary(max_size=99),
+       st.binary(min_size=8, max_size=8), st.integers(0, 2**32 - 1))  # fmt: skip
+def test_every_header_is_read_as_it_was_written(
+    quality: int, metric: bitstream.Metric, height: int, width: int, y: bytes, z: bytes,
+    weights: bytes, symbols: int,
+) -> None:  # fmt: skip
+    size = quality, metric, height, width, y, z
+    for b in (
+        Bitstream("msh", "exact", *size, weights.hex(), symbols),
+        Bitstream("compressai", "float", *size),
+    ):
+        assert bitstream.parse(bitstream.serialize(b)) == b
 
 
 def test_any_changed_byte_of_msh_is_refused(small_msh: bytes) -> None:
