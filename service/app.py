@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 
 import anyio.to_thread
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 
@@ -34,6 +35,8 @@ from worker.jobs import Jobs
 from worker.store import Store
 from worker.webhooks import WebhookSettings
 
+CORS_MAX_AGE_S = 600
+"""How long a browser may remember what it was allowed."""
 DESCRIPTION = """
 Send a learned-codec bitstream; get the codec's own picture at once, and a picture drawn by a
 diffusion decoder from the same bytes soon after.
@@ -80,6 +83,15 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         app.include_router(module.router)
     if not chosen.metrics_port:
         app.include_router(metrics.router)
+    if chosen.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=chosen.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+            max_age=CORS_MAX_AGE_S,
+        )
     app.add_middleware(Requests)  # the last, so that it is the outermost
 
     @app.get("/", include_in_schema=False)

@@ -24,6 +24,9 @@ class ServiceSettings(WorkerSettings):
         None, ge=1, description="of a caller whose key names no limit"
     )
     jobs_at_once: int | None = Field(None, ge=1, description="likewise, jobs that have not ended")
+    cors_origins: tuple[str, ...] = Field(
+        (), description='JSON list of origins whose pages may call the API; ["*"]: all'
+    )
     metrics_port: int = Field(0, ge=0, le=65535, description="of /metrics; 0: the API's own port")
     max_backlog_s: float = Field(
         900, gt=0, description="work that may be queued; beyond it new jobs are refused"

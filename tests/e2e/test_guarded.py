@@ -40,6 +40,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     environment = {
         "AFTERIMAGE_API_KEYS": str(folder / "keys.toml"),
         "AFTERIMAGE_LINK_SECRET": "s" * 40,
+        "AFTERIMAGE_CORS_ORIGINS": '["https://gallery.example"]',
     }
     with run_service(folder, **environment) as running:
         yield running
@@ -61,6 +62,27 @@ def test_without_a_key_only_probes_and_lists_answer(guarded: Service, small_msh:
         assert garbage.status_code == 401  # before the body is looked at
     answer = client.post("/v1/decodes", content=small_msh, headers={"X-API-Key": TOKENS["both"]})
     assert answer.status_code == 200
+
+
+def test_pages_of_named_origins_may_call_the_api(guarded: Service, service: Service) -> None:
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "x-api-key, prefer",
+    }
+
+    def allowed(client: httpx.Client, origin: str) -> str | None:
+        headers = {"Origin": origin, **asked}
+        return client.options("/v1/decodes", headers=headers).headers.get(
+            "access-control-allow-origin"
+        )
+
+    origin = "https://gallery.example"
+    assert allowed(guarded.client, origin) == origin
+    assert allowed(guarded.client, "https://other.example") is None
+    assert allowed(service.client, origin) is None
+    answer = guarded.client.get("/v1/tiers", headers={"Origin": origin})
+    assert answer.headers["access-control-expose-headers"] == "*"
+    assert answer.headers["x-request-id"]
 
 
 def test_scopes_are_kept_apart(guarded: Service, small_msh: bytes) -> None:
