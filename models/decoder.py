@@ -19,6 +19,8 @@ from models.sampler import Estimate
 from models.tiers import Settings
 from models.unet import UNet
 
+OnTile = Callable[[], None]
+"""Called between two windows of a picture; may raise, too."""
 OnPicture = Callable[[int, int, Callable[[], Tensor]], None]
 """(steps done, steps in all, the estimate so far: (B, 3, H, W) in [0, 1]); may raise `Canceled`."""
 
@@ -83,10 +85,16 @@ class Decoder:
         return self.sample_batch([Draft(latents, x_hat, quality, seed, shown)], settings, on_step)
 
     def sample_batch(
-        self, drafts: Sequence[Draft], settings: Settings, on_step: OnPicture | None = None
+        self,
+        drafts: Sequence[Draft],
+        settings: Settings,
+        on_step: OnPicture | None = None,
+        on_tile: OnTile = lambda: None,
+        window: int = WINDOW,
     ) -> Tensor:
         """Draw pictures of one shape together: (B, 3, H, W) in [0, 1], as each alone would be.
 
+        At most `window` latent positions are read in one network call: fewer need less memory.
         Raises `ValueError` where shapes differ or latents that are shown are not the network's,
         `WrongWeights` where a network that knows nothing but latents is not shown them.
         """
@@ -96,13 +104,21 @@ class Decoder:
         if self.config.preset == "paper" and not all(d.shown for d in drafts):
             raise WrongWeights("this diffusion decoder draws from its own codec's latents alone")
         with torch.inference_mode():
-            return _Drawing(self, drafts, settings).run(on_step).cpu()
+            return _Drawing(self, drafts, settings, on_tile, window).run(on_step).cpu()
 
 
 class _Drawing:
     """The tensors of one batch while it is drawn."""
 
-    def __init__(self, decoder: Decoder, drafts: Sequence[Draft], settings: Settings) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        drafts: Sequence[Draft],
+        settings: Settings,
+        on_tile: OnTile,
+        window: int,
+    ) -> None:
+        self.on_tile, self.window = on_tile, window
         self.net, self.config = decoder.net, decoder.config
         self.device, self.settings = decoder.device, settings
         self.seeds = [d.seed for d in drafts]
@@ -169,6 +185,7 @@ class _Drawing:
             if out is None:
                 out = x_t.new_empty(len(x_t), made.shape[1], *x_t.shape[2:])
             out[w.writes(STRIDE_Y)] = made[w.within(STRIDE_Y)]
+            self.on_tile()
         assert out is not None
         return out
 
@@ -190,11 +207,12 @@ class _Drawing:
                 ]
             for m, part, s in zip(maps, made, strides, strict=True):
                 m[w.writes(STRIDE_Y // s)] = part[w.within(STRIDE_Y // s)]
+            self.on_tile()
         return tuple(maps)
 
     def _windows(self, overlap: int) -> list[tiles.Window]:
         rows, columns = self.shape[1] // STRIDE_Y, self.shape[2] // STRIDE_Y
-        return list(tiles.windows(rows, columns, WINDOW // len(self.seeds), overlap))
+        return list(tiles.windows(rows, columns, self.window // len(self.seeds), overlap))
 
     def _precision(self) -> torch.autocast:
         """bfloat16 on a GPU, for the networks alone: x_t and what is added to it stay float32."""

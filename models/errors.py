@@ -13,6 +13,7 @@ AfterimageError
   - PictureError            a picture that cannot be encoded          (422)
     · UnsupportedPicture    not a picture format we read              (415)
   - ParameterError          tier, seed, quality … out of range        (422)
+  - Quarantined             the bitstream ended two workers           (422)
   - Canceled                the caller no longer wants the picture
   - WeightsError            ours are missing or altered               (500)
 """
@@ -68,6 +69,10 @@ class UnsupportedPicture(PictureError):
 
 class ParameterError(AfterimageError):
     """A parameter outside its published range."""
+
+
+class Quarantined(AfterimageError):
+    """Two workers died while they drew from this bitstream: it is refused for a day."""
 
 
 class Canceled(AfterimageError):

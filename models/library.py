@@ -11,7 +11,7 @@ from torch import Tensor
 from models import bitstream, catalogue, codec, decoder, image, realism, zoo
 from models.bitstream import Bitstream, Metric
 from models.codec import Codec
-from models.decoder import Decoder, OnPicture
+from models.decoder import Decoder, Draft, OnPicture
 from models.hyperprior import Latents
 from models.tiers import Settings
 
@@ -71,12 +71,22 @@ class Library:
 
         The decoder was trained with the latents of the shipped codecs: others' stay hidden from it.
         """
-        if self.decoder is None:
-            raise ValueError("this process was started without the diffusion decoder")
+        draft = self.draft(b, seed)
+        x = self.diffusion.sample_batch([draft], settings, on_step)
+        return codec.to_pixels(codec.crop(realism.mix(draft.x_hat, x, alpha), b.height, b.width))
+
+    def draft(self, b: Bitstream, seed: int) -> Draft:
+        """Bitstream -> what the diffusion decoder begins with. Raises as `Codec.latents`."""
         latents, x_hat = self.instant(b)
         shown = self.codec_id(b) in {own.weights_id for own in self.codecs.values()}
-        x = self.decoder.sample(latents, x_hat, b.quality, settings, seed, on_step, shown)
-        return codec.to_pixels(codec.crop(realism.mix(x_hat, x, alpha), b.height, b.width))
+        return Draft(latents, x_hat, b.quality, seed, shown)
+
+    @property
+    def diffusion(self) -> Decoder:
+        """The diffusion decoder; `ValueError` in a process that was started without it."""
+        if self.decoder is None:
+            raise ValueError("this process was started without the diffusion decoder")
+        return self.decoder
 
     def warm_up(self) -> None:
         """One small picture both ways, so that what is compiled on first use is compiled now."""

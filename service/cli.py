@@ -174,8 +174,13 @@ def _workers(commands: Sequence[Sequence[str]]) -> Iterator[None]:
     `GRACE_S` at most."""
     from worker.embed import die_with_parent
 
+    threads = max(len(os.sched_getaffinity(0)) // max(commands.count(WORKER), 1), 1)
+    environment = {"AFTERIMAGE_THREADS": str(threads), **os.environ}  # they share the cores
+
     def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
+        return subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=die_with_parent
+        )
 
     stopping = threading.Event()
     running = [start(command) for command in commands]

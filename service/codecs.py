@@ -17,6 +17,7 @@ from models.errors import (
 )
 from service import problems, schemas
 from service.deps import Body, Decoding, Encoding, Own
+from worker import costs
 from worker.store import RedisError
 
 router = APIRouter(prefix="/v1")
@@ -88,11 +89,11 @@ async def encode(
 async def inspect(own: Own, caller: Decoding, data: Body) -> schemas.Inspection:
     """What a bitstream's header says, and what its pictures cost; nothing is decoded."""
     b = bitstream.parse(data, own.settings.max_pixels)
-    decodable, step_s = True, None
+    decodable, cost = True, None
     try:
         own.library.codec_id(b)
     except WrongWeights:
         decodable = False
     with contextlib.suppress(RedisError):  # without the queue, nothing is known of workers
-        step_s = await anyio.to_thread.run_sync(own.jobs.cost)
-    return schemas.Inspection.of(b, len(data), decodable, own.instant.megapixel_s, step_s)
+        cost = await anyio.to_thread.run_sync(costs.model, own.jobs)
+    return schemas.Inspection.of(b, len(data), decodable, own.instant.megapixel_s, cost)

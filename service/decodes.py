@@ -29,13 +29,15 @@ from service.deps import (
 )
 from service.instant import Drawn
 from service.negotiate import Preferences
-from service.problems import Busy, IdMismatch, KeyReused
+from service.problems import Busy, IdMismatch, KeyReused, QueueFull
 from worker import costs, webhooks
 from worker.jobs import HOLD_S, MAX_HOLD_S
 from worker.records import ENDED, Decode
 
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
 
+FULL = 0.8
+"""Part of the queue's memory beyond which new jobs are refused: the rest is for those there are."""
 IDEMPOTENCY_TTL_S = 24 * 3600
 """How long an `Idempotency-Key` is remembered."""
 
@@ -61,6 +63,8 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
         ParameterError,
         problems.NotAcceptable,
         problems.QueueAway,
+        QueueFull,
+        errors.Quarantined,
         KeyReused,
     ),
 }
@@ -190,7 +194,7 @@ async def decode(
         **_ANSWERS,
         201: {**_ANSWERS[200], "description": "As 200; the decode is new."},
         422: problems.responses(
-            *errors.BitstreamError.__subclasses__(), ParameterError, IdMismatch
+            *errors.BitstreamError.__subclasses__(), errors.Quarantined, ParameterError, IdMismatch
         )[422],
     },
 )
@@ -318,13 +322,18 @@ def _decode(own: State, sent: Given, what: Asked, settings: Settings) -> Decode:
 
 
 def _admit(own: State, job_id: str) -> None:
-    """Raises `Busy` where the queue is longer than the service promises to serve.
+    """Raises `QueueFull`, or `Busy` where the queue is longer than the service promises to serve.
 
     A repeat of what is queued or runs costs nothing.
     """
     state = own.jobs.get(job_id)
     if state is not None and state.status not in ENDED:
         return
+    fullness = own.store.fullness()
+    if fullness >= FULL:
+        metrics.shed("memory")
+        retry_after = str(math.ceil(costs.backlog_s(own.jobs)) or problems.RETRY_S)
+        raise QueueFull(f"{fullness:.0%} of the queue's memory", {"Retry-After": retry_after})
     backlog, limit = costs.backlog_s(own.jobs), own.settings.max_backlog_s
     if backlog > limit:
         retry_after = str(math.ceil(backlog - limit))

@@ -83,6 +83,10 @@ class TooManyRequests(RequestError):
     """The caller's quota is used up; `Retry-After` says until when."""
 
 
+class QueueFull(RequestError):
+    """The queue's memory is nearly used up: no new jobs until workers have made room."""
+
+
 class Busy(RequestError):
     """More requests than can be served soon; `Retry-After` says when to come back."""
 
@@ -113,6 +117,7 @@ STATUS: dict[type[errors.AfterimageError], int] = {
     errors.BitstreamError: 422,
     errors.PictureError: 422,
     errors.ParameterError: 422,
+    errors.Quarantined: 422,
     IdMismatch: 422,
     KeyReused: 422,
     TooManyRequests: 429,
@@ -120,6 +125,7 @@ STATUS: dict[type[errors.AfterimageError], int] = {
     errors.AfterimageError: 500,
     Busy: 503,
     QueueAway: 503,
+    QueueFull: 503,
     DeadlineExceeded: 504,
 }
 

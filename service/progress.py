@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Header, Response
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from models.errors import ParameterError
+from models.errors import ParameterError, Quarantined
 from service import problems, schemas
 from service.deps import Decoding, JobId, Own, Preferred, State
 from service.problems import Conflict, JobNotFound, PictureGone
@@ -118,7 +118,7 @@ async def withdraw(own: Own, caller: Decoding, id: JobId) -> Response:
     "/{id}/retry",
     status_code=202,
     summary="Try again",
-    responses=problems.responses(*_ASKED, Conflict),
+    responses=problems.responses(*_ASKED, Conflict, Quarantined),
 )
 async def retry(own: Own, caller: Decoding, id: JobId, response: Response) -> schemas.Decode:
     """Queue a decode again that failed, was canceled, or whose picture is no longer kept."""

@@ -12,6 +12,7 @@ from models.image import MEDIA_TYPES
 from service import problems
 from service.negotiate import MAX_WAIT_S
 from service.settings import ServiceSettings
+from worker.costs import Cost as CostModel
 from worker.jobs import MAX_HOLD_S
 from worker.records import JobState, Status
 
@@ -156,21 +157,23 @@ class Inspection(BaseModel):
         size: int,
         decodable: bool,
         instant_s: float | None = None,
-        step_s: float | None = None,
+        model: CostModel | None = None,
     ) -> "Inspection":
         """The public view of a header; `decodable` where its weights are installed.
 
-        `instant_s` and `step_s`: measured seconds of a megapixel and of a megapixel-step.
+        `instant_s`: measured seconds of a megapixel; `model`: of diffusion decodes.
         """
         megapixels = b.width * b.height / 1e6
 
         def cost(tier: tiers.Tier) -> Cost:
             work = megapixels * (tier.settings.calls if tier.settings else 0)
-            done, each = (work, step_s) if tier.settings else (megapixels, instant_s)
+            seconds = model.seconds(work) if model and tier.settings else None
+            if tier.settings is None and instant_s is not None:
+                seconds = megapixels * instant_s
             return Cost(
                 steps=tier.settings.steps if tier.settings else 0,
                 megapixel_steps=round(work, 4),
-                seconds=None if each is None else round(done * each, 3),
+                seconds=None if seconds is None else round(seconds, 3),
             )
 
         return cls(

@@ -1,36 +1,162 @@
-"""What a megapixel-step costs here, and how long jobs will take by that."""
+"""What pictures cost the workers that there are, and how long jobs will take by that.
 
-from rq import Worker
+A job's seconds are fitted as a + b · megapixel-steps, by least squares of the relative error with
+older jobs fading. Each worker keeps its sums in the hash `costs`; `workers` is a sorted set of
+those that live: name -> when it was last heard of, by the server's clock.
+"""
 
-from worker.jobs import Jobs
+import heapq
+import json
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from worker.jobs import LEASE_S, Jobs
 from worker.records import JobState
+from worker.store import RECORD_TTL_S
+
+NAME = f"{socket.gethostname()}-{os.getpid()}"
+"""This process, among workers."""
+FADE = 0.9
+"""What a measurement still counts for once another has followed."""
+SHORTEST_S = 0.01
+"""Jobs are taken to last so long at least: none has infinite weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of a picture on one worker."""
+
+    job_s: float
+    megapixel_step_s: float
+
+    def seconds(self, megapixel_steps: float) -> float:
+        """How long a job of this size runs."""
+        return self.job_s + self.megapixel_step_s * megapixel_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Of jobs with seconds s and size w, each weighted by 1/s²: of 1, w, w², s and ws."""
+
+    one: float = 0.0
+    w: float = 0.0
+    ww: float = 0.0
+    s: float = 0.0
+    ws: float = 0.0
+
+    @classmethod
+    def of(cls, seconds: float, w: float) -> "Sums":
+        """One job."""
+        s = max(seconds, SHORTEST_S)
+        return cls(1 / s**2, w / s**2, w**2 / s**2, 1 / s, w / s)
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        return self.one, self.w, self.ww, self.s, self.ws
+
+    def plus(self, other: "Sums", fade: float = 1.0) -> "Sums":
+        """Both together, these faded."""
+        pairs = zip(self.values, other.values, strict=True)
+        return Sums(*(fade * mine + theirs for mine, theirs in pairs))
+
+    def fit(self) -> Cost | None:
+        """None where nothing was measured; a share of each job is fixed only where sizes differ."""
+        if not self.ww:
+            return None
+        spread = self.one * self.ww - self.w**2
+        if spread > 1e-3 * self.one * self.ww:
+            each = (self.one * self.ws - self.w * self.s) / spread
+            fixed = (self.s - each * self.w) / self.one
+            if each > 0 and fixed > 0:
+                return Cost(fixed, each)
+        return Cost(0.0, self.ws / self.ww)
+
+
+def present(jobs: Jobs) -> None:
+    """This worker lives."""
+    with jobs.store.queue.pipeline() as pipe:
+        pipe.zadd(_workers(jobs), {NAME: jobs.now()})
+        pipe.expire(_workers(jobs), RECORD_TTL_S)
+        pipe.execute()
+
+
+def absent(jobs: Jobs) -> None:
+    """This worker leaves."""
+    jobs.store.queue.zrem(_workers(jobs), NAME)
+
+
+def measured(jobs: Jobs, seconds: float, megapixel_steps: float, name: str = NAME) -> None:
+    """A worker drew a picture."""
+    queue, key = jobs.store.queue, _costs(jobs)
+    before: bytes | None = queue.hget(key, name)  # type: ignore[assignment]
+    sums = Sums(*json.loads(before)) if before else Sums()
+    sums = sums.plus(Sums.of(seconds, megapixel_steps), FADE)
+    with queue.pipeline() as pipe:
+        pipe.hset(key, name, json.dumps(sums.values))
+        pipe.expire(key, RECORD_TTL_S)
+        pipe.execute()
+
+
+def model(jobs: Jobs) -> Cost | None:
+    """What a picture costs a worker of those that live, else of all that were; None until one was
+    measured."""
+    known: dict[bytes, bytes] = jobs.store.queue.hgetall(_costs(jobs))  # type: ignore[assignment]
+    alive = [known[name] for name in _alive(jobs) if name in known] or list(known.values())
+    total = Sums()
+    for values in alive:
+        total = total.plus(Sums(*json.loads(values)))
+    return total.fit()
 
 
 def eta_s(jobs: Jobs, state: JobState) -> float | None:
     """Seconds until a job's end; None where it has ended, or no job was measured yet."""
-    cost = jobs.cost()
+    cost = model(jobs)
     if cost is None or state.status not in {"queued", "running"}:
         return None
-    own = state.decode.work
+    own = cost.seconds(state.decode.work)
     if state.status == "running":
-        return own * cost * (1 - state.step / max(state.total, 1))
+        return own * (1 - state.step / max(state.total, 1))
     ahead = jobs.queue.job_ids[: jobs.position(state.id) or 0]
-    return (_work(jobs, [*ahead, *jobs.running]) / _workers(jobs) + own) * cost
+    return _free_in_s(jobs, cost, ahead) + own
 
 
 def backlog_s(jobs: Jobs) -> float:
-    """Seconds until everything that waits or runs will be done; 0 while no cost is known."""
-    waiting = _work(jobs, [*jobs.queue.job_ids, *jobs.running])
-    return waiting * (jobs.cost() or 0.0) / _workers(jobs)
+    """Seconds until a new job would be begun; 0 while no cost is known."""
+    cost = model(jobs)
+    return 0.0 if cost is None else _free_in_s(jobs, cost, jobs.queue.job_ids)
 
 
-def _work(jobs: Jobs, job_ids: list[str]) -> float:
-    """Megapixel-steps of these jobs together; what runs counts whole."""
+def _free_in_s(jobs: Jobs, cost: Cost, ahead: Iterable[str]) -> float:
+    """When the first worker is free that has begun all of these jobs, and what runs now."""
+    workers = len(_alive(jobs)) or 1
+    busy = sorted(_left_s(jobs, cost, jobs.running), reverse=True)[:workers]
+    free = busy + [0.0] * (workers - len(busy))
+    heapq.heapify(free)
+    for seconds in _left_s(jobs, cost, ahead):
+        heapq.heapreplace(free, free[0] + seconds)
+    return free[0]
+
+
+def _left_s(jobs: Jobs, cost: Cost, job_ids: Iterable[str]) -> list[float]:
+    """What is left to do of these jobs."""
     with jobs.store.queue.pipeline(transaction=False) as pipe:
         for job_id in job_ids:
-            pipe.hget(jobs.key(job_id), "work")
-        return sum(float(work or 0) for work in pipe.execute())
+            pipe.hmget(jobs.key(job_id), "work", "step", "total")
+        rows = [[float(value or 0) for value in row] for row in pipe.execute()]
+    return [cost.seconds(work) * (1 - step / max(total, 1)) for work, step, total in rows]
 
 
-def _workers(jobs: Jobs) -> int:
-    return max(Worker.count(connection=jobs.store.queue, queue=jobs.queue), 1)
+def _alive(jobs: Jobs) -> list[bytes]:
+    since = jobs.now() - LEASE_S
+    found: list[bytes] = jobs.store.queue.zrangebyscore(_workers(jobs), since, "+inf")  # type: ignore[assignment]
+    return found
+
+
+def _workers(jobs: Jobs) -> str:
+    return jobs.store.key("workers")
+
+
+def _costs(jobs: Jobs) -> str:
+    return jobs.store.key("costs")

@@ -20,7 +20,10 @@ START_S = 10.0
 """How long a server may take to answer its first ping."""
 
 _PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # found now: not between fork and exec
-_QUEUE = ("--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction")
+_QUEUE = (
+    "--appendonly", "yes", "--appendfsync", "always",
+    "--maxmemory", "1gb", "--maxmemory-policy", "noeviction",
+)  # fmt: skip
 _CACHE = ("--appendonly", "no", "--maxmemory", "1gb", "--maxmemory-policy", "allkeys-lfu")
 
 

@@ -1,11 +1,9 @@
 """The contract between API and workers: what a job is, where it stands, how it is handed over."""
 
 import contextlib
-import os
-import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import redis
 from redis.client import Pipeline
@@ -13,6 +11,7 @@ from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
+from models.errors import Quarantined
 from worker import events, figures, logs, tracing, webhooks
 from worker.records import Decode, JobState, Status, end, fresh
 from worker.store import RECORD_TTL_S, Store
@@ -23,9 +22,14 @@ LEASE_S = 10
 """How long a silent worker keeps its job; three missed beats."""
 BEAT_S = 3
 """How often a worker says that it is alive."""
-MAX_ATTEMPTS = 3
-"""Attempts after which a job whose workers died is given up: it may be what kills them."""
-GIVEN_UP = f"its worker died or was cut off {MAX_ATTEMPTS} times"
+DEATHS = 2
+"""Workers that may die over one bitstream before it is taken for what killed them."""
+DEATHS_TTL_S = 24 * 3600
+"""How long that is remembered after the last of them."""
+QUARANTINED = f"{DEATHS} workers died while they drew from this bitstream: it is not tried again"
+MAX_ATTEMPTS = 5
+"""Attempts after which a job is given up whose workers were cut off, but did not die."""
+GIVEN_UP = f"its workers were cut off {MAX_ATTEMPTS} times"
 FAILED_S = 60
 """How long RQ keeps its own note of a job that raised."""
 
@@ -35,22 +39,10 @@ MAX_HOLD_S = 24 * 3600
 """How long it may."""
 POLL_HOLD_S = 600
 """How long a question about a job renews that interest, at least."""
-WEIGHT = 0.2
-"""Of the newest measurement in the average cost of a megapixel-step."""
+NEAR = 64
+"""Jobs at the queue's head among which a worker looks for those that it draws together."""
 WATCHED_S = 30
 """How long previews are drawn after an event stream was last read."""
-
-
-NAME = f"{socket.gethostname()}-{os.getpid()}"
-"""Of this process, in figures."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What the outside wants of a running job."""
-
-    wanted: bool  # else it should stop
-    watched: bool  # previews are looked at
 
 
 def _origin() -> dict[str, str]:
@@ -75,8 +67,10 @@ class Jobs:
         """Queue a job unless it is queued, running or done; its state, and whether it is new.
 
         Record, bitstream, queue entry and the caller's interest, for `hold_s` seconds, are written
-        in one transaction, whoever else submits.
+        in one transaction, whoever else submits. Raises `Quarantined`.
         """
+        if self.deaths(decode.digest) >= DEATHS:
+            raise Quarantined(QUARANTINED)
         key = self.key(decode.id)
         self.hold(decode.id, caller, hold_s)  # a running job that was to stop goes on
         with self.store.queue.pipeline() as pipe:
@@ -91,7 +85,7 @@ class Jobs:
                     pipe.delete(key)
                     pipe.hset(key, mapping=fresh(decode) | _origin())
                     pipe.expire(key, RECORD_TTL_S)
-                    self._enqueue(decode.id, pipe)
+                    self.enqueue(decode.id, pipe)
                     events.tell(self.store, pipe, decode.id, "queued")
                     pipe.execute()
                 except redis.WatchError:
@@ -115,7 +109,7 @@ class Jobs:
 
     def hold(self, job_id: str, caller: str, seconds: float) -> None:
         """The caller wants the picture for so long, or for longer if it said so before."""
-        key = self._interest(job_id)
+        key = self.interest(job_id)
         with self.store.queue.pipeline() as pipe:
             pipe.zadd(key, {caller: time.time() + seconds}, gt=True)
             pipe.expire(key, RECORD_TTL_S)
@@ -123,7 +117,7 @@ class Jobs:
 
     def renew(self, job_id: str, caller: str, seconds: float) -> None:
         """Who asks is interested still; who has withdrawn is not by asking."""
-        key = self._interest(job_id)
+        key = self.interest(job_id)
         self.store.queue.zadd(key, {caller: time.time() + seconds}, xx=True, gt=True)
 
     def promise(self, job_id: str, seconds: float) -> None:
@@ -139,64 +133,105 @@ class Jobs:
 
         Else a job that waits is canceled, and one that runs will be by its worker.
         """
-        self.store.queue.zrem(self._interest(job_id), caller)
+        self.store.queue.zrem(self.interest(job_id), caller)
 
         def drop(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
             if state and state.status == "queued":
                 pipe.lrem(self.queue.key, 0, job_id)
-                self._finish(pipe, job_id, "canceled")
+                self.finish(pipe, job_id, "canceled")
 
         wanted = self.wanted(job_id)
-        while not wanted and not self._change(job_id, self._interest(job_id), drop):
+        while not wanted and not self.change(job_id, self.interest(job_id), drop):
             wanted = self.wanted(job_id)
         return wanted
 
+    def drop(self, job_id: str) -> None:
+        """A job was taken from the queue for which nobody waits: the end, unless somebody came."""
+
+        def end(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
+            if state is None or state.status != "queued":
+                return
+            if self.wanted(job_id):
+                self.put_back(job_id, pipe)
+            else:
+                self.finish(pipe, job_id, "canceled")
+
+        while not self.change(job_id, self.interest(job_id), end):
+            pass
+
+    def claim_alike(self, state: JobState, most: int) -> list[str]:
+        """Take jobs of the same shape and settings out of the queue, near its head."""
+        claimed: list[str] = []
+        for job_id in self.queue.get_job_ids(0, NEAR):
+            other = self.record(job_id)
+            if len(claimed) == most:
+                break
+            if other is None or other.decode.shape != state.decode.shape:
+                continue
+            with self.store.queue.pipeline() as pipe:
+                pipe.lrem(self.queue.key, 1, job_id)
+                pipe.delete(Job.key_for(job_id))
+                (found, _) = pipe.execute()
+            if found:  # else another worker was quicker
+                claimed.append(job_id)
+        return claimed
+
     def wanted(self, job_id: str) -> bool:
         """Whether anybody waits for the picture."""
-        return bool(self.store.queue.zcount(self._interest(job_id), time.time(), "+inf"))
+        return bool(self.store.queue.zcount(self.interest(job_id), time.time(), "+inf"))
 
     def position(self, job_id: str) -> int | None:
         """Jobs ahead in the queue, or None where it does not wait there."""
         at: int | None = self.store.queue.lpos(self.queue.key, job_id)  # type: ignore[assignment]
         return at
 
-    def started(self, job_id: str) -> None:
-        """A worker begins: counts the attempt and takes the lease."""
-        with self.store.queue.pipeline() as pipe:
-            now = {"status": "running", "started": str(time.time()), "step": "0"}
-            pipe.hset(self.key(job_id), mapping=now)  # type: ignore[arg-type]
-            pipe.hincrby(self.key(job_id), "attempts", 1)
-            pipe.srem(self._waiting, job_id)
-            pipe.zadd(self._leases, {job_id: self._now()})
-            pipe.expire(self._leases, RECORD_TTL_S)
-            events.tell(self.store, pipe, job_id, "started")
-            pipe.execute()
-
-    def beat(self, job_id: str) -> None:
-        """The worker of a running job is alive: its lease begins anew."""
-        self.store.queue.zadd(self._leases, {job_id: self._now()}, xx=True)
-
     def reap(self) -> None:
-        """Queue again, in front, what silent workers left; give it up after `MAX_ATTEMPTS`."""
-        silent = self.store.queue.zrangebyscore(self._leases, 0, self._now() - LEASE_S)
+        """Queue again, in front, what silent workers left. A death counts against the bitstream;
+        `DEATHS` of them, or `MAX_ATTEMPTS`, are the end."""
+        silent = self.store.queue.zrangebyscore(self.leases, 0, self.now() - LEASE_S)
 
         def leave(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
-            pipe.zrem(self._leases, job_id)
-            if state and state.status == "running":
-                if state.attempts < MAX_ATTEMPTS:
-                    pipe.hset(self.key(job_id), mapping={"status": "queued", "step": 0})
-                    self._enqueue(job_id, pipe, at_front=True)
-                    events.tell(self.store, pipe, job_id, "queued", attempts=state.attempts)
-                    figures.add(self.store, pipe, figures.LEASES_LOST)
-                else:
-                    self._finish(pipe, job_id, "failed", GIVEN_UP)
+            pipe.zrem(self.leases, job_id)
+            if state is not None and state.status == "running":
+                self.bury(state, pipe)
+                figures.add(self.store, pipe, figures.LEASES_LOST)
 
         for job_id in (value.decode() for value in silent):  # type: ignore[union-attr]
-            self._change(job_id, self._leases, leave)
+            self.change(job_id, self.leases, leave)
+
+    def bury(self, state: JobState, pipe: Pipeline) -> None:
+        """An attempt died: another one, or the end, as a part of the transaction `pipe`."""
+        died, digest = self.deaths(state.decode.digest) + 1, state.decode.digest
+        pipe.sadd(self._deaths(digest), f"{state.id}:{state.fence}")
+        pipe.expire(self._deaths(digest), DEATHS_TTL_S)
+        if died >= DEATHS:
+            self.finish(pipe, state.id, "failed", QUARANTINED)
+        elif state.attempts >= MAX_ATTEMPTS:
+            self.finish(pipe, state.id, "failed", GIVEN_UP)
+        else:
+            self.put_back(state.id, pipe)
+
+    def deaths(self, digest: str) -> int:
+        """Workers that died while they drew from a bitstream, in the last `DEATHS_TTL_S`."""
+        return int(self.store.queue.scard(self._deaths(digest)))
+
+    def absolve(self, state: JobState) -> None:
+        """The worker of an attempt was cut off, but lives: the bitstream is not to blame."""
+        self.store.queue.srem(self._deaths(state.decode.digest), f"{state.id}:{state.fence}")
+
+    def put_back(self, job_id: str, pipe: Pipeline, attempts: int | None = None) -> None:
+        """In front of the queue again; with `attempts`, as if only so many were made."""
+        again: dict[str, str | int] = {"status": "queued", "step": 0}
+        if attempts is not None:
+            again["attempts"] = attempts
+        pipe.hset(self.key(job_id), mapping=again)  # type: ignore[arg-type]
+        pipe.zrem(self.leases, job_id)
+        self.enqueue(job_id, pipe, at_front=True)
+        events.tell(self.store, pipe, job_id, "queued")
 
     def astray(self) -> set[str]:
         """Jobs that should be in the queue and are not: a worker took them and fell at once."""
-        waiting = self.store.queue.smembers(self._waiting)
+        waiting = self.store.queue.smembers(self.waiting)
         queued = {value.encode() for value in self.queue.job_ids}
         return {value.decode() for value in waiting - queued}  # type: ignore[union-attr]
 
@@ -205,83 +240,25 @@ class Jobs:
 
         def back(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
             if state and state.status == "queued":
-                self._enqueue(job_id, pipe, at_front=True)
+                self.enqueue(job_id, pipe, at_front=True)
             else:
-                pipe.srem(self._waiting, job_id)
+                pipe.srem(self.waiting, job_id)
 
         for job_id in job_ids:
-            self._change(job_id, self._waiting, back)
-
-    def progress(self, job_id: str, step: int, total: int) -> Wish:
-        """A denoiser step is done; what the outside wants now."""
-        with self.store.queue.pipeline() as pipe:
-            pipe.zcount(self._interest(job_id), time.time(), "+inf")
-            pipe.exists(self.store.key("watched", job_id))
-            pipe.hset(self.key(job_id), "step", str(step))
-            pipe.expire(self.key(job_id), RECORD_TTL_S)
-            if events.worth_telling(step, total):
-                events.tell(self.store, pipe, job_id, "progress", step=step, total=total)
-            interested, watched, *_ = pipe.execute()
-        return Wish(bool(interested), bool(watched))
-
-    def preview(self, job_id: str, step: int, total: int, picture: bytes) -> None:
-        """Keep the estimate so far, a picture file, and say so."""
-        self.store.put_preview(job_id, picture)
-        with self.store.queue.pipeline() as pipe:
-            events.tell(self.store, pipe, job_id, "preview", step=step, total=total)
-            pipe.execute()
-
-    def succeeded(self, job_id: str, png: bytes) -> None:
-        """Keep the picture, then say so."""
-        self.store.put_picture(job_id, png)
-        state = self.record(job_id)
-        if state is not None and state.started:
-            seconds = time.time() - state.started
-            self._measured(seconds / state.decode.work)
-            figures.measured(self.store, NAME, seconds, state.decode.work)
-            figures.predicted(self.store, time.time() - state.created, state.eta_s)
-        self._end(job_id, "succeeded")
+            self.change(job_id, self.waiting, back)
 
     def failed(self, job_id: str, error: str) -> None:
-        """`error` is shown to clients."""
-        self._end(job_id, "failed", error)
-
-    def unwanted(self, job_id: str) -> None:
-        """A worker stopped, or did not begin, since nobody waits; who came meanwhile is served."""
-
-        def leave(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
-            if state is None:
-                return
-            if self.wanted(job_id):
-                pipe.hset(self.key(job_id), mapping={"status": "queued", "step": 0})
-                pipe.zrem(self._leases, job_id)
-                self._enqueue(job_id, pipe, at_front=True)
-            else:
-                self._finish(pipe, job_id, "canceled")
-
-        while not self._change(job_id, self._interest(job_id), leave):
-            pass
-
-    def cost(self) -> float | None:
-        """Seconds of a megapixel-step on one worker, lately; None until a job was measured."""
-        found: bytes | None = self.store.queue.get(self.store.key("cost"))  # type: ignore[assignment]
-        return float(found) if found else None
-
-    def _measured(self, cost: float) -> None:
-        before = self.cost()
-        mean = cost if before is None else (1 - WEIGHT) * before + WEIGHT * cost
-        self.store.queue.set(self.store.key("cost"), mean, ex=RECORD_TTL_S)
-
-    def _end(self, job_id: str, status: Status, error: str = "") -> None:
+        """Nobody can draw it; `error` is shown to clients."""
         with self.store.queue.pipeline() as pipe:
-            self._finish(pipe, job_id, status, error)
+            self.finish(pipe, job_id, "failed", error)
             pipe.execute()
 
-    def _finish(self, pipe: Pipeline, job_id: str, status: Status, error: str = "") -> None:
+    def finish(self, pipe: Pipeline, job_id: str, status: Status, error: str = "") -> None:
+        """The job ends, as a part of the transaction `pipe`."""
         pipe.hset(self.key(job_id), mapping=end(status, error))
         pipe.expire(self.key(job_id), RECORD_TTL_S)
-        pipe.zrem(self._leases, job_id)
-        pipe.srem(self._waiting, job_id)
+        pipe.zrem(self.leases, job_id)
+        pipe.srem(self.waiting, job_id)
         kind = events.END_OF[status]
         events.tell(self.store, pipe, job_id, kind, **({"error": error} if error else {}))
         figures.add(self.store, pipe, f"ended:{status}")
@@ -290,7 +267,7 @@ class Jobs:
             told = webhooks.event(replace(state, status=status, error=error))
             webhooks.job_ended(self.store, job_id, *told, pipe)
 
-    def _change(
+    def change(
         self, job_id: str, also: str, change: Callable[[str, JobState | None, Pipeline], None]
     ) -> bool:
         """Apply `change` to the record as it stands; nothing, and False, where it or `also` changes
@@ -304,10 +281,11 @@ class Jobs:
             return True
         return False
 
-    def _enqueue(self, job_id: str, pipe: Pipeline, at_front: bool = False) -> None:
+    def enqueue(self, job_id: str, pipe: Pipeline, at_front: bool = False) -> None:
+        """Onto RQ's queue, as a part of the transaction `pipe`."""
         pipe.delete(Job.key_for(job_id))  # with the expiry that a failure gave it
-        pipe.sadd(self._waiting, job_id)
-        pipe.expire(self._waiting, RECORD_TTL_S)
+        pipe.sadd(self.waiting, job_id)
+        pipe.expire(self.waiting, RECORD_TTL_S)
         self.queue.enqueue_call(
             TASK,
             args=(job_id,),
@@ -320,29 +298,33 @@ class Jobs:
             pipeline=pipe,
         )
 
-    def _now(self) -> float:
+    def now(self) -> float:
         """The server's clock, one for all workers: seconds since the epoch."""
         seconds, micros = self.store.queue.time()
         return float(seconds) + micros / 1e6
 
     @property
-    def _waiting(self) -> str:
+    def waiting(self) -> str:
         """Set of the jobs that were queued and that no worker has begun."""
         return self.store.key("waiting")
 
     @property
     def running(self) -> list[str]:
         """Jobs that workers have begun."""
-        return [value.decode() for value in self.store.queue.zrange(self._leases, 0, -1)]  # type: ignore[union-attr]
+        return [value.decode() for value in self.store.queue.zrange(self.leases, 0, -1)]  # type: ignore[union-attr]
 
     @property
-    def _leases(self) -> str:
+    def leases(self) -> str:
         """Sorted set: running job -> when its worker was last heard of."""
         return self.store.key("running")
 
-    def _interest(self, job_id: str) -> str:
+    def interest(self, job_id: str) -> str:
         """Sorted set: caller -> until when it wants the picture."""
         return self.store.key("interest", job_id)
+
+    def _deaths(self, digest: str) -> str:
+        """Set of `job:fence`, of the attempts whose workers died."""
+        return self.store.key("deaths", digest)
 
     def key(self, job_id: str) -> str:
         """Of the job's record, a hash."""

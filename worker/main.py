@@ -1,17 +1,32 @@
-"""A worker process: `afterimage worker`, or `python -P -m worker.main`."""
+"""A worker process: `afterimage worker`, or `python -P -m worker.main`.
 
+RQ's `SimpleWorker`: it does not fork, so that the models are loaded once, stay warm and may live on
+a CUDA device. A thread of ours, the keeper, has the lease that RQ's own recovery (minutes) lacks.
+"""
+
+import contextlib
 import logging
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from types import FrameType
 
 from worker import logs, tracing
 from worker.settings import WorkerSettings, prepare_process
 
 log = logging.getLogger("afterimage.worker")
 
+UNHEALTHY = 3
+"""Exit status after which the process should be started again: it ran out of memory."""
+
 
 def main() -> int:
-    """Load the models, then run jobs until SIGTERM or SIGINT; a running job is finished first."""
+    """Load the models, then run jobs until SIGTERM or SIGINT.
+
+    A running job is then finished where that takes `grace_s` at most, else left to others.
+    """
     logs.setup("INFO")
     tracing.setup("afterimage-worker")
     settings = WorkerSettings()
@@ -19,28 +34,54 @@ def main() -> int:
         print("a worker needs REDIS_URL, the queue that it serves", file=sys.stderr)  # noqa: T201
         return 2
     prepare_process(settings)
-
-    from rq import SimpleWorker
-    from rq.job import Job
-    from rq.serializers import JSONSerializer
+    os.nice(settings.nice)
 
     from models import library
     from models.errors import AfterimageError
-    from worker import store, tasks
-    from worker.jobs import TASK, Jobs
+    from worker import store
+    from worker.jobs import Jobs
+    from worker.keeper import Keeper
+    from worker.spool import Spool
+    from worker.tasks import Context
 
     try:
         connected = store.connect(settings)
         connected.ping()
-        tasks.Context.library = library.load(settings.threads, folder=settings.weights_dir)
+        Context.library = library.load(settings.threads, folder=settings.weights_dir)
     except (store.RedisError, AfterimageError) as e:
         print(f"the worker cannot start: {e}", file=sys.stderr)  # noqa: T201
         return 1
-    tasks.Context.library.warm_up()
-    tasks.Context.max_pixels = settings.max_pixels
-    tasks.Context.jobs = Jobs(connected, settings.job_timeout_s)
-    tasks.Context.keeper = tasks.Keeper(tasks.Context.jobs)
-    tasks.Context.keeper.start()
+    Context.library.warm_up()
+    on_cuda = Context.library.diffusion.device.type == "cuda"
+    Context.batch = settings.batch or (8 if on_cuda else 1)
+    Context.max_pixels, Context.grace_s = settings.max_pixels, settings.grace_s
+    Context.jobs = Jobs(connected, settings.job_timeout_s)
+    Context.spool = Spool(settings.cache_dir / "spool")
+    Context.keeper = Keeper(Context.jobs, Context.spool)
+    Context.keeper.start()
+    log.info("ready: %s", Context.jobs.queue.name)
+    serve()
+    unhealthy = Context.stopping.is_set() and not _asked.is_set()
+    Context.keeper.stopped.set()
+    Context.keeper.join()
+    return UNHEALTHY if unhealthy else 0
+
+
+_asked = threading.Event()
+"""Set by SIGTERM and SIGINT."""
+
+
+def serve() -> None:
+    """Run jobs until the process is asked to end, whatever becomes of Redis meanwhile."""
+    from rq import Queue, SimpleWorker
+    from rq.exceptions import StopRequested
+    from rq.job import Job
+    from rq.serializers import JSONSerializer
+
+    from worker import tasks
+    from worker.jobs import TASK
+    from worker.store import RedisError
+    from worker.tasks import Context
 
     class DecodeJob(Job):
         """A job that runs nothing but the one task, and no callbacks, whatever its record names."""
@@ -63,16 +104,57 @@ def main() -> int:
         def stopped_callback(self) -> None:
             return None
 
-    log.info("ready: %s", tasks.Context.jobs.queue.name)
-    worker = SimpleWorker(  # no fork per job: this process keeps its models
-        [tasks.Context.jobs.queue.name],
-        connection=connected.queue,
-        job_class=DecodeJob,
-        serializer=JSONSerializer,
-    )
-    worker.log_job_description = False
-    worker.work(logging_level="WARNING")
-    return 0
+    class DecodeWorker(SimpleWorker):
+        """Ends as `main` says, and settles what must wait until RQ is done with a job."""
+
+        def execute_job(self, job: Job, queue: Queue) -> None:
+            self.busy = True
+            try:
+                super().execute_job(job, queue)
+            finally:
+                tasks.settle()
+                self.busy = False
+            self._stop_requested = Context.stopping.is_set()
+
+        def _install_signal_handlers(self) -> None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._end)
+
+        def _end(self, _number: int, _frame: FrameType | None) -> None:
+            again = _asked.is_set()
+            _asked.set()
+            Context.stopping.set()
+            if not getattr(self, "busy", False):
+                raise StopRequested
+            self._stop_requested = True
+            left = tasks.left_s()
+            if not Context.interruptible:
+                return
+            if again or left is None or left > Context.grace_s:
+                raise tasks.Drained
+            log.info("ending once the job is done, in about %.1f s", left)
+            timer = threading.Timer(Context.grace_s, os.kill, (os.getpid(), signal.SIGTERM))
+            timer.daemon = True
+            timer.start()
+
+    while not Context.stopping.is_set():
+        with contextlib.suppress(RedisError, StopRequested):
+            worker = DecodeWorker(  # no fork per job: this process keeps its models
+                [Context.jobs.queue.name],
+                connection=Context.jobs.store.queue,
+                job_class=DecodeJob,
+                serializer=JSONSerializer,
+            )
+            worker.log_job_description = False
+            worker.max_connection_wait_time = RETRY_S
+            worker.work(logging_level="WARNING")
+        if not Context.stopping.is_set():
+            log.warning("the queue went away; trying again")
+            Context.stopping.wait(RETRY_S)
+
+
+RETRY_S = 1.0
+"""Between two tries to reach the queue."""
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from models import bitstream
 from models.tiers import Settings
 
 Status = Literal["queued", "running", "succeeded", "failed", "canceled", "expired"]
@@ -38,6 +39,11 @@ class Decode:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
     @property
+    def shape(self) -> tuple[int, int, Settings]:
+        """Decodes that agree in it can be drawn together: padded sides and settings."""
+        return *bitstream.padded(self.height, self.width), self.settings
+
+    @property
     def work(self) -> float:
         """What the picture costs, in megapixel-steps."""
         return self.width * self.height / 1e6 * self.settings.calls
@@ -53,6 +59,7 @@ class JobState:
     step: int
     total: int
     attempts: int
+    fence: int  # of the attempt that may write: higher with each
     created: float
     started: float
     ended: float
@@ -75,6 +82,7 @@ class JobState:
             step=int(fields["step"]),
             total=int(fields["total"]),
             attempts=int(fields["attempts"]),
+            fence=int(fields.get("fence", 0)),
             created=float(fields["created"]),
             started=float(fields["started"]),
             ended=float(fields["ended"]),
@@ -93,6 +101,7 @@ def fresh(decode: Decode) -> dict[Any, Any]:
         "step": 0,
         "total": decode.settings.steps,
         "attempts": 0,
+        "fence": int(time.time() * 1e3),  # above that of any attempt at a record before this one
         "created": time.time(),
         "started": 0,
         "ended": 0,

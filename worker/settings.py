@@ -34,6 +34,13 @@ class WorkerSettings(BaseSettings):
     gs_precision: Literal["f32", "bf16"] = Field(
         "f32", description="of instant pictures on a CPU; bf16 takes half the time where it has it"
     )
+    grace_s: float = Field(
+        30, ge=0, description="what a worker that is to end may still take for its job"
+    )
+    batch: int = Field(
+        0, ge=0, le=64, description="pictures of one shape drawn together; 0: 8 on CUDA, else 1"
+    )
+    nice: int = Field(5, ge=0, le=19, description="priority of workers below the API's")
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="largest picture, declared or real")
     job_timeout_s: int = Field(3600, ge=1)
 

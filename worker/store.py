@@ -75,6 +75,12 @@ class Store:
         value: bytes | None = self.queue.get(self.key("bitstream", digest))  # type: ignore[assignment]
         return value
 
+    def fullness(self) -> float:
+        """Used part of the queue's memory, 0 where it has no limit."""
+        memory = self.queue.info("memory")
+        limit = memory["maxmemory"]
+        return memory["used_memory"] / limit if limit else 0.0
+
     def ping(self) -> None:
         """Raise `RedisError` unless both servers answer."""
         self.queue.ping()

@@ -4,138 +4,208 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from rq.timeouts import JobTimeoutException
 from torch import Tensor
 
 from models import bitstream, codec, image
+from models.decoder import Draft
 from models.errors import AfterimageError, Canceled, WrongWeights
 from models.library import Library, provenance
-from worker import logs, tracing
-from worker.jobs import BEAT_S, Jobs
-from worker.records import Decode, JobState
+from worker import costs, logs, tracing
+from worker.attempt import Attempt, LeaseLost
+from worker.drawing import Drawing, OutOfMemory
+from worker.jobs import DEATHS, QUARANTINED, Jobs
+from worker.keeper import Keeper
+from worker.records import JobState
+from worker.spool import Spool
 from worker.store import RedisError
 
 log = logging.getLogger(__name__)
 
-PREVIEW_S = 1.0
-"""At least so long from one preview to the next: drawing one takes some hundredths of a second."""
+RETRY_S = 0.5
+"""Between two tries to hand over a picture while a store is away."""
 
 
-class Keeper(threading.Thread):
-    """Keeps the lease of this worker's job, and looks for jobs that other workers left."""
-
-    def __init__(self, jobs: Jobs) -> None:
-        super().__init__(name="keeper", daemon=True)
-        self.jobs = jobs
-        self.current: str | None = None
-        self.stopped = threading.Event()
-
-    def run(self) -> None:
-        lost: set[str] = set()
-        while not self.stopped.wait(BEAT_S):
-            try:
-                if self.current is not None:
-                    self.jobs.beat(self.current)
-                self.jobs.reap()
-                # between a worker's taking a job and its saying so the job is nowhere, for an
-                # instant: only what is nowhere twice is lost
-                found = self.jobs.astray()
-                self.jobs.requeue(found & lost)
-                lost = found - lost
-            except RedisError as e:
-                log.warning("the queue cannot be used: %s", e)
+class Drained(BaseException):
+    """The process is to end before this job can: another worker draws it. Raised by a signal."""
 
 
-class Previews:
-    """Estimates of a running job, for those who read its events: small files, not too often."""
-
-    def __init__(self, jobs: Jobs, job_id: str, decode: Decode) -> None:
-        self.jobs, self.job_id, self.decode = jobs, job_id, decode
-        self.drawn = time.monotonic()
-
-    def draw(self, step: int, steps: int, picture: Callable[[], Tensor]) -> None:
-        """Keep the estimate, unless the last is younger than `PREVIEW_S`."""
-        if time.monotonic() - self.drawn < PREVIEW_S:
-            return
-        self.drawn = time.monotonic()
-        pixels = codec.to_pixels(codec.crop(picture(), self.decode.height, self.decode.width))
-        self.jobs.preview(self.job_id, step, steps, image.write(pixels, "webp"))
+def left_s() -> float | None:
+    """Seconds until the end of what runs now; None where nobody can say."""
+    drawing = Context.drawing
+    known = drawing.left_s() if drawing else None
+    return Context.expected_s if known is None else known
 
 
 class Context:
-    """What the worker process prepared before its first job."""
+    """What the worker process prepared before its first job, and what it does now."""
 
     jobs: Jobs
     library: Library
     keeper: Keeper
+    spool: Spool
     max_pixels: int
+    batch: int = 1
+    grace_s: float = 30.0
+    drawing: Drawing | None = None
+    expected_s: float | None = None  # of what runs, before its first step tells better
+    interruptible: bool = False  # `Drained` may be raised
+    stopping: threading.Event = threading.Event()
+    afterwards: list[Callable[[], None]] = []  # once RQ has dropped its own note of the job
 
 
 def enhance(job_id: str) -> None:
-    """Draw the picture of a job: record -> bitstream -> latents -> sampler -> PNG -> store."""
+    """Draw the picture of a job, and of others like it where the device gains from that."""
     jobs = Context.jobs
-    state = jobs.get(job_id)
-    if state is None or state.status not in {"queued", "running"}:
+    state = jobs.record(job_id)
+    if state is None or state.status != "queued":
         return
-    data = jobs.store.bitstream(state.decode.digest)
-    if data is None:
-        jobs.failed(job_id, "the bitstream is no longer kept; send it again")
+    if not jobs.wanted(job_id):
+        Context.afterwards.append(lambda: jobs.drop(job_id))
         return
+    if jobs.deaths(state.decode.digest) >= DEATHS:
+        jobs.failed(job_id, QUARANTINED)
+        return
+    alike = jobs.claim_alike(state, Context.batch - 1) if Context.batch > 1 else []
+    begun = (Attempt.begin(jobs, name) for name in (job_id, *alike))
+    attempts = [attempt for attempt in begun if attempt is not None]
+    if attempts:
+        with _told(state):
+            _run(attempts)
+
+
+def settle() -> None:
+    """What waited until RQ had dropped its own note of the job: it may be queued again now."""
+    while Context.afterwards:
+        try:
+            Context.afterwards[0]()
+        except RedisError as e:
+            log.warning("a job cannot be put back: %s", e)
+            if Context.stopping.wait(RETRY_S):
+                break  # its lease will end
+        else:
+            Context.afterwards.pop(0)
+
+
+@contextlib.contextmanager
+def _told(state: JobState) -> Iterator[None]:
+    """Log and trace as a part of the request that queued the job."""
     origin = {"traceparent": state.traceparent}
     with (
-        logs.bound(state.request_id, job_id),
+        logs.bound(state.request_id, state.id),
         tracing.extract(origin),
-        tracing.span("decode job", "consumer", **{"afterimage.job_id": job_id}),
+        tracing.span("decode job", "consumer", **{"afterimage.job_id": state.id}),
     ):
-        _run(jobs, state, data)
+        yield
 
 
-def _run(jobs: Jobs, state: JobState, data: bytes) -> None:
-    job_id = state.id
-    if not jobs.wanted(job_id):
-        jobs.unwanted(job_id)
-        return
-    jobs.started(job_id)
-    Context.keeper.current = job_id
-    previews = Previews(jobs, job_id, state.decode)
-
-    def on_step(step: int, steps: int, picture: Callable[[], Tensor]) -> None:
-        with contextlib.suppress(RedisError):  # progress is worth less than the work
-            wish = jobs.progress(job_id, step, steps)
-            if not wish.wanted:
-                raise Canceled("nobody waits for the picture any more")
-            if wish.watched and step < steps:
-                previews.draw(step, steps, picture)
-
+def _run(attempts: Sequence[Attempt]) -> None:
+    """Record -> bitstream -> latents -> sampler -> PNG -> store, each with its own end."""
+    Context.keeper.attempts = attempts
+    began = time.monotonic()
     try:
-        png = _draw(state.decode, data, on_step)
-    except Canceled:
-        jobs.unwanted(job_id)
-    except AfterimageError as e:
-        log.warning("job %s failed: %s", job_id, e)
-        jobs.failed(job_id, str(e))
+        cost = costs.model(Context.jobs)
+        Context.expected_s = cost.seconds(attempts[0].state.decode.work) if cost else None
+        Context.interruptible = True
+        if Context.stopping.is_set():
+            raise Drained
+        drafts = [(attempt, draft) for attempt in attempts if (draft := _draft(attempt))]
+        if drafts:
+            _draw([a for a, _ in drafts], [d for _, d in drafts], began)
+    except Drained:
+        log.info("%d jobs are left to other workers", len(attempts))
+        Context.afterwards += [_settled(attempt.put_back) for attempt in attempts]
+    except OutOfMemory:
+        log.error("out of memory: this worker ends")
+        Context.stopping.set()
+        Context.afterwards += [_settled(attempt.blame) for attempt in attempts]
     except JobTimeoutException:
-        jobs.failed(job_id, f"it took longer than {jobs.timeout_s} s")
+        _fail(attempts, f"it took longer than {Context.jobs.timeout_s} s")
     except Exception:
-        jobs.failed(job_id, "internal error")
+        _fail(attempts, "internal error")
         raise
-    else:
-        jobs.succeeded(job_id, png)
-        log.info("job %s: %d steps drawn", job_id, state.decode.settings.steps)
     finally:
-        Context.keeper.current = None
+        Context.interruptible = False
+        Context.drawing = None
+        Context.keeper.attempts = ()
 
 
-def _draw(
-    decode: Decode, data: bytes, on_step: Callable[[int, int, Callable[[], Tensor]], None]
-) -> bytes:
-    """The PNG file that `decode` asks for; `WrongWeights` where ours are not the ones it names."""
-    library = Context.library
-    b = bitstream.parse(data, Context.max_pixels)
-    ids = library.weights_ids(b)
-    if ids != (decode.codec, decode.decoder):
-        raise WrongWeights("it was queued for other weights than this worker has; send it again")
-    pixels = library.perceptual(b, decode.settings, decode.seed, on_step)
-    return image.write(pixels, "png", provenance(decode.tier, decode.settings, decode.seed, *ids))
+def _draft(attempt: Attempt) -> Draft | None:
+    """Latents and the codec's picture; None where the job has failed for want of them."""
+    decode, library = attempt.state.decode, Context.library
+    data = Context.jobs.store.bitstream(decode.digest)
+    try:
+        if data is None:
+            raise AfterimageError("the bitstream is no longer kept; send it again")
+        b = bitstream.parse(data, Context.max_pixels)
+        if library.weights_ids(b) != (decode.codec, decode.decoder):
+            raise WrongWeights(
+                "it was queued for other weights than this worker has; send it again"
+            )
+        return library.draft(b, decode.seed)
+    except AfterimageError as e:
+        log.warning("job %s failed: %s", attempt.id, e)
+        _fail([attempt], str(e))
+        return None
+
+
+def _draw(attempts: Sequence[Attempt], drafts: Sequence[Draft], began: float) -> None:
+    Context.drawing = drawing = Drawing(attempts)
+    try:
+        pictures = drawing.draw(Context.library.diffusion, drafts)
+    except (Canceled, LeaseLost):
+        pictures = None  # all of them were dropped
+    Context.interruptible = False
+    seconds = (time.monotonic() - began) / len(attempts)
+    for i, attempt in enumerate(attempts):
+        why = drawing.dropped.get(attempt.id)
+        if isinstance(why, LeaseLost):
+            Context.jobs.absolve(attempt.state)
+        elif why is not None:
+            Context.afterwards.append(_settled(attempt.stop))
+        elif pictures is not None:
+            _hand_over(attempt, _png(attempt, pictures[i : i + 1]), seconds)
+
+
+def _png(attempt: Attempt, x: Tensor) -> bytes:
+    d = attempt.state.decode
+    pixels = codec.to_pixels(codec.crop(x, d.height, d.width))
+    return image.write(pixels, "png", provenance(d.tier, d.settings, d.seed, d.codec, d.decoder))
+
+
+def _hand_over(attempt: Attempt, png: bytes, seconds: float) -> None:
+    """Commit a picture; while a store is away it lies in a file, where others find it if we end."""
+    file = None
+    while True:
+        try:
+            attempt.commit(png)
+            attempt.measured(seconds)
+            log.info("job %s: %d steps drawn", attempt.id, attempt.state.total)
+            break
+        except LeaseLost as e:
+            log.info("job %s is not ours any more: %s", attempt.id, e)
+            break
+        except RedisError as e:
+            if file is None:
+                log.warning("job %s: its picture is kept until it can be stored: %s", attempt.id, e)
+                file = Context.spool.keep(attempt, png)
+            if Context.stopping.wait(RETRY_S):
+                return
+    if file is not None:
+        file.unlink(missing_ok=True)
+
+
+def _fail(attempts: Sequence[Attempt], error: str) -> None:
+    for attempt in attempts:
+        with contextlib.suppress(LeaseLost):
+            attempt.fail(error)
+
+
+def _settled(change: Callable[[], None]) -> Callable[[], None]:
+    def settle() -> None:
+        with contextlib.suppress(LeaseLost):
+            change()
+
+    return settle

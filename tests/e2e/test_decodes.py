@@ -14,6 +14,7 @@ import pytest
 from models import image
 from models.tiers import TIERS
 from tests.conftest import Service, psnr, wait_for
+from worker import costs
 from worker.records import Decode
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
@@ -315,10 +316,12 @@ def test_nobody_s_job_is_dropped_before_it_begins(service: Service, stream: byte
 def test_a_long_queue_refuses_new_jobs_but_no_repeats(service: Service, stream: bytes) -> None:
     client = service.client
     with service.stores() as store:
-        key = store.key("cost")
-        before = store.queue.get(key)
+        key = store.key("costs")
+        wait_for(client, submit(client, stream, tier="ddim-10", seed=9))  # there is a cost
+        before = store.queue.hgetall(key)
         first = submit(client, stream, **SLOW)
-        store.queue.set(key, 1e6)  # seconds of a megapixel-step: now the queue is long
+        slow = json.dumps(costs.Sums.of(1e6, 1.0).values)  # a million seconds a megapixel-step
+        store.queue.hset(key, mapping=dict.fromkeys(before, slow))
         try:
             new = client.post("/v1/decodes", params={**SLOW, "seed": 1}, content=stream)
             assert (new.status_code, new.json()["type"]) == (503, "urn:afterimage:problem:busy")
@@ -328,7 +331,7 @@ def test_a_long_queue_refuses_new_jobs_but_no_repeats(service: Service, stream: 
         finally:
             client.delete(first)
             until(client, first, "canceled")
-            store.queue.set(key, before or 1, ex=60)
+            store.queue.hset(key, mapping=before)
 
 
 def test_an_idempotency_key_means_one_request(client: httpx.Client, stream: bytes) -> None:

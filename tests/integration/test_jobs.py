@@ -15,10 +15,12 @@ from rq.serializers import JSONSerializer
 
 from models import bitstream, checkpoint, image
 from models.tiers import TIERS, Settings
+from worker.attempt import Attempt, LeaseLost
 from worker.jobs import BEAT_S, Jobs
+from worker.keeper import Keeper
 from worker.records import Decode, JobState
+from worker.spool import Spool
 from worker.store import Store
-from worker.tasks import Keeper
 
 pytestmark = pytest.mark.redis
 
@@ -147,21 +149,26 @@ def test_a_job_queued_again_after_a_failure_does_not_expire_with_it(
 def test_a_record_lost_while_its_job_ran_is_no_record(jobs: Jobs, small_msh: bytes) -> None:
     d = request_for(small_msh)
     jobs.submit(d, small_msh)
-    jobs.started(d.id)
+    attempt = Attempt.begin(jobs, d.id)
+    assert attempt is not None
     jobs.store.queue.flushall()
-    jobs.progress(d.id, 1, 2)
+    with pytest.raises(LeaseLost):
+        attempt.look(1)
     assert jobs.get(d.id) is None
     assert jobs.submit(d, small_msh)[1]
 
 
-def test_a_full_queue_store_does_not_stop_the_keeper(jobs: Jobs, small_msh: bytes) -> None:
+def test_a_full_queue_store_does_not_stop_the_keeper(
+    jobs: Jobs, small_msh: bytes, tmp_path: Path
+) -> None:
     d = request_for(small_msh)
     jobs.submit(d, small_msh)
-    jobs.started(d.id)
+    attempt = Attempt.begin(jobs, d.id)
+    assert attempt is not None
     jobs.store.queue.config_set("maxmemory", "1")
     try:
-        keeper = Keeper(jobs)
-        keeper.current = d.id
+        keeper = Keeper(jobs, Spool(tmp_path))
+        keeper.attempts = [attempt]
         keeper.start()
         time.sleep(BEAT_S + 1)
         assert keeper.is_alive()

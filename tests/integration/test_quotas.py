@@ -18,7 +18,7 @@ from service import quotas
 from service.auth import Caller
 from service.problems import TooManyRequests
 from service.quotas import JOB_TTL_S, SUBMIT_S, WINDOW_S, Quotas
-from worker import embed
+from worker import costs, embed
 from worker.jobs import Jobs
 from worker.records import Decode
 from worker.settings import WorkerSettings
@@ -208,7 +208,7 @@ def test_retry_after_is_when_the_first_job_ends(counted: Quotas, jobs: Jobs, sto
         counted.job(GALLERY, job_id(seed))
         submit(jobs, seed)
     assert refused(lambda: counted.job(GALLERY, job_id(3)))["Retry-After"] == "5"  # none measured
-    store.queue.set(store.key("cost"), "0.6")  # seconds for each of the 10 megapixel-steps
+    costs.measured(jobs, 5.9, 10.0, "a worker")  # as many megapixel-steps as each of them has
     assert refused(lambda: counted.job(GALLERY, job_id(3)))["Retry-After"] == "6"
 
 

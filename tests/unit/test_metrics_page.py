@@ -15,6 +15,7 @@ from models.tiers import Settings
 from service import metrics
 from service.requests import Requests
 from worker import figures
+from worker.attempt import Attempt
 from worker.jobs import Jobs
 from worker.records import Decode
 from worker.settings import WorkerSettings
@@ -152,7 +153,7 @@ def test_the_queue_is_asked_at_every_scrape(store: Store) -> None:
     for seed in range(3):
         jobs.submit(decode(seed), b"bitstream")
     store.queue.hset(jobs.key(decode(1).id), "created", str(time.time() - 100))
-    jobs.started(decode(0).id)
+    assert Attempt.begin(jobs, decode(0).id)
     store.queue.lrem(jobs.queue.key, 0, decode(0).id)
     found = scrape(store)
     assert value(found, "afterimage_queue_depth") == 2

@@ -1,0 +1,115 @@
+"""One picture or several of one shape while they are drawn: who still wants them, previews."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from models import codec, image
+from models.decoder import WINDOW, Decoder, Draft
+from models.errors import AfterimageError, Canceled
+from worker.attempt import Attempt, LeaseLost
+from worker.store import RedisError
+
+log = logging.getLogger(__name__)
+
+PREVIEW_S = 1.0
+"""At least so long from one preview to the next: drawing one takes some hundredths of a second."""
+SMALLEST = WINDOW // 8
+"""Latent positions below which a picture is not cut finer: there is no memory for anything."""
+
+
+class OutOfMemory(AfterimageError):
+    """Not even the smallest tiles fit into memory: the process should end."""
+
+
+@dataclass(slots=True)
+class Drawing:
+    """Attempts at jobs of one shape and one setting."""
+
+    attempts: Sequence[Attempt]
+    dropped: dict[str, AfterimageError] = field(default_factory=dict)  # job -> why nobody waits
+    step: int = 0
+    began: float = field(default_factory=time.monotonic)
+    _picture: Callable[[], Tensor] | None = None  # the estimate so far
+    _previewed: float = field(default_factory=time.monotonic)
+
+    def draw(self, decoder: Decoder, drafts: Sequence[Draft]) -> Tensor:
+        """(B, 3, H, W) in [0, 1], padded; where memory is short, in smaller and smaller tiles.
+
+        Raises `Canceled` or `LeaseLost` where nobody waits any more for any of them, `OutOfMemory`.
+        """
+        settings, window = self.attempts[0].state.decode.settings, WINDOW
+        while True:
+            try:
+                return decoder.sample_batch(drafts, settings, self._on_step, self._on_tile, window)
+            except Exception as e:
+                if not _short_of_memory(e):
+                    raise
+                log.warning("out of memory with tiles of %d latent positions", window)
+            window //= 2
+            if window < SMALLEST:
+                raise OutOfMemory("there is no memory for the smallest tiles")
+            if decoder.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def left_s(self) -> float | None:
+        """Seconds until the end, by the steps that are done; None before the first."""
+        total = self.attempts[0].state.total
+        done = time.monotonic() - self.began
+        return done / self.step * (total - self.step) if self.step else None
+
+    def _on_step(self, step: int, steps: int, picture: Callable[[], Tensor]) -> None:
+        self.step, self._picture = step, picture
+        watched = self._look(step)
+        if watched and step < steps and time.monotonic() - self._previewed >= PREVIEW_S:
+            self._preview(watched)
+
+    def _on_tile(self) -> None:
+        self._look(None)
+
+    def _look(self, step: int | None) -> list[Attempt]:
+        """Those whose previews are looked at; raises once there is nobody left to draw for."""
+        watched = []
+        for attempt in self.attempts:
+            if attempt.id in self.dropped:
+                continue
+            try:
+                wish = attempt.look(step)
+            except LeaseLost as e:
+                self.dropped[attempt.id] = e
+            except RedisError:
+                pass  # to know what is wanted is worth less than the work
+            else:
+                if wish.watched:
+                    watched.append(attempt)
+                if not wish.wanted:
+                    self.dropped[attempt.id] = Canceled("nobody waits for the picture any more")
+                    self._preview([attempt])  # the best so far is kept
+        if len(self.dropped) == len(self.attempts):
+            raise next(iter(self.dropped.values()))
+        return watched
+
+    def _preview(self, attempts: Sequence[Attempt]) -> None:
+        if self._picture is None:
+            return
+        self._previewed = time.monotonic()
+        pictures = self._picture()
+        for attempt in attempts:
+            decode = attempt.state.decode
+            row = pictures[self.attempts.index(attempt)][None]
+            pixels = codec.to_pixels(codec.crop(row, decode.height, decode.width))
+            with contextlib.suppress(RedisError):
+                attempt.preview(self.step, image.write(pixels, "webp"))
+
+
+def _short_of_memory(e: Exception) -> bool:
+    """Of a device, or of the host, which torch tells as a plain `RuntimeError`."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(e, kinds) or (
+        isinstance(e, RuntimeError) and "can't allocate memory" in str(e)
+    )
