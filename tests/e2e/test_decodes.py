@@ -317,8 +317,10 @@ def test_a_long_queue_refuses_new_jobs_but_no_repeats(service: Service, stream: 
     client = service.client
     with service.stores() as store:
         key = store.key("costs")
-        wait_for(client, submit(client, stream, tier="ddim-10", seed=9))  # there is a cost
-        before = store.queue.hgetall(key)
+        known = store.queue.hgetall(key)
+        wait_for(client, submit(client, stream, tier="ddim-10", seed=9))
+        while (before := store.queue.hgetall(key)) == known:  # what it took is noted after its end
+            time.sleep(0.02)
         first = submit(client, stream, **SLOW)
         slow = json.dumps(costs.Sums.of(1e6, 1.0).values)  # a million seconds a megapixel-step
         store.queue.hset(key, mapping=dict.fromkeys(before, slow))

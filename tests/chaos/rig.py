@@ -1,0 +1,138 @@
+"""Real stores and real workers that can be killed, stopped and started again."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import redis
+
+from models import bitstream, checkpoint
+from models.tiers import Settings
+from worker import embed
+from worker.jobs import Jobs
+from worker.records import Decode, JobState
+from worker.settings import WorkerSettings
+from worker.store import Store, connect
+
+
+def decode_of(data: bytes, settings: Settings, seed: int = 0, tier: str = "test") -> Decode:
+    """The job that asks for this picture."""
+    b = bitstream.parse(data)
+    ids = {e.kind: e.weights_id for e in checkpoint.manifest() if e.quality in {0, b.quality}}
+    return Decode(bitstream.digest(data), tier, settings, seed, ids["codec"], ids["decoder"],
+                  b.quality, b.width, b.height)  # fmt: skip
+
+
+def until(true: Callable[[], object], what: str, seconds: float = 60) -> float:
+    """Wait until something holds, whatever the stores do meanwhile; how long that took."""
+    began = time.monotonic()
+    while True:
+        with contextlib.suppress(redis.RedisError):
+            if true():
+                return time.monotonic() - began
+        if time.monotonic() - began > seconds:
+            raise TimeoutError(f"{what}: not within {seconds} s")
+        time.sleep(0.01)
+
+
+class Server:
+    """A Redis server whose data outlive it."""
+
+    def __init__(self, folder: Path, options: tuple[str, ...]) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.socket = folder, folder / "redis.sock"
+        self.url = f"unix://{self.socket}"
+        self.command = [
+            str(embed.find_server()), "--port", "0", "--unixsocket", str(self.socket), "--save", "",
+            "--dir", str(folder), "--logfile", str(folder / "log"), *options,
+        ]  # fmt: skip
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command, preexec_fn=embed.die_with_parent)
+        with redis.Redis(unix_socket_path=str(self.socket)) as client:
+            until(client.ping, "the server starts")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Worker:
+    """A worker process; its log is `log`."""
+
+    def __init__(self, rig: "Rig", name: str) -> None:
+        self.log = rig.folder / f"{name}.log"
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "worker.main"], env=rig.environment, stdout=out,
+                stderr=out, preexec_fn=embed.die_with_parent,
+            )  # fmt: skip
+
+    def ready(self) -> "Worker":
+        until(lambda: "ready" in self.log.read_text(), f"{self.log.stem} starts")
+        return self
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def terminate(self, seconds: float = 60) -> int:
+        """SIGTERM; the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(seconds)
+
+
+class Rig:
+    """Two stores, and the workers that a test starts."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self.folder = folder
+        self.queue = Server(folder / "queue", embed._QUEUE)
+        self.cache = Server(folder / "cache", ())
+        self.urls = {"REDIS_URL": self.queue.url, "CACHE_REDIS_URL": self.cache.url}
+        own = {"AFTERIMAGE_CACHE_DIR": str(folder / "own"), "AFTERIMAGE_THREADS": "1"}
+        self.environment = os.environ | self.urls | own | environment
+        self.store: Store = connect(WorkerSettings(**self.urls))  # type: ignore[arg-type]
+        self.jobs = Jobs(self.store)
+        self.workers: list[Worker] = []
+
+    def worker(self) -> Worker:
+        self.workers.append(Worker(self, f"worker-{len(self.workers)}"))
+        return self.workers[-1]
+
+    def submit(self, data: bytes, settings: Settings, seed: int = 0) -> str:
+        return self.jobs.submit(decode_of(data, settings, seed), data)[0].id
+
+    def state(self, job_id: str) -> JobState:
+        found = self.jobs.get(job_id)
+        assert found is not None
+        return found
+
+    def ended(self, job_id: str, seconds: float = 60) -> JobState:
+        until(lambda: self.state(job_id).status not in {"queued", "running"}, "the end", seconds)
+        return self.state(job_id)
+
+    def at_step(self, job_id: str, step: int) -> None:
+        until(lambda: self.state(job_id).step >= step, f"step {step}")
+
+    def commits(self, job_id: str) -> int:
+        return int(self.store.queue.hget(self.jobs.key(job_id), "commits") or 0)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def rig(folder: Path, **environment: str) -> Iterator[Rig]:
+    made = Rig(folder, **environment)
+    try:
+        yield made
+    finally:
+        for worker in made.workers:
+            worker.kill()
+        made.store.close()
+        for server in (made.queue, made.cache):
+            server.kill()
