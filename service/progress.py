@@ -18,12 +18,11 @@ from worker import costs, events
 from worker.events import Event
 from worker.jobs import POLL_HOLD_S
 from worker.records import ENDED, JobState
+from worker.store import BLOCK_S
 
 _ASKED = (*problems.OF_KEYS, JobNotFound, ParameterError, problems.QueueAway)
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
 
-BLOCK_S = 5
-"""How long one read of a job's events waits; interest and previews are renewed in between."""
 RECONNECT_MS = 2000
 """When a client that lost its event stream should come back."""
 _EVENT = """event: progress

@@ -23,6 +23,9 @@ CONNECT_S = 2
 ANSWER_S = 5
 """How long to wait for an answer."""
 
+BLOCK_S = 5
+"""How long one read may wait for something to happen."""
+
 RedisError = redis.RedisError
 """What every use of a store may raise."""
 
@@ -102,8 +105,10 @@ def connect(settings: WorkerSettings) -> Store:
 
 
 def streams(settings: WorkerSettings) -> AsyncRedis:
-    """Connections to the queue for reads that wait, within an event loop."""
-    return AsyncRedis.from_url(settings.redis_url, socket_connect_timeout=CONNECT_S)
+    """Connections to the queue for reads that wait up to `BLOCK_S`, within an event loop."""
+    return AsyncRedis.from_url(
+        settings.redis_url, socket_connect_timeout=CONNECT_S, socket_timeout=BLOCK_S + ANSWER_S
+    )
 
 
 def _client(url: str) -> redis.Redis:

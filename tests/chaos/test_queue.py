@@ -139,6 +139,9 @@ def test_a_hundred_duplicates_at_two_processes_are_one_computation(
         run_service(own.folder, "--workers", "0", **own.urls) as first,
         run_service(own.folder, "--workers", "0", **own.urls) as second,
     ):
+        made = first.client.post("/v1/decodes", params=asked, content=small_msh)
+        waited = second.client.get(made.headers["location"], headers={"Prefer": "wait=6"})
+        assert (waited.status_code, waited.json()["status"]) == (200, "queued")
         own.worker()
         own.worker()
         ports = [str(service.client.base_url) for service in (first, second)]
@@ -148,7 +151,7 @@ def test_a_hundred_duplicates_at_two_processes_are_one_computation(
                 made = client.post("/v1/decodes", params=asked, content=small_msh)
                 location = made.headers["location"]
                 ended = client.get(location, headers={"Prefer": "wait=60"}).json()
-                assert ended["status"] == "succeeded"
+                assert ended["status"] == "succeeded", ended
                 return str(client.get(f"{location}/image").headers["etag"])
 
         with concurrent.futures.ThreadPoolExecutor(16) as pool:

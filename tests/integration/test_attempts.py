@@ -1,0 +1,342 @@
+"""A worker's hold on a job, in this process: who may write, and what short memory does."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from models import image, library
+from models.library import Library
+from models.tiers import Settings
+from tests.chaos.rig import decode_of
+from worker import tasks
+from worker.attempt import Attempt, LeaseLost
+from worker.jobs import DEATHS, LEASE_S, MAX_ATTEMPTS, QUARANTINED, Jobs
+from worker.keeper import Keeper
+from worker.records import JobState
+from worker.spool import Spool
+from worker.store import Store
+from worker.tasks import Context
+
+pytestmark = pytest.mark.redis
+
+FAST = Settings("ddim", 2, beta=1.0)
+
+
+@pytest.fixture
+def jobs(store: Store) -> Jobs:
+    return Jobs(store)
+
+
+def begin(jobs: Jobs, data: bytes, seed: int = 0) -> Attempt:
+    job_id = submit(jobs, data, seed)
+    jobs.queue.remove(job_id)  # as a worker takes it
+    attempt = Attempt.begin(jobs, job_id)
+    assert attempt is not None
+    return attempt
+
+
+def submit(jobs: Jobs, data: bytes, seed: int = 0, settings: Settings = FAST) -> str:
+    return jobs.submit(decode_of(data, settings, seed), data)[0].id
+
+
+def state(jobs: Jobs, job_id: str) -> JobState:
+    found = jobs.get(job_id)
+    assert found is not None
+    return found
+
+
+def silence(jobs: Jobs, attempt: Attempt) -> None:
+    """Its worker was last heard of too long ago."""
+    jobs.store.queue.zadd(jobs.leases, {attempt.id: jobs.now() - LEASE_S - 1})
+
+
+def test_a_job_is_begun_once(jobs: Jobs, small_msh: bytes) -> None:
+    first = begin(jobs, small_msh)
+    assert Attempt.begin(jobs, first.id) is None
+    assert Attempt.begin(jobs, "0" * 32) is None
+
+
+def test_two_that_take_a_job_at_once_are_one_attempt(jobs: Jobs, small_msh: bytes) -> None:
+    job_id = submit(jobs, small_msh)
+    begun: list[Attempt | None] = []
+    threads = [
+        threading.Thread(target=lambda: begun.append(Attempt.begin(jobs, job_id)))
+        for _ in range(12)
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len([a for a in begun if a is not None]) == 1
+    assert state(jobs, job_id).attempts == 1
+
+
+def test_who_lost_the_lease_writes_nothing(jobs: Jobs, small_msh: bytes) -> None:
+    stale = begin(jobs, small_msh)
+    silence(jobs, stale)
+    jobs.reap()
+    assert state(jobs, stale.id).status == "queued"
+    fresh = Attempt.begin(jobs, stale.id)
+    assert fresh is not None and fresh.state.fence > stale.state.fence
+    leased = jobs.store.queue.zscore(jobs.leases, stale.id)
+    for write in (
+        lambda: stale.look(1), lambda: stale.commit(b"stale"), lambda: stale.fail("stale"),
+        stale.stop, stale.put_back, stale.blame,
+    ):  # fmt: skip
+        with pytest.raises(LeaseLost):
+            write()
+    time.sleep(0.01)
+    stale.beat()
+    assert jobs.store.queue.zscore(jobs.leases, stale.id) == leased
+    assert jobs.store.picture(stale.id) is None
+    fresh.commit(b"fresh")
+    assert (state(jobs, stale.id).status, jobs.store.picture(stale.id)) == ("succeeded", b"fresh")
+    with pytest.raises(LeaseLost):
+        fresh.commit(b"twice")
+    assert jobs.store.queue.hget(jobs.key(stale.id), "commits") == b"1"
+
+
+def test_who_was_cut_off_may_still_commit_before_another_begins(
+    jobs: Jobs, small_msh: bytes
+) -> None:
+    """And was not dead: nothing is held against the bitstream."""
+    late = begin(jobs, small_msh)
+    silence(jobs, late)
+    jobs.reap()
+    assert jobs.deaths(late.state.decode.digest) == 1
+    late.commit(b"late")
+    assert state(jobs, late.id).status == "succeeded"
+    assert jobs.queue.job_ids == []
+    assert jobs.deaths(late.state.decode.digest) == 0
+
+
+def test_a_new_submission_outranks_every_attempt_at_the_old_one(
+    jobs: Jobs, small_msh: bytes
+) -> None:
+    old = begin(jobs, small_msh)
+    old.fail("broken")
+    new = begin(jobs, small_msh)
+    assert new.state.fence > old.state.fence
+    with pytest.raises(LeaseLost):
+        old.commit(b"old")
+
+
+def test_deaths_count_against_the_bitstream_whatever_is_asked_of_it(
+    jobs: Jobs, small_msh: bytes
+) -> None:
+    for seed in range(DEATHS):
+        attempt = begin(jobs, small_msh, seed)
+        silence(jobs, attempt)
+        jobs.reap()
+    assert (state(jobs, attempt.id).status, state(jobs, attempt.id).error) == (
+        "failed", QUARANTINED
+    )  # fmt: skip
+    key = jobs.store.key("deaths", attempt.state.decode.digest)
+    assert 0 < jobs.store.queue.ttl(key) <= 24 * 3600
+
+
+def test_a_job_whose_workers_are_cut_off_again_and_again_is_given_up(
+    jobs: Jobs, small_msh: bytes
+) -> None:
+    job_id = submit(jobs, small_msh)
+    for n in range(MAX_ATTEMPTS):
+        assert state(jobs, job_id).status == "queued", n
+        attempt = Attempt.begin(jobs, job_id)
+        assert attempt is not None
+        silence(jobs, attempt)
+        jobs.reap()
+        jobs.absolve(attempt.state)
+    assert (state(jobs, job_id).status, state(jobs, job_id).attempts) == ("failed", MAX_ATTEMPTS)
+
+
+def test_a_drained_attempt_does_not_count(
+    jobs: Jobs, small_msh: bytes, small_compressai: bytes
+) -> None:
+    attempt = begin(jobs, small_msh)
+    behind = submit(jobs, small_compressai)
+    attempt.put_back()
+    assert jobs.queue.job_ids == [attempt.id, behind]
+    assert (state(jobs, attempt.id).attempts, state(jobs, attempt.id).status) == (0, "queued")
+
+
+def test_a_kept_picture_is_handed_over_by_whoever_finds_it(
+    jobs: Jobs, small_msh: bytes, tmp_path: Path
+) -> None:
+    spool = Spool(tmp_path)
+    gone, late = begin(jobs, small_msh), begin(jobs, small_msh, 1)
+    spool.keep(gone, b"kept")
+    spool.keep(late, b"too late")
+    late.fail("another end")
+    spool.hand_over(jobs, busy={gone.id})
+    assert [file.name[:32] for file in tmp_path.glob("*.png")] == [gone.id]
+    spool.hand_over(jobs)
+    assert jobs.store.picture(gone.id) == b"kept"
+    assert state(jobs, gone.id).status == "succeeded"
+    assert (state(jobs, late.id).status, jobs.store.picture(late.id)) == ("failed", None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Library:
+    return library.load()
+
+
+@pytest.fixture
+def context(
+    jobs: Jobs, loaded: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """This process as a worker."""
+    own: dict[str, Any] = {
+        "jobs": jobs, "library": loaded, "spool": Spool(tmp_path), "max_pixels": 10**6,
+        "keeper": Keeper(jobs, Spool(tmp_path)), "stopping": threading.Event(), "afterwards": [],
+    }  # fmt: skip
+    for name, value in own.items():
+        monkeypatch.setattr(Context, name, value, raising=False)
+    yield
+
+
+def pictures(jobs: Jobs, ids: list[str]) -> list[image.Pixels]:
+    found = []
+    for job_id in ids:
+        assert state(jobs, job_id).status == "succeeded", state(jobs, job_id).error
+        found.append(image.read(jobs.store.picture(job_id) or b"", 10**6))
+    return found
+
+
+@pytest.mark.weights
+def test_jobs_of_one_shape_are_drawn_together_as_each_alone(
+    context: None,
+    jobs: Jobs,
+    small_msh: bytes,
+    small_compressai: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def submitted() -> list[str]:
+        ids = [
+            submit(jobs, small_msh, 0),
+            submit(jobs, small_msh, 1),
+            submit(jobs, small_compressai),
+        ]
+        other = submit(jobs, small_msh, 0, Settings("ddim", 3))
+        assert jobs.queue.job_ids == [*ids, other]
+        jobs.queue.remove(ids[0])  # as RQ takes it
+        return [*ids, other]
+
+    monkeypatch.setattr(Context, "batch", 4)
+    *ids, other = submitted()
+    tasks.enhance(ids[0])
+    together = pictures(jobs, ids)
+    assert jobs.queue.job_ids == [other]  # of other settings
+    assert [jobs.store.queue.hget(jobs.key(i), "commits") for i in ids] == [b"1"] * 3
+
+    jobs.store.queue.flushall()
+    jobs.store.cache.flushall()
+    monkeypatch.setattr(Context, "batch", 1)
+    submitted()
+    for job_id in ids:
+        tasks.enhance(job_id)
+    for a, b in zip(together, pictures(jobs, ids), strict=True):
+        assert np.abs(a.astype(int) - b).max() <= 1
+
+
+@pytest.mark.weights
+def test_one_bad_bitstream_fails_alone(
+    context: None,
+    jobs: Jobs,
+    small_msh: bytes,
+    small_compressai: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bad = bytearray(small_compressai)
+    bad[-100] ^= 255
+    monkeypatch.setattr(Context, "batch", 4)
+    good, broken = submit(jobs, small_msh), submit(jobs, bytes(bad))
+    jobs.queue.remove(good)
+    tasks.enhance(good)
+    assert [state(jobs, i).status for i in (good, broken)] == ["succeeded", "failed"]
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, loaded: Library, most: int) -> list[int]:
+    """The denoiser finds no memory for more pixels than `most`; the sizes that it was asked for."""
+    denoiser, asked = loaded.diffusion.net.denoiser, []
+    forward = denoiser.forward
+
+    def limited(x_t: torch.Tensor, *rest: Any) -> torch.Tensor:
+        asked.append(x_t.shape[2] * x_t.shape[3])
+        if asked[-1] > most:
+            raise torch.OutOfMemoryError("injected")
+        return forward(x_t, *rest)
+
+    monkeypatch.setattr(denoiser, "forward", limited)
+    return asked
+
+
+@pytest.fixture(scope="module")
+def large(loaded: Library, photo: image.Pixels) -> bytes:
+    from models import bitstream, codec
+
+    cut = codec.to_tensor(photo[:512, :512].copy())
+    return bitstream.serialize(loaded.find(2, "mse").encode(cut, "msh", "exact"))
+
+
+@pytest.mark.weights
+def test_short_memory_makes_smaller_tiles(
+    context: None, jobs: Jobs, loaded: Library, large: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.drawing.WINDOW", 1024)
+    monkeypatch.setattr("worker.drawing.SMALLEST", 128)
+    job_id = submit(jobs, large)
+    tasks.enhance(job_id)
+    (whole,) = pictures(jobs, [job_id])
+    jobs.store.cache.flushall()
+    asked = short_of_memory(monkeypatch, loaded, 400 * 400)
+    submit(jobs, large)
+    tasks.enhance(job_id)
+    assert asked[0] == 512 * 512 and max(asked[-4:]) <= 400 * 400
+    (tiled,) = pictures(jobs, [job_id])
+    assert np.abs(whole.astype(int) - tiled).max() <= 1
+    assert not Context.stopping.is_set()
+
+
+@pytest.mark.weights
+def test_no_memory_at_all_ends_the_worker_and_leaves_the_job(
+    context: None, jobs: Jobs, loaded: Library, large: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = short_of_memory(monkeypatch, loaded, 0)
+    job_id = submit(jobs, large)
+    jobs.queue.remove(job_id)
+    tasks.enhance(job_id)
+    tasks.settle()
+    assert Context.stopping.is_set()
+    assert len(asked) > 2
+    assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
+    assert jobs.deaths(decode_of(large, FAST).digest) == 1
+
+
+@pytest.mark.weights
+def test_what_is_canceled_keeps_its_best_preview(
+    context: None, jobs: Jobs, loaded: Library, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = submit(jobs, small_msh, 0, Settings("ddim", 50))
+    calls: list[int] = []
+    forward = loaded.diffusion.net.denoiser.forward
+
+    def withdrawing(*given: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 5:
+            jobs.withdraw(job_id, "")
+        return forward(*given)
+
+    monkeypatch.setattr(loaded.diffusion.net.denoiser, "forward", withdrawing)
+    tasks.enhance(job_id)
+    tasks.settle()
+    assert (state(jobs, job_id).status, len(calls)) == ("canceled", 5)
+    preview = jobs.store.preview(job_id)
+    assert preview is not None
+    assert image.read(preview, 10**6).shape == (100, 150, 3)
