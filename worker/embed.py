@@ -14,7 +14,7 @@ from pathlib import Path
 
 import redis
 
-from worker.store import NoRedis
+from worker.urls import NoRedis
 
 START_S = 10.0
 """How long a server may take to answer its first ping."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import redis
 from redis.asyncio import Redis as AsyncRedis
 
-from models.errors import AfterimageError
+from worker import urls
 from worker.settings import WorkerSettings
 
 PICTURE_TTL_S = 24 * 3600
@@ -28,10 +28,6 @@ BLOCK_S = 5
 
 RedisError = redis.RedisError
 """What every use of a store may raise."""
-
-
-class NoRedis(AfterimageError):
-    """No Redis server is configured, installed or able to start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +87,8 @@ class Store:
 
     def close(self) -> None:
         """Close all connections."""
-        self.queue.close()
-        self.cache.close()
+        urls.close(self.queue)
+        urls.close(self.cache)
 
 
 def connect(settings: WorkerSettings) -> Store:
@@ -100,19 +96,12 @@ def connect(settings: WorkerSettings) -> Store:
 
     Raises `NoRedis` for a URL that is none.
     """
-    queue = settings.redis_url
-    return Store(_client(queue), _client(settings.cache_redis_url or queue), settings.prefix)
+    queue, cache = settings.redis_url, settings.cache_redis_url or settings.redis_url
+    waits = {"socket_connect_timeout": CONNECT_S, "socket_timeout": ANSWER_S}
+    return Store(urls.client(queue, **waits), urls.client(cache, **waits), settings.prefix)
 
 
 def streams(settings: WorkerSettings) -> AsyncRedis:
     """Connections to the queue for reads that wait up to `BLOCK_S`, within an event loop."""
-    return AsyncRedis.from_url(
-        settings.redis_url, socket_connect_timeout=CONNECT_S, socket_timeout=BLOCK_S + ANSWER_S
-    )
-
-
-def _client(url: str) -> redis.Redis:
-    try:
-        return redis.Redis.from_url(url, socket_connect_timeout=CONNECT_S, socket_timeout=ANSWER_S)
-    except ValueError as e:
-        raise NoRedis(f"{url!r} is no Redis URL: {e}") from e
+    waits = {"socket_connect_timeout": CONNECT_S, "socket_timeout": BLOCK_S + ANSWER_S}
+    return urls.asynchronous(settings.redis_url, **waits)

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[2]
 FORBIDDEN = {"models": {"worker", "service"}, "worker": {"service"}, "service": set[str]()}
 STARRED = {
     "worker.costs", "worker.embed", "worker.events", "worker.figures", "worker.jobs", "worker.logs",
-    "worker.records", "worker.settings", "worker.store", "worker.tracing", "worker.webhooks",
+    "worker.records", "worker.settings", "worker.store", "worker.tracing", "worker.urls",
+    "worker.webhooks",
 }  # fmt: skip
 """What the service may import of the worker."""
 NO_TORCH = (*STARRED, "models.errors", "models.bitstream", "models.tiers")

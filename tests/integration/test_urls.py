@@ -1,0 +1,240 @@
+"""Every kind of URL against a real server: TLS, users with few rights, Sentinel and a failover."""
+
+import contextlib
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+import trustme
+from rq import SimpleWorker
+
+from models import bitstream
+from models.tiers import Settings
+from tests.chaos.rig import decode_of, until
+from worker import costs, embed, urls
+from worker.attempt import Attempt
+from worker.jobs import Jobs
+from worker.settings import WorkerSettings
+from worker.store import Store, connect, streams
+from worker.urls import NoRedis
+
+pytestmark = pytest.mark.redis
+
+FAST = Settings("ddim", 2)
+OPERATING = Path(__file__).parents[2] / "deploy/OPERATING.md"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextlib.contextmanager
+def server(folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A server on a port of this machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [str(embed.find_server()), *options, "--bind", "127.0.0.1", "--dir", str(folder)]
+    log = folder / "log"
+    process = subprocess.Popen(
+        [*command, "--logfile", str(log)], preexec_fn=embed.die_with_parent
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def life(store: Store, data: bytes) -> None:
+    """All that API and workers do with a job."""
+    jobs = Jobs(store)
+    job_id = jobs.submit(decode_of(data, FAST), data, "somebody")[0].id
+    assert costs.backlog_s(jobs) == 0
+    assert store.fullness() == 0
+    jobs.queue.remove(job_id)
+    attempt = Attempt.begin(jobs, job_id)
+    assert attempt is not None
+    attempt.beat()
+    costs.present(jobs)
+    assert attempt.look(1).wanted
+    attempt.commit(b"picture")
+    attempt.measured(1.0)
+    jobs.reap()
+    state = jobs.get(job_id)
+    assert state is not None and state.status == "succeeded"
+    assert store.picture(job_id) == b"picture"
+
+
+def up(port: int) -> None:
+    with redis.Redis(port=port) as client:
+        until(client.ping, "the server starts")
+
+
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[Store]:
+    store = connect(settings(url))
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def settings(url: str) -> WorkerSettings:
+    return WorkerSettings(REDIS_URL=url)  # type: ignore[call-arg]
+
+
+@contextlib.contextmanager
+def tls_in_front(port: int, folder: Path) -> Iterator[tuple[int, Path]]:
+    """A proxy that speaks TLS and passes what it hears to `port`; its port and its CA's file."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
+
+    def passed(plain: socket.socket) -> None:
+        with plain, contextlib.suppress(OSError):
+            with (
+                context.wrap_socket(plain, server_side=True) as near,
+                socket.create_connection(("127.0.0.1", port)) as far,
+            ):
+                back = threading.Thread(target=pump, args=(far, near), daemon=True)
+                back.start()
+                pump(near, far)
+                back.join()
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                plain, _ = listener.accept()
+                threading.Thread(target=passed, args=(plain,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1], folder / "ca.pem"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_over_tls_the_server_must_be_who_it_says(tmp_path: Path, small_msh: bytes) -> None:
+    port = free_port()
+    with server(tmp_path, "--port", str(port)), tls_in_front(port, tmp_path) as (secure, ca):
+        up(port)
+        with opened(f"rediss://127.0.0.1:{secure}/0?ssl_ca_certs={ca}") as store:
+            life(store, small_msh)
+        with (
+            opened(f"rediss://127.0.0.1:{secure}/0") as store,
+            pytest.raises(redis.ConnectionError, match="certificate"),
+        ):
+            store.ping()
+
+
+def test_a_user_with_the_documented_rights_is_enough(tmp_path: Path, small_msh: bytes) -> None:
+    """The rule that the page on operating shows, as it stands there."""
+    (rule,) = (
+        line.strip() for line in OPERATING.read_text().splitlines()
+        if line.strip().startswith("ACL SETUSER")
+    )  # fmt: skip
+    port = free_port()
+    with server(tmp_path, "--port", str(port)):
+        up(port)
+        with redis.Redis(port=port) as admin:
+            admin.execute_command(*rule.replace("PASSWORD", "secret").split())
+            admin.execute_command("ACL", "SETUSER", "default", "off")
+        with opened(f"redis://afterimage:secret@127.0.0.1:{port}/0") as store:
+            life(store, small_msh)
+            SimpleWorker([Jobs(store).queue], connection=store.queue)  # may name and find itself
+            for forbidden in (lambda: store.queue.get("another's key"), store.queue.flushall):
+                with pytest.raises(redis.RedisError, match="permission"):
+                    forbidden()
+        with (
+            opened(f"redis://afterimage:wrong@127.0.0.1:{port}/0") as store,
+            pytest.raises(redis.AuthenticationError),
+        ):
+            store.ping()
+
+
+def test_a_failover_by_sentinel_loses_no_job(tmp_path: Path, small_msh: bytes) -> None:
+    first, second, watcher = free_port(), free_port(), free_port()
+    replica_of = ("--replicaof", "127.0.0.1", str(first))
+    url = f"redis+sentinel://127.0.0.1:{watcher}/queue/0"
+    with (
+        server(tmp_path / "a", "--port", str(first)) as master,
+        server(tmp_path / "b", "--port", str(second), *replica_of),
+        redis.Redis(port=second) as replica,
+        redis.Redis(port=watcher) as sentinel,
+    ):
+        until(lambda: replica.info()["master_link_status"] == "up", "the replica follows")
+        (tmp_path / "sentinel.conf").write_text(
+            f"port {watcher}\nsentinel monitor queue 127.0.0.1 {first} 1\n"
+            "sentinel down-after-milliseconds queue 1000\nsentinel failover-timeout queue 3000\n"
+        )
+        with (
+            server(tmp_path / "s", str(tmp_path / "sentinel.conf"), "--sentinel"),
+            opened(url) as store,
+        ):
+            until(lambda: sentinel.sentinel_slaves("queue"), "it sees both")
+            jobs = Jobs(store)
+            job_id = jobs.submit(decode_of(small_msh, FAST), small_msh)[0].id
+            until(lambda: replica.exists(jobs.key(job_id)), "the job is on the replica")
+            master.kill()
+            until(lambda: jobs.queue.job_ids == [job_id], "the new master answers")
+            assert store.bitstream(bitstream.digest(small_msh)) == small_msh
+            attempt = Attempt.begin(jobs, job_id)
+            assert attempt is not None
+            attempt.commit(b"picture")
+            assert store.picture(job_id) == b"picture"
+
+            import anyio
+
+            async def ping() -> bool:
+                connection = streams(settings(url))
+                try:
+                    return bool(await connection.ping())
+                finally:
+                    await connection.aclose()
+                    for sentinel in connection.connection_pool.sentinel_manager.sentinels:
+                        await sentinel.aclose()
+
+            assert anyio.run(ping)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://host", "redis+sentinel://host:26379", "redis+sentinel:///queue",
+     "redis+sentinel://host:port/queue", "redis://host:port"],
+)  # fmt: skip
+def test_what_is_no_redis_url_is_told_without_its_password(url: str) -> None:
+    secret = url.replace("://", "://user:hunter2@", 1)
+    for wrong in (url, secret):
+        with pytest.raises(NoRedis) as told:
+            urls.client(wrong)
+        assert "hunter2" not in str(told.value)
+
+
+def test_a_sentinel_url_carries_users_and_tls() -> None:
+    url = (
+        "rediss+sentinel://app:pw@a:1,b/queue/3?ssl_ca_certs=/ca.pem&sentinel_password=other%20one"
+    )
+    pool = urls.client(url).connection_pool
+    assert pool.connection_kwargs["username"] == "app"
+    assert pool.connection_kwargs["password"] == "pw"
+    assert pool.connection_kwargs["db"] == 3
+    assert pool.connection_kwargs["ssl_ca_certs"] == "/ca.pem"
+    assert issubclass(pool.connection_class, redis.SSLConnection)
+    (a, b) = pool.sentinel_manager.sentinels
+    for sentinel, host, port in ((a, "a", 1), (b, "b", 26379)):
+        own = sentinel.connection_pool.connection_kwargs
+        assert (own["host"], own["port"], own["password"]) == (host, port, "other one")
+        assert "username" not in own or own["username"] is None
+        assert issubclass(sentinel.connection_pool.connection_class, redis.SSLConnection)
