@@ -7,7 +7,7 @@ URL ?=
 PART ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test check bench fuzz gpu-check
+.PHONY: help setup run demo test check bench chaos fuzz gpu-check
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ check: $(READY) ## lint, formatting and types
 
 bench: $(READY) ## time and memory, against CompressAI in one process (PART=decode, diffusion or http)
 	@for part in $(or $(PART),decode diffusion http); do $(BIN)/python -P tests/bench/$$part.py || exit; done
+
+chaos: $(READY) ## jobs under kills and restarts for MINUTES=10; exit 1 where something is lost
+	@OMP_NUM_THREADS=1 $(BIN)/python -P tests/chaos/run.py --minutes $(or $(MINUTES),10)
 
 fuzz: $(READY) ## mutated bitstreams of both formats; exit 1 on any violation (N=, SEED=)
 	@$(BIN)/python -P -W ignore tests/fuzz/bitstreams.py $(or $(N),100000) --seed $(or $(SEED),0)

@@ -187,9 +187,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def psnr(a: image.Pixels, b: image.Pixels) -> float:
-    """In dB."""
+    """In dB; infinite for equal pictures."""
     mse = np.square(a.astype(float) - b.astype(float)).mean()
-    return float(10 * np.log10(255**2 / mse))
+    return float(10 * np.log10(255**2 / mse)) if mse else float("inf")
 
 
 def wait_for(client: httpx.Client, location: str, seconds: float = 120) -> dict[str, object]:

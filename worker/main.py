@@ -18,6 +18,10 @@ from worker.settings import WorkerSettings, prepare_process
 
 log = logging.getLogger("afterimage.worker")
 
+TTL_S = 30
+"""How long RQ's own note of an idle worker lasts; its reads wait for half of that."""
+RETRY_S = 1.0
+"""Between two tries to reach the queue."""
 UNHEALTHY = 3
 """Exit status after which the process should be started again: it ran out of memory."""
 
@@ -60,7 +64,7 @@ def main() -> int:
     Context.keeper = Keeper(Context.jobs, Context.spool)
     Context.keeper.start()
     log.info("ready: %s", Context.jobs.queue.name)
-    serve()
+    serve(settings.redis_url)
     unhealthy = Context.stopping.is_set() and not _asked.is_set()
     Context.keeper.stopped.set()
     Context.keeper.join()
@@ -71,16 +75,19 @@ _asked = threading.Event()
 """Set by SIGTERM and SIGINT."""
 
 
-def serve() -> None:
-    """Run jobs until the process is asked to end, whatever becomes of Redis meanwhile."""
+def serve(redis_url: str) -> None:
+    """Run jobs until the process is asked to end, whatever becomes of Redis meanwhile.
+
+    RQ waits for jobs on connections of its own: it makes their timeouts longer than its reads.
+    """
     from rq import Queue, SimpleWorker
     from rq.exceptions import StopRequested
     from rq.job import Job
     from rq.serializers import JSONSerializer
 
-    from worker import tasks
+    from worker import tasks, urls
     from worker.jobs import TASK
-    from worker.store import RedisError
+    from worker.store import CONNECT_S, RedisError
     from worker.tasks import Context
 
     class DecodeJob(Job):
@@ -137,11 +144,13 @@ def serve() -> None:
             timer.daemon = True
             timer.start()
 
+    queue = urls.client(redis_url, socket_connect_timeout=CONNECT_S)
     while not Context.stopping.is_set():
         with contextlib.suppress(RedisError, StopRequested):
             worker = DecodeWorker(  # no fork per job: this process keeps its models
                 [Context.jobs.queue.name],
-                connection=Context.jobs.store.queue,
+                connection=queue,
+                worker_ttl=TTL_S,
                 job_class=DecodeJob,
                 serializer=JSONSerializer,
             )
@@ -151,10 +160,6 @@ def serve() -> None:
         if not Context.stopping.is_set():
             log.warning("the queue went away; trying again")
             Context.stopping.wait(RETRY_S)
-
-
-RETRY_S = 1.0
-"""Between two tries to reach the queue."""
 
 
 if __name__ == "__main__":

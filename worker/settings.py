@@ -40,7 +40,7 @@ class WorkerSettings(BaseSettings):
     batch: int = Field(
         0, ge=0, le=64, description="pictures of one shape drawn together; 0: 8 on CUDA, else 1"
     )
-    nice: int = Field(5, ge=0, le=19, description="priority of workers below the API's")
+    nice: int = Field(10, ge=0, le=19, description="priority of workers below the API's")
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="largest picture, declared or real")
     job_timeout_s: int = Field(3600, ge=1)
 

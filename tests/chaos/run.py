@@ -1,0 +1,284 @@
+"""Jobs under kills and restarts, for minutes: nothing is lost, nothing is committed twice.
+
+make chaos MINUTES=10
+
+First everything is drawn undisturbed, which gives the expected bytes and shows how well times are
+predicted; then again, while workers and the queue's Redis are killed; then the queue is flooded,
+and instant pictures are timed. Exits 1 where something does not hold.
+"""
+
+import argparse
+import concurrent.futures
+import hashlib
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from models import bitstream, codec, image, zoo
+from tests.bench import machine
+from tests.chaos.rig import Rig, Worker, rig, until
+from tests.conftest import run_service
+
+PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
+WORKERS = 3
+JOBS_A_MINUTE = 20
+WARM = 12
+"""Jobs before times are predicted: the cost of a step must be known."""
+KILL_S = (4.0, 14.0)
+RESTART_S = (25.0, 60.0)
+AWAY_S = (0.5, 3.0)
+INSTANT = 60
+BACKLOG_S = 20
+TIERS_TRIED = ("perceptual", "ddim-10", "ddim-100", "ddpm-100")
+
+
+@dataclass(slots=True)
+class Job:
+    """A job over HTTP, and what became of it."""
+
+    data: bytes
+    asked: dict[str, str | int]
+    location: str = ""
+    said_s: float = 0.0
+    began: float = 0.0
+    took_s: float = 0.0
+    picture: str = ""  # SHA-256
+
+
+@dataclass(slots=True)
+class Report:
+    """Lines of the table, and what did not hold."""
+
+    lines: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def tell(self, text: str, holds: bool = True) -> None:
+        print(("" if holds else "WRONG: ") + text, flush=True)  # noqa: T201
+        self.lines.append(f"- {text}" + ("" if holds else " **does not hold**"))
+        if not holds:
+            self.wrong.append(text)
+
+
+def jobs(count: int, seed: int) -> list[Job]:
+    """Each of a bitstream of its own: 64 to 128 pixels a side."""
+    own, photo, rng = zoo.load(2), image.read(PHOTO.read_bytes(), 10**7), random.Random(seed)
+    made = []
+    for number in range(count):
+        height, width = rng.randint(64, 128), rng.randint(64, 128)
+        top, left = rng.randint(0, 512 - height), rng.randint(0, 768 - width)
+        x = codec.to_tensor(photo[top : top + height, left : left + width].copy())
+        data = bitstream.serialize(own.encode(x, "msh", "exact"))
+        made.append(Job(data, {"tier": TIERS_TRIED[number % len(TIERS_TRIED)], "seed": number}))
+    return made
+
+
+def send(client: httpx.Client, job: Job) -> httpx.Response:
+    headers = {"Prefer": "respond-async"}
+    return client.post("/v1/decodes", params=job.asked, content=job.data, headers=headers)
+
+
+def submit(client: httpx.Client, job: Job) -> None:
+    """Until it is taken, whatever Redis does."""
+    while (answer := send(client, job)).status_code not in {200, 202}:
+        time.sleep(0.5)
+    job.began = time.monotonic()
+    job.location, job.said_s = answer.headers["location"], float(answer.headers["retry-after"])
+
+
+def follow(client: httpx.Client, job: Job) -> None:
+    """Until its end; what it took, and the digest of the picture."""
+    while True:
+        answer = client.get(job.location, headers={"Prefer": "wait=30"})
+        if answer.status_code == 200 and answer.json()["status"] not in {"queued", "running"}:
+            break
+        time.sleep(0.1)
+    job.took_s = time.monotonic() - job.began
+    if answer.json()["status"] == "succeeded":
+        until_there = {"min_tier": str(job.asked["tier"])}
+        picture = client.get(f"{job.location}/image", params=until_there)
+        job.picture = hashlib.sha256(picture.content).hexdigest()
+
+
+def all_of(client: httpx.Client, wanted: list[Job], over_s: float) -> None:
+    """Submit them evenly over so many seconds, and follow each to its end."""
+    with concurrent.futures.ThreadPoolExecutor(len(wanted)) as pool:
+        followed = []
+        for number, job in enumerate(wanted):
+            began = time.monotonic()
+            submit(client, job)
+            followed.append(pool.submit(follow, client, job))
+            if number + 1 < len(wanted):
+                time.sleep(max(over_s / len(wanted) - (time.monotonic() - began), 0))
+        for one in followed:
+            one.result()
+
+
+def undisturbed(own: Rig, client: httpx.Client, wanted: list[Job], report: Report) -> None:
+    for _ in range(WORKERS):
+        own.worker().ready()
+    all_of(client, wanted[:WARM], 0)
+    all_of(client, wanted[WARM:], 0)
+    report.tell(f"undisturbed: {len(wanted)} jobs succeeded", all(job.picture for job in wanted))
+    ratios = sorted(job.took_s / job.said_s for job in wanted[WARM:] if job.said_s > 2)
+    within = sum(0.7 <= r <= 1.3 for r in ratios) / len(ratios)
+    report.tell(
+        f"Retry-After of {len(ratios)} queued jobs: what then happened over it is "
+        f"{statistics.median(ratios):.2f} in the median, {ratios[len(ratios) // 10]:.2f} to "
+        f"{ratios[-len(ratios) // 10]:.2f} for four fifths; {within:.0%} within ±30 %",
+        0.7 <= statistics.median(ratios) <= 1.3,
+    )
+
+
+class Chaos(threading.Thread):
+    """Kills workers and the queue's server, until it is stopped."""
+
+    def __init__(self, own: Rig, seed: int) -> None:
+        super().__init__(daemon=True)
+        self.own, self.rng = own, random.Random(seed)
+        self.stopped = threading.Event()
+        self.kills = self.drains = self.restarts = 0
+
+    def run(self) -> None:
+        restart = time.monotonic() + self.rng.uniform(*RESTART_S)
+        while not self.stopped.wait(self.rng.uniform(*KILL_S)):
+            if time.monotonic() > restart:
+                self.own.queue.kill()
+                time.sleep(self.rng.uniform(*AWAY_S))
+                self.own.queue.start()
+                self.restarts += 1
+                restart = time.monotonic() + self.rng.uniform(*RESTART_S)
+            else:
+                self._end_one()
+
+    def _end_one(self) -> None:
+        """SIGTERM now and then, else SIGKILL; but twice over one bitstream would be its end."""
+        alive = [w for w in self.own.workers if w.process.poll() is None]
+        running = [self.own.jobs.record(name) for name in self.own.jobs.running]
+        marked = [s for s in running if s and self.own.jobs.deaths(s.decode.digest)]
+        victim: Worker = self.rng.choice(alive)
+        if marked or self.rng.random() < 0.25:
+            victim.process.terminate()
+            self.drains += 1
+        else:
+            victim.kill()
+            self.kills += 1
+        self.own.worker()
+
+
+def disturbed(
+    own: Rig, client: httpx.Client, wanted: list[Job], minutes: float, report: Report
+) -> None:
+    expected = [job.picture for job in wanted]
+    own.store.queue.flushall()
+    own.store.cache.flushall()
+    for job in wanted:
+        job.picture = ""
+    chaos = Chaos(own, 1)
+    chaos.start()
+    all_of(client, wanted, minutes * 60)
+    chaos.stopped.set()
+    chaos.join()
+    until(own.store.queue.ping, "Redis is there again")
+    report.tell(
+        f"{len(wanted)} jobs in {minutes:g} minutes, {chaos.kills} workers killed, {chaos.drains} "
+        f"told to end, Redis killed {chaos.restarts} times"
+    )
+    names = [job.location.rpartition("/")[2] for job in wanted]
+    states = [own.state(name) for name in names]
+    ended = sum(s.status == "succeeded" for s in states)
+    report.tell(f"{ended} succeeded", ended == len(wanted))
+    same = sum(job.picture == was for job, was in zip(wanted, expected, strict=True))
+    report.tell(f"{same} with the bytes of the undisturbed run", same == len(wanted))
+    once = sum(own.commits(name) == 1 for name in names)
+    report.tell(f"{once} committed exactly once", once == len(wanted))
+    again = [s.attempts for s in states if s.attempts > 1]
+    report.tell(f"{len(again)} needed more than one attempt, at most {max(again, default=1)}")
+
+
+def flooded(own: Rig, client: httpx.Client, report: Report) -> None:
+    """Ten times more jobs than the queue takes; instant pictures meanwhile."""
+    data = (PHOTO.parent / "kodim23.msh").read_bytes()
+
+    def p99() -> float:
+        spent = []
+        for _ in range(INSTANT):
+            began = time.monotonic()
+            client.post("/v1/decodes", content=data).raise_for_status()
+            spent.append(time.monotonic() - began)
+        return statistics.quantiles(spent, n=100, method="inclusive")[98]
+
+    try:
+        until(lambda: not own.jobs.running and not own.jobs.queue.job_ids, "an empty queue", 120)
+    except TimeoutError:
+        left = {*own.jobs.running, *own.jobs.queue.job_ids}
+        report.tell(f"left behind: {own.jobs.running}, {own.jobs.queue.job_ids}", False)
+        report.tell(f"their records: {[own.jobs.record(name) for name in left]}", False)
+        for worker in own.workers:
+            if worker.process.poll() is None:
+                report.tell(f"{worker.log}: {worker.log.read_text()[-1500:]}", False)
+        return
+    p99()
+    calm = p99()
+    flood = jobs(400, 7)
+    for job in flood:
+        job.asked["tier"] = "ddim-100"
+    answers: list[httpx.Response] = []
+    stop = threading.Event()
+
+    def pour() -> None:
+        for job in flood:
+            if stop.wait(0.05):
+                return
+            answers.append(send(client, job))
+
+    pouring = threading.Thread(target=pour)
+    pouring.start()
+    until(lambda: any(a.status_code == 503 for a in answers), "jobs are refused")
+    busy = p99()
+    stop.set()
+    pouring.join()
+    refused = [a for a in answers if a.status_code == 503]
+    report.tell(
+        f"flooded: {len(answers) - len(refused)} jobs taken, {len(refused)} refused; instant p99 "
+        f"{busy * 1e3:.0f} ms, unloaded {calm * 1e3:.0f}: {busy / calm:.2f} times",
+        busy <= 2 * calm,
+    )
+    said = float(refused[-1].headers["retry-after"])
+    late = flood[-1]
+    took = until(lambda: send(client, late).status_code == 202, "a job is taken again", 120)
+    report.tell(f"refused for {said:.0f} s; a job was taken after {took:.1f} s")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10)
+    minutes = parser.parse_args().minutes
+    wanted, report = jobs(max(round(JOBS_A_MINUTE * minutes), WARM + 20), 0), Report()
+    with tempfile.TemporaryDirectory() as folder, rig(Path(folder) / "rig") as own:
+        settings = {"AFTERIMAGE_MAX_BACKLOG_S": "10000", "AFTERIMAGE_INSTANT_CACHE_BYTES": "0"}
+        with run_service(own.folder, "--workers", "0", **own.urls, **settings) as service:
+            with httpx.Client(base_url=service.client.base_url, timeout=120) as client:
+                undisturbed(own, client, wanted, report)
+                disturbed(own, client, wanted, minutes, report)
+        settings["AFTERIMAGE_MAX_BACKLOG_S"] = str(BACKLOG_S)
+        with run_service(own.folder, "--workers", "0", **own.urls, **settings) as service:
+            with httpx.Client(base_url=service.client.base_url, timeout=120) as client:
+                flooded(own, client, report)
+    about = machine.describe()
+    told = ", ".join(f"{k} {v}" for k, v in about.items())
+    text = "\n".join([f"# Chaos, {minutes:g} minutes\n", f"{told}\n", *report.lines]) + "\n"
+    machine.write("chaos", {"machine": about, "wrong": report.wrong}, text)
+    return 1 if report.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
