@@ -204,9 +204,11 @@ def _workers(commands: Sequence[Sequence[str]]) -> Iterator[None]:
         yield
     finally:
         stopping.set()
+        for process in running:  # before the watchers end: with them their children are told again
+            process.terminate()
         for watcher in watchers:
             watcher.join()
-        for process in running:
+        for process in running:  # what was started meanwhile
             process.terminate()
         deadline = time.monotonic() + GRACE_S
         for process in running:

@@ -6,11 +6,13 @@ is refused: exactly one attempt commits.
 """
 
 import time
+import uuid
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from redis.client import Pipeline
+from rq.job import Job
 
 from models.errors import AfterimageError
 from worker import costs, events, figures
@@ -58,29 +60,43 @@ class Attempt:
     state: JobState  # as it began
 
     @classmethod
-    def begin(cls, jobs: Jobs, job_id: str) -> "Attempt | None":
-        """Take a job that waits; None where it does not wait any more."""
+    def begin(cls, jobs: Jobs, job_id: str, owner: str = "") -> "Attempt | None":
+        """Take a job that waits; None where it does not wait any more.
+
+        `owner` is one for all jobs that this worker draws together.
+        """
+        owner = owner or uuid.uuid4().hex
+        taken: list[JobState] = []
 
         def take(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
             if state is None or state.status != "queued":
                 raise LeaseLost(f"job {job_id} does not wait")
-            now = {"status": "running", "started": time.time(), "step": 0}
+            now = {
+                "status": "running", "started": time.time(), "step": 0, "owner": owner,
+                "attempts": state.attempts + 1, "fence": state.fence + 1,
+            }  # fmt: skip
             pipe.hset(jobs.key(job_id), mapping=now)  # type: ignore[arg-type]
-            for name in ("attempts", "fence"):
-                pipe.hincrby(jobs.key(job_id), name, 1)
             pipe.srem(jobs.waiting, job_id)
             pipe.zadd(jobs.leases, {job_id: began})
             pipe.expire(jobs.leases, RECORD_TTL_S)
             events.tell(jobs.store, pipe, job_id, "started")
+            taken.append(replace(state, **now))  # type: ignore[arg-type]
 
         began = jobs.now()
         try:
             while not jobs.change(job_id, jobs.interest(job_id), take):
                 pass
-        except LeaseLost:
-            return None
+        except LeaseLost:  # unless we took it, and the connection broke before we knew
+            return cls.held(jobs, job_id, owner)
+        return cls(jobs, taken[-1])
+
+    @classmethod
+    def held(cls, jobs: Jobs, job_id: str, owner: str) -> "Attempt | None":
+        """The attempt that `owner` began, if it still runs."""
         state = jobs.record(job_id)
-        return None if state is None else cls(jobs, state)
+        if state is None or (state.status, state.owner) != ("running", owner):
+            return None
+        return cls(jobs, state)
 
     @property
     def id(self) -> str:
@@ -123,6 +139,7 @@ class Attempt:
 
         def end(job_id: str, _: JobState, pipe: Pipeline) -> None:
             pipe.lrem(self.jobs.queue.key, 0, job_id)
+            pipe.delete(Job.key_for(job_id))
             pipe.hincrby(self.jobs.key(job_id), "commits", 1)
             self.jobs.finish(pipe, job_id, "succeeded")
 

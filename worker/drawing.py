@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 PREVIEW_S = 1.0
 """At least so long from one preview to the next: drawing one takes some hundredths of a second."""
+BLIND_S = 2.0
+"""How long nobody is asked what is wanted after Redis was away: each time would wait for it."""
 SMALLEST = WINDOW // 8
 """Latent positions below which a picture is not cut finer: there is no memory for anything."""
 
@@ -35,6 +37,7 @@ class Drawing:
     dropped: dict[str, AfterimageError] = field(default_factory=dict)  # job -> why nobody waits
     step: int = 0
     began: float = field(default_factory=time.monotonic)
+    _blind_until: float = 0.0  # of time.monotonic()
     _picture: Callable[[], Tensor] | None = None  # the estimate so far
     _previewed: float = field(default_factory=time.monotonic)
 
@@ -74,7 +77,9 @@ class Drawing:
 
     def _look(self, step: int | None) -> list[Attempt]:
         """Those whose previews are looked at; raises once there is nobody left to draw for."""
-        watched = []
+        watched: list[Attempt] = []
+        if time.monotonic() < self._blind_until:
+            return watched
         for attempt in self.attempts:
             if attempt.id in self.dropped:
                 continue
@@ -82,8 +87,9 @@ class Drawing:
                 wish = attempt.look(step)
             except LeaseLost as e:
                 self.dropped[attempt.id] = e
-            except RedisError:
-                pass  # to know what is wanted is worth less than the work
+            except RedisError:  # to know what is wanted is worth less than the work
+                self._blind_until = time.monotonic() + BLIND_S
+                return []
             else:
                 if wish.watched:
                     watched.append(attempt)

@@ -166,7 +166,11 @@ class Jobs:
             other = self.record(job_id)
             if len(claimed) == most:
                 break
-            if other is None or other.decode.shape != state.decode.shape:
+            if other is None or other.status != "queued":
+                continue
+            if other.decode.shape != state.decode.shape or not self.wanted(job_id):
+                continue
+            if self.deaths(other.decode.digest):  # what may be poison is drawn alone
                 continue
             with self.store.queue.pipeline() as pipe:
                 pipe.lrem(self.queue.key, 1, job_id)
@@ -201,8 +205,10 @@ class Jobs:
 
     def bury(self, state: JobState, pipe: Pipeline) -> None:
         """An attempt died: another one, or the end, as a part of the transaction `pipe`."""
-        died, digest = self.deaths(state.decode.digest) + 1, state.decode.digest
-        pipe.sadd(self._deaths(digest), f"{state.id}:{state.fence}")
+        digest = state.decode.digest
+        known = self.store.queue.sismember(self._deaths(digest), state.owner)
+        died = self.deaths(digest) + (not known)
+        pipe.sadd(self._deaths(digest), state.owner)
         pipe.expire(self._deaths(digest), DEATHS_TTL_S)
         if died >= DEATHS:
             self.finish(pipe, state.id, "failed", QUARANTINED)
@@ -217,7 +223,7 @@ class Jobs:
 
     def absolve(self, state: JobState) -> None:
         """The worker of an attempt was cut off, but lives: the bitstream is not to blame."""
-        self.store.queue.srem(self._deaths(state.decode.digest), f"{state.id}:{state.fence}")
+        self.store.queue.srem(self._deaths(state.decode.digest), state.owner)
 
     def put_back(self, job_id: str, pipe: Pipeline, attempts: int | None = None) -> None:
         """In front of the queue again; with `attempts`, as if only so many were made."""
@@ -239,19 +245,23 @@ class Jobs:
         """Queue jobs again, in front, that are still waiting."""
 
         def back(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
-            if state and state.status == "queued":
-                self.enqueue(job_id, pipe, at_front=True)
-            else:
+            if state is None or state.status != "queued":
                 pipe.srem(self.waiting, job_id)
+            elif self.position(job_id) is None:  # no other keeper was quicker
+                self.enqueue(job_id, pipe, at_front=True)
 
         for job_id in job_ids:
-            self.change(job_id, self.waiting, back)
+            self.change(job_id, self.queue.key, back)
 
     def failed(self, job_id: str, error: str) -> None:
-        """Nobody can draw it; `error` is shown to clients."""
-        with self.store.queue.pipeline() as pipe:
-            self.finish(pipe, job_id, "failed", error)
-            pipe.execute()
+        """Nobody can draw a job that waits; `error` is shown to clients."""
+
+        def end(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
+            if state is not None and state.status == "queued":
+                self.finish(pipe, job_id, "failed", error)
+
+        while not self.change(job_id, self.interest(job_id), end):
+            pass
 
     def finish(self, pipe: Pipeline, job_id: str, status: Status, error: str = "") -> None:
         """The job ends, as a part of the transaction `pipe`."""
@@ -323,7 +333,7 @@ class Jobs:
         return self.store.key("interest", job_id)
 
     def _deaths(self, digest: str) -> str:
-        """Set of `job:fence`, of the attempts whose workers died."""
+        """Set of the owners, of attempts, that died."""
         return self.store.key("deaths", digest)
 
     def key(self, job_id: str) -> str:

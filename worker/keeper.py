@@ -1,10 +1,9 @@
 """The thread that speaks for a worker while its main thread draws, and looks after others' jobs."""
 
-import contextlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from worker import costs
 from worker.attempt import Attempt
@@ -28,27 +27,37 @@ class Keeper(threading.Thread):
 
     def run(self) -> None:
         while True:
-            try:
-                self._beat()
-            except RedisError as e:
-                log.warning("the queue cannot be used: %s", e)
-                # others could not speak up either: their silence means nothing for a while
-                self._trust_from = time.monotonic() + LEASE_S
+            self._guarded(self._beat)
+            self._guarded(self._look_after)
             if self.stopped.wait(BEAT_S):
                 break
-        with contextlib.suppress(RedisError):
-            costs.absent(self.jobs)
+        self._guarded(lambda: costs.absent(self.jobs))
+
+    def _guarded(self, turn: Callable[[], None]) -> None:
+        """Whatever goes wrong: a worker without its keeper would lose every job."""
+        try:
+            turn()
+        except RedisError as e:
+            log.warning("a store cannot be used: %s", e)
+        except Exception:
+            log.exception("the keeper goes on")
 
     def _beat(self) -> None:
-        attempts = self.attempts
-        for attempt in attempts:
-            attempt.beat()
-        costs.present(self.jobs)
+        try:
+            for attempt in self.attempts:
+                attempt.beat()
+            costs.present(self.jobs)
+        except RedisError:
+            # others could not speak up either: their silence means nothing for a while
+            self._trust_from = time.monotonic() + LEASE_S
+            raise
         if time.monotonic() > self._trust_from:
             self.jobs.reap()
-        self.spool.hand_over(self.jobs, {attempt.id for attempt in attempts})
         # between a worker's taking a job and its saying so the job is nowhere, for an instant:
         # only what is nowhere twice is lost
         found = self.jobs.astray()
         self.jobs.requeue(found & self._nowhere)
         self._nowhere = found - self._nowhere
+
+    def _look_after(self) -> None:
+        self.spool.hand_over(self.jobs, {attempt.id for attempt in self.attempts})

@@ -5,11 +5,13 @@ a CUDA device. A thread of ours, the keeper, has the lease that RQ's own recover
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -20,6 +22,8 @@ log = logging.getLogger("afterimage.worker")
 
 TTL_S = 30
 """How long RQ's own note of an idle worker lasts; its reads wait for half of that."""
+REPEAT_S = 2.0
+"""Signals that follow the first so closely mean the same: several end a service together."""
 RETRY_S = 1.0
 """Between two tries to reach the queue."""
 UNHEALTHY = 3
@@ -60,7 +64,9 @@ def main() -> int:
     Context.batch = settings.batch or (8 if on_cuda else 1)
     Context.max_pixels, Context.grace_s = settings.max_pixels, settings.grace_s
     Context.jobs = Jobs(connected, settings.job_timeout_s)
-    Context.spool = Spool(settings.cache_dir / "spool")
+    stores = f"{settings.prefix} {settings.redis_url}"
+    own = hashlib.sha256(stores.encode()).hexdigest()[:16]  # others may share the folder
+    Context.spool = Spool(settings.cache_dir / "spool" / own)
     Context.keeper = Keeper(Context.jobs, Context.spool)
     Context.keeper.start()
     log.info("ready: %s", Context.jobs.queue.name)
@@ -114,6 +120,10 @@ def serve(redis_url: str) -> None:
     class DecodeWorker(SimpleWorker):
         """Ends as `main` says, and settles what must wait until RQ is done with a job."""
 
+        working = busy = False
+        asked: float | None = None  # when the process was first asked to end
+        timer: threading.Timer | None = None
+
         def execute_job(self, job: Job, queue: Queue) -> None:
             self.busy = True
             try:
@@ -128,21 +138,26 @@ def serve(redis_url: str) -> None:
                 signal.signal(number, self._end)
 
         def _end(self, _number: int, _frame: FrameType | None) -> None:
-            again = _asked.is_set()
+            self._stop_requested = True
+            first = self.asked = self.asked or time.monotonic()
+            again = time.monotonic() - first > REPEAT_S
             _asked.set()
             Context.stopping.set()
-            if not getattr(self, "busy", False):
-                raise StopRequested
-            self._stop_requested = True
+            if not self.busy:
+                if self.working:
+                    raise StopRequested
+                return
             left = tasks.left_s()
             if not Context.interruptible:
                 return
             if again or left is None or left > Context.grace_s:
                 raise tasks.Drained
-            log.info("ending once the job is done, in about %.1f s", left)
-            timer = threading.Timer(Context.grace_s, os.kill, (os.getpid(), signal.SIGTERM))
-            timer.daemon = True
-            timer.start()
+            if self.timer is None:
+                log.info("ending once the job is done, in about %.1f s", left)
+                end = max(Context.grace_s, REPEAT_S + 0.1), os.kill, (os.getpid(), signal.SIGTERM)
+                self.timer = threading.Timer(*end)
+                self.timer.daemon = True
+                self.timer.start()
 
     queue = urls.client(redis_url, socket_connect_timeout=CONNECT_S)
     while not Context.stopping.is_set():
@@ -156,7 +171,13 @@ def serve(redis_url: str) -> None:
             )
             worker.log_job_description = False
             worker.max_connection_wait_time = RETRY_S
-            worker.work(logging_level="WARNING")
+            worker.working = True
+            try:
+                worker.work(logging_level="WARNING")
+            finally:
+                worker.working = False
+                if worker.timer is not None:
+                    worker.timer.cancel()
         if not Context.stopping.is_set():
             log.warning("the queue went away; trying again")
             Context.stopping.wait(RETRY_S)

@@ -60,6 +60,7 @@ class JobState:
     total: int
     attempts: int
     fence: int  # of the attempt that may write: higher with each
+    owner: str  # of that attempt: one for all that a worker draws together
     created: float
     started: float
     ended: float
@@ -83,6 +84,7 @@ class JobState:
             total=int(fields["total"]),
             attempts=int(fields["attempts"]),
             fence=int(fields.get("fence", 0)),
+            owner=fields.get("owner", ""),
             created=float(fields["created"]),
             started=float(fields["started"]),
             ended=float(fields["ended"]),

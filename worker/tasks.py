@@ -4,7 +4,9 @@ import contextlib
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from rq.timeouts import JobTimeoutException
 from torch import Tensor
@@ -24,6 +26,8 @@ from worker.store import RedisError
 
 log = logging.getLogger(__name__)
 
+PATIENCE_S = 20.0
+"""How long a worker that is to end waits for the queue, to put its job back."""
 RETRY_S = 0.5
 """Between two tries to hand over a picture while a store is away."""
 
@@ -68,25 +72,47 @@ def enhance(job_id: str) -> None:
     if jobs.deaths(state.decode.digest) >= DEATHS:
         jobs.failed(job_id, QUARANTINED)
         return
-    alike = jobs.claim_alike(state, Context.batch - 1) if Context.batch > 1 else []
-    begun = (Attempt.begin(jobs, name) for name in (job_id, *alike))
-    attempts = [attempt for attempt in begun if attempt is not None]
-    if attempts:
-        with _told(state):
-            _run(attempts)
+    alone = Context.batch < 2 or jobs.deaths(state.decode.digest)
+    alike = [] if alone else jobs.claim_alike(state, Context.batch - 1)
+    attempts: list[Attempt] = []
+    owner = uuid.uuid4().hex
+    Context.keeper.attempts = attempts
+    try:
+        for name in (job_id, *alike):
+            if attempt := Attempt.begin(jobs, name, owner):
+                attempts.append(attempt)
+        if attempts:
+            with _told(state):
+                _run(attempts)
+    except RedisError as e:
+        log.warning("the queue went away: %d jobs are put back: %s", len(attempts), e)
+        Context.afterwards += [partial(_leave, name, owner) for name in (job_id, *alike)]
+    finally:
+        Context.keeper.attempts = ()
+
+
+def _leave(job_id: str, owner: str) -> None:
+    """What `owner` began, perhaps without having heard so, is for others to draw."""
+    attempt = Attempt.held(Context.jobs, job_id, owner)
+    if attempt is not None:
+        _settled(attempt.put_back)()
 
 
 def settle() -> None:
     """What waited until RQ had dropped its own note of the job: it may be queued again now."""
+    patience = time.monotonic() + PATIENCE_S
     while Context.afterwards:
         try:
             Context.afterwards[0]()
         except RedisError as e:
-            log.warning("a job cannot be put back: %s", e)
-            if Context.stopping.wait(RETRY_S):
-                break  # its lease will end
-        else:
-            Context.afterwards.pop(0)
+            log.warning("a job cannot be put back yet: %s", e)
+            if Context.stopping.is_set() and time.monotonic() > patience:
+                return  # its lease will end
+            time.sleep(RETRY_S)
+            continue
+        except Exception:
+            log.exception("a job cannot be put back")
+        Context.afterwards.pop(0)
 
 
 @contextlib.contextmanager
@@ -102,8 +128,10 @@ def _told(state: JobState) -> Iterator[None]:
 
 
 def _run(attempts: Sequence[Attempt]) -> None:
-    """Record -> bitstream -> latents -> sampler -> PNG -> store, each with its own end."""
-    Context.keeper.attempts = attempts
+    """Record -> bitstream -> latents -> sampler -> PNG -> store, each with its own end.
+
+    Raises `RedisError`: the attempts are as they were.
+    """
     began = time.monotonic()
     try:
         cost = costs.model(Context.jobs)
@@ -115,21 +143,27 @@ def _run(attempts: Sequence[Attempt]) -> None:
         if drafts:
             _draw([a for a, _ in drafts], [d for _, d in drafts], began)
     except Drained:
+        Context.interruptible = False
         log.info("%d jobs are left to other workers", len(attempts))
         Context.afterwards += [_settled(attempt.put_back) for attempt in attempts]
     except OutOfMemory:
+        Context.interruptible = False
         log.error("out of memory: this worker ends")
         Context.stopping.set()
         Context.afterwards += [_settled(attempt.blame) for attempt in attempts]
     except JobTimeoutException:
+        Context.interruptible = False
         _fail(attempts, f"it took longer than {Context.jobs.timeout_s} s")
+    except RedisError:
+        Context.interruptible = False
+        raise
     except Exception:
+        Context.interruptible = False
         _fail(attempts, "internal error")
         raise
     finally:
         Context.interruptible = False
         Context.drawing = None
-        Context.keeper.attempts = ()
 
 
 def _draft(attempt: Attempt) -> Draft | None:
@@ -162,7 +196,7 @@ def _draw(attempts: Sequence[Attempt], drafts: Sequence[Draft], began: float) ->
     for i, attempt in enumerate(attempts):
         why = drawing.dropped.get(attempt.id)
         if isinstance(why, LeaseLost):
-            Context.jobs.absolve(attempt.state)
+            Context.afterwards.append(partial(Context.jobs.absolve, attempt.state))
         elif why is not None:
             Context.afterwards.append(_settled(attempt.stop))
         elif pictures is not None:
@@ -181,11 +215,12 @@ def _hand_over(attempt: Attempt, png: bytes, seconds: float) -> None:
     while True:
         try:
             attempt.commit(png)
-            attempt.measured(seconds)
             log.info("job %s: %d steps drawn", attempt.id, attempt.state.total)
+            Context.afterwards.append(partial(attempt.measured, seconds))
             break
         except LeaseLost as e:
             log.info("job %s is not ours any more: %s", attempt.id, e)
+            Context.afterwards.append(partial(Context.jobs.absolve, attempt.state))
             break
         except RedisError as e:
             if file is None:

@@ -54,7 +54,8 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        self.process = subprocess.Popen(self.command, preexec_fn=embed.die_with_parent)
+        # not `die_with_parent`: to the kernel the parent is the thread, and that may end before
+        self.process = subprocess.Popen(self.command)
         with redis.Redis(unix_socket_path=str(self.socket)) as client:
             until(client.ping, "the server starts")
 
@@ -71,7 +72,7 @@ class Worker:
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "worker.main"], env=rig.environment, stdout=out,
-                stderr=out, preexec_fn=embed.die_with_parent,
+                stderr=out,
             )  # fmt: skip
 
     def ready(self) -> "Worker":
@@ -105,6 +106,13 @@ class Rig:
     def worker(self) -> Worker:
         self.workers.append(Worker(self, f"worker-{len(self.workers)}"))
         return self.workers[-1]
+
+    def restart_queue(self, away_s: float) -> None:
+        """SIGKILL, nothing for so long, and the same data again."""
+        self.queue.kill()
+        time.sleep(away_s)
+        self.queue.start()
+        self.store.queue.connection_pool.disconnect()  # ours would each fail once
 
     def submit(self, data: bytes, settings: Settings, seed: int = 0) -> str:
         return self.jobs.submit(decode_of(data, settings, seed), data)[0].id

@@ -98,16 +98,15 @@ def test_a_picture_finished_while_redis_is_away_is_stored_later(own: Rig, small_
     own.at_step(job, 5)
     assert own.state(waiting).status == "succeeded"
     third = own.submit(small_msh, SHORT, 2)
-    own.queue.kill()
-    until(lambda: list((own.folder / "own/spool").glob("*.png")), "the picture is kept")
-    time.sleep(2)
-    own.queue.start()
+    own.queue.process.kill()
+    until(lambda: list((own.folder / "own/spool").rglob("*.png")), "the picture is kept")
+    own.restart_queue(2)
     state = own.ended(job)
     assert (state.status, state.attempts, own.commits(job)) == ("succeeded", 1, 1)
     assert own.store.picture(job) == picture
     assert own.ended(third).status == "succeeded"
     assert worker.process.poll() is None
-    assert not list((own.folder / "own/spool").glob("*.png"))
+    assert not list((own.folder / "own/spool").rglob("*.png"))
 
 
 def test_a_full_queue_refuses_jobs_and_lets_workers_finish(own: Rig, small_msh: bytes) -> None:

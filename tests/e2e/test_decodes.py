@@ -313,6 +313,19 @@ def test_nobody_s_job_is_dropped_before_it_begins(service: Service, stream: byte
     assert status == b"canceled"
 
 
+def test_a_running_job_stops_once_its_deadline_is_over(service: Service, stream: bytes) -> None:
+    location = submit(service.client, stream, **{**SLOW, "steps": 1000}, deadline_s=2)
+    with service.stores() as store:
+        key, deadline = store.key("job", location.rpartition("/")[2]), time.monotonic() + 30
+        while (status := store.queue.hget(key, "status")) in {b"queued", b"running"}:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert status == b"canceled"
+        assert 0 < int(store.queue.hget(key, "step")) < 1000
+    preview = service.client.get(f"{location}/preview")  # the best so far
+    assert preview.headers["content-type"] == "image/webp"
+
+
 def test_a_long_queue_refuses_new_jobs_but_no_repeats(service: Service, stream: bytes) -> None:
     client = service.client
     with service.stores() as store:

@@ -340,3 +340,23 @@ def test_what_is_canceled_keeps_its_best_preview(
     preview = jobs.store.preview(job_id)
     assert preview is not None
     assert image.read(preview, 10**6).shape == (100, 150, 3)
+
+
+def test_an_answer_that_is_lost_on_its_way_loses_no_job(
+    jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server took the job for us; the connection broke before it could say so."""
+    job_id = submit(jobs, small_msh)
+    change, calls = Jobs.change, []
+
+    def broken(self: Jobs, *given: Any) -> bool:
+        done = change(self, *given)
+        calls.append(done)
+        return done and len(calls) > 1
+
+    monkeypatch.setattr(Jobs, "change", broken)
+    attempt = Attempt.begin(jobs, job_id)
+    assert attempt is not None
+    assert attempt.look(1).wanted
+    assert state(jobs, job_id).attempts == 1
+    assert Attempt.begin(jobs, job_id) is None
