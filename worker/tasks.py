@@ -192,7 +192,6 @@ def _draw(attempts: Sequence[Attempt], drafts: Sequence[Draft], began: float) ->
     except (Canceled, LeaseLost):
         pictures = None  # all of them were dropped
     Context.interruptible = False
-    seconds = (time.monotonic() - began) / len(attempts)
     for i, attempt in enumerate(attempts):
         why = drawing.dropped.get(attempt.id)
         if isinstance(why, LeaseLost):
@@ -200,7 +199,7 @@ def _draw(attempts: Sequence[Attempt], drafts: Sequence[Draft], began: float) ->
         elif why is not None:
             Context.afterwards.append(_settled(attempt.stop))
         elif pictures is not None:
-            _hand_over(attempt, _png(attempt, pictures[i : i + 1]), seconds)
+            _hand_over(attempt, _png(attempt, pictures[i : i + 1]), began, len(attempts))
 
 
 def _png(attempt: Attempt, x: Tensor) -> bytes:
@@ -209,14 +208,14 @@ def _png(attempt: Attempt, x: Tensor) -> bytes:
     return image.write(pixels, "png", provenance(d.tier, d.settings, d.seed, d.codec, d.decoder))
 
 
-def _hand_over(attempt: Attempt, png: bytes, seconds: float) -> None:
+def _hand_over(attempt: Attempt, png: bytes, began: float, together: int) -> None:
     """Commit a picture; while a store is away it lies in a file, where others find it if we end."""
     file = None
     while True:
         try:
             attempt.commit(png)
             log.info("job %s: %d steps drawn", attempt.id, attempt.state.total)
-            Context.afterwards.append(partial(attempt.measured, seconds))
+            Context.afterwards.append(partial(_measure, attempt, began, together))
             break
         except LeaseLost as e:
             log.info("job %s is not ours any more: %s", attempt.id, e)
@@ -230,6 +229,11 @@ def _hand_over(attempt: Attempt, png: bytes, seconds: float) -> None:
                 return
     if file is not None:
         file.unlink(missing_ok=True)
+
+
+def _measure(attempt: Attempt, began: float, together: int) -> None:
+    """What the job took until the worker was free again."""
+    attempt.measured((time.monotonic() - began) / together)
 
 
 def _fail(attempts: Sequence[Attempt], error: str) -> None:
