@@ -25,8 +25,8 @@ run: $(READY) ## start Redis, the API and one worker on http://127.0.0.1:8000
 demo: $(READY) ## encode a photograph, decode it at every quality, save a comparison (PHOTO=, URL=)
 	@$(BIN)/python -P -m service.demo $(PHOTO) $(if $(URL),--url $(URL))
 
-test: $(READY) ## run all tests, in two processes
-	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+test: $(READY) ## run all tests
+	@OMP_NUM_THREADS=1 $(BIN)/pytest
 
 check: $(READY) ## lint, formatting and types
 	@$(BIN)/ruff check
