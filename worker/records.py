@@ -59,13 +59,13 @@ class JobState:
     step: int
     total: int
     attempts: int
-    fence: int  # of the attempt that may write: higher with each
-    owner: str  # of that attempt: one for all that a worker draws together
     created: float
     started: float
     ended: float
     error: str
     eta_s: float = 0.0  # what was predicted at submission; 0: nothing
+    fence: int = 0  # of the attempt that may write: higher with each
+    owner: str = ""  # of that attempt: one for all that a worker draws together
     request_id: str = ""  # of the request that queued it, and its trace
     traceparent: str = ""
 
