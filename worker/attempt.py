@@ -137,9 +137,10 @@ class Attempt:
         Raises `LeaseLost`, or `RedisError`: then it may be tried again.
         """
 
-        def end(job_id: str, _: JobState, pipe: Pipeline) -> None:
-            pipe.lrem(self.jobs.queue.key, 0, job_id)
-            pipe.delete(Job.key_for(job_id))
+        def end(job_id: str, state: JobState, pipe: Pipeline) -> None:
+            if state.status == "queued":  # else RQ itself still needs its note of the job
+                pipe.lrem(self.jobs.queue.key, 0, job_id)
+                pipe.delete(Job.key_for(job_id))
             pipe.hincrby(self.jobs.key(job_id), "commits", 1)
             self.jobs.finish(pipe, job_id, "succeeded")
 
