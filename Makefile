@@ -5,9 +5,10 @@ READY := .venv/.ready
 PHOTO ?= tests/data/kodim23.png
 URL ?=
 PART ?=
+SERVICES := tests/chaos tests/e2e
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test check bench chaos fuzz gpu-check
+.PHONY: help setup run demo test test-parts test-services check bench chaos fuzz gpu-check
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,8 +26,16 @@ run: $(READY) ## start Redis, the API and one worker on http://127.0.0.1:8000
 demo: $(READY) ## encode a photograph, decode it at every quality, save a comparison (PHOTO=, URL=)
 	@$(BIN)/python -P -m service.demo $(PHOTO) $(if $(URL),--url $(URL))
 
-test: $(READY) ## run all tests
-	@OMP_NUM_THREADS=1 $(BIN)/pytest
+test: $(READY) ## run all tests, in two processes
+	@$(MAKE) --no-print-directory -j2 test-services test-parts
+
+test-parts: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest $(SERVICES:%=--ignore=%)
+
+test-services: $(READY)
+	@mkdir -p runs
+	@OMP_NUM_THREADS=1 $(BIN)/pytest $(SERVICES) >runs/test-services.txt 2>&1; ended=$$?; \
+		cat runs/test-services.txt; exit $$ended
 
 check: $(READY) ## lint, formatting and types
 	@$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -165,7 +166,8 @@ def _serve(args: argparse.Namespace) -> int:
         server = Server(config)
         with contextlib.suppress(KeyboardInterrupt):
             server.run()
-        return 0 if server.started else 1
+    gc.freeze()  # as in the worker
+    return 0 if server.started else 1
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ a CUDA device. A thread of ours, the keeper, has the lease that RQ's own recover
 """
 
 import contextlib
+import gc
 import hashlib
 import logging
 import os
@@ -71,14 +72,10 @@ def main() -> int:
     Context.keeper.start()
     log.info("ready: %s", Context.jobs.queue.name)
     serve(settings.redis_url)
-    unhealthy = Context.stopping.is_set() and not _asked.is_set()
+    unhealthy = Context.stopping and Context.asked is None
     Context.keeper.stopped.set()
     Context.keeper.join()
     return UNHEALTHY if unhealthy else 0
-
-
-_asked = threading.Event()
-"""Set by SIGTERM and SIGINT."""
 
 
 def serve(redis_url: str) -> None:
@@ -121,7 +118,6 @@ def serve(redis_url: str) -> None:
         """Ends as `main` says, and settles what must wait until RQ is done with a job."""
 
         working = busy = False
-        asked: float | None = None  # when the process was first asked to end
         timer: threading.Timer | None = None
 
         def execute_job(self, job: Job, queue: Queue) -> None:
@@ -131,7 +127,13 @@ def serve(redis_url: str) -> None:
             finally:
                 tasks.settle()
                 self.busy = False
-            self._stop_requested = Context.stopping.is_set()
+            self._stop_requested = Context.stopping
+
+        def teardown(self) -> None:
+            self.working = False
+            if self.pubsub_thread:  # RQ's own way comes here only where the queue can be reached
+                self.pubsub_thread.stop()
+            super().teardown()  # type: ignore[no-untyped-call]
 
         def _install_signal_handlers(self) -> None:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -139,10 +141,9 @@ def serve(redis_url: str) -> None:
 
         def _end(self, _number: int, _frame: FrameType | None) -> None:
             self._stop_requested = True
-            first = self.asked = self.asked or time.monotonic()
+            first = Context.asked = Context.asked or time.monotonic()
             again = time.monotonic() - first > REPEAT_S
-            _asked.set()
-            Context.stopping.set()
+            Context.stopping = True
             if not self.busy:
                 if self.working:
                     raise StopRequested
@@ -160,7 +161,7 @@ def serve(redis_url: str) -> None:
                 self.timer.start()
 
     queue = urls.client(redis_url, socket_connect_timeout=CONNECT_S)
-    while not Context.stopping.is_set():
+    while not Context.stopping:
         with contextlib.suppress(RedisError, StopRequested):
             worker = DecodeWorker(  # no fork per job: this process keeps its models
                 [Context.jobs.queue.name],
@@ -178,10 +179,12 @@ def serve(redis_url: str) -> None:
                 worker.working = False
                 if worker.timer is not None:
                     worker.timer.cancel()
-        if not Context.stopping.is_set():
+        if not Context.stopping:
             log.warning("the queue went away; trying again")
-            Context.stopping.wait(RETRY_S)
+            time.sleep(RETRY_S)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    gc.freeze()  # the interpreter's last collection would take seconds, or minutes where it is busy
+    sys.exit(status)

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +55,8 @@ class Context:
     drawing: Drawing | None = None
     expected_s: float | None = None  # of what runs, before its first step tells better
     interruptible: bool = False  # `Drained` may be raised
-    stopping: threading.Event = threading.Event()
+    asked: float | None = None  # when this process was first told to end
+    stopping: bool = False  # set by signals: an Event's lock could be held by what they interrupt
     afterwards: list[Callable[[], None]] = []  # once RQ has dropped its own note of the job
 
 
@@ -106,7 +106,7 @@ def settle() -> None:
             Context.afterwards[0]()
         except RedisError as e:
             log.warning("a job cannot be put back yet: %s", e)
-            if Context.stopping.is_set() and time.monotonic() > patience:
+            if Context.stopping and time.monotonic() > patience:
                 return  # its lease will end
             time.sleep(RETRY_S)
             continue
@@ -137,7 +137,7 @@ def _run(attempts: Sequence[Attempt]) -> None:
         cost = costs.model(Context.jobs)
         Context.expected_s = cost.seconds(attempts[0].state.decode.work) if cost else None
         Context.interruptible = True
-        if Context.stopping.is_set():
+        if Context.stopping:
             raise Drained
         drafts = [(attempt, draft) for attempt in attempts if (draft := _draft(attempt))]
         if drafts:
@@ -149,7 +149,7 @@ def _run(attempts: Sequence[Attempt]) -> None:
     except OutOfMemory:
         Context.interruptible = False
         log.error("out of memory: this worker ends")
-        Context.stopping.set()
+        Context.stopping = True
         Context.afterwards += [_settled(attempt.blame) for attempt in attempts]
     except JobTimeoutException:
         Context.interruptible = False
@@ -225,7 +225,8 @@ def _hand_over(attempt: Attempt, png: bytes, began: float, together: int) -> Non
             if file is None:
                 log.warning("job %s: its picture is kept until it can be stored: %s", attempt.id, e)
                 file = Context.spool.keep(attempt, png)
-            if Context.stopping.wait(RETRY_S):
+            time.sleep(RETRY_S)
+            if Context.stopping:
                 return
     if file is not None:
         file.unlink(missing_ok=True)

@@ -154,8 +154,15 @@ def main() -> int:
     except (ValidationError, AfterimageError, RedisError) as e:
         return _complain(f"webhooks cannot be sent: {e}", 1)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    ends = signal.SIGTERM, signal.SIGINT
+    # a thread waits for them: a handler would run in the middle of anything, an Event's lock held
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+
+    def wait() -> None:
+        signal.sigwait(ends)
+        stop.set()
+
+    threading.Thread(target=wait, daemon=True).start()
     log.info("sending webhooks: %s", settings.prefix)
     deliver_forever(connected, own, stop)
     connected.close()

@@ -194,7 +194,7 @@ def context(
     """This process as a worker."""
     own: dict[str, Any] = {
         "jobs": jobs, "library": loaded, "spool": Spool(tmp_path), "max_pixels": 10**6,
-        "keeper": Keeper(jobs, Spool(tmp_path)), "stopping": threading.Event(), "afterwards": [],
+        "keeper": Keeper(jobs, Spool(tmp_path)), "stopping": False, "afterwards": [],
     }  # fmt: skip
     for name, value in own.items():
         monkeypatch.setattr(Context, name, value, raising=False)
@@ -301,7 +301,7 @@ def test_short_memory_makes_smaller_tiles(
     assert asked[0] == 512 * 512 and max(asked[-4:]) <= 400 * 400
     (tiled,) = pictures(jobs, [job_id])
     assert np.abs(whole.astype(int) - tiled).max() <= 1
-    assert not Context.stopping.is_set()
+    assert not Context.stopping
 
 
 @pytest.mark.weights
@@ -313,7 +313,7 @@ def test_no_memory_at_all_ends_the_worker_and_leaves_the_job(
     jobs.queue.remove(job_id)
     tasks.enhance(job_id)
     tasks.settle()
-    assert Context.stopping.is_set()
+    assert Context.stopping
     assert len(asked) > 2
     assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
     assert jobs.deaths(decode_of(large, FAST).digest) == 1
