@@ -19,6 +19,14 @@ def test_a_fixed_share_and_one_of_the_size_are_told_apart() -> None:
     assert cost.megapixel_step_s == pytest.approx(0.5, rel=1e-3)
 
 
+def test_the_sum_of_many_is_predicted_however_single_times_scatter() -> None:
+    sizes = [0.04, 0.16, 0.6, 1.6] * 20
+    took = [(0.1 + 0.5 * w) * (0.5, 1.0, 1.5)[i % 3] for i, w in enumerate(sizes)]
+    cost = fitted(*zip(took, sizes, strict=True)).fit()
+    assert cost is not None
+    assert sum(map(cost.seconds, sizes)) == pytest.approx(sum(took), rel=0.1)
+
+
 def test_one_size_alone_says_nothing_of_a_fixed_share() -> None:
     cost = fitted((1.0, 2.0), (1.0, 2.0)).fit()
     assert cost is not None
