@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from worker import costs
 from worker.attempt import Attempt
@@ -17,9 +18,11 @@ log = logging.getLogger(__name__)
 class Keeper(threading.Thread):
     """Renews leases, says that this worker lives, finds what dead workers left."""
 
-    def __init__(self, jobs: Jobs, spool: Spool) -> None:
+    def __init__(self, jobs: Jobs, spool: Spool, alive: Path) -> None:
         super().__init__(name="keeper", daemon=True)
         self.jobs, self.spool = jobs, spool
+        self.file = alive / costs.NAME
+        """Touched at each turn, also while Redis is away: for whoever watches the process."""
         self.attempts: Sequence[Attempt] = ()
         self.stopped = threading.Event()
         self._trust_from = time.monotonic() + BEAT_S + 1
@@ -27,11 +30,13 @@ class Keeper(threading.Thread):
 
     def run(self) -> None:
         while True:
+            self._guarded(self._show)
             self._guarded(self._beat)
             self._guarded(self._look_after)
             if self.stopped.wait(BEAT_S):
                 break
         self._guarded(lambda: costs.absent(self.jobs))
+        self._guarded(self.file.unlink)
 
     def _guarded(self, turn: Callable[[], None]) -> None:
         """Whatever goes wrong: a worker without its keeper would lose every job."""
@@ -41,6 +46,10 @@ class Keeper(threading.Thread):
             log.warning("a store cannot be used: %s", e)
         except Exception:
             log.exception("the keeper goes on")
+
+    def _show(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.touch()
 
     def _beat(self) -> None:
         try:

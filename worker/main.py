@@ -27,6 +27,7 @@ REPEAT_S = 2.0
 """Signals that follow the first so closely mean the same: several end a service together."""
 RETRY_S = 1.0
 """Between two tries to reach the queue."""
+_ENDS = signal.SIGTERM, signal.SIGINT
 UNHEALTHY = 3
 """Exit status after which the process should be started again: it ran out of memory."""
 
@@ -36,6 +37,8 @@ def main() -> int:
 
     A running job is then finished where that takes `grace_s` at most, else left to others.
     """
+    for number in _ENDS:  # as a container's first process it would not end by itself
+        signal.signal(number, _leave)
     logs.setup("INFO")
     tracing.setup("afterimage-worker")
     settings = WorkerSettings()
@@ -68,7 +71,7 @@ def main() -> int:
     stores = f"{settings.prefix} {settings.redis_url}"
     own = hashlib.sha256(stores.encode()).hexdigest()[:16]  # others may share the folder
     Context.spool = Spool(settings.cache_dir / "spool" / own)
-    Context.keeper = Keeper(Context.jobs, Context.spool)
+    Context.keeper = Keeper(Context.jobs, Context.spool, settings.cache_dir / "alive")
     Context.keeper.start()
     log.info("ready: %s", Context.jobs.queue.name)
     serve(settings.redis_url)
@@ -76,6 +79,11 @@ def main() -> int:
     Context.keeper.stopped.set()
     Context.keeper.join()
     return UNHEALTHY if unhealthy else 0
+
+
+def _leave(_number: int, _frame: FrameType | None) -> None:
+    """Nothing was begun yet."""
+    raise SystemExit(0)
 
 
 def serve(redis_url: str) -> None:
@@ -136,7 +144,7 @@ def serve(redis_url: str) -> None:
             super().teardown()  # type: ignore[no-untyped-call]
 
         def _install_signal_handlers(self) -> None:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in _ENDS:
                 signal.signal(number, self._end)
 
         def _end(self, _number: int, _frame: FrameType | None) -> None:

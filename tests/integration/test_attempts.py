@@ -194,7 +194,7 @@ def context(
     """This process as a worker."""
     own: dict[str, Any] = {
         "jobs": jobs, "library": loaded, "spool": Spool(tmp_path), "max_pixels": 10**6,
-        "keeper": Keeper(jobs, Spool(tmp_path)), "stopping": False, "afterwards": [],
+        "keeper": Keeper(jobs, Spool(tmp_path), tmp_path), "stopping": False, "afterwards": [],
     }  # fmt: skip
     for name, value in own.items():
         monkeypatch.setattr(Context, name, value, raising=False)

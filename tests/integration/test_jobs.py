@@ -1,6 +1,7 @@
 """Jobs over a real Redis, and a real worker process that runs them."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -167,15 +168,36 @@ def test_a_full_queue_store_does_not_stop_the_keeper(
     assert attempt is not None
     jobs.store.queue.config_set("maxmemory", "1")
     try:
-        keeper = Keeper(jobs, Spool(tmp_path))
+        keeper = Keeper(jobs, Spool(tmp_path), tmp_path / "alive")
         keeper.attempts = [attempt]
         keeper.start()
         time.sleep(BEAT_S + 1)
         assert keeper.is_alive()
+        (alive,) = (tmp_path / "alive").iterdir()  # what probes look at
+        assert time.time() - alive.stat().st_mtime < BEAT_S + 1
     finally:
         jobs.store.queue.config_set("maxmemory", "0")
         keeper.stopped.set()
         keeper.join()
+    assert not alive.exists()
+
+
+def test_a_worker_that_is_told_to_end_while_it_loads_ends_at_once(
+    redis_urls: tuple[str, str],
+) -> None:
+    environment = {"REDIS_URL": redis_urls[0], "CACHE_REDIS_URL": redis_urls[1]}
+    command = [sys.executable, "-P", "-m", "worker.main"]
+    process = subprocess.Popen(command, env=os.environ | environment)
+    while not caught(process.pid) >> signal.SIGTERM - 1 & 1:
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 0
+
+
+def caught(pid: int) -> int:
+    """Bits of the signals that a process has handlers for."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("SigCgt:")[2].split()[0], 16)
 
 
 @pytest.mark.weights
