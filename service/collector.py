@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from worker import figures
+from worker import costs, figures
 from worker.jobs import Jobs
 from worker.store import RedisError
 
@@ -55,6 +55,10 @@ def _waiting(jobs: Jobs) -> Iterator[Metric]:
         "afterimage_queue_oldest_age_seconds", "Seconds since the oldest of them was queued.", age
     )
     yield GaugeMetricFamily("afterimage_jobs_running", "Jobs that workers have begun.", running)
+    workers = len(costs.alive(jobs))
+    yield GaugeMetricFamily("afterimage_workers", "Workers that live, busy or idle.", workers)
+    memory = "Share of its maxmemory that the queue's Redis uses; 0 where it has none."
+    yield GaugeMetricFamily("afterimage_queue_memory_ratio", memory, jobs.store.fullness())
 
 
 def _figures(sums: figures.Figures) -> Iterator[Metric]:

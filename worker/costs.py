@@ -88,6 +88,13 @@ def absent(jobs: Jobs) -> None:
     jobs.store.queue.zrem(_workers(jobs), NAME)
 
 
+def alive(jobs: Jobs) -> list[bytes]:
+    """Names of the workers that were heard of within a lease."""
+    since = jobs.now() - LEASE_S
+    found: list[bytes] = jobs.store.queue.zrangebyscore(_workers(jobs), since, "+inf")  # type: ignore[assignment]
+    return found
+
+
 def measured(jobs: Jobs, seconds: float, megapixel_steps: float, name: str = NAME) -> None:
     """A worker drew a picture."""
     queue, key = jobs.store.queue, _costs(jobs)
@@ -104,9 +111,9 @@ def model(jobs: Jobs) -> Cost | None:
     """What a picture costs a worker of those that live, else of all that were; None until one was
     measured."""
     known: dict[bytes, bytes] = jobs.store.queue.hgetall(_costs(jobs))  # type: ignore[assignment]
-    alive = [known[name] for name in _alive(jobs) if name in known] or list(known.values())
+    used = [known[name] for name in alive(jobs) if name in known] or list(known.values())
     total = Sums()
-    for values in alive:
+    for values in used:
         total = total.plus(Sums(*json.loads(values)))
     return total.fit()
 
@@ -131,7 +138,7 @@ def backlog_s(jobs: Jobs) -> float:
 
 def _free_in_s(jobs: Jobs, cost: Cost, ahead: Iterable[str]) -> float:
     """When the first worker is free that has begun all of these jobs, and what runs now."""
-    workers = len(_alive(jobs)) or 1
+    workers = len(alive(jobs)) or 1
     busy = sorted(_left_s(jobs, cost, jobs.running), reverse=True)[:workers]
     free = busy + [0.0] * (workers - len(busy))
     heapq.heapify(free)
@@ -147,12 +154,6 @@ def _left_s(jobs: Jobs, cost: Cost, job_ids: Iterable[str]) -> list[float]:
             pipe.hmget(jobs.key(job_id), "work", "step", "total")
         rows = [[float(value or 0) for value in row] for row in pipe.execute()]
     return [cost.seconds(work) * (1 - step / max(total, 1)) for work, step, total in rows]
-
-
-def _alive(jobs: Jobs) -> list[bytes]:
-    since = jobs.now() - LEASE_S
-    found: list[bytes] = jobs.store.queue.zrangebyscore(_workers(jobs), since, "+inf")  # type: ignore[assignment]
-    return found
 
 
 def _workers(jobs: Jobs) -> str:

@@ -15,10 +15,18 @@ _LARGEST_BLOCK = 32 * 2**20
 _KEPT = 2**30
 
 
+def secrets_dir() -> Path | None:
+    """Where a file named like a variable may stand for it: its value is in no environment then."""
+    folder = Path(os.environ.get("AFTERIMAGE_SECRETS_DIR", "/run/secrets"))
+    return folder if folder.is_dir() else None
+
+
 class WorkerSettings(BaseSettings):
     """Stores, folders, limits and threads."""
 
-    model_config = SettingsConfigDict(env_prefix="AFTERIMAGE_", extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="AFTERIMAGE_", extra="ignore", secrets_dir=secrets_dir()
+    )
 
     redis_url: str = Field("", validation_alias="REDIS_URL")
     cache_redis_url: str = Field("", validation_alias="CACHE_REDIS_URL")

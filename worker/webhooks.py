@@ -26,7 +26,7 @@ from worker import addresses, logs
 from worker.courier import Courier
 from worker.messages import Messages
 from worker.records import JobState
-from worker.settings import WorkerSettings
+from worker.settings import WorkerSettings, secrets_dir
 from worker.store import RedisError, Store, connect
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,10 @@ class WebhookSettings(BaseSettings):
     """Who signs, who may be told, and when it is tried again."""
 
     model_config = SettingsConfigDict(
-        env_prefix="AFTERIMAGE_", extra="ignore", hide_input_in_errors=True
+        env_prefix="AFTERIMAGE_",
+        extra="ignore",
+        hide_input_in_errors=True,
+        secrets_dir=secrets_dir(),
     )
 
     webhook_secret: SecretStr = Field(

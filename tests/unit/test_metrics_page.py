@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from models.tiers import Settings
 from service import metrics
 from service.requests import Requests
-from worker import figures
+from worker import costs, figures
 from worker.attempt import Attempt
 from worker.jobs import Jobs
 from worker.records import Decode
@@ -89,6 +89,8 @@ def test_every_metric_is_named_typed_and_explained(store: Store) -> None:
         "queue_depth": "gauge",
         "queue_oldest_age_seconds": "gauge",
         "jobs_running": "gauge",
+        "workers": "gauge",
+        "queue_memory_ratio": "gauge",
         "jobs_ended": "counter",
         "leases_lost": "counter",
         "eta_error_ratio": "histogram",
@@ -150,6 +152,8 @@ def test_the_queue_is_asked_at_every_scrape(store: Store) -> None:
     assert value(empty, "afterimage_redis_up") == 1
     assert value(empty, "afterimage_queue_depth") == 0
     assert value(empty, "afterimage_queue_oldest_age_seconds") == 0
+    assert value(empty, "afterimage_workers") == 0
+    costs.present(jobs)
     for seed in range(3):
         jobs.submit(decode(seed), b"bitstream")
     store.queue.hset(jobs.key(decode(1).id), "created", str(time.time() - 100))
@@ -159,6 +163,10 @@ def test_the_queue_is_asked_at_every_scrape(store: Store) -> None:
     assert value(found, "afterimage_queue_depth") == 2
     assert value(found, "afterimage_queue_oldest_age_seconds") == pytest.approx(100, abs=5)
     assert value(found, "afterimage_jobs_running") == 1
+    assert value(found, "afterimage_workers") == 1
+    assert value(found, "afterimage_queue_memory_ratio") == pytest.approx(
+        store.fullness(), abs=0.01
+    )
 
 
 def test_a_queued_job_without_a_record_breaks_nothing(store: Store) -> None:
