@@ -22,6 +22,8 @@ CONNECT_S = 2
 
 ANSWER_S = 5
 """How long to wait for an answer."""
+LISTENERS = 10_000
+"""Reads that may wait at once in a process, each on a connection; redis-py's own limit is 100."""
 
 BLOCK_S = 5
 """How long one read may wait for something to happen."""
@@ -104,4 +106,4 @@ def connect(settings: WorkerSettings) -> Store:
 def streams(settings: WorkerSettings) -> AsyncRedis:
     """Connections to the queue for reads that wait up to `BLOCK_S`, within an event loop."""
     waits = {"socket_connect_timeout": CONNECT_S, "socket_timeout": BLOCK_S + ANSWER_S}
-    return urls.asynchronous(settings.redis_url, **waits)
+    return urls.asynchronous(settings.redis_url, max_connections=LISTENERS, **waits)

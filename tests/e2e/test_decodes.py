@@ -1,6 +1,7 @@
 """A decode's whole life over HTTP, a test for each row of the endpoint table and more."""
 
 import base64
+import concurrent.futures
 import hashlib
 import json
 import threading
@@ -280,6 +281,25 @@ def test_a_waiting_decode_is_canceled_at_once_and_can_be_tried_again(
     assert (again.status_code, again.json()["status"]) == (202, "queued")
     assert client.post(f"{second}/retry").status_code == 409
     client.delete(second)
+
+
+def test_many_may_wait_at_one_process(client: httpx.Client, stream: bytes) -> None:
+    """More than redis-py opens connections by itself: 100."""
+    many = 130
+    location = submit(client, stream, **SLOW)
+    limits = httpx.Limits(max_connections=None)
+    with (
+        httpx.Client(base_url=client.base_url, timeout=60, limits=limits) as listener,
+        concurrent.futures.ThreadPoolExecutor(many) as pool,
+    ):
+        prefer = {"Prefer": "wait=40"}
+        waiting = [pool.submit(listener.get, location, headers=prefer) for _ in range(many)]
+        time.sleep(2)
+        done = [one for one in waiting if one.done()]
+        assert not done, done[0].result().text
+        client.delete(location)
+        answers = [one.result() for one in waiting]
+    assert {(a.status_code, a.json()["status"]) for a in answers} == {(200, "canceled")}
 
 
 def test_an_expired_picture_is_gone_until_it_is_tried_again(
