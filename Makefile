@@ -65,6 +65,7 @@ lock: $(READY) ## pin what the tests ran with, with hashes (PIP_INDEX_URL= for a
 	@for target in cpu cuda; do \
 		$(COMPILE) --no-annotate --constraint .venv/lock/tested.txt \
 			--output-file deploy/requirements-$$target.lock pyproject.toml || exit; done
+	@$(BIN)/python -P deploy/licences.py >deploy/LICENCES.md
 	@echo hatchling | $(COMPILE) --no-annotate --output-file deploy/requirements-build.lock -
 
 image: ## build the container image with docker, podman or buildah (TARGET=cpu or cuda, ENGINE=)

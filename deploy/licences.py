@@ -1,0 +1,39 @@
+"""Licences of what the image holds, as a page: `make lock` writes deploy/LICENCES.md."""
+
+import re
+from importlib.metadata import PackageMetadata, metadata
+from pathlib import Path
+
+from models import checkpoint
+
+DEPLOY = Path(__file__).parent
+
+
+def licence(found: PackageMetadata) -> str:
+    """The licence's name, from wherever a package says it."""
+    classifiers = [
+        c.rpartition(" :: ")[2] for c in found.get_all("Classifier", []) if c.startswith("License")
+    ]
+    said = found.get("License-Expression") or ", ".join(classifiers) or found.get("License", "")
+    return said.strip().splitlines()[0].replace("|", "/") if said.strip() else "not said"
+
+
+def main() -> None:
+    lock = (DEPLOY / "requirements-cpu.lock").read_text()
+    rows = []
+    for name, version in re.findall(r"^([\w.-]+)==([^ ]+)", lock, re.M):
+        rows.append(f"| {name} | {version} | {licence(metadata(name))} |")
+    weights = [f"| {e.file} | {e.weights_id} | Apache-2.0 |" for e in checkpoint.manifest()]
+    print(  # noqa: T201
+        "# Licences\n\nAfterimage itself is under Apache-2.0. What its image holds besides, as the "
+        "packages say it:\n\n| package | version | licence |\n|---|---|---|",
+        *rows,
+        "\nThe weights, trained for this project; their cards are in `models/weights/`:\n\n"
+        "| file | id | licence |\n|---|---|---|",
+        *weights,
+        sep="\n",
+    )
+
+
+if __name__ == "__main__":
+    main()
