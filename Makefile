@@ -64,7 +64,7 @@ lock: $(READY) ## pin what the tests ran with, with hashes (PIP_INDEX_URL= for a
 	@$(BIN)/pip freeze --exclude-editable >.venv/lock/tested.txt
 	@for target in cpu cuda; do \
 		$(COMPILE) --no-annotate --constraint .venv/lock/tested.txt \
-			--output-file deploy/requirements-$$target.lock pyproject.toml || exit; done
+			--output-file deploy/requirements-$$target.lock pyproject.toml deploy/requirements.in || exit; done
 	@$(BIN)/python -P deploy/licences.py >deploy/LICENCES.md
 	@echo hatchling | $(COMPILE) --no-annotate --output-file deploy/requirements-build.lock -
 

@@ -1,7 +1,7 @@
 """Licences of what the image holds, as a page: `make lock` writes deploy/LICENCES.md."""
 
 import re
-from importlib.metadata import PackageMetadata, metadata
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 from models import checkpoint
@@ -9,8 +9,12 @@ from models import checkpoint
 DEPLOY = Path(__file__).parent
 
 
-def licence(found: PackageMetadata) -> str:
-    """The licence's name, from wherever a package says it."""
+def licence(name: str) -> str:
+    """The licence's name, from wherever a package says it; some are for other Pythons alone."""
+    try:
+        found = metadata(name)
+    except PackageNotFoundError:
+        return "not said"
     classifiers = [
         c.rpartition(" :: ")[2] for c in found.get_all("Classifier", []) if c.startswith("License")
     ]
@@ -22,7 +26,7 @@ def main() -> None:
     lock = (DEPLOY / "requirements-cpu.lock").read_text()
     rows = []
     for name, version in re.findall(r"^([\w.-]+)==([^ ]+)", lock, re.M):
-        rows.append(f"| {name} | {version} | {licence(metadata(name))} |")
+        rows.append(f"| {name} | {version} | {licence(name)} |")
     weights = [f"| {e.file} | {e.weights_id} | Apache-2.0 |" for e in checkpoint.manifest()]
     print(  # noqa: T201
         "# Licences\n\nAfterimage itself is under Apache-2.0. What its image holds besides, as the "

@@ -182,7 +182,7 @@ def test_containers_are_confined(compose: dict[str, Any]) -> None:
 
 def samples(store: Store) -> set[str]:
     """Names of all that `/metrics` can show."""
-    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
     return {
         family.name + suffix
         for family in metrics.registry(Jobs(store)).collect()
@@ -194,11 +194,19 @@ def samples(store: Store) -> set[str]:
 @pytest.mark.parametrize(
     "file",
     ["prometheus/rules.yaml", "prometheus/rules_test.yaml", "grafana/dashboards/afterimage.json",
-     "kubernetes/overlays/keda/scaledobject.yaml", "OPERATING.md"],
+     "kubernetes/overlays/keda/scaledobject.yaml"],
 )  # fmt: skip
 def test_metrics_that_are_named_exist(file: str, store: Store) -> None:
     named = set(re.findall(r"\b(?:afterimage|process)_[a-z_]+\b", (DEPLOY / file).read_text()))
     assert named and named <= samples(store)
+
+
+@pytest.mark.redis
+def test_the_page_names_metrics_that_exist(store: Store) -> None:
+    page = (DEPLOY / "OPERATING.md").read_text()
+    named = set(re.findall(r"`(afterimage_[a-z_]+)`", page))
+    families = {family.name for family in metrics.registry(Jobs(store)).collect()}
+    assert named and named <= families
 
 
 def test_every_alert_is_tested_and_explained() -> None:
