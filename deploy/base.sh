@@ -8,7 +8,9 @@ done
 export STORAGE_DRIVER="${STORAGE_DRIVER:-vfs}"
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$folder/root.tar"
+mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates \
+    --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+    --dpkgopt='path-exclude=/usr/share/locale/*' bookworm "$folder/root.tar"
 container=$(buildah from scratch)
 buildah add --quiet "$container" "$folder/root.tar" / >/dev/null
 if [ -f /etc/ssl/certs/ca-certificates.crt ]; then

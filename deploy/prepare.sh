@@ -13,4 +13,12 @@ prepare_process(WorkerSettings())
 from models import library
 library.load().warm_up()
 '
+chmod -R a+rX "$AFTERIMAGE_CACHE_DIR"
+
+# No pip, no tests, and of OpenVINO what runs on a CPU.
 "$bin/pip" uninstall --yes pip
+site=$(dirname "$sources")
+find "$site" -type d -name tests -prune -exec rm -rf {} +
+rm -f "$site"/openvino/libs/libopenvino_intel_[gn]pu_plugin* \
+    "$site"/openvino/libs/libopenvino_*_frontend*
+"$bin/python" -P -c 'import service.app, worker.tasks'
