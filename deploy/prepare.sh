@@ -6,6 +6,7 @@ bin=/opt/afterimage/bin
 "$bin/pip" install --no-deps /wheels/*.whl
 sources=$("$bin/python" -P -c 'import models; print(*models.__path__)')
 find "$sources" -name '*.py' -exec touch -d '2026-01-01' {} +
+"$bin/python" -m compileall -q "$sources"
 export AFTERIMAGE_CACHE_DIR=/opt/afterimage/prepared
 "$bin/python" -P -c '
 from worker.settings import WorkerSettings, prepare_process
@@ -20,5 +21,5 @@ chmod -R a+rX "$AFTERIMAGE_CACHE_DIR"
 site=$(dirname "$sources")
 find "$site" -type d -name tests -prune -exec rm -rf {} +
 rm -f "$site"/openvino/libs/libopenvino_intel_[gn]pu_plugin* \
-    "$site"/openvino/libs/libopenvino_*_frontend*
+    "$site"/openvino/libs/libopenvino_[!i]*_frontend*
 "$bin/python" -P -c 'import service.app, worker.tasks'
