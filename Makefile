@@ -7,7 +7,7 @@ URL ?=
 PART ?=
 COMPILE := .venv/lock/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe \
 	--no-header --no-emit-index-url --no-emit-trusted-host --no-emit-find-links
-SERVICES := tests/chaos tests/e2e
+SERVICES := tests/e2e tests/integration
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run demo test test-parts test-services check bench chaos load fuzz lock image \
