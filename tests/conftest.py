@@ -146,12 +146,17 @@ class Service:
         connected.close()
 
 
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
 @contextlib.contextmanager
 def run_service(folder: Path, *options: str, **environment: str) -> Iterator[Service]:
     """`afterimage serve` on a free port with stores of its own, as a user would start it."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     own = {"AFTERIMAGE_CACHE_DIR": str(folder), **environment}
     inherited = {k: v for k, v in os.environ.items() if "REDIS_URL" not in k}
     log = folder / "service.log"

@@ -47,6 +47,12 @@ def peak_mib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
+def resident_mb(pid: int) -> float:
+    """Resident memory of a process now."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
 def alone(script: str, threads: int, *arguments: object) -> dict[str, Any]:
     """What `script` prints as JSON, run in a process of its own on `threads` threads."""
     command = [sys.executable, "-P", "-W", "ignore", script, *map(str, arguments)]

@@ -3,7 +3,6 @@
 import math
 import random
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from models.tiers import Settings
 from service import metrics
 from tests.chaos.rig import Rig, Worker, rig, until
+from tests.conftest import free_port
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]
 
@@ -71,9 +71,7 @@ class Autoscaler(threading.Thread):
 
 
 def test_workers_come_and_go_and_no_running_job_dies(own: Rig, small_msh: bytes) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     stop = metrics.serve(port, own.jobs, "127.0.0.1")
     scaler = Autoscaler(own, f"http://127.0.0.1:{port}/metrics")
     scaler.start()

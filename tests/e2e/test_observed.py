@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.conftest import Service, run_service, wait_for
+from tests.conftest import Service, free_port, run_service, wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
@@ -60,13 +60,9 @@ def test_a_decode_is_seen_in_metrics_and_in_one_log_by_its_ids(
 
 
 def test_metrics_may_have_a_port_of_their_own(tmp_path: Path) -> None:
-    import socket
-
     import httpx
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     with run_service(tmp_path, "--workers", "0", AFTERIMAGE_METRICS_PORT=str(port)) as service:
         assert service.client.get("/metrics").status_code == 404
         assert "afterimage_redis_up" in httpx.get(f"http://127.0.0.1:{port}/metrics").text

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.bench import machine
+from tests.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
 IMAGE = "afterimage:cpu"
@@ -52,13 +56,6 @@ TORCHS = (
     "networkx",
     "mpmath",
 )
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 class Container:
@@ -180,7 +177,7 @@ def run(test: Test) -> None:
         test.until(lambda: client.get("/readyz").json()["redis"] == "up", 120, "the API")
         ready = time.monotonic() - began
         test.tell(f"the API is ready after {ready:.1f} s", ready <= READY_S)
-        idle = resident_mb(f"--port\0{http}\0")
+        idle = resident_mb_of(f"--port\0{http}\0")
         test.tell(f"it takes {idle:.0f} MB of memory, idle", 0 < idle <= IDLE_MB)
         began = time.monotonic()
         worker = test.start("worker", "worker", **urls)
@@ -212,14 +209,13 @@ def status(client: httpx.Client, location: str) -> str:
     return found
 
 
-def resident_mb(part: str) -> float:
+def resident_mb_of(part: str) -> float:
     """Of the process whose command line has this part."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (folder / "cmdline").read_text()
             if part in words and words.startswith("/opt/"):
-                resident = (folder / "status").read_text().partition("VmRSS:")[2].split()[0]
-                return int(resident) / 1024
+                return machine.resident_mb(int(folder.name))
     return 0.0
 
 

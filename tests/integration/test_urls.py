@@ -16,6 +16,7 @@ from rq import SimpleWorker
 from models import bitstream
 from models.tiers import Settings
 from tests.chaos.rig import decode_of, until
+from tests.conftest import free_port
 from worker import costs, embed, urls
 from worker.attempt import Attempt
 from worker.jobs import Jobs
@@ -27,12 +28,6 @@ pytestmark = pytest.mark.redis
 
 FAST = Settings("ddim", 2)
 OPERATING = Path(__file__).parents[2] / "deploy/OPERATING.md"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @contextlib.contextmanager

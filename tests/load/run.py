@@ -28,11 +28,6 @@ USERS = 8
 PHOTO = "768×512"
 
 
-def resident_mb(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
-
-
 def pictures(own: Rig) -> int:
     return sum(1 for _ in own.store.cache.scan_iter(own.store.key("picture", "*")))
 
@@ -70,7 +65,7 @@ def measure(folder: Path, workers: int, apis: int, seconds: float) -> dict[str, 
         for _ in range(workers):
             own.worker().ready()
         hosts = [str(s.client.base_url).rstrip("/") for s in started]
-        idle = [resident_mb(s.process.pid) for s in started]
+        idle = [machine.resident_mb(s.process.pid) for s in started]
         locust(hosts, False, 3)  # warms up
         instant = locust(hosts, False, seconds)["instant"]
         locust(hosts, True, 3)
@@ -91,8 +86,8 @@ def measure(folder: Path, workers: int, apis: int, seconds: float) -> dict[str, 
             "kb_a_job": (after[0] - before[0]) / drawn / 1e3,
             "kb_a_picture": (after[1] - before[1]) / drawn / 1e3,
             "api_mb": max(idle),
-            "api_busy_mb": max(resident_mb(s.process.pid) for s in started),
-            "worker_mb": max(resident_mb(w.process.pid) for w in own.workers),
+            "api_busy_mb": max(machine.resident_mb(s.process.pid) for s in started),
+            "worker_mb": max(machine.resident_mb(w.process.pid) for w in own.workers),
         }
 
 

@@ -1,7 +1,6 @@
 """The metrics page: parsed as Prometheus does, over a real Redis."""
 
 import asyncio
-import socket
 import time
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from models.tiers import Settings
 from service import metrics
 from service.requests import Requests
+from tests.conftest import free_port
 from worker import costs, figures
 from worker.attempt import Attempt
 from worker.jobs import Jobs
@@ -244,9 +244,7 @@ def test_with_redis_away_a_workers_figures_are_lost_silently() -> None:
 
 
 def test_the_page_has_a_port_of_its_own_and_gives_it_back(store: Store) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     for _ in range(2):
         stop = metrics.serve(port, Jobs(store), "127.0.0.1")
         try:
