@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 from worker import logs, tracing
 from worker.settings import WorkerSettings, prepare_process
@@ -81,9 +82,9 @@ def main() -> int:
     return UNHEALTHY if unhealthy else 0
 
 
-def _leave(_number: int, _frame: FrameType | None) -> None:
-    """Nothing was begun yet."""
-    raise SystemExit(0)
+def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
+    """Nothing was begun yet. An exception could be lost in whatever the signal interrupts."""
+    os._exit(0)
 
 
 def serve(redis_url: str) -> None:
