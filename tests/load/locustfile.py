@@ -29,11 +29,14 @@ class User(HttpUser):
             return
         asked = {"tier": "perceptual", "seed": next(SEEDS)}
         headers = {"Prefer": "respond-async"}
-        with self.client.post(
+        answer = self.client.post(
             "/v1/decodes", params=asked, data=DATA, headers=headers, name="submit"
-        ) as answer:
-            location = answer.headers["location"]
-        while True:
-            with self.client.get(location, headers={"Prefer": "wait=30"}, name="wait") as answer:
-                if answer.json()["status"] not in {"queued", "running"}:
-                    return
+        )
+        location, status = answer.headers["location"], "queued"
+        while status in {"queued", "running"}:
+            with self.client.get(
+                location, headers={"Prefer": "wait=30"}, name="wait", catch_response=True
+            ) as answer:
+                status = answer.json()["status"]
+                if status not in {"queued", "running", "succeeded"}:
+                    answer.failure(answer.text)
