@@ -16,10 +16,15 @@ library.load().warm_up()
 '
 chmod -R a+rX "$AFTERIMAGE_CACHE_DIR"
 
-# No pip, no tests, and of OpenVINO what runs on a CPU.
-"$bin/pip" uninstall --yes pip
+# No pip, no tests, of OpenVINO what runs on a CPU, and no plots, which only CompressAI's own
+# command line draws.
+"$bin/pip" uninstall --yes matplotlib fonttools kiwisolver contourpy pip
 site=$(dirname "$sources")
 find "$site" -type d -name tests -prune -exec rm -rf {} +
-rm -f "$site"/openvino/libs/libopenvino_intel_[gn]pu_plugin* \
+rm -f "$site"/openvino/libs/libopenvino_intel_[gn]pu_plugin* "$site"/openvino/libs/cache.json \
     "$site"/openvino/libs/libopenvino_[!i]*_frontend*
-"$bin/python" -P -c 'import service.app, worker.tasks'
+"$bin/python" -P -c '
+import service.app, worker.tasks
+from models import interchange, zoo
+zoo.reference(128, 192)
+'

@@ -1,5 +1,7 @@
 """All models that are installed, and the two ways through them."""
 
+import contextlib
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,13 +91,18 @@ class Library:
         return self.decoder
 
     def warm_up(self) -> None:
-        """One small picture both ways, so that what is compiled on first use is compiled now."""
+        """One small picture both ways, so that what is compiled on first use is compiled now.
+
+        What loading took and left goes back to the system, where its allocator can give it back.
+        """
         pixels = np.full((64, 64, 3), 128, np.uint8)
         for own in self.codecs.values():
             b = own.encode(codec.to_tensor(pixels), "msh", "exact")
             self.instant(bitstream.parse(bitstream.serialize(b)))
             if self.decoder is not None:
                 self.perceptual(b, Settings("ddim", 1), 0)
+        with contextlib.suppress(AttributeError):  # glibc's
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def load(threads: int = 0, with_decoder: bool = True, folder: Path | None = None) -> Library:

