@@ -10,7 +10,7 @@ COMPILE := .venv/lock/bin/pip-compile --quiet --generate-hashes --strip-extras -
 SERVICES := tests/e2e tests/integration
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-parts test-services check bench chaos load fuzz lock image \
+.PHONY: help setup run demo test test-parts test-services browser check bench chaos load fuzz lock image \
 	image-test deploy-check gpu-check
 
 help: ## show this list
@@ -35,10 +35,15 @@ test: $(READY) ## run all tests, in two processes
 test-parts: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest $(SERVICES:%=--ignore=%)
 
-test-services: $(READY)
+test-services: $(READY) browser
 	@mkdir -p runs
 	@OMP_NUM_THREADS=1 $(BIN)/pytest $(SERVICES) >runs/test-services.txt 2>&1; ended=$$?; \
 		cat runs/test-services.txt; exit $$ended
+
+browser: $(READY) ## install Chromium for the tests of the page: Debian's as root, else Playwright's
+	-@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+		{ test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qq -y chromium >/dev/null; } || \
+		$(BIN)/playwright install chromium
 
 check: $(READY) ## lint, formatting and types
 	@$(BIN)/ruff check

@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 import anyio.to_thread
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 
 from models import checkpoint, library
@@ -19,6 +18,7 @@ from service import (
     health,
     metrics,
     openapi,
+    page,
     pictures,
     problems,
     progress,
@@ -79,8 +79,9 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     secret = chosen.link_secret
     app.state.link_secret = secret.get_secret_value().encode() if secret else None
     problems.install(app)
-    for module in (decodes, pictures, progress, sharing, codecs, about, health):
+    for module in (decodes, pictures, progress, sharing, codecs, about, health, page):
         app.include_router(module.router)
+    app.mount("/web", page.files)
     if not chosen.metrics_port:
         app.include_router(metrics.router)
     if chosen.cors_origins:
@@ -93,10 +94,6 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
             max_age=CORS_MAX_AGE_S,
         )
     app.add_middleware(Requests)  # the last, so that it is the outermost
-
-    @app.get("/", include_in_schema=False)
-    async def root() -> RedirectResponse:
-        return RedirectResponse("/docs")
 
     openapi.install(app, keyed=app.state.keys is not None)
     return app

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Page, expect
 
 from tests.conftest import run_service, wait_for
 from worker import embed
@@ -21,9 +22,10 @@ def server(folder: Path) -> Iterator[str]:
 
 
 def test_instant_decodes_go_on_without_redis_and_upgrades_when_it_is_back(
-    tmp_path: Path, small_msh: bytes, small_compressai: bytes
+    tmp_path: Path, small_msh: bytes, small_compressai: bytes, page: Page
 ) -> None:
     asked = {"tier": "perceptual"}
+    coded = {"name": "small.bin", "mimeType": "", "buffer": small_compressai}
     with contextlib.ExitStack() as first, contextlib.ExitStack() as running:
         url = first.enter_context(server(tmp_path))
         own = running.enter_context(run_service(tmp_path, REDIS_URL=url, CACHE_REDIS_URL=url))
@@ -31,6 +33,8 @@ def test_instant_decodes_go_on_without_redis_and_upgrades_when_it_is_back(
         assert client.get("/readyz").json() == {"status": "ok", "redis": "up"}
         before = client.post("/v1/decodes", params=asked, content=small_msh)
         wait_for(client, before.headers["location"])
+        page.goto(str(client.base_url))
+        expect(page.locator("[name=tier]")).to_have_value("perceptual")
         first.close()
 
         assert client.get("/readyz").json() == {"status": "degraded", "redis": "down"}
@@ -41,6 +45,11 @@ def test_instant_decodes_go_on_without_redis_and_upgrades_when_it_is_back(
         assert (refused.status_code, int(refused.headers["retry-after"]) > 0) == (503, True)
         for path in ("", "/image", "/events"):
             assert client.get(before.headers["location"] + path).status_code == 503
+        expect(page.locator("#away")).to_be_visible(timeout=10_000)
+        page.set_input_files("#chosen", files=[coded])
+        expect(page.locator("#times")).to_contain_text("Instant")
+        expect(page.locator("#problem")).to_be_hidden()
+        expect(page.locator("#ring")).to_be_hidden()
 
         with server(tmp_path):
             deadline = time.monotonic() + 20
@@ -51,5 +60,7 @@ def test_instant_decodes_go_on_without_redis_and_upgrades_when_it_is_back(
             assert kept.json()["status"] == "succeeded"  # the queue is on disk
             made = client.post("/v1/decodes", params=asked, content=small_compressai)
             assert wait_for(client, made.headers["location"])["status"] == "succeeded"
+            expect(page.locator("#right")).to_have_text("Perceptual", timeout=30_000)
+            expect(page.locator("#away")).to_be_hidden()
             assert "a worker ended" not in own.log.read_text()
             running.close()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from playwright.sync_api import Page, expect
 
 from service import keys
 from service.client import ApiError, Client
@@ -83,6 +84,22 @@ def test_pages_of_named_origins_may_call_the_api(guarded: Service, service: Serv
     answer = guarded.client.get("/v1/tiers", headers={"Origin": origin})
     assert answer.headers["access-control-expose-headers"] == "*"
     assert answer.headers["x-request-id"]
+
+
+def test_the_page_asks_for_a_key(guarded: Service, small_msh: bytes, page: Page) -> None:
+    page.goto(str(guarded.client.base_url))
+    expect(page.locator("[name=tier]")).to_have_value("perceptual")
+    coded = {"name": "small.msh", "mimeType": "", "buffer": small_msh}
+    page.set_input_files("#chosen", files=[coded])  # type: ignore[list-item]
+    for key, said in (("", "neither an API key"), ("wrong", "the API key is not valid")):
+        if key:
+            page.get_by_label("API key").fill(key)
+            page.keyboard.press("Enter")
+        expect(page.locator("#problem")).to_contain_text(said)
+    page.get_by_label("API key").fill(TOKENS["both"])
+    page.keyboard.press("Enter")
+    expect(page.locator("#right")).to_have_text("Perceptual", timeout=60_000)
+    expect(page.locator("#problem")).to_be_hidden()
 
 
 def test_scopes_are_kept_apart(guarded: Service, small_msh: bytes) -> None:

@@ -1,0 +1,282 @@
+// Two pictures on one canvas, under one zoom, on either side of a divider.
+//
+// A picture is scaled to the view once, into a canvas as large as the view; what moves the divider,
+// realism or the difference only lays those canvases over each other.
+
+const GAIN = 2; // doublings of a difference
+const SHARP = 3; // screen pixels a pixel, from which on pixels are squares
+const LARGEST = 32;
+const FADE_MS = 300;
+const still = matchMedia("(prefers-reduced-motion: reduce)");
+
+const scratch = (width, height) =>
+  Object.assign(document.createElement("canvas"), { width, height });
+
+class Picture {
+  constructor(bitmap) {
+    this.levels = [bitmap]; // each half the one before, for views that are smaller
+    this.scaled = null;
+  }
+
+  get size() {
+    return [this.levels[0].width, this.levels[0].height];
+  }
+
+  level(scale) {
+    let at = 0;
+    while (scale <= 0.5 ** (at + 1) && Math.min(...this.size) >> at > 1) at += 1;
+    while (this.levels.length <= at) {
+      const finer = this.levels.at(-1);
+      const half = scratch(Math.max(finer.width >> 1, 1), Math.max(finer.height >> 1, 1));
+      half.getContext("2d").drawImage(finer, 0, 0, half.width, half.height);
+      this.levels.push(half);
+    }
+    return this.levels[at];
+  }
+
+  // The picture as the view shows it: drawn when the view has changed.
+  shown({ canvas, scale, x, y, width, height }) {
+    const now = [canvas.width, canvas.height, scale, x, y].join();
+    if (this.scaled?.now !== now) {
+      const { width: w, height: h } = canvas;
+      const own = this.scaled?.own ?? scratch(w, h);
+      own.width = w; // clears it
+      own.height = h;
+      const context = own.getContext("2d");
+      context.imageSmoothingEnabled = scale < SHARP;
+      context.drawImage(this.level((scale * width) / this.size[0]), x, y, width * scale, height * scale);
+      this.scaled = { now, own };
+    }
+    return this.scaled.own;
+  }
+
+  close() {
+    this.levels[0].close?.();
+  }
+}
+
+export class View extends EventTarget {
+  pictures = new Map(); // by name
+  left = "";
+  right = "";
+  realism = 1;
+  split = 0.5; // of the view's width
+  difference = false;
+  width = 0; // of a picture, in its pixels
+  height = 0;
+  scale = 1; // screen pixels a pixel
+  x = 0; // where a picture begins, in screen pixels
+  y = 0;
+  fitted = true;
+  #frame = 0;
+  #over; // what is drawn, mixed
+  #fade = { name: "", from: null, began: 0 };
+  #pointers = new Map();
+
+  constructor(canvas) {
+    super();
+    this.canvas = canvas;
+    this.context = canvas.getContext("2d", { alpha: false });
+    this.#over = scratch(1, 1);
+    new ResizeObserver(() => this.#resize()).observe(canvas.parentElement);
+    this.#listen();
+  }
+
+  // A picture under a name; the drawn one fades in over its predecessor, at first the instant one.
+  put(name, bitmap, fade = false) {
+    const before = this.pictures.get(name);
+    const from = before ?? this.pictures.get("instant");
+    this.pictures.set(name, new Picture(bitmap));
+    this.#still();
+    if (fade && from && !still.matches) this.#fade = { name, from, began: performance.now() };
+    else before?.close();
+    this.draw();
+  }
+
+  drop(name) {
+    this.#still();
+    this.pictures.get(name)?.close();
+    this.pictures.delete(name);
+    this.draw();
+  }
+
+  clear(width, height) {
+    this.#still();
+    for (const picture of this.pictures.values()) picture.close();
+    this.pictures.clear();
+    Object.assign(this, { width, height, difference: false });
+    this.fit();
+  }
+
+  draw() {
+    this.#frame ||= requestAnimationFrame(() => {
+      this.#frame = 0;
+      this.#compose();
+      this.dispatchEvent(new Event("drawn"));
+    });
+  }
+
+  fit() {
+    const { canvas, width, height } = this;
+    if (!width) return;
+    const most = 2 * devicePixelRatio;
+    this.scale = Math.min(canvas.width / width, canvas.height / height, most);
+    this.x = Math.round((canvas.width - width * this.scale) / 2);
+    this.y = Math.round((canvas.height - height * this.scale) / 2);
+    this.#moved(true);
+  }
+
+  // Zoom so that what is at (x, y) on the screen stays there.
+  zoom(scale, x = this.canvas.width / 2, y = this.canvas.height / 2) {
+    const least = Math.min(this.canvas.width / this.width, this.canvas.height / this.height, 1);
+    const to = Math.min(Math.max(scale, least), LARGEST);
+    this.x = x - ((x - this.x) * to) / this.scale;
+    this.y = y - ((y - this.y) * to) / this.scale;
+    this.scale = to;
+    this.#moved();
+  }
+
+  pan(dx, dy) {
+    this.x += dx;
+    this.y += dy;
+    this.#moved();
+  }
+
+  #moved(fitted = false) {
+    const bounds = (at, size, room) =>
+      size <= room ? (room - size) / 2 : Math.min(Math.max(at, room - size), 0);
+    this.fitted = fitted;
+    this.x = Math.round(bounds(this.x, this.width * this.scale, this.canvas.width));
+    this.y = Math.round(bounds(this.y, this.height * this.scale, this.canvas.height));
+    this.dispatchEvent(new Event("moved"));
+    this.draw();
+  }
+
+  #resize() {
+    const { canvas } = this;
+    const { width, height } = canvas.parentElement.getBoundingClientRect();
+    const to = [width, height].map((side) => Math.max(Math.round(side * devicePixelRatio), 1));
+    if (to[0] === canvas.width && to[1] === canvas.height) return;
+    [canvas.width, canvas.height] = to;
+    if (this.fitted) this.fit();
+    else this.#moved();
+    this.#compose(); // at once: a canvas whose size was set is empty
+  }
+
+  #compose() {
+    const { context: c, canvas } = this;
+    c.globalCompositeOperation = "source-over";
+    c.fillStyle = this.difference ? "#000" : getComputedStyle(canvas).backgroundColor;
+    c.fillRect(0, 0, canvas.width, canvas.height);
+    if (!this.width) return;
+    if (this.difference) {
+      c.drawImage(this.#side(this.left), 0, 0);
+      c.globalCompositeOperation = "difference";
+      c.drawImage(this.#side(this.right), 0, 0);
+      c.globalCompositeOperation = "lighter";
+      for (let i = 0; i < GAIN; i += 1) c.drawImage(canvas, 0, 0);
+      return;
+    }
+    const at = Math.round(this.split * canvas.width);
+    for (const [name, x, w] of [[this.left, 0, at], [this.right, at, canvas.width - at]]) {
+      if (w > 0) c.drawImage(this.#side(name), x, 0, w, canvas.height, x, 0, w, canvas.height);
+    }
+  }
+
+  // One side as it is shown: the drawn picture is mixed with the instant one, by realism.
+  #side(name) {
+    const own = this.pictures.get(name) ?? this.pictures.get("instant");
+    if (!own) return scratch(1, 1);
+    const from = this.#fade.name === name ? this.#fade.from : null;
+    const faded = from ? Math.min((performance.now() - this.#fade.began) / FADE_MS, 1) : 1;
+    const realism = name === "drawn" && this.pictures.has("instant") ? this.realism : 1;
+    if (faded === 1 && from) this.#still();
+    if (faded === 1 && realism === 1) return own.shown(this);
+    const { width, height } = this.canvas;
+    const over = this.#over;
+    if (over.width !== width || over.height !== height) Object.assign(over, { width, height });
+    const c = over.getContext("2d");
+    const lay = (picture, alpha) => {
+      c.globalAlpha = alpha;
+      c.drawImage(picture.shown(this), 0, 0);
+    };
+    c.clearRect(0, 0, width, height);
+    if (faded < 1) {
+      lay(from, 1);
+      this.draw();
+    }
+    lay(own, faded);
+    if (realism < 1) lay(this.pictures.get("instant"), 1 - realism);
+    return over;
+  }
+
+  // The fade is over.
+  #still() {
+    const { from } = this.#fade;
+    if (from && from !== this.pictures.get("instant")) from.close();
+    this.#fade = { name: "", from: null, began: 0 };
+  }
+
+  #listen() {
+    const { canvas } = this;
+    const at = (e) => {
+      const box = canvas.getBoundingClientRect();
+      const ratio = canvas.width / box.width;
+      return [(e.clientX - box.left) * ratio, (e.clientY - box.top) * ratio];
+    };
+    const pinch = () => {
+      const [[ax, ay], [bx, by]] = this.#pointers.values();
+      return [Math.hypot(ax - bx, ay - by), (ax + bx) / 2, (ay + by) / 2];
+    };
+    canvas.addEventListener("wheel", (e) => {
+      if (!this.width) return;
+      e.preventDefault();
+      this.zoom(this.scale * 2 ** (-e.deltaY / (e.deltaMode ? 6 : 200)), ...at(e));
+    }, { passive: false });
+    canvas.addEventListener("dblclick", (e) => {
+      if (this.fitted) this.zoom(devicePixelRatio, ...at(e));
+      else this.fit();
+    });
+    canvas.addEventListener("pointerdown", (e) => {
+      canvas.setPointerCapture(e.pointerId);
+      this.#pointers.set(e.pointerId, at(e));
+    });
+    for (const kind of ["pointerup", "pointercancel"]) {
+      canvas.addEventListener(kind, (e) => this.#pointers.delete(e.pointerId));
+    }
+    canvas.addEventListener("pointermove", (e) => {
+      const before = this.#pointers.get(e.pointerId);
+      if (!before || !this.width) return;
+      const two = this.#pointers.size === 2;
+      const [apart, cx, cy] = two ? pinch() : [0, 0, 0];
+      const now = at(e);
+      this.#pointers.set(e.pointerId, now);
+      if (two) {
+        const [wide, x, y] = pinch();
+        this.pan(x - cx, y - cy);
+        this.zoom((this.scale * wide) / apart, x, y);
+      } else if (this.fitted) { // nothing to pan
+        this.dispatchEvent(new CustomEvent("slide", { detail: now[0] / canvas.width }));
+      } else {
+        this.pan(now[0] - before[0], now[1] - before[1]);
+      }
+    });
+    canvas.addEventListener("keydown", (e) => {
+      const step = 64 * devicePixelRatio;
+      const does = {
+        "+": () => this.zoom(this.scale * 1.5),
+        "=": () => this.zoom(this.scale * 1.5),
+        "-": () => this.zoom(this.scale / 1.5),
+        0: () => this.fit(),
+        1: () => this.zoom(devicePixelRatio),
+        ArrowLeft: () => this.pan(step, 0),
+        ArrowRight: () => this.pan(-step, 0),
+        ArrowUp: () => this.pan(0, step),
+        ArrowDown: () => this.pan(0, -step),
+      }[e.key];
+      if (!does || !this.width || e.ctrlKey || e.metaKey) return;
+      e.preventDefault();
+      does();
+    });
+  }
+}

@@ -1,0 +1,564 @@
+"""The page at `/`, in Chromium, over a running service."""
+
+import base64
+import io
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
+from playwright.sync_api import BrowserContext, Page, Request, expect
+
+from models import image
+from models.image import Pixels
+from service.page import files
+from tests.conftest import Service
+
+pytestmark = [pytest.mark.redis, pytest.mark.weights]
+
+HEAVIEST = 60_000
+"""Bytes that opening the page may load."""
+SLOW = 30_000
+"""Milliseconds that a picture may be drawn in beside other tests."""
+
+
+@pytest.fixture
+def opened(page: Page, service: Service) -> Page:
+    page.goto(str(service.client.base_url))
+    expect(page.locator("[name=tier]")).to_have_value("perceptual")
+    return page
+
+
+@pytest.fixture(scope="module")
+def small_png(tmp_path_factory: pytest.TempPathFactory, small: Pixels) -> Path:
+    file = tmp_path_factory.mktemp("page") / "small.png"
+    file.write_bytes(image.write(small, "png"))
+    return file
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory: pytest.TempPathFactory, small_msh: bytes) -> Path:
+    file = tmp_path_factory.mktemp("page") / "small.msh"
+    file.write_bytes(small_msh)
+    return file
+
+
+def choose(page: Page, file: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.locator("#pick:visible, #other:visible").click()
+    chooser.value.set_files(file)
+
+
+def drawn(page: Page) -> None:
+    """Wait for the end of what was begun."""
+    expect(page.locator("#stage")).to_have_attribute("aria-busy", "false", timeout=SLOW)
+
+
+def screen(page: Page) -> Pixels:
+    """What the canvas holds, (H, W, 3)."""
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
+    url = page.evaluate("document.querySelector('#canvas').toDataURL()")
+    data = base64.b64decode(url.partition(",")[2])
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def centre(pixels: Pixels, like: Pixels) -> Pixels:
+    """The part of a canvas that a picture of the size of `like` covers, pixel for pixel."""
+    height, width = like.shape[:2]
+    top, left = ((a - b + 1) // 2 for a, b in zip(pixels.shape, (height, width), strict=False))
+    return pixels[top : top + height, left : left + width]
+
+
+def only(page: Page, side: str, name: str) -> Pixels:
+    """One picture alone on the canvas, its pixels the screen's."""
+    page.locator(f"[name={side}]").select_option(name)
+    page.locator("[data-do=one]").click()
+    page.locator("#split").fill("100" if side == "left" else "0")
+    return screen(page)
+
+
+def job(page: Page) -> str:
+    """The id of the decode that the page's address names."""
+    return re.findall(r"decode=([0-9a-f]{32})", page.url)[0]
+
+
+def api_image(service: Service, id: str, **params: Any) -> Pixels:
+    answer = service.client.get(f"/v1/decodes/{id}/image", params=params)
+    assert answer.status_code == 200
+    return image.read(answer.content, 10**6)
+
+
+def requests(page: Page) -> list[Request]:
+    """What the page asks for from now on."""
+    made: list[Request] = []
+    page.on("request", lambda request: made.append(request))
+    return made
+
+
+# What is taken
+
+
+def test_a_photograph_that_is_picked_is_encoded_drawn_and_measured(
+    opened: Page, service: Service, small: Pixels, small_png: Path
+) -> None:
+    choose(opened, small_png)
+    drawn(opened)
+    coded = service.client.post("/v1/encodes?quality=2", content=small_png.read_bytes())
+    rows = opened.locator("#rows tr")
+    expect(rows).to_have_count(4)
+    numbers = [row.split("\t") for row in rows.all_inner_texts()]
+    size = len(coded.content)
+    bpp = f"{8 * size / (small.shape[0] * small.shape[1]):.3f}"
+    assert ["Bitstream", f"{size:,}", bpp] in numbers
+    assert ["Original", f"{small_png.stat().st_size:,}"] in [row[:2] for row in numbers]
+    np.testing.assert_array_equal(centre(only(opened, "left", "original"), small), small)
+
+
+def test_a_photograph_that_is_dropped_is_taken(opened: Page, small_png: Path) -> None:
+    transfer(opened, small_png, "drop")
+    expect(opened.locator("#file")).to_have_text("small.png")
+    drawn(opened)
+
+
+def test_a_photograph_that_is_pasted_is_taken(opened: Page, small_png: Path) -> None:
+    transfer(opened, small_png, "paste")
+    expect(opened.locator("#file")).to_have_text("small.png")
+    drawn(opened)
+
+
+def transfer(page: Page, file: Path, kind: str) -> None:
+    page.evaluate(
+        """([text, name, kind]) => {
+            const data = new DataTransfer();
+            const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+            data.items.add(new File([bytes], name, { type: "image/png" }));
+            const made = kind === "drop"
+                ? new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true })
+                : new ClipboardEvent("paste", { clipboardData: data, bubbles: true });
+            document.body.dispatchEvent(made);
+        }""",
+        [base64.b64encode(file.read_bytes()).decode(), file.name, kind],
+    )
+
+
+def test_a_bitstream_is_decoded_as_it_is(opened: Page, service: Service, small_file: Path) -> None:
+    asked = requests(opened)
+    choose(opened, small_file)
+    drawn(opened)
+    assert not any("/v1/encodes" in r.url for r in asked)
+    expect(opened.locator("#qualities")).to_be_hidden()
+    expect(opened.locator("#rows")).not_to_contain_text("JPEG")
+    expected = api_image(service, job(opened), min_tier="perceptual")
+    np.testing.assert_array_equal(centre(only(opened, "right", "drawn"), expected), expected)
+
+
+@pytest.mark.parametrize("name", ["parrots", "girl", "harbour"])
+def test_each_sample_is_there(opened: Page, name: str) -> None:
+    opened.locator(f"[data-sample={name}]").click()
+    expect(opened.locator("#size")).to_have_text("768 × 512")
+    expect(opened.locator("#times")).to_contain_text("Instant", timeout=SLOW)
+
+
+def test_another_quality_encodes_again(opened: Page, small_png: Path) -> None:
+    choose(opened, small_png)
+    drawn(opened)
+    before = opened.locator("#rows tr", has_text="Bitstream").inner_text()
+    first = job(opened)
+    opened.locator("#qualities label", has_text="3").click()
+    expect(opened.locator("#rows tr", has_text="Bitstream")).not_to_have_text(before)
+    drawn(opened)
+    assert job(opened) != first
+
+
+def test_jpeg_and_webp_of_the_same_size_are_made_by_the_browser(opened: Page) -> None:
+    opened.locator("[data-sample=parrots]").click()
+    rows = {n: opened.locator("#rows tr", has_text=n) for n in ("Bitstream", "JPEG", "WebP")}
+    for row in rows.values():
+        expect(row).to_contain_text(re.compile(r"\d"), timeout=SLOW)
+        expect(row).not_to_contain_text("…", timeout=SLOW)
+    sizes = {n: int(r.inner_text().split("\t")[1].replace(",", "")) for n, r in rows.items()}
+    assert 0.9 * sizes["Bitstream"] < sizes["WebP"] <= sizes["Bitstream"]
+    assert "its smallest" in rows["JPEG"].inner_text() or sizes["JPEG"] <= sizes["Bitstream"]
+    original = only(opened, "left", "original")
+    webp = only(opened, "left", "webp")
+    error = np.abs(webp.astype(int) - original).mean()
+    assert 0 < error < 8
+
+
+# Draft and upgrade
+
+
+def test_the_draft_is_there_at_once_and_the_final_picture_takes_its_place(
+    opened: Page, service: Service
+) -> None:
+    opened.emulate_media(reduced_motion="no-preference")
+    opened.locator("[name=seed]").fill("31")
+    opened.locator("[data-sample=girl]").click()
+    expect(opened.locator("#times")).to_contain_text(re.compile(r"Instant: \d+ ms"), timeout=SLOW)
+    shown = opened.evaluate("performance.getEntriesByName('draft').map((e) => e.duration)")
+    assert len(shown) == 1
+    expect(opened.locator("#ring")).to_be_visible()
+    opened.locator("[data-do=one]").click()
+    opened.locator("#split").fill("0")
+    draft = screen(opened)
+    expect(opened.locator("#times")).to_contain_text("drawn:", timeout=SLOW)
+    expect(opened.locator("#ring")).to_be_hidden()
+    opened.wait_for_timeout(400)
+    after = screen(opened)
+    instant = api_image(service, job(opened), realism=0)
+    final = api_image(service, job(opened), min_tier="perceptual")
+    np.testing.assert_array_equal(centre(after, final), final)  # where the draft was
+    if not np.array_equal(centre(draft, instant), instant):  # the first preview is there already
+        assert np.abs(centre(draft, instant).astype(int) - instant).mean() < 8
+
+
+def test_previews_sharpen_in_place_while_the_ring_counts_steps(
+    opened: Page, small_file: Path
+) -> None:
+    opened.locator("[name=tier]").select_option("ddim-100")
+    choose(opened, small_file)
+    expect(opened.locator("#stand")).to_have_text(re.compile(r"step \d+ of 100"), timeout=SLOW)
+    opened.locator("[data-do=one]").click()
+    opened.locator("#split").fill("0")
+    instant = only(opened, "left", "instant")
+    opened.locator("#split").fill("0")
+    seen = {instant.tobytes()}
+    with opened.expect_response(re.compile("/preview"), timeout=SLOW):
+        pass
+    opened.wait_for_timeout(400)
+    seen.add(screen(opened).tobytes())
+    drawn(opened)
+    seen.add(screen(opened).tobytes())
+    assert len(seen) == 3
+
+
+def test_a_place_in_the_queue_is_shown_and_a_job_is_cancelled(
+    opened: Page, service: Service, small_file: Path, small_msh: bytes
+) -> None:
+    blocker = service.client.post(
+        "/v1/decodes",
+        params={"tier": "ddpm-1000", "seed": 77},
+        content=small_msh,
+        headers={"Prefer": "respond-async"},
+    )
+    opened.locator("[name=seed]").fill("78")
+    choose(opened, small_file)
+    expect(opened.locator("#stand")).to_have_text(re.compile("before it|next in the queue"))
+    opened.locator("#cancel").click()
+    expect(opened.locator("#problem")).to_contain_text("Withdrawn", timeout=SLOW)
+    state = service.client.get(f"/v1/decodes/{job(opened)}").json()
+    assert state["status"] == "canceled"
+    service.client.delete(f"/v1/decodes/{blocker.json()['id']}")
+    opened.locator("#retry").click()
+    drawn(opened)
+
+
+def test_a_link_opened_elsewhere_finds_the_same_job(
+    opened: Page, context: BrowserContext, service: Service, small_file: Path
+) -> None:
+    opened.locator("[name=seed]").fill("5")
+    choose(opened, small_file)
+    drawn(opened)
+    id = job(opened)
+    expected = only(opened, "right", "drawn")
+    for other in (context.new_page(), opened):  # elsewhere, and again
+        asked = requests(other)
+        if other is opened:
+            other.reload()
+        else:
+            other.goto(opened.url)
+        expect(other.locator("#right")).to_have_text("Perceptual")
+        np.testing.assert_array_equal(only(other, "right", "drawn"), expected)
+        assert not any(r.method == "POST" for r in asked)
+        assert job(other) == id
+        expect(other.locator("[name=tier]")).to_be_disabled()
+        expect(other.locator("[name=seed]")).to_have_value("5")
+        expect(other.locator("#rows")).to_contain_text("Bitstream")
+
+
+# Comparing
+
+
+def test_the_divider_moves_by_mouse_and_by_keyboard(opened: Page, small_file: Path) -> None:
+    choose(opened, small_file)
+    drawn(opened)
+    left, right = only(opened, "left", "instant"), only(opened, "right", "drawn")
+    split = opened.locator("#split")
+
+    def check() -> None:
+        now, at = screen(opened), int(float(split.input_value()) / 100 * left.shape[1] + 0.5)
+        np.testing.assert_array_equal(now[:, :at], left[:, :at])
+        np.testing.assert_array_equal(now[:, at:], right[:, at:])
+
+    split.fill("50")
+    check()
+    split.focus()
+    opened.keyboard.press("ArrowLeft")
+    assert float(split.input_value()) < 50
+    check()
+    box = opened.locator("#stage").bounding_box()
+    assert box is not None
+    x, y = box["x"] + float(split.input_value()) / 100 * box["width"], box["y"] + box["height"] / 2
+    opened.mouse.move(x, y)
+    opened.mouse.down()
+    opened.mouse.move(x + 60, y, steps=4)
+    opened.mouse.up()
+    assert float(split.input_value()) == pytest.approx(50 + 100 * 60 / box["width"], abs=1)
+    check()
+
+
+def test_zoom_and_pan_go_together_down_to_single_pixels(
+    opened: Page, small: Pixels, small_png: Path
+) -> None:
+    choose(opened, small_png)
+    drawn(opened)
+    only(opened, "left", "original")
+    canvas = opened.locator("#canvas")
+    for _ in range(20):
+        opened.locator("[data-do=in]").click()
+    expect(opened.locator("#zoom")).to_have_text("3200 %")
+    before = screen(opened)
+    blocks = before[before.shape[0] // 2 - 64 :, before.shape[1] // 2 - 64 :][:128, :128]
+    colours = {tuple(c) for c in blocks.reshape(-1, 3)}
+    assert colours <= {tuple(c) for c in small.reshape(-1, 3)}  # nothing between pixels
+    assert len(colours) <= 5 * 5
+    canvas.focus()
+    opened.keyboard.press("ArrowRight")
+    np.testing.assert_array_equal(screen(opened)[:, :-64], before[:, 64:])
+    box = canvas.bounding_box()
+    assert box is not None
+    opened.mouse.move(box["x"] + 200, box["y"] + 200)
+    opened.mouse.down()
+    opened.mouse.move(box["x"] + 264, box["y"] + 200, steps=4)
+    opened.mouse.up()
+    np.testing.assert_array_equal(screen(opened), before)
+    opened.mouse.wheel(0, 200)
+    expect(opened.locator("#zoom")).to_have_text("1600 %")
+    canvas.focus()
+    opened.keyboard.press("0")
+    expect(canvas).to_have_class("fitted")
+    opened.keyboard.press("1")
+    expect(opened.locator("#zoom")).to_have_text("100 %")
+
+
+def test_two_fingers_zoom_and_one_moves_the_divider(
+    browser_touch: Page, service: Service, small_file: Path
+) -> None:
+    page = browser_touch
+    page.goto(str(service.client.base_url))
+    choose(page, small_file)
+    drawn(page)
+    box = page.locator("#canvas").bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    touch = page.context.new_cdp_session(page)
+
+    def fingers(kind: str, *at: tuple[float, float]) -> None:
+        points = [{"x": a, "y": b, "id": i} for i, (a, b) in enumerate(at)]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    fingers("touchStart", (x, y + 100))
+    for d in (20, 40, 60, 80):
+        fingers("touchMove", (x + d, y + 100))
+    fingers("touchEnd")
+    moved = 50 + 100 * 80 / box["width"]
+    assert float(page.locator("#split").input_value()) == pytest.approx(moved, abs=2)
+
+    before = page.locator("#zoom").inner_text()
+    page.locator("[data-do=in]").tap()  # beyond fitting, all gestures are the picture's
+    middle = page.locator("#zoom").inner_text()
+    fingers("touchStart", (x - 30, y), (x + 30, y))
+    for d in (40, 50, 60):
+        fingers("touchMove", (x - d, y), (x + d, y))
+    fingers("touchEnd")
+    after = page.locator("#zoom").inner_text()
+    b, m, a = (int(text.split()[0]) for text in (before, middle, after))
+    assert b < m < a
+    assert a == pytest.approx(2 * m, rel=0.1)
+
+
+@pytest.fixture
+def browser_touch(browser: Any) -> Any:
+    context = browser.new_context(
+        viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
+    )
+    yield context.new_page()
+    context.close()
+
+
+def test_the_difference_is_shown_four_times_as_large(opened: Page, small_file: Path) -> None:
+    choose(opened, small_file)
+    drawn(opened)
+    left, right = only(opened, "left", "instant"), only(opened, "right", "drawn")
+    opened.locator("[data-do=difference]").click()
+    expect(opened.locator("[data-do=difference]")).to_have_attribute("aria-pressed", "true")
+    expected = np.minimum(4 * np.abs(left.astype(int) - right), 255)
+    np.testing.assert_array_equal(screen(opened), expected)
+    opened.locator("#canvas").press("d")
+    expect(opened.locator("[data-do=difference]")).to_have_attribute("aria-pressed", "false")
+
+
+# Knobs
+
+
+def test_realism_moves_at_once_and_asks_nothing(
+    opened: Page, service: Service, small_file: Path
+) -> None:
+    choose(opened, small_file)
+    drawn(opened)
+    only(opened, "right", "drawn")
+    asked = requests(opened)
+    opened.locator("[name=realism]").fill("40")
+    expect(opened.locator("#right")).to_have_text("Perceptual at 40 %")
+    expect(opened.locator("#percent")).to_have_text("40 %")
+    mixed = screen(opened)
+    assert [r.url for r in asked if "readyz" not in r.url] == []
+    expected = api_image(service, job(opened), min_tier="perceptual", realism=0.4)
+    assert np.abs(centre(mixed, expected).astype(int) - expected).max() <= 2
+
+
+def test_tier_and_seed_draw_again_and_say_what_they_are(opened: Page, small_file: Path) -> None:
+    choose(opened, small_file)
+    drawn(opened)
+    ids = [job(opened)]
+    with opened.expect_request(re.compile(r"tier=perceptual&seed=1$")):
+        opened.locator("#again").click()
+    expect(opened.locator("[name=seed]")).to_have_value("1")
+    drawn(opened)
+    ids.append(job(opened))
+    with opened.expect_request(re.compile(r"tier=ddim-10&seed=1$")):
+        opened.locator("[name=tier]").select_option("ddim-10")
+    expect(opened.locator("#about")).to_contain_text("DDIM, 10 steps")
+    drawn(opened)
+    expect(opened.locator("#right")).to_have_text("DDIM-10")
+    assert len({*ids, job(opened)}) == 3
+    with opened.expect_response(re.compile(r"tier=perceptual&seed=1$")) as again:
+        opened.locator("[name=tier]").select_option("perceptual")
+    assert again.value.headers["x-cache"] == "hit"  # at once, and nothing is queued
+    expect(opened.locator("#right")).to_have_text("Perceptual")
+
+
+def test_a_line_says_what_is_synthesised(opened: Page) -> None:
+    expect(opened.locator("#note")).to_contain_text("synthesised")
+    expect(opened.locator("#note")).to_contain_text("not recorded by a camera")
+
+
+# Errors, access, and looks
+
+
+def test_errors_are_shown_as_the_api_words_them(
+    opened: Page, service: Service, tmp_path: Path, small_msh: bytes
+) -> None:
+    broken = tmp_path / "broken.msh"
+    broken.write_bytes(small_msh[:-1] + bytes([small_msh[-1] ^ 1]))
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (1200, 1000)).save(wide)
+    text = tmp_path / "text.png"
+    text.write_bytes(b"no picture")
+    for file, path in ((broken, "decodes"), (wide, "encodes"), (text, "encodes")):
+        told = service.client.post(f"/v1/{path}", content=file.read_bytes()).json()
+        choose(opened, file)
+        expect(opened.locator("#problem")).to_have_attribute("role", "alert")
+        expect(opened.locator("#problem p")).to_have_text(f"{told['title']} {told['detail']}")
+        expect(opened.locator("#retry")).to_be_hidden()
+        opened.locator("#dismiss").click()
+        expect(opened.locator("#problem")).to_be_hidden()
+        if file != wide:  # which is shown
+            expect(opened.locator("#welcome")).to_be_visible()
+
+
+def test_a_service_that_is_gone_can_be_asked_again(opened: Page, small_file: Path) -> None:
+    opened.route("**/v1/decodes?*", lambda route: route.abort())
+    choose(opened, small_file)
+    expect(opened.locator("#problem")).to_contain_text("cannot be reached")
+    opened.unroute("**/v1/decodes?*")
+    opened.locator("#retry").click()
+    drawn(opened)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [(360, 640), (1280, 800), (3840, 2160)])
+def test_it_is_accessible_in_both_schemes_from_360_pixels_to_4k(
+    opened: Page, small_png: Path, scheme: Any, size: tuple[int, int]
+) -> None:
+    opened.emulate_media(color_scheme=scheme)
+    opened.set_viewport_size({"width": size[0], "height": size[1]})
+    axe = Axe()
+
+    def check() -> None:
+        found = axe.run(opened, options={"resultTypes": ["violations"]}).response["violations"]
+        assert [(v["id"], [n["target"] for n in v["nodes"]]) for v in found] == []
+        wide = opened.evaluate("document.documentElement.scrollWidth")
+        assert wide <= size[0]
+
+    check()
+    dark = sum(map(int, re.findall(r"\d+", background(opened))[:3])) < 3 * 128
+    assert dark == (scheme == "dark")
+    choose(opened, small_png)
+    drawn(opened)
+    check()
+
+
+def background(page: Page) -> str:
+    text: str = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return text
+
+
+def test_what_has_the_focus_is_seen(opened: Page, small_file: Path) -> None:
+    choose(opened, small_file)
+    drawn(opened)
+    seen = set()
+    for _ in range(40):
+        opened.keyboard.press("Tab")
+        name, outline, knob = opened.evaluate(
+            """() => {
+                const e = document.activeElement;
+                if (e === document.body) return ["body", 0, ""];
+                const at = e.type === "radio" ? e.nextElementSibling : e;
+                const style = getComputedStyle(at);
+                return [e.id || e.name || e.textContent, parseFloat(style.outlineWidth) *
+                    (style.outlineStyle !== "none"), style.getPropertyValue("--knob")];
+            }"""
+        )
+        if name == "body":
+            continue
+        seen.add(name)
+        assert outline >= 2 or (name == "split" and knob == "#4fd8c8"), name
+    assert {"canvas", "split", "left", "right", "tier", "seed", "again", "realism"} <= seen
+
+
+def test_with_reduced_motion_nothing_fades(opened: Page, small_file: Path) -> None:
+    opened.locator("[name=seed]").fill("32")
+    choose(opened, small_file)
+    expect(opened.locator("#times")).to_contain_text("drawn:", timeout=SLOW)
+    first = screen(opened)
+    opened.wait_for_timeout(400)
+    np.testing.assert_array_equal(screen(opened), first)
+    arc = "getComputedStyle(document.querySelector('#arc')).transitionDuration"
+    assert opened.evaluate(arc) == "0s"
+
+
+def test_opening_the_page_loads_little_and_nothing_from_elsewhere(
+    page: Page, service: Service
+) -> None:
+    answers: list[Any] = []
+    page.on("response", lambda answer: answers.append(answer))
+    url = str(service.client.base_url)
+    page.goto(url)
+    expect(page.locator("[name=tier]")).to_have_value("perceptual")
+    loaded = [r for r in answers if "/v1/" not in r.url and "readyz" not in r.url]
+    weights = {r.url: len(r.body()) for r in loaded}
+    worker = (Path(str(files.directory)) / "rivals.js").stat().st_size  # is loaded later
+    assert sum(weights.values()) + worker <= HEAVIEST, weights
+    page.locator("[data-sample=parrots]").click()
+    drawn(page)
+    origin = urlsplit(url).netloc
+    assert {urlsplit(r.url).netloc for r in answers if not r.url.startswith("blob:")} == {origin}
+    policy = service.client.get("/").headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "http" not in policy
