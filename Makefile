@@ -10,8 +10,8 @@ COMPILE := .venv/lock/bin/pip-compile --quiet --generate-hashes --strip-extras -
 SERVICES := tests/e2e tests/integration
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-parts test-services browser check bench chaos load fuzz lock image \
-	image-test deploy-check gpu-check
+.PHONY: help setup run demo test test-parts test-services browser check bench chaos screens load \
+	fuzz lock image image-test deploy-check gpu-check
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,11 +50,14 @@ check: $(READY) ## lint, formatting and types
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
-bench: $(READY) ## time and memory, against CompressAI in one process (PART=decode, diffusion or http)
-	@for part in $(or $(PART),decode diffusion http); do $(BIN)/python -P tests/bench/$$part.py || exit; done
+bench: $(READY) ## time and memory, against CompressAI in one process (PART=decode, diffusion, http or page)
+	@for part in $(or $(PART),decode diffusion http page); do $(BIN)/python -P tests/bench/$$part.py || exit; done
 
 chaos: $(READY) ## jobs under kills and restarts for MINUTES=10; exit 1 where something is lost
 	@OMP_NUM_THREADS=1 $(BIN)/python -P tests/chaos/run.py --minutes $(or $(MINUTES),10)
+
+screens: $(READY) browser ## screenshots of the page in runs/screens; the README's in tests/screens
+	@OMP_NUM_THREADS=1 $(BIN)/python -P tests/screens/take.py
 
 load: $(READY) ## locust against a local service: 1, 2, 4 workers, 1 and 2 API processes
 	@test -x .venv/load/bin/locust || { $(PYTHON) -m venv .venv/load && \

@@ -56,7 +56,8 @@ export async function decode(bitstream, tier, seed, signal) {
 }
 
 export const status = (id, signal) => json(`v1/decodes/${id}`, { signal });
-export const inspect = (bitstream) => json("v1/inspect", { method: "POST", body: bitstream });
+export const inspect = (bitstream, signal) =>
+  json("v1/inspect", { method: "POST", body: bitstream, signal });
 export const withdraw = (id) => json(`v1/decodes/${id}`, { method: "DELETE" });
 export const retry = (id) => json(`v1/decodes/${id}/retry`, { method: "POST" });
 

@@ -63,12 +63,10 @@ async function encode(own) {
 }
 
 async function describe(own) {
-  const { width, height, bytes } = await api.inspect(own.bitstream);
-  if (own !== shown) return;
+  const { width, height, bytes } = await api.inspect(own.bitstream, own.job.signal);
   if (view.width !== width || view.height !== height) size(own, width, height);
   own.bytes = bytes;
   row("instant", bytes);
-  if (own.original) compete(own);
   await decode(own);
 }
 
@@ -100,6 +98,7 @@ async function decode(own) {
     view.addEventListener("drawn", () => {
       performance.measure("draft", { start: answered });
       $("times").textContent = `Instant: ${Math.round(answer.ms)} ms`;
+      compete(own);
     }, { once: true });
   } else {
     put("drawn", bitmap, true);
@@ -108,6 +107,7 @@ async function decode(own) {
       put("instant", await fetched(api.image(own.id, 0, "instant", signal)));
       own.instant = own.bitstream;
     }
+    compete(own);
   }
   choices();
   if (own.id && answer.tier === "instant") await follow(own);
@@ -190,6 +190,8 @@ function stopped(own, { status, error }) {
 /* JPEG and WebP of the same size */
 
 function compete(own) {
+  if (!own.original || own.rivals === own.bitstream || own !== shown) return;
+  own.rivals = own.bitstream;
   rivals?.terminate();
   for (const name of ["jpeg", "webp"]) {
     view.drop(name);
@@ -261,6 +263,7 @@ function choices() {
   $("compare").hidden = names.length < 2;
   for (const name of ["tier", "seed", "again"]) knobs[name].disabled = !shown.bitstream; // of a link
   sides();
+  view.draw();
 }
 
 function title(name) {
@@ -277,8 +280,8 @@ function sides() {
     const there = view.pictures.has(name) ? "" : " …";
     $(side).textContent = title(name) + (partly ? ` at ${Math.round(view.realism * 100)} %` : there);
   }
-  $("canvas").setAttribute("aria-label", `${$("left").textContent} left of the divider, ${$("right").textContent} right of it`);
-  view.draw();
+  const said = `${$("left").textContent} left of the divider, ${$("right").textContent} right of it`;
+  $("canvas").setAttribute("aria-label", said);
 }
 
 // A line of the table; `bytes` is null while the picture is made, NaN where it cannot be.
@@ -437,12 +440,14 @@ $("again").onclick = () => {
 knobs.realism.oninput = () => {
   view.realism = knobs.realism.value / 100;
   $("percent").textContent = `${knobs.realism.value} %`;
-  sides();
+  if (shown) sides();
+  view.draw("drawn");
 };
 for (const side of ["left", "right"]) {
   knobs[side].onchange = () => {
     sought[side] = knobs[side].value;
     sides();
+    view.draw();
   };
 }
 $("cancel").onclick = () => api.withdraw(shown.id).catch(complain);

@@ -36,13 +36,15 @@ class Picture {
 
   // The picture as the view shows it: drawn when the view has changed.
   shown({ canvas, scale, x, y, width, height }) {
-    const now = [canvas.width, canvas.height, scale, x, y].join();
+    const { width: w, height: h } = canvas;
+    const ground = getComputedStyle(canvas).backgroundColor;
+    const now = [w, h, scale, x, y, ground].join();
     if (this.scaled?.now !== now) {
-      const { width: w, height: h } = canvas;
       const own = this.scaled?.own ?? scratch(w, h);
-      own.width = w; // clears it
-      own.height = h;
+      if (own.width !== w || own.height !== h) Object.assign(own, { width: w, height: h });
       const context = own.getContext("2d");
+      context.fillStyle = ground;
+      context.fillRect(0, 0, w, h);
       context.imageSmoothingEnabled = scale < SHARP;
       context.drawImage(this.level((scale * width) / this.size[0]), x, y, width * scale, height * scale);
       this.scaled = { now, own };
@@ -69,7 +71,7 @@ export class View extends EventTarget {
   y = 0;
   fitted = true;
   #frame = 0;
-  #over; // what is drawn, mixed
+  #only = "";
   #fade = { name: "", from: null, began: 0 };
   #pointers = new Map();
 
@@ -77,7 +79,6 @@ export class View extends EventTarget {
     super();
     this.canvas = canvas;
     this.context = canvas.getContext("2d", { alpha: false });
-    this.#over = scratch(1, 1);
     new ResizeObserver(() => this.#resize()).observe(canvas.parentElement);
     this.#listen();
   }
@@ -108,10 +109,12 @@ export class View extends EventTarget {
     this.fit();
   }
 
-  draw() {
+  // Draw with the next frame: everything, or only where this picture is.
+  draw(name = "") {
+    this.#only = this.#frame && this.#only !== name ? "" : name;
     this.#frame ||= requestAnimationFrame(() => {
       this.#frame = 0;
-      this.#compose();
+      this.#compose(this.#only);
       this.dispatchEvent(new Event("drawn"));
     });
   }
@@ -163,51 +166,54 @@ export class View extends EventTarget {
     this.#compose(); // at once: a canvas whose size was set is empty
   }
 
-  #compose() {
-    const { context: c, canvas } = this;
+  #compose(only = "") {
+    const { context: c, canvas: { width, height } } = this;
     c.globalCompositeOperation = "source-over";
-    c.fillStyle = this.difference ? "#000" : getComputedStyle(canvas).backgroundColor;
-    c.fillRect(0, 0, canvas.width, canvas.height);
-    if (!this.width) return;
-    if (this.difference) {
-      c.drawImage(this.#side(this.left), 0, 0);
+    if (!this.width) {
+      c.fillStyle = getComputedStyle(this.canvas).backgroundColor;
+      c.fillRect(0, 0, width, height);
+    } else if (this.difference) {
+      const over = scratch(width, height);
+      this.#lay(over.getContext("2d"), this.right, 0, width);
+      this.#lay(c, this.left, 0, width);
       c.globalCompositeOperation = "difference";
-      c.drawImage(this.#side(this.right), 0, 0);
+      c.drawImage(over, 0, 0);
       c.globalCompositeOperation = "lighter";
-      for (let i = 0; i < GAIN; i += 1) c.drawImage(canvas, 0, 0);
-      return;
-    }
-    const at = Math.round(this.split * canvas.width);
-    for (const [name, x, w] of [[this.left, 0, at], [this.right, at, canvas.width - at]]) {
-      if (w > 0) c.drawImage(this.#side(name), x, 0, w, canvas.height, x, 0, w, canvas.height);
+      for (let i = 0; i < GAIN; i += 1) c.drawImage(this.canvas, 0, 0);
+    } else {
+      const at = Math.round(this.split * width);
+      const [first, last] = only ? this.#across() : [0, width]; // what is beside it stays as it is
+      if (!only || only === this.left) this.#lay(c, this.left, first, Math.min(at, last));
+      if (!only || only === this.right) this.#lay(c, this.right, Math.max(at, first), last);
     }
   }
 
-  // One side as it is shown: the drawn picture is mixed with the instant one, by realism.
-  #side(name) {
+  // The columns of the view that pictures cover.
+  #across() {
+    const end = Math.ceil(this.x + this.width * this.scale);
+    return [Math.max(this.x, 0), Math.min(end, this.canvas.width)];
+  }
+
+  // One side between two columns; the drawn picture is mixed with the instant one, by realism.
+  #lay(c, name, from, to) {
+    const width = to - from;
+    const { height } = this.canvas;
     const own = this.pictures.get(name) ?? this.pictures.get("instant");
-    if (!own) return scratch(1, 1);
-    const from = this.#fade.name === name ? this.#fade.from : null;
-    const faded = from ? Math.min((performance.now() - this.#fade.began) / FADE_MS, 1) : 1;
-    const realism = name === "drawn" && this.pictures.has("instant") ? this.realism : 1;
-    if (faded === 1 && from) this.#still();
-    if (faded === 1 && realism === 1) return own.shown(this);
-    const { width, height } = this.canvas;
-    const over = this.#over;
-    if (over.width !== width || over.height !== height) Object.assign(over, { width, height });
-    const c = over.getContext("2d");
-    const lay = (picture, alpha) => {
-      c.globalAlpha = alpha;
-      c.drawImage(picture.shown(this), 0, 0);
-    };
-    c.clearRect(0, 0, width, height);
-    if (faded < 1) {
-      lay(from, 1);
+    if (!own || width <= 0) return;
+    const layers = [[own, 1]];
+    if (this.#fade.name === name) {
+      const part = (performance.now() - this.#fade.began) / FADE_MS;
+      if (part < 1) layers.splice(0, 1, [this.#fade.from, 1], [own, part]);
+      else this.#still();
       this.draw();
     }
-    lay(own, faded);
-    if (realism < 1) lay(this.pictures.get("instant"), 1 - realism);
-    return over;
+    const instant = this.pictures.get("instant");
+    if (name === "drawn" && instant && this.realism < 1) layers.push([instant, 1 - this.realism]);
+    for (const [picture, alpha] of layers) {
+      c.globalAlpha = alpha;
+      c.drawImage(picture.shown(this), from, 0, width, height, from, 0, width, height);
+    }
+    c.globalAlpha = 1;
   }
 
   // The fade is over.

@@ -156,7 +156,7 @@ def test_a_bitstream_is_decoded_as_it_is(opened: Page, service: Service, small_f
     np.testing.assert_array_equal(centre(only(opened, "right", "drawn"), expected), expected)
 
 
-@pytest.mark.parametrize("name", ["parrots", "girl", "harbour"])
+@pytest.mark.parametrize("name", ["parrots", "girl", "lighthouse"])
 def test_each_sample_is_there(opened: Page, name: str) -> None:
     opened.locator(f"[data-sample={name}]").click()
     expect(opened.locator("#size")).to_have_text("768 × 512")
