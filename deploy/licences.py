@@ -35,6 +35,7 @@ def main() -> None:
         "\nThe weights, trained for this project; their cards are in `models/weights/`:\n\n"
         "| file | id | licence |\n|---|---|---|",
         *weights,
+        "\nThe page's photographs, `service/web/samples`, are Kodak's: free for unrestricted use.",
         sep="\n",
     )
 

@@ -116,8 +116,7 @@ async function decode(own) {
 
 // A decode that a link names.
 async function find(id, bytes) {
-  const own = begin(new Shown("from a link"));
-  Object.assign(own, { id, bytes });
+  const own = begin(Object.assign(new Shown("from a link"), { id, bytes }));
   await attempt(async () => {
     const { signal } = own.job;
     const state = await api.status(id, signal).catch((e) => {
@@ -226,11 +225,11 @@ function begin(next) {
   shown?.end();
   rivals?.terminate();
   shown = next;
-  for (const name of ["tier", "seed", "again"]) knobs[name].disabled = false;
+  redrawable(true);
   view.clear(0, 0);
   settle();
   quiet();
-  history.replaceState(null, "", location.pathname);
+  remember(next);
   for (const id of ["source", "numbers", "compare", "link"]) $(id).hidden = id !== "source";
   $("welcome").hidden = true;
   $("file").textContent = next.name;
@@ -261,9 +260,13 @@ function choices() {
     knobs[side].value = [wanted, "instant", ...names].find((name) => names.includes(name));
   }
   $("compare").hidden = names.length < 2;
-  for (const name of ["tier", "seed", "again"]) knobs[name].disabled = !shown.bitstream; // of a link
+  redrawable(Boolean(shown.bitstream)); // a link has none
   sides();
   view.draw();
+}
+
+function redrawable(can) {
+  for (const name of ["tier", "seed", "again"]) knobs[name].disabled = !can;
 }
 
 function title(name) {
@@ -302,20 +305,20 @@ function ring(part) {
   $("arc").style.strokeDashoffset = 100 - 100 * part;
 }
 
-const say = (text) => {
+function say(text) {
   $("ring").hidden = false;
   $("stand").textContent = text;
-};
+}
 
 function steps(own, step, total) {
   if (!step) return;
   own.step = step;
   ring(step / total);
-  say(`step ${step} of ${total}${left(own)}`);
+  say(`step ${step} of ${total}${remaining(own)}`);
 }
 
 // What the service predicted last, less what has passed since.
-function left({ eta }) {
+function remaining({ eta }) {
   const s = eta ? eta.s - (performance.now() - eta.at) / 1000 : 0;
   if (s < 0.5) return "";
   return s < 90 ? `, ${Math.round(s)} s left` : `, ${Math.round(s / 60)} min left`;
@@ -326,7 +329,7 @@ async function place(own) {
   if (!state || own.job.signal.aborted) return;
   own.eta = state.eta_s && { s: state.eta_s, at: performance.now() };
   if (state.status !== "queued" || own.step) return;
-  say((state.position ? `${state.position} before it` : "next in the queue") + left(own));
+  say((state.position ? `${state.position} before it` : "next in the queue") + remaining(own));
 }
 
 function quiet() {
@@ -458,11 +461,10 @@ $("key").onsubmit = (e) => {
   api.useKey($("key").elements.key.value);
   if (missed) attempt(missed);
 };
-$("link").onclick = async () => {
-  await navigator.clipboard.writeText(location.href);
+$("link").onclick = () => navigator.clipboard.writeText(location.href).then(() => {
   $("link").textContent = "Copied";
   setTimeout(() => ($("link").textContent = "Copy link"), 2000);
-};
+}, complain);
 
 const split = $("split");
 split.oninput = () => {

@@ -105,7 +105,7 @@ export class View extends EventTarget {
     this.#still();
     for (const picture of this.pictures.values()) picture.close();
     this.pictures.clear();
-    Object.assign(this, { width, height, difference: false });
+    Object.assign(this, { width, height });
     this.fit();
   }
 

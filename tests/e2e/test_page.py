@@ -265,6 +265,10 @@ def test_a_link_opened_elsewhere_finds_the_same_job(
     drawn(opened)
     id = job(opened)
     expected = only(opened, "right", "drawn")
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    opened.locator("#link").click()
+    expect(opened.locator("#link")).to_have_text("Copied")
+    assert opened.evaluate("() => navigator.clipboard.readText()") == opened.url
     for other in (context.new_page(), opened):  # elsewhere, and again
         asked = requests(other)
         if other is opened:

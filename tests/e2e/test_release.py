@@ -70,6 +70,8 @@ def test_the_wheel_serves_from_an_empty_folder(
     assert where == str(installed / "service/__init__.py")
     with run_service(cache) as service:
         assert service.client.get("/openapi.json").json()["info"]["version"] == __version__
+        for path in ("/", "/web/main.js", "/web/samples/parrots.webp"):
+            assert service.client.get(path).is_success
         drawn = service.client.post("/v1/decodes", content=small_msh)
         assert drawn.is_success and drawn.content[:4] == b"\x89PNG"
 
