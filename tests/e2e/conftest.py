@@ -15,8 +15,9 @@ def launch(playwright: Playwright) -> Browser:
     return playwright.chromium.launch(executable_path=own, args=["--no-sandbox"])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Not for the whole session: Playwright's event loop, while it is there, is in others' way."""
     with sync_playwright() as playwright:
         try:
             made = launch(playwright)
