@@ -352,8 +352,10 @@ def test_a_long_queue_refuses_new_jobs_but_no_repeats(service: Service, stream: 
         key = store.key("costs")
         known = store.queue.hgetall(key)
         wait_for(client, submit(client, stream, tier="ddim-10", seed=9))
-        while (before := store.queue.hgetall(key)) == known:  # what it took is noted after its end
-            time.sleep(0.02)
+        before = known
+        while (now := store.queue.hgetall(key)) in (known, {}) or now != before:
+            before = now  # what this and earlier jobs took is noted after their ends
+            time.sleep(0.5)
         first = submit(client, stream, **SLOW)
         slow = json.dumps(costs.Sums.of(1e6, 1.0).values)  # a million seconds a megapixel-step
         store.queue.hset(key, mapping=dict.fromkeys(before, slow))
