@@ -163,7 +163,8 @@ def install(app: FastAPI) -> None:
         kinds = {404: "not-found", 405: "method-not-allowed"}
         kind, headers = kinds.get(e.status_code, "http-error"), dict(e.headers or {})
         if e.status_code == 405:
-            headers["Allow"] = ", ".join(_methods(app, request.url.path))
+            described = ", ".join(_methods(app, request.url.path))
+            headers["Allow"] = described or headers.get("Allow", "")  # of the page: its route's
         return problem(e.status_code, kind, str(e.detail), headers)
 
     @app.exception_handler(RedisError)

@@ -320,6 +320,10 @@ def test_unknown_paths_and_methods_are_problems(service: Service) -> None:
         assert (answer.status_code, answer.headers["content-type"]) == (status, PROBLEM)
     answer = service.client.patch(f"/v1/decodes/{'0' * 32}")
     assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET, PUT")
+    answer = service.client.post("/")
+    assert (answer.status_code, answer.headers["allow"]) in {
+        (405, m) for m in ("GET, HEAD", "HEAD, GET")
+    }
 
 
 def test_probes_answer(service: Service) -> None:
