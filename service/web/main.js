@@ -17,7 +17,6 @@ let tiers = [];
 let shown = null; // what is chosen; another object after every choice
 let rivals = null; // the worker
 let missed = null; // what failed and may be tried again
-let away = false; // the queue
 let working = 0; // attempts that go on
 
 class Shown {
@@ -52,7 +51,7 @@ async function encode(own) {
   say("encoding");
   const { signal } = own.job;
   own.original ??= await createImageBitmap(own.photo).catch(() => null);
-  if (own.original && !view.width) size(own, own.original.width, own.original.height);
+  if (own.original && !view.width) size(own.original.width, own.original.height);
   if (own.original && !view.pictures.has("original")) {
     put("original", await createImageBitmap(own.original));
     row("original", own.photo.size);
@@ -64,7 +63,7 @@ async function encode(own) {
 
 async function describe(own) {
   const { width, height, bytes } = await api.inspect(own.bitstream, own.job.signal);
-  if (view.width !== width || view.height !== height) size(own, width, height);
+  if (view.width !== width || view.height !== height) size(width, height);
   own.bytes = bytes;
   row("instant", bytes);
   await decode(own);
@@ -75,14 +74,14 @@ async function decode(own) {
   own.job = new AbortController();
   const { signal } = own.job;
   const tier = knobs.tier.value;
-  Object.assign(own, { id: "", tier });
+  Object.assign(own, { id: "", tier, waiting: false });
   if (!view.pictures.has("drawn")) say("decoding");
   let answer;
   try {
     answer = await api.decode(own.bitstream, tier, knobs.seed.value || 0, signal);
   } catch (e) {
     if (e.kind !== "queue-away") throw e;
-    setAway(true);
+    $("away").hidden = false;
     own.waiting = true; // for the queue
     answer = await api.decode(own.bitstream, "instant", 0, signal);
   }
@@ -127,7 +126,7 @@ async function find(id, bytes) {
     knobs.tier.value = state.tier;
     knobs.seed.value = state.seed;
     about();
-    size(own, state.width, state.height);
+    size(state.width, state.height);
     if (bytes) row("instant", bytes);
     put("instant", await fetched(api.image(id, 0, "instant", signal)));
     choices();
@@ -230,7 +229,7 @@ function begin(next) {
   settle();
   quiet();
   remember(next);
-  for (const id of ["source", "numbers", "compare", "link"]) $(id).hidden = id !== "source";
+  for (const id of ["source", "qualities", "numbers", "compare", "link"]) $(id).hidden = id !== "source";
   $("welcome").hidden = true;
   $("file").textContent = next.name;
   $("size").textContent = "";
@@ -239,7 +238,7 @@ function begin(next) {
   return next;
 }
 
-function size(own, width, height) {
+function size(width, height) {
   view.clear(width, height);
   $("size").textContent = `${width} × ${height}`;
 }
@@ -379,18 +378,12 @@ function settle() {
 
 /* The queue, when it is away */
 
-function setAway(now) {
-  away = now;
-  $("away").hidden = !now;
-}
-
 async function health() {
   const told = await api.json("readyz").catch(() => null);
-  if (told) setAway(told.redis === "down");
-  if (told && !away && shown?.waiting) {
-    shown.waiting = false;
-    attempt(() => decode(shown));
-  }
+  if (!told) return;
+  const away = told.redis === "down";
+  $("away").hidden = !away;
+  if (!away && shown?.waiting) attempt(() => decode(shown));
 }
 
 /* What people do */
@@ -494,7 +487,13 @@ const tools = {
 for (const button of document.querySelectorAll("[data-do]")) {
   button.onclick = () => view.width && tools[button.dataset.do]();
 }
-$("canvas").addEventListener("keydown", (e) => e.key === "d" && view.width && tools.difference());
+const KEYS = { "+": "in", "=": "in", "-": "out", 0: "fit", 1: "one", d: "difference" };
+$("canvas").addEventListener("keydown", (e) => {
+  const tool = KEYS[e.key];
+  if (!tool || !view.width || e.ctrlKey || e.metaKey) return;
+  e.preventDefault();
+  tools[tool]();
+});
 
 /* Links */
 

@@ -2,14 +2,14 @@
 
 const TRIES = 7;
 
-onmessage = async ({ data: { bitmap, bytes, types, run } }) => {
+onmessage = async ({ data: { bitmap, bytes, types } }) => {
   const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
   const context = canvas.getContext("2d");
   context.fillStyle = "#fff"; // as the service flattens it
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.drawImage(bitmap, 0, 0);
   bitmap.close();
-  for (const type of types) postMessage({ run, type, ...(await largest(canvas, type, bytes)) });
+  for (const type of types) postMessage({ type, ...(await largest(canvas, type, bytes)) });
 };
 
 // The file of the highest quality within `bytes`; the smallest one where none is.

@@ -124,8 +124,6 @@ export class View extends EventTarget {
     if (!width) return;
     const most = 2 * devicePixelRatio;
     this.scale = Math.min(canvas.width / width, canvas.height / height, most);
-    this.x = Math.round((canvas.width - width * this.scale) / 2);
-    this.y = Math.round((canvas.height - height * this.scale) / 2);
     this.#moved(true);
   }
 
@@ -269,20 +267,12 @@ export class View extends EventTarget {
     });
     canvas.addEventListener("keydown", (e) => {
       const step = 64 * devicePixelRatio;
-      const does = {
-        "+": () => this.zoom(this.scale * 1.5),
-        "=": () => this.zoom(this.scale * 1.5),
-        "-": () => this.zoom(this.scale / 1.5),
-        0: () => this.fit(),
-        1: () => this.zoom(devicePixelRatio),
-        ArrowLeft: () => this.pan(step, 0),
-        ArrowRight: () => this.pan(-step, 0),
-        ArrowUp: () => this.pan(0, step),
-        ArrowDown: () => this.pan(0, -step),
+      const by = {
+        ArrowLeft: [step, 0], ArrowRight: [-step, 0], ArrowUp: [0, step], ArrowDown: [0, -step],
       }[e.key];
-      if (!does || !this.width || e.ctrlKey || e.metaKey) return;
+      if (!by || !this.width || e.ctrlKey || e.metaKey) return;
       e.preventDefault();
-      does();
+      this.pan(...by);
     });
   }
 }

@@ -58,6 +58,11 @@ def drawn(page: Page) -> None:
     expect(page.locator("#stage")).to_have_attribute("aria-busy", "false", timeout=SLOW)
 
 
+def draw(page: Page, file: Path) -> None:
+    choose(page, file)
+    drawn(page)
+
+
 def screen(page: Page) -> Pixels:
     """What the canvas holds, (H, W, 3)."""
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
@@ -105,8 +110,7 @@ def requests(page: Page) -> list[Request]:
 def test_a_photograph_that_is_picked_is_encoded_drawn_and_measured(
     opened: Page, service: Service, small: Pixels, small_png: Path
 ) -> None:
-    choose(opened, small_png)
-    drawn(opened)
+    draw(opened, small_png)
     coded = service.client.post("/v1/encodes?quality=2", content=small_png.read_bytes())
     rows = opened.locator("#rows tr")
     expect(rows).to_have_count(4)
@@ -147,8 +151,7 @@ def transfer(page: Page, file: Path, kind: str) -> None:
 
 def test_a_bitstream_is_decoded_as_it_is(opened: Page, service: Service, small_file: Path) -> None:
     asked = requests(opened)
-    choose(opened, small_file)
-    drawn(opened)
+    draw(opened, small_file)
     assert not any("/v1/encodes" in r.url for r in asked)
     expect(opened.locator("#qualities")).to_be_hidden()
     expect(opened.locator("#rows")).not_to_contain_text("JPEG")
@@ -164,8 +167,7 @@ def test_each_sample_is_there(opened: Page, name: str) -> None:
 
 
 def test_another_quality_encodes_again(opened: Page, small_png: Path) -> None:
-    choose(opened, small_png)
-    drawn(opened)
+    draw(opened, small_png)
     before = opened.locator("#rows tr", has_text="Bitstream").inner_text()
     first = job(opened)
     opened.locator("#qualities label", has_text="3").click()
@@ -261,8 +263,7 @@ def test_a_link_opened_elsewhere_finds_the_same_job(
     opened: Page, context: BrowserContext, service: Service, small_file: Path
 ) -> None:
     opened.locator("[name=seed]").fill("5")
-    choose(opened, small_file)
-    drawn(opened)
+    draw(opened, small_file)
     id = job(opened)
     expected = only(opened, "right", "drawn")
     context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -288,8 +289,7 @@ def test_a_link_opened_elsewhere_finds_the_same_job(
 
 
 def test_the_divider_moves_by_mouse_and_by_keyboard(opened: Page, small_file: Path) -> None:
-    choose(opened, small_file)
-    drawn(opened)
+    draw(opened, small_file)
     left, right = only(opened, "left", "instant"), only(opened, "right", "drawn")
     split = opened.locator("#split")
 
@@ -318,8 +318,7 @@ def test_the_divider_moves_by_mouse_and_by_keyboard(opened: Page, small_file: Pa
 def test_zoom_and_pan_go_together_down_to_single_pixels(
     opened: Page, small: Pixels, small_png: Path
 ) -> None:
-    choose(opened, small_png)
-    drawn(opened)
+    draw(opened, small_png)
     only(opened, "left", "original")
     canvas = opened.locator("#canvas")
     for _ in range(20):
@@ -354,8 +353,7 @@ def test_two_fingers_zoom_and_one_moves_the_divider(
 ) -> None:
     page = browser_touch
     page.goto(str(service.client.base_url))
-    choose(page, small_file)
-    drawn(page)
+    draw(page, small_file)
     box = page.locator("#canvas").bounding_box()
     assert box is not None
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
@@ -395,8 +393,7 @@ def browser_touch(browser: Any) -> Any:
 
 
 def test_the_difference_is_shown_four_times_as_large(opened: Page, small_file: Path) -> None:
-    choose(opened, small_file)
-    drawn(opened)
+    draw(opened, small_file)
     left, right = only(opened, "left", "instant"), only(opened, "right", "drawn")
     opened.locator("[data-do=difference]").click()
     expect(opened.locator("[data-do=difference]")).to_have_attribute("aria-pressed", "true")
@@ -412,8 +409,7 @@ def test_the_difference_is_shown_four_times_as_large(opened: Page, small_file: P
 def test_realism_moves_at_once_and_asks_nothing(
     opened: Page, service: Service, small_file: Path
 ) -> None:
-    choose(opened, small_file)
-    drawn(opened)
+    draw(opened, small_file)
     only(opened, "right", "drawn")
     asked = requests(opened)
     opened.locator("[name=realism]").fill("40")
@@ -426,8 +422,7 @@ def test_realism_moves_at_once_and_asks_nothing(
 
 
 def test_tier_and_seed_draw_again_and_say_what_they_are(opened: Page, small_file: Path) -> None:
-    choose(opened, small_file)
-    drawn(opened)
+    draw(opened, small_file)
     ids = [job(opened)]
     with opened.expect_request(re.compile(r"tier=perceptual&seed=1$")):
         opened.locator("#again").click()
@@ -502,8 +497,7 @@ def test_it_is_accessible_in_both_schemes_from_360_pixels_to_4k(
     check()
     dark = sum(map(int, re.findall(r"\d+", background(opened))[:3])) < 3 * 128
     assert dark == (scheme == "dark")
-    choose(opened, small_png)
-    drawn(opened)
+    draw(opened, small_png)
     check()
 
 
@@ -513,8 +507,7 @@ def background(page: Page) -> str:
 
 
 def test_what_has_the_focus_is_seen(opened: Page, small_file: Path) -> None:
-    choose(opened, small_file)
-    drawn(opened)
+    draw(opened, small_file)
     seen = set()
     for _ in range(40):
         opened.keyboard.press("Tab")
