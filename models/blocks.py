@@ -110,6 +110,28 @@ class Enlarge(nn.Module):
         return h
 
 
+class Smooth(nn.Module):
+    """Two convolutions on whole pixels, added to what a pixel shuffle made block by block.
+
+    They see that, `HIDDEN` channels that were folded like it, and the network's input.
+    """
+
+    HIDDEN = 8
+
+    def __init__(self, i: int, patch: int, channels: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.fold = nn.Conv2d(i, self.HIDDEN * patch**2, 1)
+        self.conv1 = nn.Conv2d(self.HIDDEN + 6, channels, 3, padding=1)
+        self.conv2 = zeros(nn.Conv2d(channels, 3, 3, padding=1))
+
+    def forward(self, out: Tensor, h: Tensor, x_t: Tensor) -> Tensor:
+        """`out`, `x_t` (B, 3, H, W), `h` (B, i, H/patch, W/patch) -> (B, 3, H, W)."""
+        seen = torch.cat([out, F.pixel_shuffle(self.fold(h), self.patch), x_t], 1)
+        smoothed: Tensor = out + self.conv2(F.silu(self.conv1(seen)))
+        return smoothed
+
+
 def norm(preset: str, channels: int) -> nn.Module:
     return nn.GroupNorm(32, channels) if preset == "paper" else RMSNorm(channels)
 

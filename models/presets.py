@@ -26,6 +26,7 @@ class UNetConfig:
     prediction: Literal["v", "eps"] = "v"
     target: Literal["residual", "image"] = "residual"
     learned_variance: bool = False
+    smooth: int = 0  # channels of the convolutions on whole pixels, behind the last shuffle
 
     @property
     def map_strides(self) -> tuple[int, ...]:
@@ -47,7 +48,8 @@ class UNetConfig:
         if self.preset == "paper":
             return 96
         blocks = zip(self.down, self.up, strict=True)
-        return self.patch * (2 + sum((d + u) * 2 << level for level, (d, u) in enumerate(blocks)))
+        folded = 2 + sum((d + u) * 2 << level for level, (d, u) in enumerate(blocks))
+        return self.patch * folded + (2 if self.smooth else 0)
 
 
 COMPACT = UNetConfig(
@@ -59,6 +61,7 @@ COMPACT = UNetConfig(
     embedding=128,
     qualities=8,
     condition=(96, 128, 160),
+    smooth=16,
 )
 """Shipped: residual diffusion with v-prediction, for the CPU."""
 FINE = UNetConfig(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import Block, Enlarge, Fold, Unfold, blocks, norm, zeros
+from models.blocks import Block, Enlarge, Fold, Smooth, Unfold, blocks, norm, zeros
 from models.conditioner import Conditioner, LatentSynthesis, Maps
 from models.presets import UNetConfig
 
@@ -47,6 +47,7 @@ class Denoiser(nn.Module):
         self.norm = norm(c.preset, fine)
         out = (6 if c.learned_variance else 3) * c.patch**2
         self.outward = zeros(nn.Conv2d(fine, out, 3, padding=1))
+        self.smooth = Smooth(fine, c.patch, c.smooth) if c.smooth else None
 
     def _way_down(self, level: int, c: UNetConfig) -> list[int]:
         """Add the level's blocks; the channels of what it hands across."""
@@ -99,7 +100,9 @@ class Denoiser(nn.Module):
                     h = self._join(h, across[level].pop())
                 h = block(h, emb)
             h = self.leave[level](h)
-        return F.pixel_shuffle(self.outward(F.silu(self.norm(h))), self.patch)
+        h = F.silu(self.norm(h))
+        out = F.pixel_shuffle(self.outward(h), self.patch)
+        return self.smooth(out, h, x_t) if self.smooth is not None else out
 
     def _embed(self, t: Tensor, quality: Tensor, beta: Tensor) -> Tensor:
         angles = t[:, None] * self.frequencies

@@ -43,6 +43,11 @@ class RunConfig:
     out: str = option("", "folder of checkpoints, log and weights; repeat to resume", required=True)
     plan: tuple[Stage, ...] = option((), "stages and minutes, NAME:MINUTES,…", type=Stage.plan)
     init: str = option("", "safetensors file with the weights to start from")
+    optimiser: str = option(
+        "adam",
+        "soap goes farther in the same time, from weights that are trained already",
+        choices=("adam", "soap"),
+    )
     lr: float = option(0.0, "learning rate at its top; 0: the preset's own")
     batch: int = option(8, "crops in a step, on each device")
     crop: int = option(128, "pixels along a crop's side")

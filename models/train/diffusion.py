@@ -28,6 +28,7 @@ from models.train.losses import FEW_STEPS, Denoise, Hybrid
 from models.train.lpips import Lpips
 from models.train.ranks import Ranks
 from models.train.run import Play, Step, cosine
+from models.train.soap import Soap
 
 PERCEPTUAL_UNTIL = 0.5
 """LPIPS and the discriminator judge at these times and below: above, nothing is decided yet."""
@@ -66,6 +67,8 @@ class DiffusionTask:
         paper = self.config.paper
         betas, decay = ((0.9, 0.999), 0.0) if paper else ((0.9, 0.99), 0.01)
         parameters = self.modules[player].parameters()
+        if player == "net" and self.config.optimiser == "soap":
+            return Soap(parameters, self.config.lr)
         return torch.optim.AdamW(parameters, self.config.lr, betas, weight_decay=decay, fused=True)
 
     def rate(self, step: int, part: float, stage: Stage) -> float:

@@ -24,6 +24,7 @@ from models.train.config import RunConfig, Stage, option
 from models.train.hyperprior import Hyperprior
 from models.train.ranks import Ranks
 from models.train.run import Play, Step, cosine
+from models.train.soap import Soap
 
 LAMBDA = {1: 0.0018, 2: 0.0035, 3: 0.0067, 4: 0.0130}
 """Weight of 255² x MSE against bits per pixel, by quality (CompressAI's)."""
@@ -98,6 +99,8 @@ class MshTask:
             {"params": transforms},
             {"params": prior, "relative": self.config.hyper},
         ]
+        if self.config.optimiser == "soap":
+            return Soap(groups, self.config.lr)
         return torch.optim.Adam(groups, self.config.lr, fused=True)
 
     def rate(self, step: int, part: float, stage: Stage) -> float:

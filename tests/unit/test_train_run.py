@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,23 @@ from models.train import shards
 from models.train.config import RunConfig, Stage
 from models.train.ranks import Ranks
 from models.train.run import Play, Run, Step, cosine
+from models.train.soap import Soap
 
 CPU = Ranks(0, 1, torch.device("cpu"))
+ADAMW = partial(torch.optim.AdamW, fused=True)
 
 
 class Regression:
     """A convolution that learns to double; `at` may interfere with a step."""
 
-    def __init__(self, at: Callable[[Step, nn.Module], float] = lambda step, net: 1.0) -> None:
+    def __init__(
+        self,
+        at: Callable[[Step, nn.Module], float] = lambda step, net: 1.0,
+        optimiser: Callable[..., Optimizer] = ADAMW,
+    ) -> None:
         torch.manual_seed(0)
         self.net = nn.Conv2d(4, 4, 3, padding=1).to(memory_format=torch.channels_last)
-        self.at = at
+        self.at, self._optimiser = at, optimiser
         self.begun: list[int] = []
         self.rates: list[float] = []
         self.cards: list[dict[str, Any]] = []
@@ -42,7 +49,7 @@ class Regression:
         self.begun.append(index)
 
     def optimiser(self, player: str) -> Optimizer:
-        return torch.optim.AdamW(self.net.parameters(), fused=True)
+        return self._optimiser(self.net.parameters(), 1e-3)
 
     def rate(self, step: int, part: float, stage: Stage) -> float:
         return 1e-2
@@ -98,12 +105,15 @@ def test_a_stage_lasts_its_minutes_and_the_loss_falls(config: RunConfig) -> None
     assert "out" not in card
 
 
-def test_a_stopped_run_ends_as_one_that_was_not_stopped(config: RunConfig, tmp_path: Path) -> None:
-    whole = Run(Regression(stop_at(39)), config, CPU)
+@pytest.mark.parametrize("optimiser", [ADAMW, Soap], ids=["adamw", "soap"])
+def test_a_stopped_run_ends_as_one_that_was_not_stopped(
+    config: RunConfig, tmp_path: Path, optimiser: Callable[..., Optimizer]
+) -> None:
+    whole = Run(Regression(stop_at(39), optimiser), config, CPU)
     assert not whole.go()
     parts = replace(config, out=str(tmp_path / "parts"))
-    assert not Run(Regression(stop_at(16)), parts, CPU).go()
-    resumed = Run(Regression(stop_at(39)), parts, CPU)
+    assert not Run(Regression(stop_at(16), optimiser), parts, CPU).go()
+    resumed = Run(Regression(stop_at(39), optimiser), parts, CPU)
     assert resumed.progress.number == 17
     assert resumed.progress.spent < 10
     assert not resumed.go()

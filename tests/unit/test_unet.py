@@ -51,7 +51,7 @@ def test_the_papers_network_has_113_million_parameters_and_the_published_cost() 
     assert sum(kilo_macs(net, 128)) == pytest.approx(8388, abs=1)
 
 
-@pytest.mark.parametrize(("c", "once", "step"), [(COMPACT, 40, 50), (FINE, 50, 70)])
+@pytest.mark.parametrize(("c", "once", "step"), [(COMPACT, 40, 54), (FINE, 50, 70)])
 def test_the_compact_networks_stay_within_their_budget(
     c: UNetConfig, once: float, step: float
 ) -> None:
@@ -97,7 +97,7 @@ def test_a_pixel_depends_on_the_halo_only(c: UNetConfig) -> None:
 
     reached = (run(x) - run(changed)).abs().amax((0, 1, 2)).nonzero().min()
     # positions are grouped by 16, the coarsest stride
-    assert c.halo <= 96
+    assert c.halo <= 98
     assert 160 - c.halo - 16 <= int(reached) < 160
 
 
