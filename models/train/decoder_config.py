@@ -28,6 +28,7 @@ class DiffusionConfig(RunConfig):
     drop_latents: float = option(0.12, "part of the crops whose latents are hidden")
     mse_weight: float = option(0.2, "weight of the squared error in phase 2")
     mse_allowance: float = option(1.5, "x the codec's own error, beyond which it weighs 3 x more")
+    spectrum: float = option(0.0, "weight of the distance of local power spectra in phase 2")
     adversarial: float = option(0.0, "weight of the adversarial term in phase 2")
     adversarial_after: int = option(
         2000, "steps of phase 2 before it counts; the discriminator learns in half of them"

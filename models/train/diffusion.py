@@ -115,6 +115,11 @@ class DiffusionTask:
             distance = self.lpips(picture[:, :, top:, left:], batch.x[:, :, top:, left:]).mean()
             loss = loss + distance
             figures["lpips"] = distance.detach()
+        if judged and self.config.spectrum:
+            top, left = _place(step, losses.DCT // 2)
+            apart = losses.spectrum(picture[:, :, top:, left:], batch.x[:, :, top:, left:])
+            loss = loss + self.config.spectrum * apart
+            figures["spectrum"] = apart.detach()
         if judged and self.discriminator and step.number >= self.config.adversarial_after:
             place = _place(step, STRIDE_Y)
             logits = self.discriminator(picture, batch.x_hat, batch.y_hat, place)
@@ -192,6 +197,8 @@ class DiffusionTask:
         row = {
             "held_mse": F.mse_loss(picture, batch.x),
             "held_mse_msh": F.mse_loss(batch.x_hat, batch.x),
+            "held_spectrum": losses.spectrum(picture, batch.x),
+            "held_spectrum_msh": losses.spectrum(batch.x_hat, batch.x),
         }
         if self.lpips is not None:
             row["held_lpips"] = self.lpips(picture, batch.x).mean()

@@ -104,7 +104,7 @@ def test_a_minute_on_20_photographs_beats_predicting_zero(
 def test_a_run_learns_both_phases_and_leaves_loadable_weights(
     config: Callable[..., DiffusionConfig], tmp_path: Path
 ) -> None:
-    own = config(adversarial=0.15, adversarial_after=1, warm=5, seed=1)
+    own = config(adversarial=0.15, adversarial_after=1, spectrum=0.05, warm=5, seed=1)
     task = DiffusionTask(own, CPU)
     before = {k: v.clone() for k, v in task.net.state_dict().items()}
     judge = [p.detach().clone() for p in task.modules["discriminator"].parameters()]
@@ -116,7 +116,7 @@ def test_a_run_learns_both_phases_and_leaves_loadable_weights(
     held = [row for row in log(own) if "held_v" in row]
     assert [row["stage"] for row in held] == ["phase1", "phase2"]
     assert all(math.isfinite(value) for row in held for k, value in row.items() if k != "stage")
-    assert all(row["held_lpips"] > 0 for row in held)
+    assert all(row["held_lpips"] > 0 and row["held_spectrum"] > 0 for row in held)
     with safe_open(tmp_path / "run/decoder.safetensors", "pt") as f:
         assert json.loads(f.metadata()["config"])["latents"] == 192
         card = json.loads(f.metadata()["train"])

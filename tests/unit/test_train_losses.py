@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,6 +43,21 @@ def test_a_rollout_with_the_true_residual_ends_there() -> None:
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
     assert torch.equal(losses.rollout(exact, noise, 0), noise)
     torch.testing.assert_close(losses.rollout(exact, noise, 4), x0, rtol=1e-4, atol=1e-5)
+
+
+def test_the_spectrum_wants_texture_but_not_its_place_and_sees_a_hatching() -> None:
+    g = torch.Generator().manual_seed(0)
+    grain, other = 0.5 + 0.1 * torch.randn(2, 2, 1, 64, 64, generator=g).expand(-1, -1, 3, -1, -1)
+    smooth = F.avg_pool2d(grain, 3, 1, 1)
+    assert float(losses.spectrum(grain, grain)) == 0
+    assert losses.spectrum(other, grain) < 0.2 * losses.spectrum(smooth, grain)
+    assert losses.spectrum(grain, smooth) == losses.spectrum(smooth, grain)  # too much, too little
+    flat = torch.full((1, 3, 64, 64), 0.5, requires_grad=True)
+    hatching = 0.02 * torch.tensor([1.0, -1, -1, 1]).repeat(16)
+    assert losses.spectrum(flat + hatching, flat) > 5 * losses.spectrum(flat + 0.02, flat)
+    assert losses.spectrum(flat + hatching, flat) > 0.02
+    losses.spectrum(flat, flat.detach() + 1e-3).backward()
+    assert flat.grad is not None and flat.grad.isfinite().all()
 
 
 def test_the_papers_loss_is_zero_for_the_truth_and_teaches_variance_alone() -> None:
