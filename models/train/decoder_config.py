@@ -28,7 +28,7 @@ class DiffusionConfig(RunConfig):
     drop_latents: float = option(0.12, "part of the crops whose latents are hidden")
     mse_weight: float = option(0.2, "weight of the squared error in phase 2")
     mse_allowance: float = option(1.5, "x the codec's own error, beyond which it weighs 3 x more")
-    spectrum: float = option(0.0, "weight of the distance of local power spectra in phase 2")
+    spectrum: float = option(0.2, "weight of the distance of local power spectra in phase 2")
     adversarial: float = option(0.0, "weight of the adversarial term in phase 2")
     adversarial_after: int = option(
         2000, "steps of phase 2 before it counts; the discriminator learns in half of them"
@@ -49,7 +49,7 @@ def resolved(config: DiffusionConfig) -> DiffusionConfig:
             raise ValueError(f"stage {stage.name!r}: {config.preset} has {', '.join(phases)}")
     if bool(config.photos) == bool(config.bank) or bool(config.bank) != bool(config.held_out):
         raise ValueError("either --photos, or --bank and --held-out")
-    if config.crop % 16:
-        raise ValueError(f"crops of {config.crop} pixels: not a multiple of 16")
+    if config.crop % 16 or config.crop < 48:
+        raise ValueError(f"crops of {config.crop} pixels: not a multiple of 16, or below 48")
     lr, ema = (5e-5, 0.9999) if config.paper else (4e-4, 0.999)
     return replace(config, lr=config.lr or lr, ema=config.ema or ema)

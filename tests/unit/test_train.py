@@ -249,6 +249,7 @@ def test_bfloat16_leaves_the_latents_path_exact(config: Callable[..., DiffusionC
         ({"preset": "paper"}, "'phase2': paper has phase1"),
         ({"held_out": ""}, "either --photos, or --bank and --held-out"),
         ({"crop": 70}, "multiple of 16"),
+        ({"crop": 32}, "below 48"),
     ],
 )
 def test_options_that_contradict_each_other_are_named(
