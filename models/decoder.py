@@ -59,6 +59,11 @@ class Decoder:
         """The network's."""
         return self.net.config
 
+    @property
+    def process(self) -> schedule.Schedule:
+        """The forward process that the network was trained with."""
+        return schedule.discrete() if self.config.preset == "paper" else schedule.Continuous()
+
     def nearest(self, quality: int) -> int:
         """The quality closest to `quality` that the network was trained with."""
         scales = enumerate(self.net.scales.tolist())
@@ -106,6 +111,18 @@ class Decoder:
         with torch.inference_mode():
             return _Drawing(self, drafts, settings, on_tile, window).run(on_step).cpu()
 
+    def denoiser(self, draft: Draft) -> sampler.Denoise:
+        """What a posterior sampler (beta 0) of this picture calls; errors as `sample_batch`."""
+        drawing = _Drawing(self, [draft], Settings("ddim", 1), lambda: None, WINDOW)
+        return torch.inference_mode()(drawing.estimate)
+
+    def target(self, draft: Draft, x: Tensor) -> Tensor:
+        """x0 of the picture `x` (1, 3, H, W) in [0, 1], of the shape of the draft's `x_hat`."""
+        if self.config.target == "image":
+            return x * 2 - 1
+        scale = float(self.net.scales[self.nearest(draft.quality)])
+        return high_pass(x - draft.x_hat) / scale
+
 
 class _Drawing:
     """The tensors of one batch while it is drawn."""
@@ -120,7 +137,7 @@ class _Drawing:
     ) -> None:
         self.on_tile, self.window = on_tile, window
         self.net, self.config = decoder.net, decoder.config
-        self.device, self.settings = decoder.device, settings
+        self.device, self.settings, self.process = decoder.device, settings, decoder.process
         self.seeds = [d.seed for d in drafts]
         self.x_hat = torch.cat([d.x_hat for d in drafts]).to(self.device)
         self.shape = (3, self.x_hat.shape[2], self.x_hat.shape[3])
@@ -141,8 +158,7 @@ class _Drawing:
             if on_step is not None:
                 on_step(step, steps, lambda: self._picture(x0))
 
-        own = schedule.discrete() if self.config.preset == "paper" else schedule.Continuous()
-        x0 = sampler.sample(self._estimate, self._noise, self.settings, report, own)
+        x0 = sampler.sample(self.estimate, self._noise, self.settings, report, self.process)
         return self._picture(x0).contiguous()
 
     def _latents(self, draft: Draft) -> Tensor:
@@ -157,7 +173,7 @@ class _Drawing:
         alone = (noise.normals(s, draw, self.shape, device=self.device) for s in self.seeds)
         return torch.cat(list(alone))
 
-    def _estimate(self, x_t: Tensor, t: float, a: float) -> Estimate:
+    def estimate(self, x_t: Tensor, t: float, a: float) -> Estimate:
         out = self._network(x_t, t, self.maps)
         e = self._parts(out, x_t, a)
         if self.weak is None:

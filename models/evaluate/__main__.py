@@ -2,7 +2,8 @@
 
 python -m models.evaluate --pictures KODAK --lpips lpips_alex.safetensors --out FOLDER
 
-Writes evaluation.json, evaluation.md, rate.png, perception.png and sheet.png.
+Writes evaluation.json, evaluation.md, rate.png, perception.png, sheet.png and, where
+the diffusion decoder draws, calibration.png.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from models import decoder, zoo
 from models.errors import AfterimageError, PictureError
-from models.evaluate import kid, plots, report
+from models.evaluate import calibration, kid, plots, report
 from models.evaluate.dists import Dists
 from models.evaluate.measure import ORIGINAL, SHUFFLED, Evaluation, Measured, Networks, Row
 from models.evaluate.metrics import Lpips, LpipsAlex
@@ -34,12 +35,15 @@ class Results:
     def __init__(self, lpips: LpipsAlex, names: Sequence[str]) -> None:
         self.lpips, self.sheet = lpips, Sheet(names)
         self.rows: list[Row] = []
+        self.curves: dict[int, list[list[calibration.Point]]] = {}
         self.features: dict[tuple[int, str], dict[str, NDArray[np.float64]]] = {}
 
     def add(self, measured: Measured) -> None:
         """One picture at one quality."""
         first = measured.rows[0]
         self.rows += measured.rows
+        if measured.calibration:
+            self.curves.setdefault(first.quality, []).append(measured.calibration)
         self.sheet.add(first.picture, first.quality, first.bpp, measured.pictures)
         for tier, picture in measured.pictures.items():
             key = (0 if tier == ORIGINAL else first.quality, tier)
@@ -51,18 +55,22 @@ class Results:
         """All files into `out`; returns the Markdown."""
         out.mkdir(parents=True, exist_ok=True)
         lines = summary(self.rows, self.features)
+        curves = {quality: calibration.mean(own) for quality, own in self.curves.items()}
         document = {
             "decoder": weights_id,
             "summary": [line.document() for line in lines],
+            "calibration": {q: [asdict(point) for point in own] for q, own in curves.items()},
             "rows": [asdict(row) for row in self.rows],
         }
         (out / "evaluation.json").write_text(json.dumps(document, indent=1))
-        images = ("rate.png", "perception.png", "sheet.png")
+        images = ["rate.png", "perception.png", "sheet.png", *["calibration.png"] * bool(curves)]
         text = report.markdown(lines, weights_id, images)
         (out / "evaluation.md").write_text(text)
         plots.rate(lines, out / images[0])
         plots.perception(lines, out / images[1])
         self.sheet.save(out / images[2])
+        if curves:
+            plots.calibration(curves, out / images[3])
         return text
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from models import bitstream, codec, image
 from models.codec import Codec
-from models.decoder import Decoder
+from models.decoder import Decoder, Draft
 from models.errors import AfterimageError, PictureError
-from models.evaluate import metrics, nulls
+from models.evaluate import calibration, metrics, nulls
 from models.evaluate.dists import Dists
 from models.evaluate.metrics import Lpips, LpipsAlex
 from models.evaluate.niqe import niqe
@@ -67,6 +67,7 @@ class Measured:
 
     rows: list[Row]
     pictures: dict[str, Tensor]  # "original", then a picture of the first seed per tier
+    calibration: list[calibration.Point]  # empty: too small, or nothing is drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,9 @@ class Evaluation:
         Raises `AfterimageError`, with the file's name, where it cannot be read or is too small.
         """
         source = self._source(path)
-        out = Measured([], {ORIGINAL: source.x})
+        drawn = any(TIERS[_settings_of(name)].settings for name in tiers)
+        points = self._calibration(source) if drawn else []
+        out = Measured([], {ORIGINAL: source.x}, points)
         for name in tiers:
             for seed in seeds if TIERS[_settings_of(name)].settings else (0,):
                 began = time.perf_counter()
@@ -136,6 +139,16 @@ class Evaluation:
         quality = self.codec.quality
         drawn = self.decoder.sample(latents, source.x_hat, quality, settings, seed)
         return _rounded(drawn, *source.x.shape[2:])
+
+    def _calibration(self, source: _Source) -> list[calibration.Point]:
+        whole = Draft(source.latents, source.x_hat, self.codec.quality, seed=0)
+        if (part := calibration.middle(whole, source.x)) is None:
+            return []
+        draft, x = part
+        steps = self.decoder.process.steps(calibration.POINTS)[1:]
+        generator = torch.Generator().manual_seed(0)
+        x0 = self.decoder.target(draft, x)
+        return calibration.curve(self.decoder.denoiser(draft), x0, steps, generator)
 
     def _add(
         self, out: Measured, source: _Source, tier: str, seed: int, picture: Tensor, seconds: float

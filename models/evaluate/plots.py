@@ -1,6 +1,6 @@
 """Rate-distortion-perception plots of a summary."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from models.evaluate import nulls
+from models.evaluate.calibration import Point
 from models.evaluate.measure import SHUFFLED
 from models.evaluate.summary import Line
 
@@ -66,6 +67,24 @@ def perception(lines: Sequence[Line], file: Path) -> None:
             _points(axes, [line for line in lines if line.quality == quality], name, lines)
             axes.set_title(f"quality {quality}", loc="left", fontsize=9, color="0.3")
             _dress(axes, RATE["psnr"], RATE[name])
+    figure.savefig(file, dpi=120)
+
+
+def calibration(curves: Mapping[int, Sequence[Point]], file: Path) -> None:
+    """Error of x0 over t, a colour per quality: a line predicted, dots actual; PNG."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (quality, points), colour in zip(sorted(curves.items()), _COLOURS, strict=False):
+        times = [p.t for p in points]
+        axes.plot(times, [p.predicted for p in points], color=colour, label=f"quality {quality}")
+        axes.plot(times, [p.actual for p in points], "o", color=colour, markersize=4.5)
+        axes.axhline(points[0].zero, color=colour, linestyle=":", linewidth=1)
+    axes.plot([], [], color="0.4", label="predicted")
+    axes.plot([], [], "o", color="0.4", markersize=4.5, label="actual")
+    axes.plot([], [], ":", color="0.4", linewidth=1, label="of x0 = 0")
+    axes.set_ylim(bottom=0)
+    figure.legend(loc="outside right upper", frameon=False)
+    _dress(axes, "time t (0: picture, 1: noise)", "mean squared error of x0")
     figure.savefig(file, dpi=120)
 
 

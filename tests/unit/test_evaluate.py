@@ -13,13 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models import codec, image
+from models import bitstream, codec, decoder, image, schedule, zoo
+from models.decoder import Draft
 from models.evaluate import __main__ as evaluate
-from models.evaluate import nulls, plots, report
+from models.evaluate import calibration, nulls, plots, report
 from models.evaluate.measure import Row
 from models.evaluate.metrics import mse, psnr
 from models.evaluate.sheet import CUT, SCALE, Sheet, corner
 from models.evaluate.summary import Line, summary
+from models.hyperprior import Latents
+from models.sampler import Estimate
 
 
 def row(**changed: object) -> Row:
@@ -118,6 +121,59 @@ def test_plots_are_drawn_for_any_number_of_qualities(tmp_path: Path) -> None:
             draw(some, tmp_path / "plot.png")
             with Image.open(tmp_path / "plot.png") as picture:
                 assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_calibration_finds_the_posteriors_variance_and_overconfidence() -> None:
+    x0 = 0.7 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    steps = schedule.Continuous().steps(8)[1:]
+
+    def gaussian(variance: float) -> list[calibration.Point]:
+        def denoise(x_t: Tensor, t: float, a: float) -> Estimate:
+            return Estimate(a**0.5 * variance / (a * variance + 1 - a) * x_t, x_t)
+
+        return calibration.curve(denoise, x0, steps, torch.Generator().manual_seed(1))
+
+    for step, point in zip(steps, gaussian(0.49), strict=True):
+        posterior = 0.49 * (1 - step.a) / (0.49 * step.a + 1 - step.a)
+        assert point.predicted == pytest.approx(posterior, rel=1e-3)
+        assert point.actual == pytest.approx(posterior, rel=0.05)
+        assert point.zero == pytest.approx(0.49, rel=0.05)
+    assert all(p.actual > 1.1 * p.predicted for p in gaussian(0.1))
+    both = calibration.mean([gaussian(0.49), gaussian(0.1)])
+    assert both[3].predicted == pytest.approx(
+        (gaussian(0.49)[3].predicted + gaussian(0.1)[3].predicted) / 2
+    )
+
+
+@pytest.mark.weights
+def test_the_shipped_denoiser_errs_as_much_as_it_says(photo: image.Pixels) -> None:
+    own, drawing, x = zoo.load(2), decoder.load(), codec.to_tensor(photo)
+    latents = own.latents(bitstream.parse(bitstream.serialize(own.encode(x, "msh", "exact"))))
+    whole = Draft(latents, own.synthesis(latents.y_hat), 2, seed=0)
+    part = calibration.middle(whole, x)
+    assert part is not None
+    draft, near = part
+    assert near.shape[2:] == draft.x_hat.shape[2:] == (256, 256)
+    assert mse(draft.x_hat.clamp(0, 1), near) < 3e-3  # the same place
+    x0 = drawing.target(draft, near)
+    steps = drawing.process.steps(8)[2:]
+    generator = torch.Generator().manual_seed(0)
+    for point in calibration.curve(drawing.denoiser(draft), x0, steps, generator):
+        assert point.predicted == pytest.approx(point.actual, rel=0.3)
+
+
+def test_calibration_looks_at_no_picture_below_64_pixels() -> None:
+    latents = Latents(torch.zeros(1, 4, 4, 4), np.zeros((4, 4, 4), np.int32), np.zeros((4, 4)))
+    draft = Draft(latents, torch.zeros(1, 3, 64, 64), 2, seed=0)
+    assert calibration.middle(draft, torch.zeros(1, 3, 63, 64)) is None
+    assert calibration.middle(draft, torch.zeros(1, 3, 64, 64)) is not None
+
+
+def test_calibration_is_plotted(tmp_path: Path) -> None:
+    points = [calibration.Point(t, 0.5 * t, 0.6 * t, 1.0) for t in (0.25, 0.5, 0.75)]
+    plots.calibration({1: points, 2: points}, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5
 
 
 def test_labels_keep_their_order_and_their_distance() -> None:
@@ -231,7 +287,10 @@ def test_a_pass_writes_figures_from_real_bytes(
     for name in nulls.NAMES:
         assert by_tier[name]["null_gap"] < nulls.TOLERANCE_DB
     assert "| 2 | perceptual | 3 |" in (tmp_path / "out/evaluation.md").read_text()
-    for name in ("rate.png", "perception.png", "sheet.png"):
+    (points,) = document["calibration"].values()
+    assert [round(16 * p["t"]) for p in points] == list(range(15, 0, -1))
+    assert all(0 < point["actual"] < point["zero"] for point in points)
+    for name in ("rate.png", "perception.png", "sheet.png", "calibration.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
 
 
