@@ -79,7 +79,7 @@ def test_workers_come_and_go_and_no_running_job_dies(own: Rig, small_msh: bytes)
         time.sleep(1.5)
         assert not own.workers
         jobs = [own.submit(small_msh, LONG, seed) for seed in range(JOBS)]
-        until(lambda: all(own.state(job).status == "succeeded" for job in jobs), "pictures", 180)
+        until(lambda: all(own.state(job).status == "succeeded" for job in jobs), "pictures", 400)
         until(lambda: not scaler.there(), "no worker is left", 60)
         assert scaler.most == MOST
         assert {own.commits(job) for job in jobs} == {1}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,11 @@ def test_a_decode_is_seen_in_metrics_and_in_one_log_by_its_ids(
         job_id = answer.headers["location"].rpartition("/")[2]
         made = client.get("/livez", headers={"X-Request-Id": "no good"}).headers["x-request-id"]
         assert re.fullmatch("[0-9a-f]{32}", made)
-        found = samples(service)
+        for _ in range(100):  # what a job took is noted after its end
+            found = samples(service)
+            if any("eta_error_ratio_count" in name and n for name, n in found.items()):
+                break
+            time.sleep(0.2)
 
         def total(name: str) -> float:
             return sum(value for key, value in found.items() if key.startswith(name + "{"))
