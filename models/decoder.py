@@ -28,7 +28,7 @@ WINDOW = 1_390_000 // STRIDE_Y**2
 """Latent positions that a network call reads at most; larger pictures are drawn in windows. The
 finest activations of this many stay below 32 MiB, above which glibc maps each anew."""
 OVERLAP = 2
-"""Latent positions around a denoiser's window. It reaches up to 96 pixels, but what lies beyond 32
+"""Latent positions around a denoiser's window. It reaches up to 98 pixels, but what lies beyond 32
 moves a finished picture by 0.2/255 at most (measured; at 48 pixels 0.02, at 96 nothing)."""
 CONDITION_OVERLAP = 8
 """Latent positions around a conditioner's window: its convolutions reach 120 pixels."""
