@@ -63,14 +63,15 @@ class Results:
             "rows": [asdict(row) for row in self.rows],
         }
         (out / "evaluation.json").write_text(json.dumps(document, indent=1))
-        images = ["rate.png", "perception.png", "sheet.png", *["calibration.png"] * bool(curves)]
-        text = report.markdown(lines, weights_id, images)
-        (out / "evaluation.md").write_text(text)
+        images = ["rate.png", "perception.png", "sheet.png"]
         plots.rate(lines, out / images[0])
         plots.perception(lines, out / images[1])
         self.sheet.save(out / images[2])
         if curves:
+            images.append("calibration.png")
             plots.calibration(curves, out / images[3])
+        text = report.markdown(lines, weights_id, images)
+        (out / "evaluation.md").write_text(text)
         return text
 
 

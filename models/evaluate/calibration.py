@@ -1,12 +1,13 @@
 """Does the denoiser err as much as it says? Predicted against actual error over time."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from models import tiles
 from models.decoder import Draft
 from models.msh import STRIDE_Y
 from models.sampler import Denoise
@@ -67,20 +68,14 @@ def middle(draft: Draft, x: Tensor) -> tuple[Draft, Tensor] | None:
         return None
     top = (x.shape[2] - height) // 2 // STRIDE_Y
     left = (x.shape[3] - width) // 2 // STRIDE_Y
-    coarse = (slice(top, top + height // STRIDE_Y), slice(left, left + width // STRIDE_Y))
-    fine = tuple(slice(s.start * STRIDE_Y, s.stop * STRIDE_Y) for s in coarse)
-    latents = draft.latents
-    near = replace(latents, y_hat=latents.y_hat[:, :, *coarse], bits=latents.bits[coarse])
-    return replace(draft, latents=near, x_hat=draft.x_hat[:, :, *fine]), x[:, :, *fine]
+    spot = (top, top + height // STRIDE_Y, left, left + width // STRIDE_Y)
+    window, latents = tiles.Window(spot, spot), draft.latents
+    x_hat, y_hat, near = tiles.cut(window, [draft.x_hat, latents.y_hat, x], [1, STRIDE_Y, 1])
+    latents = replace(latents, y_hat=y_hat, bits=latents.bits[window.reads(1)[-2:]])
+    return replace(draft, latents=latents, x_hat=x_hat), near
 
 
 def mean(curves: Sequence[Sequence[Point]]) -> list[Point]:
     """Of several pictures, at the same times."""
-
-    def of(points: Sequence[Point], name: str) -> float:
-        return float(np.mean([getattr(p, name) for p in points]))
-
-    return [
-        Point(*(of(points, name) for name in ("t", "predicted", "actual", "zero")))
-        for points in zip(*curves, strict=True)
-    ]
+    figures = np.mean([[astuple(point) for point in points] for points in curves], axis=0)
+    return [Point(*row) for row in figures.tolist()]

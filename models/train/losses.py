@@ -1,5 +1,6 @@
 """Losses of the diffusion decoder as functions of a denoiser; the caller knows the condition."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,21 +67,22 @@ def spectrum(picture: Tensor, x: Tensor) -> Tensor:
     distances of local feature statistics (Ding 2020, DISTS; Qiu 2024, Wasserstein distortion) it
     has fixed features: cosines of 8×8 blocks, without the mean.
     """
-    luma = torch.tensor([0.299, 0.587, 0.114], device=x.device)[:, None, None]
-    basis = _cosines().to(x.device)
-    grey = (torch.cat([picture, x]) * luma).sum(1, keepdim=True)
-    power = F.conv2d(grey, basis, stride=DCT // 2).square()
+    both = torch.cat([picture, x])
+    power = F.conv2d(both, _luma_cosines(x.device), stride=DCT // 2).square()
     power = F.avg_pool2d(power, REGION, REGION // 2)
     made, real = (power + 255.0**-2).log().chunk(2)  # below one grey level nothing is seen
     return (made - real).abs().mean() / 2
 
 
-def _cosines() -> Tensor:
-    """Orthonormal DCT-II of 8×8 blocks but its mean, as kernels (63, 1, 8, 8)."""
+@functools.cache
+def _luma_cosines(device: torch.device) -> Tensor:
+    """Orthonormal DCT-II of the luma's 8×8 blocks but its mean, as kernels (63, 3, 8, 8)."""
     k = torch.arange(DCT, dtype=torch.float64)
     rows = torch.cos(math.pi / DCT * (k + 0.5) * k[:, None]) * math.sqrt(2 / DCT)
     rows[0] /= math.sqrt(2)
-    return torch.einsum("ij,kl->ikjl", rows, rows).reshape(-1, 1, DCT, DCT)[1:].float()
+    cosines = torch.einsum("ij,kl->ikjl", rows, rows).reshape(-1, 1, DCT, DCT)[1:]
+    luma = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)[:, None, None]
+    return (luma * cosines).float().to(device)
 
 
 @dataclass(frozen=True, slots=True)
