@@ -3,7 +3,8 @@
 python -m models.evaluate --pictures KODAK --lpips lpips_alex.safetensors --out FOLDER
 
 Writes evaluation.json, evaluation.md, rate.png, perception.png, sheet.png and, where
-the diffusion decoder draws, calibration.png.
+the diffusion decoder draws, calibration.png and the drawn pictures, in decodes/. What lies there
+already is not drawn again and is reported too: an evaluation can be interrupted, and made in parts.
 """
 
 import argparse
@@ -20,11 +21,11 @@ from models import decoder, zoo
 from models.errors import AfterimageError, PictureError
 from models.evaluate import calibration, kid, plots, report
 from models.evaluate.dists import Dists
-from models.evaluate.measure import ORIGINAL, SHUFFLED, Evaluation, Measured, Networks, Row
+from models.evaluate.kept import Kept
+from models.evaluate.measure import NAMES, ORIGINAL, Evaluation, Measured, Networks, Row
 from models.evaluate.metrics import Lpips, LpipsAlex
 from models.evaluate.sheet import Sheet
 from models.evaluate.summary import summary
-from models.tiers import TIERS
 
 SUFFIXES = {".png", ".jpg", ".jpeg"}
 
@@ -86,10 +87,11 @@ def evaluate(args: argparse.Namespace) -> str:
         Dists(args.dists) if args.dists else None,
     )
     drawing = decoder.load()
+    kept = Kept(args.out / "decodes")
     results = Results(networks.lpips, [p.name for p in files])
     with tqdm(total=len(files) * len(args.qualities), unit="picture") as bar:
         for quality in args.qualities:
-            evaluation = Evaluation(zoo.load(quality), drawing, networks)
+            evaluation = Evaluation(zoo.load(quality), drawing, networks, kept)
             for path in files:
                 results.add(evaluation.measure(path, args.tiers, args.seeds))
                 bar.update()
@@ -108,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lpips-vgg", type=Path, help="LPIPS-VGG under lpips' names, or torchvision's VGG-16")
     add("--dists", type=Path, help="torchvision's VGG-16, for DISTS")
     add("--qualities", type=int, nargs="+", default=[1, 2, 3])
-    add("--tiers", nargs="+", choices=[*TIERS, SHUFFLED], default=["instant", "perceptual"])
+    add("--tiers", nargs="+", choices=NAMES, default=["perceptual"], help="beside instant")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--limit", type=int, help="only the first so many pictures")
     return parser

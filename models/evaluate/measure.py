@@ -14,15 +14,18 @@ from models.decoder import Decoder, Draft
 from models.errors import AfterimageError, PictureError
 from models.evaluate import calibration, metrics, nulls
 from models.evaluate.dists import Dists
+from models.evaluate.kept import Decode, Draw, Kept
 from models.evaluate.metrics import Lpips, LpipsAlex
 from models.evaluate.niqe import niqe
 from models.evaluate.nlpd import nlpd
 from models.hyperprior import Latents
-from models.tiers import TIERS
+from models.tiers import TIERS, Settings
 
 SHUFFLED = "shuffled"
 """A control, not a tier: `perceptual` with latents from other places."""
 ORIGINAL, INSTANT, PERCEPTUAL = "original", "instant", "perceptual"
+NAMES = (*TIERS, SHUFFLED)
+"""What can be asked for, in the order in which it is reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ class _Source:
 
     name: str
     x: Tensor
+    digest: str  # of the bitstream
     bpp: float
     niqe: float | None
     latents: Latents
@@ -87,29 +91,44 @@ class _Source:
 class Evaluation:
     """One pass over pictures at one quality."""
 
-    def __init__(self, own: Codec, drawing: Decoder, networks: Networks) -> None:
-        self.codec, self.decoder, self.networks = own, drawing, networks
+    def __init__(self, own: Codec, drawing: Decoder, networks: Networks, kept: Kept) -> None:
+        self.codec, self.decoder, self.networks, self.kept = own, drawing, networks, kept
 
     def measure(self, path: Path, tiers: Sequence[str], seeds: Sequence[int]) -> Measured:
-        """All tiers of the picture in `path`; null rows too where `perceptual` is among them.
+        """`instant` and `tiers` of the picture in `path`, and whatever else of it was kept.
 
-        Raises `AfterimageError`, with the file's name, where it cannot be read or is too small.
+        Null rows too where `perceptual` is among them. Raises `AfterimageError`, with the file's
+        name, where it cannot be read or is too small.
         """
         source = self._source(path)
-        drawn = any(TIERS[_settings_of(name)].settings for name in tiers)
-        points = self._calibration(source) if drawn else []
+        asked = [
+            (name, seed)
+            for name in (INSTANT, *tiers)
+            for seed in (seeds if _settings(name) else (0,))
+        ]
+        kept = self._kept(source)
+        draws = sorted({*asked, *kept}, key=lambda draw: (NAMES.index(draw[0]), draw[1]))
+        points = self._calibration(source) if any(_settings(name) for name, _ in draws) else []
         out = Measured([], {ORIGINAL: source.x}, points)
-        for name in tiers:
-            for seed in seeds if TIERS[_settings_of(name)].settings else (0,):
-                began = time.perf_counter()
-                picture = self._decode(source, name, seed)
-                seconds = time.perf_counter() - began + source.seconds
-                self._add(out, source, name, seed, picture, seconds)
-        if PERCEPTUAL in tiers:
+        for draw in draws:
+            decode = kept.get(draw) or self._decode(source, draw)
+            picture = codec.to_tensor(decode.pixels)
+            self._add(out, source, draw, picture, decode.seconds + source.seconds)
+        if PERCEPTUAL in out.pictures:
             target = metrics.mse(out.pictures[PERCEPTUAL], source.x)
             for name in nulls.NAMES:
                 picture = nulls.null(name, source.msh, source.x, target)
-                self._add(out, source, name, 0, picture, source.seconds)
+                self._add(out, source, (name, 0), picture, source.seconds)
+        return out
+
+    def _kept(self, source: _Source) -> dict[Draw, Decode]:
+        """What was drawn before, of this very bitstream and by these very weights."""
+        out = {}
+        for draw in self.kept.draws(self.codec.quality, source.name):
+            if draw[0] in NAMES:
+                origin = self._origin(source, draw)
+                if decode := self.kept.get(self.codec.quality, source.name, draw, origin):
+                    out[draw] = decode
         return out
 
     def _source(self, path: Path) -> _Source:
@@ -128,17 +147,27 @@ class Evaluation:
         x_hat = self.codec.synthesis(latents.y_hat)
         seconds = time.perf_counter() - began
         bpp = 8 * len(data) / (height * width)
-        msh = _rounded(x_hat, height, width)
-        return _Source(path.name, x, bpp, niqe(pixels), latents, x_hat, msh, seconds)
+        msh = codec.to_tensor(codec.to_pixels(codec.crop(x_hat, height, width)))
+        digest = bitstream.digest(data)
+        return _Source(path.name, x, digest, bpp, niqe(pixels), latents, x_hat, msh, seconds)
 
-    def _decode(self, source: _Source, name: str, seed: int) -> Tensor:
-        settings = TIERS[_settings_of(name)].settings
-        if settings is None:
-            return source.msh
+    def _decode(self, source: _Source, draw: Draw) -> Decode:
+        name, seed = draw
+        if (settings := _settings(name)) is None:
+            return Decode(codec.to_pixels(source.msh), 0.0)
         latents = _shuffled(source.latents) if name == SHUFFLED else source.latents
         quality = self.codec.quality
+        began = time.perf_counter()
         drawn = self.decoder.sample(latents, source.x_hat, quality, settings, seed)
-        return _rounded(drawn, *source.x.shape[2:])
+        pixels = codec.to_pixels(codec.crop(drawn, *source.x.shape[2:]))
+        decode = Decode(pixels, time.perf_counter() - began)
+        self.kept.put(quality, source.name, draw, self._origin(source, draw), decode)
+        return decode
+
+    def _origin(self, source: _Source, draw: Draw) -> str:
+        """All that a drawn picture depends on."""
+        name, seed = draw
+        return f"{source.digest} {self.decoder.weights_id} {name} {_settings(name)} seed {seed}"
 
     def _calibration(self, source: _Source) -> list[calibration.Point]:
         whole = Draft(source.latents, source.x_hat, self.codec.quality, seed=0)
@@ -151,8 +180,9 @@ class Evaluation:
         return calibration.curve(self.decoder.denoiser(draft), x0, steps, generator)
 
     def _add(
-        self, out: Measured, source: _Source, tier: str, seed: int, picture: Tensor, seconds: float
+        self, out: Measured, source: _Source, draw: Draw, picture: Tensor, seconds: float
     ) -> None:
+        tier, seed = draw
         first = out.pictures.setdefault(tier, picture)
         x, pixels, networks = source.x, codec.to_pixels(picture), self.networks
         row = Row(
@@ -178,12 +208,9 @@ class Evaluation:
         out.rows.append(row)
 
 
-def _settings_of(name: str) -> str:
-    return PERCEPTUAL if name == SHUFFLED else name
-
-
-def _rounded(picture: Tensor, height: int, width: int) -> Tensor:
-    return codec.to_tensor(codec.to_pixels(codec.crop(picture, height, width)))
+def _settings(name: str) -> Settings | None:
+    """None: nothing is drawn."""
+    return TIERS[PERCEPTUAL if name == SHUFFLED else name].settings
 
 
 def _shuffled(latents: Latents) -> Latents:

@@ -32,6 +32,8 @@ OTHER: Titles = {
     "shift_max": "largest shift",
     "worse_lpips": "worse LPIPS",
     "seeds_ratio": "seeds ratio",
+    "psnr_seeds": "PSNR over seeds",
+    "lpips_seeds": "LPIPS over seeds",
     "seconds": "seconds",
 }
 _LEGEND = """\
@@ -40,7 +42,8 @@ picture's NIQE from its original's. KID: kernel distance between patches of deco
 LPIPS ratio and PSNR loss (dB): against the instant pictures. Offset and shift: largest difference
 of a colour channel's mean from the original and from the instant picture, in grey levels. Worse
 LPIPS: pictures with a higher LPIPS than their instant one. Seeds ratio: MSE between seeds over that
-of the instant picture. Seconds: from bytes, on the machine that made this.
+of the instant picture. Over seeds: standard deviation of a picture's figure. Seconds: from bytes,
+on the machine that made this.
 """
 _NULLS = """\
 The rows `msh+noise` and `msh+unsharp` are the instant pictures with white noise, or unsharp-masked,

@@ -67,6 +67,8 @@ def summary(rows: Sequence[Row], features: Features | None = None) -> list[Line]
             _add_mean(line, name, own, value)
         line.figures["offset_max"] = max(r.offset for r in own)
         line.figures["shift_max"] = max(r.shift for r in own)
+        for name in ("psnr", "lpips"):
+            _add_spread(line, f"{name}_seeds", own, _OF_ROW[name])
         _compare(line, own, {r.picture: r for r in at_quality if r.tier == INSTANT})
         if tier in nulls.NAMES:
             _add_gap(line, own, [r for r in at_quality if r.tier == PERCEPTUAL])
@@ -84,7 +86,8 @@ def _compare(line: Line, own: Sequence[Row], msh: Mapping[str, Row]) -> None:
     line.add("lpips_ratio", bootstrap.ratio(list(lpips.values()), base), len(lpips))
     _add_mean(line, "psnr_loss", own, lambda r: psnr(msh[r.picture].mse) - psnr(r.mse))
     line.figures["worse_lpips"] = sum(r.lpips > msh[r.picture].lpips for r in own)
-    others = [r for r in own if r.seed != own[0].seed]
+    first = {r.picture: r.seed for r in reversed(own)}
+    others = [r for r in own if r.seed != first[r.picture]]
     _add_mean(line, "seeds_ratio", others, lambda r: _quotient(r.seeds_mse, msh[r.picture].mse))
 
 
@@ -112,14 +115,28 @@ def _add_mean(
         line.add(name, bootstrap.mean(values), len(values))
 
 
+def _add_spread(
+    line: Line, name: str, rows: Sequence[Row], value: Callable[[Row], float | None]
+) -> None:
+    """Standard deviation over a picture's seeds: the root of the mean variance over pictures."""
+    own = [v for v in _seeds_of(rows, value).values() if len(v) > 1]
+    if own:
+        line.figures[name] = float(np.sqrt(np.mean([np.var(v, ddof=1) for v in own])))
+
+
 def _by_picture(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dict[str, float]:
     """Picture -> mean over its seeds, where it has the figure."""
+    return {picture: sum(v) / len(v) for picture, v in _seeds_of(rows, value).items()}
+
+
+def _seeds_of(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dict[str, list[float]]:
+    """Picture -> its figure at each seed that has one."""
     out: dict[str, list[float]] = {}
     for row in rows:
         figure = value(row)
         if figure is not None:
             out.setdefault(row.picture, []).append(figure)
-    return {picture: sum(v) / len(v) for picture, v in out.items()}
+    return out
 
 
 def _gap(a: float | None, b: float | None) -> float | None:

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +51,21 @@ def test_the_summary_compares_with_the_codecs_own_picture() -> None:
     assert drawn["seeds_ratio"] == pytest.approx(0.5)
     assert drawn["lpips_ratio"] == pytest.approx(1)  # a picture counts once, whatever its seeds
     assert (drawn["worse_lpips"], drawn["shift_max"]) == (1, 0.2)
+
+
+def test_seeds_are_compared_where_a_picture_has_several() -> None:
+    rows = [
+        row(),
+        row(picture="b"),
+        row(tier="ddim-10", lpips=0.1),
+        row(tier="ddim-10", lpips=0.2, seed=1, seeds_mse=5e-4),
+        row(tier="ddim-10", picture="b", seed=1),
+    ]
+    instant, drawn = (line.figures for line in summary(rows))
+    assert drawn["seeds_ratio"] == pytest.approx(0.5)
+    assert drawn["lpips_seeds"] == pytest.approx(0.1 / math.sqrt(2))
+    assert drawn["psnr_seeds"] == 0
+    assert not {"seeds_ratio", "psnr_seeds", "lpips_seeds"} & instant.keys()
 
 
 def test_intervals_span_the_pictures_and_differences_are_paired() -> None:
@@ -163,7 +179,9 @@ def test_the_shipped_denoiser_errs_as_much_as_it_says(photo: image.Pixels) -> No
 
 
 def test_calibration_looks_at_no_picture_below_64_pixels() -> None:
-    latents = Latents(torch.zeros(1, 4, 4, 4), np.zeros((4, 4, 4), np.int32), np.zeros((4, 4)))
+    latents = Latents(
+        torch.zeros(1, 4, 4, 4), np.zeros((4, 4, 4), np.int32), np.zeros((4, 4), np.float32)
+    )
     draft = Draft(latents, torch.zeros(1, 3, 64, 64), 2, seed=0)
     assert calibration.middle(draft, torch.zeros(1, 3, 63, 64)) is None
     assert calibration.middle(draft, torch.zeros(1, 3, 64, 64)) is not None
@@ -292,6 +310,46 @@ def test_a_pass_writes_figures_from_real_bytes(
     assert all(0 < point["actual"] < point["zero"] for point in points)
     for name in ("rate.png", "perception.png", "sheet.png", "calibration.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
+
+
+@pytest.mark.weights
+def test_what_was_drawn_is_taken_up_again_unless_it_was_of_other_bytes(
+    command: Command, tmp_path: Path, photo: image.Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, int]] = []
+    draw = decoder.Decoder.sample
+
+    def counted(own: decoder.Decoder, *args: Any) -> Tensor:
+        drawn.append((args[3].sampler, args[4]))
+        return draw(own, *args)
+
+    def rows() -> dict[tuple[str, str, int], float]:
+        document = json.loads((tmp_path / "out/evaluation.json").read_text())
+        return {(r["picture"], r["tier"], r["seed"]): r["lpips"] for r in document["rows"]}
+
+    monkeypatch.setattr(decoder.Decoder, "sample", counted)
+    for name in "ab":
+        (tmp_path / f"in/{name}.png").write_bytes(image.write(photo[:96, :128].copy(), "png"))
+    command("--qualities", "2", "--tiers", "ddim-10", "--limit", "1")
+    before = rows()
+    decodes = tmp_path / "out/decodes/q2"
+    (decodes / "a.png/perceptual.seed0.png").write_bytes(b"broken")
+    (decodes / "a.png/mine.seed0.png").write_bytes(b"no tier")
+    drawn.clear()
+    command("--qualities", "2", "--tiers", "perceptual")
+    assert len(drawn) == 2  # each picture's perceptual
+    after = rows()
+    assert before.items() <= after.items()
+    assert {("a.png", "ddim-10", 0), ("b.png", "perceptual", 0)} <= after.keys()
+    assert ("b.png", "ddim-10", 0) not in after
+
+    (tmp_path / "in/a.png").write_bytes(image.write(photo[100:196, :128].copy(), "png"))
+    drawn.clear()
+    command("--qualities", "2", "--tiers", "perceptual", "--seeds", "0", "1")
+    assert sorted(seed for _, seed in drawn) == [0, 1, 1]  # the other picture's first is kept
+    assert ("a.png", "ddim-10", 0) not in rows()
+    assert rows()["b.png", "perceptual", 0] == after["b.png", "perceptual", 0]
+    assert (decodes / "b.png/perceptual.seed1.png").exists()
 
 
 @pytest.mark.weights

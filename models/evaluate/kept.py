@@ -1,0 +1,71 @@
+"""Pictures that were drawn, as PNG files: an evaluation that was cut off goes on, or grows.
+
+`FOLDER/q2/kodim01.png/ddim-10.seed0.png`; each file's text says what it was drawn from, and how
+long that took. A file of other bytes, weights or settings is as good as none.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from models import image
+from models.bitstream import MAX_PIXELS
+from models.errors import PictureError
+from models.image import Pixels
+
+Draw = tuple[str, int]
+"""Tier and seed."""
+
+_ORIGIN, _SECONDS = "Afterimage-Origin", "Afterimage-Seconds"
+_NAME = re.compile(r"(?P<tier>.+)\.seed(?P<seed>\d+)\.png")
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """A drawn picture, and the seconds from latents to it."""
+
+    pixels: Pixels
+    seconds: float
+
+
+class Kept:
+    """The drawn pictures of one evaluation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def draws(self, quality: int, picture: str) -> set[Draw]:
+        """What files there are for `picture`, whatever they were drawn from."""
+        names = (_NAME.fullmatch(f.name) for f in self._of(quality, picture).glob("*.png"))
+        return {(name["tier"], int(name["seed"])) for name in names if name}
+
+    def get(self, quality: int, picture: str, draw: Draw, origin: str) -> Decode | None:
+        """What was drawn from `origin`; None where there is none, or it cannot be read."""
+        file = self._file(quality, picture, draw)
+        try:
+            with Image.open(file) as source:
+                text = dict(source.info)
+            if text.get(_ORIGIN) != origin:
+                return None
+            return Decode(image.read(file.read_bytes(), MAX_PIXELS), float(text[_SECONDS]))
+        except (OSError, KeyError, ValueError, PictureError):
+            return None
+
+    def put(self, quality: int, picture: str, draw: Draw, origin: str, decode: Decode) -> None:
+        """Keep a picture; a file appears whole or not at all."""
+        file = self._file(quality, picture, draw)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = {_ORIGIN: origin, _SECONDS: f"{decode.seconds:.3f}"}
+        part = file.with_name(f"{file.name}.{os.getpid()}.part")
+        part.write_bytes(image.write(decode.pixels, "png", text))
+        os.replace(part, file)
+
+    def _of(self, quality: int, picture: str) -> Path:
+        return self.folder / f"q{quality}" / picture
+
+    def _file(self, quality: int, picture: str, draw: Draw) -> Path:
+        tier, seed = draw
+        return self._of(quality, picture) / f"{tier}.seed{seed}.png"
