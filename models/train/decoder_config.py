@@ -23,6 +23,7 @@ class DiffusionConfig(RunConfig):
     )
     preset: str = option("compact", "network and loss", choices=tuple(PRESETS))
     widths: tuple[int, ...] = option((), "channels of the network's levels, if not the preset's")
+    other_codec: bool = option(False, "--init's weights belong to another codec: read latents anew")
     lpips: str = option("", "LPIPS weights (AlexNet or VGG), for phase 2 and for the paper's loss")
     lr_phase2: float = option(2e-4, "learning rate of phase 2 at its top")
     drop_latents: float = option(0.12, "part of the crops whose latents are hidden")

@@ -48,7 +48,7 @@ class DiffusionTask:
         if not config.paper:
             network.measure(net, self.bank)
         if config.init:
-            network.load_into(net, Path(config.init))
+            network.load_into(net, Path(config.init), config.other_codec)
         bf16 = ranks.device.type == "cuda" if config.bf16 is None else config.bf16
         self.net = net
         self.network = network.Network(net, ranks.device, bf16, config.compile)

@@ -93,11 +93,18 @@ def measure(net: UNet, bank: Bank) -> None:
         net.conditioner.latent_scale.copy_(1 / power.sqrt().clamp(min=0.1))
 
 
-def load_into(net: UNet, file: Path) -> None:
-    """Copy what fits from `file`; a tensor of another shape keeps its start value."""
+def load_into(net: UNet, file: Path, other_codec: bool = False) -> None:
+    """Copy what fits from `file`; a tensor of another shape keeps its start value.
+
+    So does what depends on the codec if the weights belong to `other_codec`: the layers that read
+    its latents, and the scales that were measured.
+    """
+    latents = "conditioner." if net.config.preset == "paper" else "conditioner.latent"
+    kept = ("scales", latents) if other_codec else ()
     state = net.state_dict()
     with safe_open(file, "pt") as f:
         for name in f.keys():
             value = f.get_tensor(name)
-            if name in state and state[name].shape == value.shape:
+            fits = name in state and state[name].shape == value.shape
+            if fits and not name.startswith(kept):
                 state[name].copy_(value)

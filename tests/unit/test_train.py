@@ -231,6 +231,21 @@ def test_weights_start_another_network_where_they_fit(
     assert started["conditioner.latents.weight"].shape[0] == 48
 
 
+def test_another_codecs_weights_start_all_but_what_reads_latents(
+    config: Callable[..., DiffusionConfig], tmp_path: Path
+) -> None:
+    own = config()
+    net = DiffusionTask(own, CPU).net
+    file = tmp_path / "other.safetensors"
+    save_file({k: torch.full(v.shape, 0.5) for k, v in net.state_dict().items()}, file)
+    started = DiffusionTask(config(init=str(file), other_codec=True), CPU).net.state_dict()
+    anew = {k for k, v in started.items() if not bool((v == 0.5).all())}
+    assert anew == {
+        f"conditioner.{k}" for k in ("latent_scale", "latents.weight", "latents.bias")
+    } | {"scales"}
+    assert 0 < float(started["scales"][2]) < 0.2
+
+
 def test_bfloat16_leaves_the_latents_path_exact(config: Callable[..., DiffusionConfig]) -> None:
     task = DiffusionTask(config(bf16=True), CPU)
     batch = task.bank.batch(2, 64, torch.Generator().manual_seed(0))
