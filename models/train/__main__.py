@@ -52,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     e = commands.add_parser("export", help="install weights into models/weights/")
     e.add_argument("file", type=Path, help="decoder.safetensors of a run, or a codec's state dict")
     e.add_argument("--quality", type=int, choices=(1, 2, 3), help="the file is a codec's")
+    e.add_argument(
+        "--sizes", type=int, nargs=2, metavar=("N", "M"),
+        help="widen that codec to so many hidden and latent channels; it computes the same",
+    )  # fmt: skip
     return parser
 
 
@@ -85,10 +89,11 @@ def _bank(
     bank.build(files, out / f"q{quality}", quality, codecs, variants, Ranks.join(device).device)
 
 
-def _export(file: Path, quality: int | None) -> None:
+def _export(file: Path, quality: int | None, sizes: tuple[int, int] | None) -> None:
     from models.train import export  # needs compressai, which the trainers do not
 
-    print(export.codec(file, quality) if quality else export.decoder(file))  # noqa: T201
+    own = export.codec(file, quality, sizes=sizes) if quality else export.decoder(file)
+    print(own)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -6,14 +6,24 @@ from safetensors import safe_open
 from torch import Tensor
 
 from models import catalogue, checkpoint, presets, zoo
+from models.train.widen import widened
 
 
-def codec(file: Path, quality: int, folder: Path = checkpoint.WEIGHTS) -> str:
+def codec(
+    file: Path,
+    quality: int,
+    folder: Path = checkpoint.WEIGHTS,
+    sizes: tuple[int, int] | None = None,
+) -> str:
     """A CompressAI state dict (safetensors, with or without CDF tables) -> its weights id.
 
-    Needs `compressai`, which makes the tables.
+    With `sizes`, widened to that many hidden and latent channels. Needs `compressai`, which makes
+    the tables.
     """
-    tensors = {k: v.contiguous() for k, v in zoo.with_tables(_read(file)[0]).items()}
+    state = _read(file)[0]
+    if sizes:
+        state = {k: v.half() for k, v in widened(state, *sizes).items()}
+    tensors = {k: v.contiguous() for k, v in zoo.with_tables(state).items()}
     row: dict[str, str | int] = {"kind": "codec", "quality": quality, "metric": "mse"}
     row["card"] = "msh.md"
     return catalogue.install(tensors, f"msh_q{quality}", folder, row).weights_id

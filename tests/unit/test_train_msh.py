@@ -26,6 +26,7 @@ from models.train.hyperprior import Hyperprior
 from models.train.msh import LAMBDA, MshConfig, MshTask, sized
 from models.train.ranks import Ranks
 from models.train.run import Run
+from models.train.widen import widened
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -218,3 +219,35 @@ def until(true: Callable[[], bool], seconds: float = 90) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_widened_codec_computes_the_same_and_its_new_channels_can_learn(
+    photo: image.Pixels,
+) -> None:
+    torch.manual_seed(0)
+    small, x = Hyperprior(8, 12), codec.to_tensor(photo[:128, :192])
+    small.rescale(40)  # latents that are not all zero
+    small.entropy_bottleneck.settle()
+    with torch.no_grad():
+        small.g_s[1].gamma.add_(0.01)  # channels that normalise each other
+        wide = Hyperprior(12, 20)
+        wide.load_state_dict(widened(small.state_dict(), 12, 20))
+        y, bits, x_hat = small.g_a(x), *small.eval()(x)
+        wide_y, wide_bits, wide_x_hat = wide.g_a(x), *wide.eval()(x)
+    assert y.abs().max() > 1
+    torch.testing.assert_close(wide_y[:, :12], y)
+    assert not wide_y[:, 12:].any()
+    torch.testing.assert_close(wide_x_hat, x_hat)
+    assert float(wide_bits) == pytest.approx(float(bits), rel=0.02)  # of 4 idle z channels
+    bits, made = wide.train()(x)
+    (bits / x.numel() + (made - x).square().mean()).backward()
+    ins = {"g_a.2": 1, "g_a.4": 1, "g_s.2": 0, "g_s.4": 0}  # the axis that reads
+    for name, axis in ins.items():
+        grad = wide.get_parameter(f"{name}.weight").grad
+        assert grad is not None
+        assert grad.narrow(axis, 8, 4).any()
+
+
+def test_a_codec_is_not_narrowed() -> None:
+    with pytest.raises(WeightsError, match="8 and 12 channels cannot be widened to 8 and 10"):
+        widened(Hyperprior(8, 12).state_dict(), 8, 10)
