@@ -70,17 +70,31 @@ def load_with_metadata(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of an entry; `WeightsError` where the file is missing or altered."""
     path = folder / entry.file
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise WeightsError(f"{path}: {e.strerror}") from e
+    data = _bytes(path)
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise WeightsError(f"{path}: not the file that the manifest names")
+    tensors, metadata = _parsed(data, path)
+    if weights_id(tensors) != entry.weights_id:
+        raise WeightsError(f"{path}: its weights id is not the one that the manifest names")
+    return tensors, metadata
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file that no manifest names; `WeightsError`."""
+    return _parsed(_bytes(path), path)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise WeightsError(f"{path}: {e.strerror}") from e
+
+
+def _parsed(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         tensors = load_bytes(data)
     except SafetensorError as e:
         raise WeightsError(f"{path}: {e}") from e
-    if weights_id(tensors) != entry.weights_id:
-        raise WeightsError(f"{path}: its weights id is not the one that the manifest names")
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return tensors, header.get("__metadata__", {})

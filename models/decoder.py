@@ -253,6 +253,12 @@ def load(folder: Path = checkpoint.WEIGHTS, device: torch.device | None = None) 
     raise WeightsError(f"{folder}: the manifest names no diffusion decoder")
 
 
+def opened(file: Path, device: torch.device | None = None) -> Decoder:
+    """The decoder in a training run's file; `WeightsError` where it holds something else."""
+    tensors, metadata = checkpoint.read(file)
+    return Decoder(checkpoint.weights_id(tensors), _network(tensors, metadata, file), device)
+
+
 def _network(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> UNet:
     try:
         net = UNet(presets.from_json(metadata["config"]))

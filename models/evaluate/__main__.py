@@ -86,7 +86,7 @@ def evaluate(args: argparse.Namespace) -> str:
         Lpips("vgg", args.lpips_vgg) if args.lpips_vgg else None,
         Dists(args.dists) if args.dists else None,
     )
-    drawing = decoder.load()
+    drawing = decoder.opened(args.decoder) if args.decoder else decoder.load()
     kept = Kept(args.out / "decodes")
     results = Results(networks.lpips, [p.name for p in files])
     with tqdm(total=len(files) * len(args.qualities), unit="picture") as bar:
@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lpips", type=Path, help="LPIPS-Alex under lpips' names, or AlexNet; else downloaded")
     add("--lpips-vgg", type=Path, help="LPIPS-VGG under lpips' names, or torchvision's VGG-16")
     add("--dists", type=Path, help="torchvision's VGG-16, for DISTS")
+    add("--decoder", type=Path, help="decoder.safetensors of a training run, if not the shipped")
     add("--qualities", type=int, nargs="+", default=[1, 2, 3])
     add("--tiers", nargs="+", choices=NAMES, default=["perceptual"], help="beside instant")
     add("--seeds", type=int, nargs="+", default=[0])

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models import bitstream, codec, decoder, image, schedule, zoo
+from models import bitstream, checkpoint, codec, decoder, image, schedule, zoo
 from models.decoder import Draft
 from models.evaluate import __main__ as evaluate
 from models.evaluate import calibration, nulls, plots, report
@@ -305,6 +305,7 @@ def test_a_pass_writes_figures_from_real_bytes(
     for name in nulls.NAMES:
         assert by_tier[name]["null_gap"] < nulls.TOLERANCE_DB
     assert "| 2 | perceptual | 3 |" in (tmp_path / "out/evaluation.md").read_text()
+    assert document["decoder"] == decoder.load().weights_id
     (points,) = document["calibration"].values()
     assert [round(16 * p["t"]) for p in points] == list(range(15, 0, -1))
     assert all(0 < point["actual"] < point["zero"] for point in points)
@@ -336,8 +337,9 @@ def test_what_was_drawn_is_taken_up_again_unless_it_was_of_other_bytes(
     (decodes / "a.png/perceptual.seed0.png").write_bytes(b"broken")
     (decodes / "a.png/mine.seed0.png").write_bytes(b"no tier")
     drawn.clear()
-    command("--qualities", "2", "--tiers", "perceptual")
-    assert len(drawn) == 2  # each picture's perceptual
+    shipped = checkpoint.WEIGHTS / "decoder_compact.safetensors"
+    command("--qualities", "2", "--tiers", "perceptual", "--decoder", str(shipped))
+    assert len(drawn) == 2  # each picture's perceptual: these are the weights that drew before
     after = rows()
     assert before.items() <= after.items()
     assert {("a.png", "ddim-10", 0), ("b.png", "perceptual", 0)} <= after.keys()
@@ -363,5 +365,9 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(command: Command, tmp_path
     file.write_bytes(image.write(np.zeros((20, 40, 3), np.uint8), "png"))
     with pytest.raises(SystemExit, match=r"a\.png: 40x20; LPIPS needs sides of 31 or more"):
         command("--qualities", "2")
+    with pytest.raises(SystemExit, match=r"msh_q2\.safetensors: no diffusion decoder"):
+        command("--decoder", str(checkpoint.WEIGHTS / "msh_q2.safetensors"))
+    with pytest.raises(SystemExit, match=r"a\.png: "):
+        command("--decoder", str(file))
     with pytest.raises(SystemExit, match="not readable as weights"):
         command("--qualities", "2", "--dists", str(file))
