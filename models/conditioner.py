@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class Conditioner(nn.Module):
         widths, e = c.condition, c.embedding
         self.latent_scale: Tensor
         self.register_buffer("latent_scale", torch.ones(c.latents))
-        self.latents = nn.Conv2d(c.latents + 2, widths[-1], 1)
+        self.latents = PerQuality(c.qualities, c.latents + 2, widths[-1])
         self.picture = nn.Conv2d(48, widths[0], 3, padding=1)
         self.down = nn.ModuleList(Fold(i, o) for i, o in pairwise(widths))
         self.up = nn.ModuleList(Unfold(o, i) for i, o in pairwise(widths))
@@ -55,13 +56,31 @@ class Conditioner(nn.Module):
         maps = [self.picture(F.pixel_unshuffle(given.x_hat * 2 - 1, 4))]
         for down in self.down:
             maps.append(down(maps[-1]))
-        maps[-1] = maps[-1] + _exact(self.latents, latents)
+        maps[-1] = maps[-1] + _exact(self.latents, latents, given.quality)
         for i in reversed(range(len(maps))):
             if i + 1 < len(maps):
                 maps[i] = maps[i] + self.up[i](maps[i + 1])
             for block in blocks(self.blocks[i]):
                 maps[i] = block(maps[i], emb)
         return tuple(maps)
+
+
+class PerQuality(nn.ModuleList):
+    """A 1×1 convolution for each quality: each codec's latents are in a basis of their own.
+
+    Quality 0, of none, has one too.
+    """
+
+    def __init__(self, qualities: int, i: int, o: int) -> None:
+        super().__init__(nn.Conv2d(i, o, 1) for _ in range(qualities + 1))
+
+    def forward(self, x: Tensor, quality: Tensor) -> Tensor:
+        """`x` (B, I, h, w), `quality` (B,) int64 -> (B, O, h, w)."""
+        convolutions = [cast(nn.Conv2d, layer) for layer in self]
+        weight = torch.stack([c.weight[:, :, 0, 0] for c in convolutions])[quality]
+        bias = torch.stack([cast(Tensor, c.bias) for c in convolutions])[quality]
+        out = torch.baddbmm(bias[:, :, None], weight, x.flatten(2))
+        return out.view(*out.shape[:2], *x.shape[2:])
 
 
 class LatentSynthesis(nn.Module):
@@ -90,7 +109,7 @@ class LatentSynthesis(nn.Module):
         return F.relu(self.up[i](h))
 
 
-def _exact(layer: Callable[..., Tensor], y_hat: Tensor, *more: int) -> Tensor:
+def _exact(layer: Callable[..., Tensor], y_hat: Tensor, *more: int | Tensor) -> Tensor:
     """What reads latents does so in float32, also under autocast: they reach ±60, where bfloat16's
     spacing is a quarter of the quantiser's step."""
     with torch.autocast(y_hat.device.type, enabled=False):

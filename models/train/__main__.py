@@ -1,4 +1,4 @@
-"""`python -m models.train msh | bank | diffusion | export`: see `--help` of each.
+"""`python -m models.train msh | bank | diffusion | follow | export`: see `--help` of each.
 
 Several devices: `torchrun --nproc-per-node N -m models.train …` with the same options.
 """
@@ -12,6 +12,7 @@ from models.train import bank
 from models.train.config import RunConfig, add_options
 from models.train.decoder_config import DiffusionConfig, resolved
 from models.train.diffusion import DiffusionTask
+from models.train.follow import follow
 from models.train.msh import MshConfig, MshTask, sized
 from models.train.photos import photographs
 from models.train.ranks import Ranks
@@ -27,6 +28,8 @@ def main() -> None:
             _bank(**args)
         elif command == "export":
             _export(**args)
+        elif command == "follow":
+            print(f"{follow(**args):.4f} of the latents' power is left over")  # noqa: T201
         else:
             _train(command, args)
     except (ValueError, FileNotFoundError, WeightsError) as e:
@@ -48,6 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     b.add_argument("--held-out", action="store_true", help="the held-out photographs only")
     b.add_argument("--limit", type=int, help="only the first so many photographs")
     b.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to encode on")
+
+    f = commands.add_parser("follow", help="adapt a decoder to a codec that was trained on")
+    f.add_argument("decoder", type=Path, help="decoder.safetensors of a run, or the shipped one")
+    f.add_argument("--quality", type=int, choices=(1, 2, 3), required=True, help="of the codecs")
+    f.add_argument("--before", type=Path, required=True, help="the codec that it knows")
+    f.add_argument("--after", type=Path, required=True, help="the same, trained on")
+    f.add_argument("--photos", type=Path, required=True, help="folder of photographs")
+    f.add_argument("--out", type=Path, required=True, help="file to write")
 
     e = commands.add_parser("export", help="install weights into models/weights/")
     e.add_argument("file", type=Path, help="decoder.safetensors of a run, or a codec's state dict")

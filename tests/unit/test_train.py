@@ -18,14 +18,18 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from models import checkpoint, decoder, image, zoo
+from models.conditioner import PerQuality
+from models.errors import WeightsError
 from models.presets import COMPACT, PAPER
 from models.train import __main__ as cli
 from models.train import bank, export, network
 from models.train.config import Stage, add_options
 from models.train.decoder_config import DiffusionConfig, resolved
 from models.train.diffusion import DiffusionTask
+from models.train.follow import fit, follow, turned
 from models.train.photos import photographs
 from models.train.ranks import Ranks
 from models.train.run import Run
@@ -228,7 +232,7 @@ def test_weights_start_another_network_where_they_fit(
     started, stored = DiffusionTask(wider, CPU).net.state_dict(), load_file(file)
     same = {k for k, v in stored.items() if torch.equal(started[k].half(), v)}
     assert {"scales", "denoiser.inward.weight"} <= same
-    assert started["conditioner.latents.weight"].shape[0] == 48
+    assert started["conditioner.latents.2.weight"].shape[0] == 48
 
 
 def test_another_codecs_weights_start_all_but_what_reads_latents(
@@ -240,10 +244,58 @@ def test_another_codecs_weights_start_all_but_what_reads_latents(
     save_file({k: torch.full(v.shape, 0.5) for k, v in net.state_dict().items()}, file)
     started = DiffusionTask(config(init=str(file), other_codec=True), CPU).net.state_dict()
     anew = {k for k, v in started.items() if not bool((v == 0.5).all())}
-    assert anew == {
-        f"conditioner.{k}" for k in ("latent_scale", "latents.weight", "latents.bias")
-    } | {"scales"}
+    read = {f"latents.{q}.{part}" for q in range(9) for part in ("weight", "bias")}
+    assert anew == {f"conditioner.{k}" for k in read | {"latent_scale"}} | {"scales"}
     assert 0 < float(started["scales"][2]) < 0.2
+
+
+def test_latents_that_turned_are_read_as_before() -> None:
+    torch.manual_seed(0)
+    idle = torch.zeros(400, 2)  # channels that a wider codec does not use
+    old = torch.cat([10 * torch.randn(400, 12), idle], 1)
+    turn, offset = torch.linalg.qr(torch.randn(12, 12))[0], torch.randn(12)
+    new = torch.cat([1.2 * old[:, :12] @ turn + offset, idle], 1)
+    layer, scale = PerQuality(3, 14 + 2, 16), torch.rand(14) + 0.5
+    tensors = {f"conditioner.latents.{k}": v for k, v in layer.state_dict().items()}
+    tensors["conditioner.latent_scale"] = scale
+
+    def read(y_hat: Tensor, shown: float) -> Tensor:
+        rest = torch.tensor([0.3, shown]).expand(len(y_hat), 2)
+        given = torch.cat([y_hat * scale * shown, rest], 1)
+        with torch.no_grad():
+            out: Tensor = layer(given.T[None, :, :, None], torch.tensor([2]))
+        return out
+
+    before, hidden = read(old, 1), read(old, 0)
+    assert (read(new, 1) - before).abs().max() > 1
+    change, left = fit((old[i::2].double(), new[i::2].double()) for i in range(2))
+    assert left < 1e-6
+    for name, value in turned(tensors, 2, change).items():
+        assert name == "conditioner.latents.2.weight"
+        layer.load_state_dict({"2.weight": value}, strict=False)
+    torch.testing.assert_close(read(new, 1), before, atol=1e-2, rtol=0)
+    torch.testing.assert_close(read(new, 0), hidden)
+
+
+@pytest.mark.weights
+def test_a_decoder_follows_its_codec(
+    config: Callable[..., DiffusionConfig], photo: image.Pixels, tmp_path: Path
+) -> None:
+    own = config()
+    Run(DiffusionTask(own, CPU), own, CPU).save()
+    decoder, out = Path(own.out) / "decoder.safetensors", tmp_path / "followed.safetensors"
+    before, after = (checkpoint.WEIGHTS / f"msh_q{q}.safetensors" for q in (2, 3))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.png").write_bytes(image.write(photo[:256, :384].copy(), "png"))
+    assert follow(decoder, 2, before, before, photos, out) < 5e-4
+    assert 2e-3 < follow(decoder, 2, before, after, photos, out) < 0.1
+    was, became = load_file(decoder), load_file(out)
+    assert {k for k in was if not torch.equal(was[k], became[k])} == {
+        "conditioner.latents.2.weight"
+    }
+    with pytest.raises(WeightsError, match="reads no latents of quality 2"):
+        follow(before, 2, before, after, photos, out)
 
 
 def test_bfloat16_leaves_the_latents_path_exact(config: Callable[..., DiffusionConfig]) -> None:
