@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import presets
-from models.conditioner import Condition, Maps
+from models.conditioner import Condition, Maps, PerQuality
 from models.presets import COMPACT, FINE, PAPER, PRESETS, UNetConfig
 from models.unet import UNet
 
@@ -69,12 +69,22 @@ def test_every_parameter_takes_part(c: UNetConfig) -> None:
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    given = replace(condition(c, 64, 2), beta=torch.ones(2))
-    t = torch.tensor([0.2, 0.7])
-    out = net.denoiser(torch.randn(2, 3, 64, 64), t, net.conditioner(given), given.quality, t)
-    assert out.shape == (2, 6 if c.learned_variance else 3, 64, 64)
+    n = c.qualities + 1
+    given = replace(condition(c, 64, n), beta=torch.ones(n), quality=torch.arange(n))
+    t = torch.linspace(0.2, 0.7, n)
+    out = net.denoiser(torch.randn(n, 3, 64, 64), t, net.conditioner(given), given.quality, t)
+    assert out.shape == (n, 6 if c.learned_variance else 3, 64, 64)
     out.square().mean().backward()
     assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_each_quality_has_its_own_reading_of_latents() -> None:
+    torch.manual_seed(0)
+    layer, x = PerQuality(3, 6, 5), torch.randn(3, 6, 4, 7)
+    qualities = (3, 1, 3)
+    together = layer(x, torch.tensor(qualities))
+    for i, quality in enumerate(qualities):
+        torch.testing.assert_close(together[i], layer[quality](x[i]))
 
 
 @pytest.mark.parametrize("c", [COMPACT, FINE], ids=["compact", "fine"])
