@@ -14,23 +14,24 @@ LAST = ("g_a.6", "h_a.4", "h_s.4")
 
 
 @torch.no_grad()
-def widened(tensors: Mapping[str, Tensor], N: int, M: int, seed: int = 0) -> dict[str, Tensor]:
+def widened(
+    tensors: Mapping[str, Tensor], N: int, M: int, alive: bool = False
+) -> dict[str, Tensor]:
     """The state dict of a codec with `N` hidden and `M` latent channels.
 
-    Old channels come first and read nothing of the new ones. New hidden channels start at random,
-    unread; new latents are always zero: they cost less than 1e-4 of the rate. `WeightsError` where
-    the codec is wider than that.
+    Old channels come first and read nothing of the new ones. New latents are always zero: they cost
+    less than 1e-4 of the rate. So are new hidden channels, unless `alive`: then they start at
+    random, unread, for training to find. `WeightsError` where the codec is wider than that.
     """
     m, n = tensors["g_a.6.weight"].shape[:2]
     if N < n or M < m:
         raise WeightsError(f"a codec of {n} and {m} channels cannot be widened to {N} and {M}")
-    torch.manual_seed(seed)
     net, old = Hyperprior(N, M), Hyperprior(n, m)
     old.load_state_dict({k: tensors[k].float() for k in old.state_dict()})
     for (name, layer), before in zip(net.named_modules(), old.modules(), strict=True):
         if isinstance(layer, Convolution):
             assert isinstance(before, Convolution)
-            _layer(layer, before, name)
+            _layer(layer, before, name, alive and name not in LAST)
     own = net.state_dict()
     for name, value in old.state_dict().items():
         if name.endswith(("beta", "gamma")):  # new channels do not normalise old ones
@@ -39,7 +40,7 @@ def widened(tensors: Mapping[str, Tensor], N: int, M: int, seed: int = 0) -> dic
     return own
 
 
-def _layer(layer: Convolution, before: Convolution, name: str) -> None:
+def _layer(layer: Convolution, before: Convolution, name: str, alive: bool) -> None:
     flip = (0, 1) if isinstance(layer, nn.Conv2d) else (1, 0)
     weight, small = (w.weight.permute(*flip, 2, 3) for w in (layer, before))
     outs, ins = small.shape[:2]
@@ -48,7 +49,7 @@ def _layer(layer: Convolution, before: Convolution, name: str) -> None:
         known = torch.cat([known[: outs // 2], known[: outs // 2] + len(weight) // 2])
     assert layer.bias is not None
     assert before.bias is not None
-    if name in LAST:
+    if not alive:
         weight.zero_()
         layer.bias.zero_()
     layer.bias[known] = before.bias
