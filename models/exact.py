@@ -21,7 +21,8 @@ class ExactHyperSynthesis:
 
     Every product sum is an integer below 2^53 and thus exact in whatever order it is taken; a
     layer's result is shifted back with a floor. A saturation keeps activations within 2^11, so
-    that the bound holds for any `z` whatever.
+    that the bound holds for any `z` whatever. Where a layer's sums could pass it, its weights are
+    halved, and the layer before hands it activations twice as large, as often as is needed.
     """
 
     LIMIT = float(1 << (BITS + 11))
@@ -30,18 +31,32 @@ class ExactHyperSynthesis:
         """Raises `ValueError` where the weights are too large for the bound."""
         self.M = M
         self.layers = copy.deepcopy(h_s).double().requires_grad_(False)
-        one = 1 << BITS
-        for layer in self.layers:
+        factor = 1.0  # of the activations that a layer hands on
+        for layer in reversed(self.layers):
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-                layer.weight.data.mul_(one).round_()
-                assert layer.bias is not None
-                layer.bias.data.mul_(float(one) ** 2).round_()
-                transposed = isinstance(layer, nn.ConvTranspose2d)
-                sums = layer.weight.abs().sum((0, 2, 3) if transposed else (1, 2, 3))
-                worst = float(sums.max()) * self.LIMIT + float(layer.bias.abs().max())
-                if worst >= 2.0**53:
-                    raise ValueError("these hyperprior weights are too large for exact sums")
-        self.thresholds = torch.floor(scale_table[:-1].double() * one)
+                factor = self._fix(layer, factor)
+        if factor != 1:
+            raise ValueError("these hyperprior weights are too large for exact sums")
+        self.thresholds = torch.floor(scale_table[:-1].double() * (1 << BITS))
+
+    def _fix(self, layer: nn.Conv2d | nn.ConvTranspose2d, factor: float) -> float:
+        """Make a layer's weights integers, its results `factor` times as large.
+
+        Returns the factor by which what it reads has to be larger.
+        """
+        one = float(1 << BITS)
+        assert layer.bias is not None
+        layer.bias.mul_(factor * one**2).round_()
+        room = 2.0**53 - float(layer.bias.abs().max())
+        outputs = (0, 2, 3) if isinstance(layer, nn.ConvTranspose2d) else (1, 2, 3)
+        more = 1.0
+        while more <= self.LIMIT:
+            weight = (layer.weight * (factor * one / more)).round()
+            if float(weight.abs().sum(outputs).max()) * self.LIMIT < room:
+                layer.weight.copy_(weight)
+                return more
+            more *= 2
+        raise ValueError("these hyperprior weights are too large for exact sums")
 
     def __call__(self, z_symbols: Tensor, medians: Tensor) -> tuple[rans.Int32Array, Tensor]:
         """`z` symbols (B, N, h, w) -> contexts (M, 4h, 4w) int32 of the first, all means, float32.

@@ -56,7 +56,7 @@ class Decode(BaseModel):
                     "width": 768,
                     "height": 512,
                     "quality": 2,
-                    "codec_weights": "4db2e4cc55a0a9ca",
+                    "codec_weights": "634ee63114dfa9df",
                     "decoder_weights": "0f1e2d3c4b5a6978",
                     "created": "2026-01-01T12:00:00Z",
                     "started": "2026-01-01T12:00:01Z",
@@ -127,7 +127,7 @@ class Inspection(BaseModel):
                     "height": 512,
                     "bytes": 9828,
                     "bpp": 0.2,
-                    "weights_id": "4db2e4cc55a0a9ca",
+                    "weights_id": "634ee63114dfa9df",
                     "decodable": True,
                     "costs": {
                         "instant": {"steps": 0, "megapixel_steps": 0, "seconds": 0.1},
@@ -223,12 +223,12 @@ class Model(BaseModel):
                 {
                     "kind": "codec",
                     "name": "msh_q2",
-                    "weights_id": "4db2e4cc55a0a9ca",
+                    "weights_id": "634ee63114dfa9df",
                     "quality": 2,
                     "metric": "mse",
                     "source": "shipped",
                     "sha256": "47347070…",
-                    "card": "/v1/models/4db2e4cc55a0a9ca/card",
+                    "card": "/v1/models/634ee63114dfa9df/card",
                 }
             ]
         }

@@ -79,6 +79,32 @@ def test_the_order_of_sums_changes_nothing(shipped: Codec, exact: ExactHyperSynt
     assert same(exact(z, medians), other(z.flip(1), medians.flip(1)))
 
 
+@pytest.mark.parametrize(("layer", "factor"), [(4, 1), (4, 2), (4, 5), (2, 3)])
+def test_layers_share_weights_that_are_large(shipped: Codec, layer: int, factor: float) -> None:
+    """The integers come near what floats compute, whatever the factor was between two layers."""
+    h_s = copy.deepcopy(shipped.net.h_s)
+    with torch.no_grad():
+        h_s[layer].weight.mul_(factor)
+        h_s[layer].bias.mul_(factor)
+        for later in range(layer + 2, 6, 2):  # hidden channels as large as before
+            h_s[later].weight.div_(factor)
+    z, medians = symbols(1, 128, 4, 4).clamp(-1, 1), shipped.hyperprior.medians
+    z *= symbols(1, 128, 4, 4).abs() > 2
+    _, means = ExactHyperSynthesis(h_s, 192, shipped.hyperprior.scale_table)(z, medians)
+    expected = h_s(z + medians).chunk(2, 1)[1]
+    assert expected.abs().max() > 3
+    torch.testing.assert_close(means, expected, atol=1e-2 * factor, rtol=1e-3)
+
+
+@pytest.mark.parametrize("layer", [0, 2, 4])
+def test_weights_beyond_any_share_are_refused(shipped: Codec, layer: int) -> None:
+    h_s = copy.deepcopy(shipped.net.h_s)
+    with torch.no_grad():
+        h_s[layer].weight.mul_(2.0**12)
+    with pytest.raises(ValueError, match="too large for exact sums"):
+        ExactHyperSynthesis(h_s, 192, shipped.hyperprior.scale_table)
+
+
 def test_memory_layout_changes_nothing(shipped: Codec, exact: ExactHyperSynthesis) -> None:
     z, medians = symbols(1, 128, 6, 7), shipped.hyperprior.medians
     other = copy.deepcopy(exact)
