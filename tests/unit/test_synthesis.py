@@ -1,7 +1,9 @@
 """The instant picture's network: rearranged, and by either backend."""
 
 import copy
+import fcntl
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,23 @@ def test_what_was_compiled_is_kept_on_disk(
     assert len(kept) == 1
     assert torch.equal(Synthesis(g_s, 12)(latents(12, 4, 4)), first)
     assert list(tmp_path.rglob("*.blob")) == kept
+
+
+def test_one_process_at_a_time_compiles(
+    g_s: nn.Sequential, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO writes in place what another process may have mapped, which then dies."""
+    monkeypatch.setenv("AFTERIMAGE_CACHE_DIR", str(tmp_path))
+    (tmp_path / "openvino").mkdir()
+    with (tmp_path / "openvino/lock").open("a") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = pool.submit(Synthesis(g_s, 12), latents(12, 4, 4))
+        with pytest.raises(TimeoutError):
+            made.result(1)
+        assert not list(tmp_path.rglob("*.blob"))
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert made.result(60).shape == (1, 3, 64, 64)
+    assert list(tmp_path.rglob("*.blob"))
 
 
 def test_a_cache_folder_that_cannot_be_written_is_done_without(
