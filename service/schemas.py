@@ -227,7 +227,7 @@ class Model(BaseModel):
                     "quality": 2,
                     "metric": "mse",
                     "source": "shipped",
-                    "sha256": "47347070…",
+                    "sha256": "b2ca94ff…",
                     "card": "/v1/models/634ee63114dfa9df/card",
                 }
             ]

@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-from safetensors import safe_open
-from torch import Tensor
-
 from models import catalogue, checkpoint, presets, zoo
 from models.train.widen import widened
 
@@ -20,7 +17,7 @@ def codec(
     With `sizes`, widened to that many hidden and latent channels. Needs `compressai`, which makes
     the tables.
     """
-    state = _read(file)[0]
+    state = checkpoint.read(file)[0]
     if sizes:
         state = {k: v.half() for k, v in widened(state, *sizes).items()}
     tensors = {k: v.contiguous() for k, v in zoo.with_tables(state).items()}
@@ -34,15 +31,10 @@ def decoder(file: Path, folder: Path = checkpoint.WEIGHTS) -> str:
 
     They replace the decoder that was installed.
     """
-    tensors, metadata = _read(file)
+    tensors, metadata = checkpoint.read(file)
     name = f"decoder_{presets.from_json(metadata['config']).preset}"
     for entry in checkpoint.manifest(folder) if (folder / catalogue.MANIFEST).exists() else ():
         if entry.kind == "decoder" and entry.name != name:
             (folder / entry.file).unlink(missing_ok=True)
     row = {"kind": "decoder", "card": "compact.md"}
     return catalogue.install(tensors, name, folder, row, metadata).weights_id
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(file, "pt") as f:
-        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
