@@ -16,6 +16,7 @@ from models import checkpoint
 from models.bitstream import Metric
 from models.checkpoint import Entry
 from models.errors import WrongWeights
+from models.files import whole
 
 MANIFEST = "manifest.toml"
 
@@ -117,12 +118,8 @@ def _write(folder: Path, entries: Sequence[Entry]) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    part = path.with_name(f"{path.name}.part")
-    try:
+    with whole(path) as part:
         part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _toml(value: str | int) -> str:

@@ -1,7 +1,6 @@
 """CompressAI's checkpoints of `mbt2018-mean`, in and out; nothing here serves requests."""
 
 import contextlib
-import os
 import re
 import socket
 import sys
@@ -22,6 +21,7 @@ from models import catalogue, zoo
 from models.bitstream import Metric
 from models.checkpoint import Entry
 from models.errors import ParameterError, WeightsError
+from models.files import whole
 from models.msh import MeanScaleHyperprior
 
 SUFFIXES = (".safetensors", ".pth", ".pth.tar")
@@ -158,16 +158,11 @@ def check_suffix(file: Path) -> None:
 def write(state: dict[str, Tensor], file: Path) -> None:
     """A state dict to a file of one of `SUFFIXES`; `ParameterError` for other names."""
     check_suffix(file)
-    part = file.with_name(f".{file.name}.part")
-    try:
-        with part.open("wb") as out:
-            if file.suffix == ".safetensors":
-                out.write(save({k: v.contiguous() for k, v in state.items()}))
-            else:
-                torch.save(state, out)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(file) as part, part.open("wb") as out:
+        if file.suffix == ".safetensors":
+            out.write(save({k: v.contiguous() for k, v in state.items()}))
+        else:
+            torch.save(state, out)
 
 
 def _check_tables(kept: dict[str, Tensor]) -> dict[str, Tensor]:

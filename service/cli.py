@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from models.bitstream import METRICS
 from models.errors import AfterimageError
+from models.files import whole
 from models.tiers import TIERS, Sampler, check_realism, check_seed, find, vary
 from service import __version__, keys, weights
 from service.settings import ServiceSettings
@@ -372,9 +373,8 @@ def _each(targets: dict[Path, Path], one: Callable[[Path], bytes]) -> int:
 def _write(target: Path, data: bytes) -> None:
     """All of it or nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    part.write_bytes(data)
-    part.replace(target)
+    with whole(target) as part:
+        part.write_bytes(data)
 
 
 def _picture_format(target: Path) -> "OutputFormat":

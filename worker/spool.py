@@ -6,6 +6,7 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from models.files import whole
 from worker.attempt import Attempt, LeaseLost
 from worker.jobs import Jobs
 
@@ -24,9 +25,8 @@ class Spool:
         """Write a picture, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = self.folder / f"{attempt.id}.{attempt.state.fence}.png"
-        part = file.with_suffix(".part")
-        part.write_bytes(png)
-        part.replace(file)
+        with whole(file) as part:
+            part.write_bytes(png)
         return file
 
     def hand_over(self, jobs: Jobs, busy: Container[str] = ()) -> None:

@@ -4,14 +4,13 @@
 long that took. A file of other bytes, weights or settings is as good as none.
 """
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from models import image
+from models import files, image
 from models.bitstream import MAX_PIXELS
 from models.errors import PictureError
 from models.image import Pixels
@@ -59,9 +58,8 @@ class Kept:
         file = self._file(quality, picture, draw)
         file.parent.mkdir(parents=True, exist_ok=True)
         text = {_ORIGIN: origin, _SECONDS: f"{decode.seconds:.3f}"}
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")
-        part.write_bytes(image.write(decode.pixels, "png", text))
-        os.replace(part, file)
+        with files.whole(file) as part:
+            part.write_bytes(image.write(decode.pixels, "png", text))
 
     def _of(self, quality: int, picture: str) -> Path:
         return self.folder / f"q{quality}" / picture

@@ -7,7 +7,6 @@ the right and below, and only positions without padding are kept: crops on the 1
 look like the inside of a real decode.
 """
 
-import os
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.files import whole
 from models.msh import STRIDE_Y
 from models.train.encoder import Encoder
 from models.train.photos import Draw, Ragged, open_picture, reduced
@@ -85,9 +85,8 @@ def build(
     todo = [v for v in _variants(files, (quality,), variants) if not (out / v.name).exists()]
     for variant, tensors in _encoded(todo, codecs, device or torch.device("cpu")):
         own = {k: v.cpu().contiguous() for k, v in tensors.items()}
-        part = out / f"{variant.name}.{os.getpid()}.part"
-        save_file(own | {"bits": own["bits"][0]}, part)
-        os.replace(part, out / variant.name)
+        with whole(out / variant.name) as part:
+            save_file(own | {"bits": own["bits"][0]}, part)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ and, if asked for, an adversarial term. Preset `paper`: one phase, with the pape
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models import schedule
+from models.files import whole
 from models.msh import STRIDE_Y
 from models.train import losses, network, photos
 from models.train.bank import Bank, Batch
@@ -210,9 +210,8 @@ class DiffusionTask:
         net = self.network.net
         tensors = {k: v.half().cpu().contiguous() for k, v in net.state_dict().items()}
         metadata = {"config": json.dumps(asdict(net.config)), "train": json.dumps(card)}
-        file = Path(self.config.out) / "decoder.safetensors"
-        save_file(tensors, file.with_suffix(".part"), metadata)
-        os.replace(file.with_suffix(".part"), file)
+        with whole(Path(self.config.out) / "decoder.safetensors") as part:
+            save_file(tensors, part, metadata)
 
 
 def _banks(config: DiffusionConfig, device: torch.device) -> tuple[Bank, Bank]:

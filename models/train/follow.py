@@ -5,7 +5,6 @@ latents of a position to the old ones, by least squares over photographs, is fol
 that reads them. What that leaves over is for training to learn.
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from models import checkpoint
 from models.errors import WeightsError
+from models.files import whole
 from models.train import bank
 from models.train.encoder import Encoder
 from models.train.photos import photographs
@@ -46,9 +46,8 @@ def follow(
     pairs = ((_latents(old, x, m), _latents(new, x, m)) for x in pictures)
     change, left = fit(pairs)
     tensors |= turned(tensors, quality, change)
-    part = out.with_suffix(".part")
-    save_file(tensors, part, metadata)
-    os.replace(part, out)
+    with whole(out) as part:
+        save_file(tensors, part, metadata)
     return left
 
 

@@ -7,7 +7,6 @@ of a stage trains the hyperprior alone, which otherwise lags behind the transfor
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.errors import WeightsError
+from models.files import whole
 from models.train import photos
 from models.train.config import RunConfig, Stage, option
 from models.train.hyperprior import Hyperprior
@@ -145,10 +145,8 @@ class MshTask:
         """`msh_q….safetensors`: float16, of CompressAI's names."""
         self._ship()
         tensors = {k: v.half().cpu().contiguous() for k, v in self.net.state_dict().items()}
-        file = Path(self.config.out) / f"msh_q{stage.name}.safetensors"
-        part = file.with_suffix(".part")
-        save_file(tensors, part, {"train": json.dumps(card)})
-        os.replace(part, file)
+        with whole(Path(self.config.out) / f"msh_q{stage.name}.safetensors") as part:
+            save_file(tensors, part, {"train": json.dumps(card)})
 
     def _ship(self) -> None:
         """Quantiles where they belong and float16's values: what is judged is what is shipped."""
