@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from models import decoder, zoo
 from models.errors import AfterimageError, PictureError
-from models.evaluate import calibration, kid, plots, report
+from models.evaluate import calibration, kid, plots, report, rivals
 from models.evaluate.dists import Dists
 from models.evaluate.kept import Kept
 from models.evaluate.measure import NAMES, ORIGINAL, Evaluation, Measured, Networks, Row
@@ -36,6 +37,7 @@ class Results:
     def __init__(self, lpips: LpipsAlex, names: Sequence[str]) -> None:
         self.lpips, self.sheet = lpips, Sheet(names)
         self.rows: list[Row] = []
+        self.others: list[Row] = []  # of other codecs
         self.curves: dict[int, list[list[calibration.Point]]] = {}
         self.features: dict[tuple[int, str], dict[str, NDArray[np.float64]]] = {}
 
@@ -47,31 +49,41 @@ class Results:
             self.curves.setdefault(first.quality, []).append(measured.calibration)
         self.sheet.add(first.picture, first.quality, first.bpp, measured.pictures)
         for tier, picture in measured.pictures.items():
-            key = (0 if tier == ORIGINAL else first.quality, tier)
-            known = self.features.setdefault(key, {})
-            if first.picture not in known:  # originals come once per quality
-                known[first.picture] = kid.features(self.lpips, picture)
+            self._add_features(0 if tier == ORIGINAL else first.quality, tier, first, picture)
+
+    def add_other(self, row: Row, picture: Tensor) -> None:
+        """One picture of another codec."""
+        self.others.append(row)
+        self._add_features(row.quality, row.tier, row, picture)
+
+    def _add_features(self, quality: int, tier: str, row: Row, picture: Tensor) -> None:
+        known = self.features.setdefault((quality, tier), {})
+        if row.picture not in known:  # originals come once per quality
+            known[row.picture] = kid.features(self.lpips, picture)
 
     def write(self, out: Path, weights_id: str) -> str:
         """All files into `out`; returns the Markdown."""
         out.mkdir(parents=True, exist_ok=True)
-        lines = summary(self.rows, self.features)
+        lines, others = (summary(rows, self.features) for rows in (self.rows, self.others))
+        gaps = rivals.gaps(lines, others)
         curves = {quality: calibration.mean(own) for quality, own in self.curves.items()}
         document = {
             "decoder": weights_id,
             "summary": [line.document() for line in lines],
+            "others": [line.document() for line in others],
+            "gaps": [asdict(gap) for gap in gaps],
             "calibration": {q: [asdict(point) for point in own] for q, own in curves.items()},
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [asdict(row) for row in (*self.rows, *self.others)],
         }
         (out / "evaluation.json").write_text(json.dumps(document, indent=1))
         images = ["rate.png", "perception.png", "sheet.png"]
-        plots.rate(lines, out / images[0])
+        plots.rate(lines, out / images[0], others)
         plots.perception(lines, out / images[1])
         self.sheet.save(out / images[2])
         if curves:
             images.append("calibration.png")
             plots.calibration(curves, out / images[3])
-        text = report.markdown(lines, weights_id, images)
+        text = report.markdown(lines, weights_id, images, others, gaps)
         (out / "evaluation.md").write_text(text)
         return text
 
@@ -95,6 +107,10 @@ def evaluate(args: argparse.Namespace) -> str:
             for path in files:
                 results.add(evaluation.measure(path, args.tiers, args.seeds))
                 bar.update()
+    for name in args.rivals:
+        for path in tqdm(files, desc=name, unit="picture"):
+            for row, picture in rivals.rows(path, name, networks):
+                results.add_other(row, picture)
     return results.write(args.out, drawing.weights_id)
 
 
@@ -113,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--qualities", type=int, nargs="+", default=[1, 2, 3])
     add("--tiers", nargs="+", choices=NAMES, default=["perceptual"], help="beside instant")
     add("--seeds", type=int, nargs="+", default=[0])
+    add("--rivals", nargs="+", choices=list(rivals.SETTINGS), default=[], help="other codecs")
     add("--limit", type=int, help="only the first so many pictures")
     return parser
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,9 +51,9 @@ class Row:
     niqe: float | None  # of the picture itself
     niqe_original: float | None  # of the original
     offset: float  # largest difference of the channels' means, in 1/255
-    shift: float  # the same against the codec's picture
+    shift: float | None  # the same against the codec's picture
     seeds_mse: float  # MSE to the picture of the first seed
-    seconds: float
+    seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,22 @@ class _Source:
     x_hat: Tensor  # the codec's picture, still padded
     msh: Tensor  # the same, cropped and rounded
     seconds: float  # of the instant picture, from bytes
+
+
+def compared(picture: Tensor, x: Tensor, networks: Networks) -> dict[str, Any]:
+    """The figures of a `Row` that `picture` has against the original `x` and by itself."""
+    pixels = codec.to_pixels(picture)
+    return {
+        "mse": metrics.mse(picture, x),
+        "ms_ssim": metrics.ms_ssim(picture, x),
+        "lpips": networks.lpips(picture, x),
+        "lpips_vgg": networks.lpips_vgg(picture, x) if networks.lpips_vgg else None,
+        "dists": networks.dists(picture, x) if networks.dists else None,
+        "nlpd": nlpd(codec.to_pixels(x), pixels),
+        "gmsd": metrics.gmsd(picture, x),
+        "niqe": niqe(pixels),
+        "offset": metrics.offset(picture, x),
+    }
 
 
 class Evaluation:
@@ -184,23 +201,14 @@ class Evaluation:
     ) -> None:
         tier, seed = draw
         first = out.pictures.setdefault(tier, picture)
-        x, pixels, networks = source.x, codec.to_pixels(picture), self.networks
         row = Row(
+            **compared(picture, source.x, self.networks),
             picture=source.name,
             quality=self.codec.quality,
             tier=tier,
             seed=seed,
             bpp=source.bpp,
-            mse=metrics.mse(picture, x),
-            ms_ssim=metrics.ms_ssim(picture, x),
-            lpips=networks.lpips(picture, x),
-            lpips_vgg=networks.lpips_vgg(picture, x) if networks.lpips_vgg else None,
-            dists=networks.dists(picture, x) if networks.dists else None,
-            nlpd=nlpd(codec.to_pixels(x), pixels),
-            gmsd=metrics.gmsd(picture, x),
-            niqe=niqe(pixels),
             niqe_original=source.niqe,
-            offset=metrics.offset(picture, x),
             shift=metrics.offset(picture, source.msh),
             seeds_mse=metrics.mse(picture, first),
             seconds=seconds,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from models.evaluate import nulls
+from models.evaluate.rivals import Gap
 from models.evaluate.summary import Line
 
 Titles = Mapping[str, str]
@@ -36,6 +37,10 @@ OTHER: Titles = {
     "lpips_seeds": "LPIPS over seeds",
     "seconds": "seconds",
 }
+RIVALS: Titles = {"bpp": "bpp", "psnr": "PSNR", "lpips": "LPIPS-Alex"} | {
+    name: OTHER.get(name) or MAIN[name] for name in ("ms_ssim", "nlpd", "gmsd", "niqe_gap", "kid")
+}
+"""What other codecs are shown with."""
 _LEGEND = """\
 Means over pictures, in brackets 95 % bootstrap intervals over pictures. NIQE gap: distance of a
 picture's NIQE from its original's. KID: kernel distance between patches of decodes and originals.
@@ -51,11 +56,19 @@ each with the PSNR of the `perceptual` picture: what is no better than they are 
 """
 
 
-def markdown(lines: Sequence[Line], decoder: str, images: Iterable[str]) -> str:
-    """The whole report; `images` are names of files beside it."""
+def markdown(
+    lines: Sequence[Line],
+    decoder: str,
+    images: Iterable[str],
+    others: Sequence[Line] = (),
+    gaps: Sequence[Gap] = (),
+) -> str:
+    """The whole report; `images` are names of files beside it, `others` other codecs."""
     parts = [f"# Evaluation of decoder {decoder}\n", table(lines, MAIN, True), _LEGEND]
     parts += [_NULLS] if any(line.tier in nulls.NAMES for line in lines) else []
     parts += [*_missed(lines), table(lines, OTHER, False)]
+    parts += ["## Other codecs\n", table(others, RIVALS, False)] if others else []
+    parts += [_equal_rate(gaps)] if gaps else []
     parts += [f"![{name}]({name})\n" for name in images]
     return "\n".join(parts)
 
@@ -69,6 +82,17 @@ def table(lines: Sequence[Line], titles: Titles, intervals: bool) -> str:
         cells = [str(line.quality), line.tier, str(line.pictures)]
         cells += [_ranged(line, n) if intervals else _number(line.figures.get(n), 4) for n in names]
         out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out) + "\n"
+
+
+def _equal_rate(gaps: Sequence[Gap]) -> str:
+    """A table of how far tiers are above other codecs."""
+    rivals = list(dict.fromkeys(gap.rival for gap in gaps))
+    db = {(gap.tier, gap.rival): f"{gap.db:+.2f}" for gap in gaps}
+    out = ["| PSNR at equal rate, dB | " + " | ".join(f"over {name}" for name in rivals) + " |"]
+    out += ["|---" * (1 + len(rivals)) + "|"]
+    for tier in dict.fromkeys(gap.tier for gap in gaps):
+        out.append(f"| {tier} | " + " | ".join(db.get((tier, name), "") for name in rivals) + " |")
     return "\n".join(out) + "\n"
 
 

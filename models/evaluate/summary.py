@@ -66,7 +66,9 @@ def summary(rows: Sequence[Row], features: Features | None = None) -> list[Line]
         for name, value in _OF_ROW.items():
             _add_mean(line, name, own, value)
         line.figures["offset_max"] = max(r.offset for r in own)
-        line.figures["shift_max"] = max(r.shift for r in own)
+        shifts = [r.shift for r in own if r.shift is not None]
+        if shifts:
+            line.figures["shift_max"] = max(shifts)
         for name in ("psnr", "lpips"):
             _add_spread(line, f"{name}_seeds", own, _OF_ROW[name])
         _compare(line, own, {r.picture: r for r in at_quality if r.tier == INSTANT})

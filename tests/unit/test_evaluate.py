@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from models import bitstream, checkpoint, codec, decoder, image, schedule, zoo
 from models.decoder import Draft
 from models.evaluate import __main__ as evaluate
-from models.evaluate import calibration, nulls, plots, report
+from models.evaluate import calibration, nulls, plots, report, rivals
 from models.evaluate.measure import Row
 from models.evaluate.metrics import mse, psnr
 from models.evaluate.sheet import CUT, SCALE, Sheet, corner
@@ -137,6 +138,29 @@ def test_plots_are_drawn_for_any_number_of_qualities(tmp_path: Path) -> None:
             draw(some, tmp_path / "plot.png")
             with Image.open(tmp_path / "plot.png") as picture:
                 assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_the_gap_between_codecs_is_at_equal_rate_where_both_have_one() -> None:
+    above = [(0.1, 28.0), (0.2, 30.0), (0.4, 32.0)]  # 2 dB for twice the rate
+    assert rivals.gap(above, [(bpp / 2, db - 3) for bpp, db in above]) == pytest.approx(1.0)
+    assert rivals.gap(above, [(0.2, 29.0), (0.8, 35.0)]) == pytest.approx(0.5)  # 1 to 0 dB
+    assert rivals.gap([(0.2, 30.5)], above) == pytest.approx(0.5)
+    assert rivals.gap(above, [(0.5, 20.0), (0.6, 21.0)]) is None
+    assert rivals.gap(above, []) is None
+
+
+def test_other_codecs_stand_beside_the_tiers(tmp_path: Path) -> None:
+    figures = {"bpp": 0.2, "psnr": 28.0, "kid": 0.04}
+    others = [Line(5, "webp", 24, figures), Line(10, "webp", 24, figures | {"bpp": 0.3})]
+    gaps = rivals.gaps(lines(), others)
+    assert {g.tier: round(g.db, 6) for g in gaps if g.rival == "webp"}["instant"] > 1
+    text = report.markdown(lines(), "abcd", [], others, gaps)
+    assert "| 5 | webp | 24 | 0.2000 | 28.00 | 0.04000 |" in text
+    assert "| PSNR at equal rate, dB | over webp |" in text
+    assert f"| instant | {gaps[0].db:+.2f} |" in text
+    plots.rate(lines(), tmp_path / "with.png", others)
+    plots.rate(lines(), tmp_path / "without.png")
+    assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
 
 
 def test_calibration_finds_the_posteriors_variance_and_overconfidence() -> None:
@@ -287,7 +311,7 @@ def test_a_pass_writes_figures_from_real_bytes(
     for name, pixels in pictures.items():
         (tmp_path / f"in/{name}.png").write_bytes(image.write(pixels, "png"))
     tiers = ["instant", "perceptual"]
-    command("--qualities", "2", "--tiers", *tiers, "--seeds", "0", "1")
+    command("--qualities", "2", "--tiers", *tiers, "--seeds", "0", "1", "--rivals", "webp")
     document = json.loads((tmp_path / "out/evaluation.json").read_text())
     by_tier = {line["tier"]: line for line in document["summary"]}
     assert list(by_tier) == [*tiers, *nulls.NAMES]
@@ -299,8 +323,13 @@ def test_a_pass_writes_figures_from_real_bytes(
     assert drawn["psnr_loss"] != 0
     assert drawn["shift_max"] < 0.5
     assert {"ms_ssim", "nlpd", "gmsd", "niqe", "niqe_gap", "kid"} <= drawn.keys()
-    assert len(document["rows"]) == 3 * (1 + 2 + 2)
-    too_small = document["rows"][-1]
+    webp = document["others"]
+    assert [line["quality"] for line in webp] == list(rivals.SETTINGS["webp"])
+    assert all(a["bpp"] < b["bpp"] and a["psnr"] < b["psnr"] for a, b in pairwise(webp))
+    assert {"lpips", "ms_ssim", "niqe_gap", "kid"} <= webp[0].keys()
+    own = [r for r in document["rows"] if r["tier"] != "webp"]
+    assert len(own) == 3 * (1 + 2 + 2)
+    too_small = own[-1]
     assert (too_small["picture"], too_small["ms_ssim"], too_small["niqe"]) == ("c.png", None, None)
     for name in nulls.NAMES:
         assert by_tier[name]["null_gap"] < nulls.TOLERANCE_DB
