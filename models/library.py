@@ -108,13 +108,20 @@ class Library:
 def load(threads: int = 0, with_decoder: bool = True, folder: Path | None = None) -> Library:
     """Load the shipped weights, and look up what was imported into the user's `folder`.
 
-    `threads` CPU threads, torch's own choice where it is 0. Raises `WeightsError`.
+    `threads` CPU threads, torch's own choice where it is 0. The decoder draws on CUDA where there
+    is a device, the codecs' pictures are made on the CPU. Raises `WeightsError`.
     """
     if threads:
         torch.set_num_threads(threads)
     codecs: dict[tuple[int, Metric], Codec] = {(q, "mse"): zoo.load(q) for q in zoo.QUALITIES}
     imports = zoo.Imports(catalogue.imported(folder))
-    return Library(codecs, decoder.load() if with_decoder else None, imports)
+    drawing = decoder.load(device=_device()) if with_decoder else None
+    return Library(codecs, drawing, imports)
+
+
+def _device() -> torch.device:
+    """That draws: CUDA's first, where there is one (`CUDA_VISIBLE_DEVICES` chooses, or hides)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def provenance(

@@ -3,15 +3,18 @@
 import base64
 import hashlib
 import re
+import time
 from collections.abc import Mapping
 
 from fastapi import Request, Response
 
 from models.image import MEDIA_TYPES, OutputFormat
+from service import links
 from service.problems import RangeNotSatisfiable
 
 DRAFT_CACHE = "max-age=0, stale-while-revalidate=60"
-FINAL_CACHE = "max-age=31536000, immutable"
+FINAL_S = 31_536_000
+"""How long a finished picture may be kept: its URL means no other."""
 _RANGE = re.compile(r"bytes=(\d{1,18})?-(\d{1,18})?")
 
 
@@ -30,7 +33,7 @@ def picture(
     digest = hashlib.sha256(data).hexdigest()
     own = {
         "ETag": f'"{digest}"',
-        "Cache-Control": DRAFT_CACHE if tier == "instant" else FINAL_CACHE,
+        "Cache-Control": DRAFT_CACHE if tier == "instant" else _final_cache(request),
         "Vary": "Accept",
         "X-Afterimage-Tier": tier,
         **({"X-Afterimage-Note": "synthesised detail"} if tier != "instant" else {}),
@@ -48,6 +51,16 @@ def picture(
                 data, status = data[part], 206
     own["Content-Digest"] = f"sha-256=:{_base64(data)}:"
     return Response(data, status, own, MEDIA_TYPES[format])
+
+
+def _final_cache(request: Request) -> str:
+    """Shared caches do not hold what needs a key, nor anyone a picture for longer than its link."""
+    if request.app.state.keys is None:
+        return f"max-age={FINAL_S}, immutable"
+    left = links.left_s(request.scope["query_string"].decode("latin-1"), time.time())
+    if left is None:
+        return f"private, max-age={FINAL_S}, immutable"
+    return f"private, max-age={min(left, FINAL_S)}"
 
 
 def _known(request: Request, etag: str) -> bool:

@@ -5,38 +5,28 @@ import contextlib
 import gc
 import os
 import signal
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
 from models.bitstream import METRICS
 from models.errors import AfterimageError
 from models.files import whole
 from models.tiers import TIERS, Sampler, check_realism, check_seed, find, vary
 from service import __version__, keys, weights
+from service.processes import COURIER, WORKER, running
 from service.settings import ServiceSettings
 from worker.settings import prepare_process
 
 if TYPE_CHECKING:  # it brings Pillow
     from models.image import OutputFormat
 
-WORKER = (sys.executable, "-P", "-m", "worker.main")
-"""The worker's command; -P: a folder of the user's called `worker` must not shadow ours."""
-COURIER = (sys.executable, "-P", "-m", "worker.webhooks")
-"""That of the process which sends webhooks."""
-RESTART_S = 1.0, 30.0
-"""How long after its death a worker is started again; twice as long each time, up to the second,
-while it dies within the second: it cannot start, and trying takes a core."""
-GRACE_S = 60.0
-"""How long workers may take to finish their jobs when the service stops."""
 STALLED_S = 10
 """How long requests may take to finish when the service stops."""
 
@@ -51,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValidationError as e:
         wrong = "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors())
         return _complain(f"wrong settings in the environment: {wrong}")
+    except SettingsError as e:  # what should be JSON and is not
+        return _complain(f"wrong settings in the environment: {e}")
     except (AfterimageError, OSError) as e:
         return _complain(str(e))
     except KeyboardInterrupt:
@@ -153,7 +145,7 @@ def _serve(args: argparse.Namespace) -> int:
             os.environ["REDIS_URL"] = queue
             os.environ.setdefault("CACHE_REDIS_URL", cache)
         courier = [COURIER] if WebhookSettings().secrets else []
-        stack.enter_context(_workers([WORKER] * args.workers + courier))
+        stack.enter_context(running([WORKER] * args.workers + courier, settings.grace_s))
         _say("loading models")
         config = uvicorn.Config(
             create_app(ServiceSettings()),
@@ -169,57 +161,6 @@ def _serve(args: argparse.Namespace) -> int:
             server.run()
     gc.freeze()  # as in the worker
     return 0 if server.started else 1
-
-
-@contextlib.contextmanager
-def _workers(commands: Sequence[Sequence[str]]) -> Iterator[None]:
-    """Processes beside the API, started again when they die; at the end they finish their jobs, for
-    `GRACE_S` at most."""
-    from worker.embed import die_with_parent
-
-    threads = max(len(os.sched_getaffinity(0)) // max(commands.count(WORKER), 1), 1)
-    environment = {"AFTERIMAGE_THREADS": str(threads), **os.environ}  # they share the cores
-
-    def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=die_with_parent
-        )
-
-    stopping = threading.Event()
-    running = [start(command) for command in commands]
-
-    def watch(i: int) -> None:
-        shortest, longest = RESTART_S
-        began, wait = time.monotonic(), shortest
-        while not stopping.wait(0.2):
-            if running[i].poll() is None:
-                continue
-            wait = min(2 * wait, longest) if time.monotonic() - began < longest else shortest
-            _say(f"a worker ended with {running[i].returncode}; starting another")
-            if stopping.wait(wait):
-                return
-            running[i], began = start(commands[i]), time.monotonic()
-
-    watchers = [threading.Thread(target=watch, args=(i,), daemon=True) for i in range(len(running))]
-    for watcher in watchers:
-        watcher.start()
-    try:
-        yield
-    finally:
-        stopping.set()
-        for process in running:  # before the watchers end: with them their children are told again
-            process.terminate()
-        for watcher in watchers:
-            watcher.join()
-        for process in running:  # what was started meanwhile
-            process.terminate()
-        deadline = time.monotonic() + GRACE_S
-        for process in running:
-            try:
-                process.wait(max(deadline - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 def _worker(args: argparse.Namespace) -> int:

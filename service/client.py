@@ -8,6 +8,7 @@
 `AsyncClient` is the same for `async for`.
 """
 
+import contextlib
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ class DecodeFailed(AfterimageError):
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What became known of a decode. `draft`, `preview` and `final` bring a picture file."""
+    """What became known of a decode. `draft` and `final` bring a picture file, and
+    `preview` does unless it was gone already."""
 
     kind: Kind
     picture: bytes | None = None
@@ -157,7 +159,8 @@ class AsyncClient:
         if event.event == "preview":
             if not previews:
                 return None
-            picture = (await self._send("GET", data["image"])).content
+            with contextlib.suppress(ApiError):  # gone, or one request too many: another follows
+                picture = (await self._send("GET", data["image"])).content
         kind: Kind = event.event  # type: ignore[assignment]
         return Update(kind, picture, data.get("step", 0), data.get("total", 0))
 

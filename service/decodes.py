@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -15,7 +16,7 @@ from models.bitstream import Bitstream
 from models.errors import ParameterError
 from models.image import OutputFormat
 from models.tiers import Settings, Tier
-from service import answers, metrics, pictures, problems, progress, schemas
+from service import admission, answers, metrics, pictures, problems, progress, schemas
 from service.auth import Caller
 from service.deps import (
     Accepted,
@@ -29,17 +30,18 @@ from service.deps import (
 )
 from service.instant import Drawn
 from service.negotiate import Preferences
-from service.problems import Busy, IdMismatch, KeyReused, QueueFull
+from service.problems import IdMismatch, KeyReused, QueueFull
 from worker import costs, webhooks
 from worker.jobs import HOLD_S, MAX_HOLD_S
 from worker.records import ENDED, Decode
 
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
 
-FULL = 0.8
-"""Part of the queue's memory beyond which new jobs are refused: the rest is for those there are."""
 IDEMPOTENCY_TTL_S = 24 * 3600
 """How long an `Idempotency-Key` is remembered."""
+
+_RESOLVING = anyio.CapacityLimiter(8)
+"""Threads that wait for name servers, apart from those that requests need."""
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -81,7 +83,7 @@ class Asked:
     webhooks: Sequence[str]
 
 
-def asked(
+async def asked(
     tier: Annotated[str, one_of_tiers("See `/v1/tiers`.")] = "instant",
     seed: Annotated[int, Query(ge=0, le=tiers.MAX_SEED)] = 0,
     steps: Annotated[int | None, Query(ge=1, le=tiers.MAX_STEPS)] = None,
@@ -246,20 +248,29 @@ class _Submission:
         """The finished picture where it is kept; else the draft, or 202, and the job is queued."""
         location = f"/v1/decodes/{self.decode.id}"
         headers = {"Location": location, "Link": f'<{location}/image>; rel="upgrade"'}
-        finished = await pictures.finished(self.own, self.decode, self.format)
+        finished = await self._finished()
         metrics.cache("picture", finished is not None)
         for url in self.what.webhooks:
-            await anyio.to_thread.run_sync(webhooks.check, url, self.own.webhooks)
+            await anyio.to_thread.run_sync(
+                webhooks.check, url, self.own.webhooks, limiter=_RESOLVING
+            )
         if finished is not None:
             await anyio.to_thread.run_sync(self._tell)
             return self._picture(finished, self.decode.tier, {**headers, "X-Cache": "hit"})
         headers["X-Cache"] = "miss"
-        await anyio.to_thread.run_sync(_admit, self.own, self.decode.id)
+        await anyio.to_thread.run_sync(admission.admit, self.own, self.decode.id)
         if self.prefer.respond_async:
             return await self._later(headers)
         drawn = await pictures.draft(self.own, self.decode, self.sent.bitstream, self.format)
         await self._submit()  # only what decodes is queued
         return self._picture(drawn.file, "instant", {**headers, **self.sent.timing(drawn)})
+
+    async def _finished(self) -> bytes | None:
+        """The finished picture, where both it and its record are kept."""
+        state = await anyio.to_thread.run_sync(self.own.jobs.get, self.decode.id)
+        if state is None or state.status != "succeeded":
+            return None
+        return await pictures.finished(self.own, self.decode, self.format)
 
     async def _later(self, headers: dict[str, str]) -> Response:
         await self.own.instant.check(self.sent.bitstream)
@@ -267,7 +278,7 @@ class _Submission:
         id = self.decode.id
         if self.prefer.wait_s:
             await progress.until_ended(self.own, id, self.prefer.wait_s)
-            finished = await pictures.finished(self.own, self.decode, self.format)
+            finished = await self._finished()
             if finished is not None:
                 headers["Preference-Applied"] = f"wait={self.prefer.wait_s}"
                 return self._picture(finished, self.decode.tier, headers)
@@ -279,10 +290,10 @@ class _Submission:
     async def _submit(self) -> None:
         def submit() -> bool:
             self.own.quotas.job(self.caller, self.decode.id)
-            jobs, data, hold_s = self.own.jobs, self.sent.data, self.what.hold_s
+            jobs, data = self.own.jobs, self.sent.data
             for url in self.what.webhooks:  # before the job, whose end could be missed
                 webhooks.register(self.own.store, self.decode.id, url)
-                jobs.hold(self.decode.id, f"webhook:{url}", MAX_HOLD_S)
+            hold_s = MAX_HOLD_S if self.what.webhooks else self.what.hold_s  # nobody need ask
             state, made = jobs.submit(self.decode, data, self.caller.name, hold_s)
             if self.what.webhooks and state.status in ENDED:
                 webhooks.job_ended(self.own.store, state.id, *webhooks.event(state))
@@ -296,7 +307,7 @@ class _Submission:
     def _tell(self) -> None:
         """Tell the webhooks of this request of a job whose picture is kept."""
         state = self.own.jobs.get(self.decode.id) if self.what.webhooks else None
-        if state is None:
+        if state is None or state.status not in ENDED:
             return
         for url in self.what.webhooks:
             webhooks.register(self.own.store, state.id, url)
@@ -319,26 +330,6 @@ def _decode(own: State, sent: Given, what: Asked, settings: Settings) -> Decode:
             f"{wanted.work:.0f} megapixel-steps; the limit is {limit:.0f}: ask for fewer"
         )
     return wanted
-
-
-def _admit(own: State, job_id: str) -> None:
-    """Raises `QueueFull`, or `Busy` where the queue is longer than the service promises to serve.
-
-    A repeat of what is queued or runs costs nothing.
-    """
-    state = own.jobs.get(job_id)
-    if state is not None and state.status not in ENDED:
-        return
-    fullness = own.store.fullness()
-    if fullness >= FULL:
-        metrics.shed("memory")
-        retry_after = str(math.ceil(costs.backlog_s(own.jobs)) or problems.RETRY_S)
-        raise QueueFull(f"{fullness:.0%} of the queue's memory", {"Retry-After": retry_after})
-    backlog, limit = costs.backlog_s(own.jobs), own.settings.max_backlog_s
-    if backlog > limit:
-        retry_after = str(math.ceil(backlog - limit))
-        metrics.shed("backlog")
-        raise Busy(f"{backlog:.0f} s of work are queued", {"Retry-After": retry_after})
 
 
 def _check_key(own: State, caller: str, key: str, job_id: str) -> None:

@@ -43,7 +43,7 @@ class State:
     streams: AsyncRedis  # for reads that wait
 
 
-def state(request: Request) -> State:
+async def state(request: Request) -> State:
     """The application's state."""
     own: State = request.app.state.own
     return own
@@ -80,7 +80,7 @@ async def _first_file(request: Request, data: bytes) -> bytes:
 
     try:
         form = await MultiPartParser(request.headers, stream()).parse()
-    except (MultiPartException, KeyError) as e:
+    except (MultiPartException, KeyError, UnicodeError) as e:
         raise MalformedHeader("the multipart form cannot be read") from e
     try:
         for _, value in form.multi_items():
@@ -89,6 +89,10 @@ async def _first_file(request: Request, data: bytes) -> bytes:
     finally:
         await form.close()
     raise MalformedHeader("the multipart form holds no file")
+
+
+_COUNTING = anyio.CapacityLimiter(8)
+"""Threads that count requests, apart from those that wait for Redis: instant decodes need none."""
 
 
 def within_quota(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable[Caller]]:
@@ -103,13 +107,17 @@ def within_quota(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable
         who: Annotated[Caller, Depends(require(scope, or_link))],
     ) -> Caller:
         request.state.caller = who.name
-        request.state.quota = await anyio.to_thread.run_sync(own.quotas.request, who)
+        request.state.quota = {}
+        if own.quotas.counts(who):
+            request.state.quota = await anyio.to_thread.run_sync(
+                own.quotas.request, who, limiter=_COUNTING
+            )
         return who
 
     return caller
 
 
-def accepted(
+async def accepted(
     accept: Annotated[str | None, Header(include_in_schema=False)] = None,  # OpenAPI ignores it
 ) -> OutputFormat:
     """The picture's format. Raises `NotAcceptable`."""
@@ -121,7 +129,7 @@ def one_of_tiers(description: str) -> Any:
     return Query(description=description, json_schema_extra={"enum": list(TIERS)})
 
 
-def preferred(
+async def preferred(
     prefer: Annotated[
         str | None, Header(examples=["respond-async, wait=10"], description="RFC 7240.")
     ] = None,

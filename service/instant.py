@@ -1,13 +1,15 @@
 """Instant pictures: computed off the event loop, with a bounded line of those who wait."""
 
+import asyncio
+import contextvars
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import anyio
-import anyio.to_thread
 from cachetools import LRUCache
 from torch import Tensor
 
@@ -36,7 +38,8 @@ class Instant:
     def __init__(self, library: Library, settings: ServiceSettings) -> None:
         self.library = library
         self.settings = settings
-        self._places = anyio.CapacityLimiter(settings.decodes_at_once)
+        self._threads = ThreadPoolExecutor(settings.decodes_at_once, "instant")
+        self._asked = 0  # turns that requests wait for or have
         self._kept: LRUCache[tuple[str, str, OutputFormat], bytes]  # repeats are quick, Redis or no
         self._kept = LRUCache(settings.instant_cache_bytes, len)
         self._seconds = 0.3  # of a turn, lately
@@ -65,23 +68,26 @@ class Instant:
     async def run(self, work: Callable[[], T]) -> T:
         """`work` in a thread, when its turn comes.
 
-        Raises `Busy` where the line is full, `DeadlineExceeded` where it takes too long.
+        Raises `Busy` where the line is full, `DeadlineExceeded` where it takes too long; a turn
+        that had begun keeps its thread until it is done, whoever has gone.
         """
-        waiting = self._places.statistics().tasks_waiting
+        waiting = max(self._asked - self.settings.decodes_at_once, 0)
         if waiting >= self.settings.waiting_line:
             turns = (waiting + 1) / self.settings.decodes_at_once
             retry_after = str(math.ceil(turns * self._seconds))
             metrics.shed("line")
             raise Busy(f"{waiting} requests wait already", {"Retry-After": retry_after})
+        turn = self._threads.submit(contextvars.copy_context().run, self._timed, work)
+        self._asked += 1
         try:
             with anyio.fail_after(self.settings.request_timeout_s):
-                return await anyio.to_thread.run_sync(
-                    self._timed, work, limiter=self._places, abandon_on_cancel=True
-                )
+                return await asyncio.wrap_future(turn)
         except TimeoutError as e:
             limit = self.settings.request_timeout_s
             metrics.shed("timeout")
             raise DeadlineExceeded(f"no answer within {limit:g} s") from e
+        finally:
+            self._asked -= 1
 
     def _learn(self, ms: float, b: Bitstream) -> None:
         cost = ms / 1e3 / (b.width * b.height / 1e6)

@@ -37,6 +37,12 @@ def valid(secret: bytes, path: str, query: str, now: float) -> bool:
     return genuine and now < int(expires)  # a number, as we signed it
 
 
+def left_s(query: str, now: float) -> int | None:
+    """Seconds that the link of a valid request is valid still; None where it comes by none."""
+    expires = dict(parse_qsl(query)).get("expires", "")
+    return max(int(expires) - int(now), 0) if expires.isdigit() else None
+
+
 def _canonical(query: str) -> str:
     """The other parameters, by name; those of one name stay in order."""
     pairs = parse_qsl(query, keep_blank_values=True)

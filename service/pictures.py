@@ -64,10 +64,10 @@ async def picture(
         state = await progress.look(own, id, caller.name)
     if state.status == "expired":
         raise PictureGone(f"the picture of decode {id} is no longer kept; retry makes it again")
-    if state.status != "succeeded" and min_tier != "instant":
-        return await _pending(own, state, min_tier)
-    if _RANKS[min_tier] > _RANKS[state.decode.tier]:
+    if _RANKS[min_tier] > _rank(state.decode):
         raise Conflict(f"decode {id} draws {state.decode.tier}, not {min_tier}")
+    if state.status != "succeeded" and min_tier != "instant":
+        return await _pending(own, state)
     if state.status == "succeeded" and realism > 0:
         file = await finished(own, state.decode, format, realism)
         if file is not None:
@@ -136,7 +136,13 @@ async def _bitstream(own: State, decode: Decode) -> Bitstream:
     return bitstream.parse(data, own.settings.max_pixels)
 
 
-async def _pending(own: State, state: JobState, min_tier: str) -> Response:
+def _rank(decode: Decode) -> int:
+    """Of the best tier that has the decode's settings: one may be asked for by another's name."""
+    same = (t.name for t in tiers.TIERS.values() if t.settings == decode.settings)
+    return max(_RANKS[name] for name in (decode.tier, *same))
+
+
+async def _pending(own: State, state: JobState) -> Response:
     if state.status in {"failed", "canceled"}:
         raise Conflict(f"decode {state.id} is {state.status}: {state.error or 'retry makes it'}")
     shown = await anyio.to_thread.run_sync(progress.view, own, state.id)

@@ -84,7 +84,7 @@ class TooManyRequests(RequestError):
 
 
 class QueueFull(RequestError):
-    """The queue's memory is nearly used up: no new jobs until workers have made room."""
+    """The queue's memory is nearly used up: no new jobs until old records have expired."""
 
 
 class Busy(RequestError):

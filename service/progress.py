@@ -11,9 +11,9 @@ from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from models.errors import ParameterError, Quarantined
-from service import problems, schemas
+from service import admission, problems, schemas
 from service.deps import Decoding, JobId, Own, Preferred, State
-from service.problems import Conflict, JobNotFound, PictureGone
+from service.problems import Busy, Conflict, JobNotFound, PictureGone, QueueFull
 from worker import costs, events
 from worker.events import Event
 from worker.jobs import POLL_HOLD_S
@@ -30,7 +30,7 @@ id: 1767268801000-0
 data: {"step": 2, "total": 4, "id": "3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e"}
 
 """
-_EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
+_EVENT_ID = re.compile(r"(\d{1,20})-(\d{1,20})", re.ASCII)
 
 
 @router.get(
@@ -79,7 +79,7 @@ async def follow(
 ) -> AsyncIterator[ServerSentEvent]:
     """Server-sent events until the end: `queued started progress preview completed failed
     canceled`."""
-    after = last_event_id if _EVENT_ID.fullmatch(last_event_id or "") else "0"
+    after = last_event_id if _known(last_event_id or "") else "0"
     yield ServerSentEvent(comment="connected", retry=RECONNECT_MS)
     async for event in _events(own, id, str(after), caller.name):
         data = event.data | {"id": id}
@@ -117,7 +117,7 @@ async def withdraw(own: Own, caller: Decoding, id: JobId) -> Response:
     "/{id}/retry",
     status_code=202,
     summary="Try again",
-    responses=problems.responses(*_ASKED, Conflict, Quarantined),
+    responses=problems.responses(*_ASKED, Conflict, Quarantined, Busy, QueueFull),
 )
 async def retry(own: Own, caller: Decoding, id: JobId, response: Response) -> schemas.Decode:
     """Queue a decode again that failed, was canceled, or whose picture is no longer kept."""
@@ -129,12 +129,19 @@ async def retry(own: Own, caller: Decoding, id: JobId, response: Response) -> sc
         data = own.store.bitstream(state.decode.digest)
         if data is None:
             raise JobNotFound(f"the bitstream of decode {id} is no longer kept; send it again")
+        admission.admit(own, id)
         own.quotas.job(caller, id)
         own.jobs.submit(state.decode, data, caller.name)
         return view(own, id)
 
     response.headers["Location"] = f"/v1/decodes/{id}"
     return await anyio.to_thread.run_sync(again)
+
+
+def _known(event_id: str) -> bool:
+    """Whether it can be an event's: two numbers of 64 bits."""
+    parts = _EVENT_ID.fullmatch(event_id)
+    return parts is not None and all(int(n) < 2**64 for n in parts.groups())
 
 
 async def look(own: State, id: str, caller: str) -> JobState:
@@ -164,21 +171,28 @@ def view(own: State, id: str) -> schemas.Decode:
 
 
 async def _events(own: State, id: str, after: str, caller: str | None) -> AsyncIterator[Event]:
-    """What happens to a job after an event, until it has ended; `caller`, if any, watches it."""
-    name = events.key(own.store, id)
+    """What happens to a job after an event, until it has ended; `caller`, if any, watches it.
+
+    The end is told by the record where the events themselves are no longer kept.
+    """
+    name, block_ms = events.key(own.store, id), None  # at first what is there
     while True:
         if caller is not None:
             await anyio.to_thread.run_sync(own.jobs.watch, id)
             await anyio.to_thread.run_sync(own.jobs.renew, id, caller, POLL_HOLD_S)
-        found: list[Any] = await own.streams.xread({name: after}, block=BLOCK_S * 1000)  # type: ignore[assignment]
+        found: list[Any] = await own.streams.xread({name: after}, block=block_ms)  # type: ignore[assignment]
+        block_ms = BLOCK_S * 1000
         told = [Event.of(entry) for _, entries in found for entry in entries]
         for event in told:
             after = event.id
             yield event
-        if not told or told[-1].kind in events.END_OF.values():
-            state = await anyio.to_thread.run_sync(own.jobs.get, id)
-            if state is None or state.status in ENDED:
-                return
+        if told and told[-1].kind not in events.END_OF.values():
+            continue
+        state = await anyio.to_thread.run_sync(own.jobs.record, id)
+        if state is None or state.status in ENDED:
+            if state is not None and not told:
+                yield Event.end(state)
+            return
 
 
 async def _kept(own: State, id: str, caller: str) -> JobState:

@@ -61,12 +61,16 @@ class Quotas:
         self._uncounted_until = 0.0  # monotonic; 0 while Redis answers
         self._told = -math.inf
 
+    def counts(self, caller: Caller) -> bool:
+        """Whether the caller's requests are limited at all."""
+        return self._limit(caller) is not None
+
     def request(self, caller: Caller) -> dict[str, str]:
         """Count a request; the headers `RateLimit` and `RateLimit-Policy`, where there is a limit.
 
         Raises `TooManyRequests`. While Redis is away, nothing is counted and all may pass.
         """
-        limit = caller.requests_per_minute or self.requests_per_minute
+        limit = self._limit(caller)
         now = time.monotonic()
         if limit is None or now < self._uncounted_until:
             return {}
@@ -106,6 +110,9 @@ class Quotas:
     def ended(self, caller: Caller, job_id: str) -> None:
         """The job no longer counts, as when the caller withdraws; its end is seen without this."""
         self.jobs.store.queue.zrem(self._key(caller), job_id)
+
+    def _limit(self, caller: Caller) -> int | None:
+        return caller.requests_per_minute or self.requests_per_minute
 
     def _count(self, name: str, limit: int) -> tuple[bool, int, int]:
         """Whether one more passes, how many may follow, and seconds until one more may."""

@@ -147,7 +147,7 @@ class Attempt:
         self._write(lambda *_: None, _UNFINISHED)
         self.jobs.store.put_picture(self.id, png)  # before anybody is told of it
         self._write(end, _UNFINISHED)
-        self.jobs.absolve(self.state)
+        self.jobs.pardon(self.state.decode.digest)
 
     def measured(self, seconds: float) -> None:
         """How long the picture took, for predictions and metrics."""

@@ -29,6 +29,10 @@ class OutOfMemory(AfterimageError):
     """Not even the smallest tiles fit into memory: the process should end."""
 
 
+class DeviceLost(AfterimageError):
+    """The device fails, whatever is asked of it: the process should end."""
+
+
 @dataclass(slots=True)
 class Drawing:
     """Attempts at jobs of one shape and one setting."""
@@ -44,7 +48,8 @@ class Drawing:
     def draw(self, decoder: Decoder, drafts: Sequence[Draft]) -> Tensor:
         """(B, 3, H, W) in [0, 1], padded; where memory is short, in smaller and smaller tiles.
 
-        Raises `Canceled` or `LeaseLost` where nobody waits any more for any of them, `OutOfMemory`.
+        Raises `Canceled` or `LeaseLost` where nobody waits any more for any of them, `OutOfMemory`,
+        `DeviceLost`.
         """
         settings, window = self.attempts[0].state.decode.settings, WINDOW
         while True:
@@ -52,6 +57,8 @@ class Drawing:
                 return decoder.sample_batch(drafts, settings, self._on_step, self._on_tile, window)
             except Exception as e:
                 if not _short_of_memory(e):
+                    if _sticky(e):
+                        raise DeviceLost(str(e).partition("\n")[0]) from e
                     raise
                 log.warning("out of memory with tiles of %d latent positions", window)
             window //= 2
@@ -114,8 +121,14 @@ class Drawing:
 
 
 def _short_of_memory(e: Exception) -> bool:
-    """Of a device, or of the host, which torch tells as a plain `RuntimeError`."""
+    """Of a device, or of the host; libraries below torch tell it as a plain `RuntimeError`."""
+    told = any(words in str(e) for words in ("can't allocate memory", "STATUS_ALLOC_FAILED"))
     kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(e, kinds) or (
-        isinstance(e, RuntimeError) and "can't allocate memory" in str(e)
+    return isinstance(e, kinds) or (isinstance(e, RuntimeError) and told)
+
+
+def _sticky(e: Exception) -> bool:
+    """After such an error every call on the device fails, until another process opens it."""
+    return isinstance(e, torch.AcceleratorError) or (
+        isinstance(e, RuntimeError) and "CUDA error" in str(e)
     )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from redis.client import Pipeline
 
-from worker.records import Status
+from worker.records import JobState, Status
 from worker.store import RECORD_TTL_S, Store
 
 Kind = Literal["queued", "started", "progress", "preview", "completed", "failed", "canceled"]
@@ -16,6 +16,8 @@ END_OF: dict[Status, Kind] = {
 """How the end of a job is told."""
 KEPT = 256
 """Events of a job that are kept: the last ones."""
+ENDED_TTL_S = 600
+"""How long they are kept once it has ended; its record tells the end as well."""
 PARTS = 100
 """Progress is told at most this often in a job."""
 
@@ -34,6 +36,12 @@ class Event:
         event_id, fields = entry
         kind: Kind = fields[b"kind"].decode()  # type: ignore[assignment]
         return cls(event_id.decode(), kind, json.loads(fields[b"data"]))
+
+    @classmethod
+    def end(cls, state: JobState) -> "Event":
+        """What is told of the end of a job by its record."""
+        data = {"error": state.error} if state.error else {}
+        return cls(f"{int(state.ended * 1000)}-0", END_OF[state.status], data)
 
 
 def key(store: Store, job_id: str) -> str:

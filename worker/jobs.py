@@ -82,7 +82,7 @@ class Jobs:
                         return state, False
                     pipe.multi()
                     pipe.set(self.store.key("bitstream", decode.digest), data, ex=RECORD_TTL_S)
-                    pipe.delete(key)
+                    pipe.delete(key, events.key(self.store, decode.id))  # with its former end
                     pipe.hset(key, mapping=fresh(decode) | _origin())
                     pipe.expire(key, RECORD_TTL_S)
                     self.enqueue(decode.id, pipe)
@@ -136,14 +136,14 @@ class Jobs:
         self.store.queue.zrem(self.interest(job_id), caller)
 
         def drop(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
-            if state and state.status == "queued":
+            if state and state.status == "queued" and not self.wanted(job_id):
                 pipe.lrem(self.queue.key, 0, job_id)
+                pipe.delete(Job.key_for(job_id))
                 self.finish(pipe, job_id, "canceled")
 
-        wanted = self.wanted(job_id)
-        while not wanted and not self.change(job_id, self.interest(job_id), drop):
-            wanted = self.wanted(job_id)
-        return wanted
+        while not self.wanted(job_id) and not self.change(job_id, self.interest(job_id), drop):
+            pass
+        return self.wanted(job_id)
 
     def drop(self, job_id: str) -> None:
         """A job was taken from the queue for which nobody waits: the end, unless somebody came."""
@@ -172,11 +172,8 @@ class Jobs:
                 continue
             if self.deaths(other.decode.digest):  # what may be poison is drawn alone
                 continue
-            with self.store.queue.pipeline() as pipe:
-                pipe.lrem(self.queue.key, 1, job_id)
-                pipe.delete(Job.key_for(job_id))
-                (found, _) = pipe.execute()
-            if found:  # else another worker was quicker
+            if self.store.queue.lrem(self.queue.key, 1, job_id):  # else another was quicker
+                self.store.queue.delete(Job.key_for(job_id))
                 claimed.append(job_id)
         return claimed
 
@@ -225,6 +222,10 @@ class Jobs:
         """The worker of an attempt was cut off, but lives: the bitstream is not to blame."""
         self.store.queue.srem(self._deaths(state.decode.digest), state.owner)
 
+    def pardon(self, digest: str) -> None:
+        """A picture was drawn from the bitstream: what workers died of was something else."""
+        self.store.queue.delete(self._deaths(digest))
+
     def put_back(self, job_id: str, pipe: Pipeline, attempts: int | None = None) -> None:
         """In front of the queue again; with `attempts`, as if only so many were made."""
         again: dict[str, str | int] = {"status": "queued", "step": 0}
@@ -271,6 +272,7 @@ class Jobs:
         pipe.srem(self.waiting, job_id)
         kind = events.END_OF[status]
         events.tell(self.store, pipe, job_id, kind, **({"error": error} if error else {}))
+        pipe.expire(events.key(self.store, job_id), events.ENDED_TTL_S)
         figures.add(self.store, pipe, f"ended:{status}")
         state = self.record(job_id)
         if state is not None:

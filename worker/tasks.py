@@ -16,7 +16,7 @@ from models.errors import AfterimageError, Canceled, WrongWeights
 from models.library import Library, provenance
 from worker import costs, logs, tracing
 from worker.attempt import Attempt, LeaseLost
-from worker.drawing import Drawing, OutOfMemory
+from worker.drawing import DeviceLost, Drawing, OutOfMemory
 from worker.jobs import DEATHS, QUARANTINED, Jobs
 from worker.keeper import Keeper
 from worker.records import JobState
@@ -146,9 +146,9 @@ def _run(attempts: Sequence[Attempt]) -> None:
         Context.interruptible = False
         log.info("%d jobs are left to other workers", len(attempts))
         Context.afterwards += [_settled(attempt.put_back) for attempt in attempts]
-    except OutOfMemory:
+    except (OutOfMemory, DeviceLost) as e:
         Context.interruptible = False
-        log.error("out of memory: this worker ends")
+        log.error("this worker ends: %s", e)
         Context.stopping = True
         Context.afterwards += [_settled(attempt.blame) for attempt in attempts]
     except JobTimeoutException:

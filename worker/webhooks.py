@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from redis.client import Pipeline
 
 from models.errors import AfterimageError, ParameterError
@@ -154,7 +154,7 @@ def main() -> int:
             return _complain("webhooks need REDIS_URL and AFTERIMAGE_WEBHOOK_SECRET", 2)
         connected = connect(settings)
         connected.ping()
-    except (ValidationError, AfterimageError, RedisError) as e:
+    except (ValidationError, SettingsError, AfterimageError, RedisError) as e:
         return _complain(f"webhooks cannot be sent: {e}", 1)
     stop = threading.Event()
     ends = signal.SIGTERM, signal.SIGINT

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import tiles
+from models import codec, tiles
 from models.decoder import Draft
 from models.msh import STRIDE_Y
 from models.sampler import Denoise
@@ -61,11 +61,12 @@ def curve(
 def middle(draft: Draft, x: Tensor) -> tuple[Draft, Tensor] | None:
     """The middle of a draft and of its original `x` (1, 3, H, W); None where there is too little.
 
-    At most `SIDE` pixels square, on the latents' grid.
+    At most `SIDE` pixels square, on the latents' grid and without padding, which the draft has.
     """
     height, width = (min(SIDE, n // _ALIGNED * _ALIGNED) for n in x.shape[2:])
     if not height or not width:
         return None
+    x = codec.pad(x)
     top = (x.shape[2] - height) // 2 // STRIDE_Y
     left = (x.shape[3] - width) // 2 // STRIDE_Y
     spot = (top, top + height // STRIDE_Y, left, left + width // STRIDE_Y)

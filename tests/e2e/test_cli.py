@@ -103,6 +103,12 @@ def test_wrong_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.returncode == 1
     assert "max_pixels" in done.stderr.lower()
     assert "Traceback" not in done.stderr
+    monkeypatch.delenv("AFTERIMAGE_MAX_PIXELS")
+    monkeypatch.setenv("AFTERIMAGE_CORS_ORIGINS", "https://a.example")  # no JSON
+    done = afterimage("inspect", DATA / "kodim23.msh")
+    assert done.returncode == 1
+    assert "cors_origins" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_inspect_prints_a_json_line_for_each_input(tmp_path: Path) -> None:

@@ -232,7 +232,8 @@ def test_a_status_question_may_wait_for_the_end(client: httpx.Client, stream: by
     client.delete(location)
 
 
-def test_events_tell_the_whole_story_and_resume(client: httpx.Client, stream: bytes) -> None:
+def test_events_tell_the_whole_story_and_resume(service: Service, stream: bytes) -> None:
+    client = service.client
     location = submit(client, stream, **SLOW)
     with client.stream("GET", f"{location}/events", timeout=120) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -254,8 +255,18 @@ def test_events_tell_the_whole_story_and_resume(client: httpx.Client, stream: by
     with client.stream("GET", f"{location}/events", headers={"Last-Event-ID": ids[5]}) as answer:
         rest = list(events(answer.iter_lines()))
     assert [event["id"] for event in rest] == ids[6:]
-    with client.stream("GET", f"{location}/events", headers={"Last-Event-ID": "?"}) as answer:
-        assert len(list(events(answer.iter_lines()))) == len(told)
+    for unknown in ("?", f"{2**64}-0"):
+        with client.stream(
+            "GET", f"{location}/events", headers={"Last-Event-ID": unknown}
+        ) as answer:
+            assert len(list(events(answer.iter_lines()))) == len(told)
+    with service.stores() as store:
+        store.queue.delete(store.key("events", location.rpartition("/")[2]))  # they are kept less
+    began = time.monotonic()
+    with client.stream("GET", f"{location}/events") as answer:
+        (end,) = events(answer.iter_lines())
+    assert end["event"] == "completed"
+    assert time.monotonic() - began < 3
 
 
 def test_a_waiting_decode_is_canceled_at_once_and_can_be_tried_again(
@@ -318,6 +329,28 @@ def test_an_expired_picture_is_gone_until_it_is_tried_again(
     assert client.get(f"{location}/image").content == before
 
 
+def test_a_picture_without_its_record_is_drawn_anew(service: Service, stream: bytes) -> None:
+    client = service.client
+    asked = {"tier": "ddim-10", "seed": 31}
+    location = submit(client, stream, **asked)
+    wait_for(client, location)
+    with service.stores() as store:
+        store.queue.delete(store.key("job", location.rpartition("/")[2]))
+    again = client.post("/v1/decodes", params=asked, content=stream)
+    assert again.headers["x-cache"] == "miss"
+    assert wait_for(client, location)["status"] == "succeeded"
+
+
+def test_a_tier_may_be_asked_for_by_another_s_name(client: httpx.Client, stream: bytes) -> None:
+    location = submit(client, stream, tier="ddim-10", steps=100, seed=32)
+    assert submit(client, stream, tier="ddim-100", seed=32) == location
+    too_much = client.get(f"{location}/image", params={"min_tier": "ddpm-1000"})
+    assert too_much.status_code == 409  # at once, not when it is drawn
+    wait_for(client, location)
+    found = client.get(f"{location}/image", params={"min_tier": "ddim-100"})
+    assert (found.status_code, found.headers["x-afterimage-tier"]) == (200, "ddim-10")
+
+
 def test_nobody_s_job_is_dropped_before_it_begins(service: Service, stream: bytes) -> None:
     client = service.client
     first = submit(client, stream, **SLOW)
@@ -353,6 +386,9 @@ def test_a_long_queue_refuses_new_jobs_but_no_repeats(service: Service, stream: 
         wait_for(client, submit(client, stream, tier="ddim-10", seed=9))
         while not (before := store.queue.hgetall(key)):
             time.sleep(0.1)  # what a job took is noted after its end
+        withdrawn = submit(client, stream, **SLOW, seed=7)
+        client.delete(withdrawn)
+        until(client, withdrawn, "canceled")
         first = submit(client, stream, **SLOW)
         slow = json.dumps(costs.Sums.of(1e6, 1.0).values)  # a million seconds a megapixel-step
         try:
@@ -366,6 +402,8 @@ def test_a_long_queue_refuses_new_jobs_but_no_repeats(service: Service, stream: 
             assert (new.status_code, new.json()["type"]) == (503, "urn:afterimage:problem:busy")
             assert int(new.headers["retry-after"]) > 1000
             assert submit(client, stream, **SLOW) == first
+            again = client.post(f"{withdrawn}/retry")
+            assert (again.status_code, again.json()["type"]) == (503, new.json()["type"])
             assert client.post("/v1/decodes", content=stream).status_code == 200  # instant
         finally:
             client.delete(first)

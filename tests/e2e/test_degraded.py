@@ -1,11 +1,15 @@
 """Redis goes away and comes back; the service and its worker stay."""
 
+import concurrent.futures
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 from playwright.sync_api import Page, expect
 
 from tests.conftest import run_service, wait_for
@@ -19,6 +23,29 @@ def server(folder: Path) -> Iterator[str]:
     """A queue on a socket in `folder`, with the data that are there."""
     with embed._server(embed.find_server(), folder / "redis.sock", folder, embed._QUEUE):
         yield f"unix://{folder / 'redis.sock'}"
+
+
+def test_a_redis_that_hangs_is_as_one_that_is_away(tmp_path: Path, small_msh: bytes) -> None:
+    """Stopped, it takes connections and answers nothing."""
+    with server(tmp_path) as url, run_service(tmp_path, REDIS_URL=url) as own:
+        with redis.Redis.from_url(url) as direct:
+            pid = direct.info("server")["process_id"]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with concurrent.futures.ThreadPoolExecutor(60) as pool:
+                asked = {"tier": "perceptual"}
+                waiting = [
+                    pool.submit(own.client.post, "/v1/decodes", params=asked, content=small_msh)
+                    for _ in range(60)
+                ]
+                time.sleep(1)
+                began = time.monotonic()
+                assert own.client.get("/readyz").json()["status"] == "degraded"
+                assert own.client.post("/v1/decodes", content=small_msh).status_code == 200
+                assert time.monotonic() - began < 4
+                assert {one.result().status_code for one in waiting} == {503}
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
 
 def test_instant_decodes_go_on_without_redis_and_upgrades_when_it_is_back(

@@ -146,10 +146,13 @@ def test_a_link_shows_one_picture_to_whoever_holds_it(guarded: Service, small_ms
         ).headers["location"]
         wait_for(own, location)
         made = own.post(f"{location}/links", params={"seconds": 2, "realism": 0.5})
+        kept = own.get(f"{location}/image").headers["cache-control"]
+    assert kept.startswith("private, ")  # no shared cache shows it to those without a key
     assert made.status_code == 201
     url = made.json()["url"]
     shown = client.get(url)
     assert (shown.status_code, shown.headers["x-afterimage-realism"]) == (200, "0.5")
+    assert shown.headers["cache-control"] in {"private, max-age=1", "private, max-age=2"}
     assert client.head(url).status_code == 200
     assert client.get(url.replace("realism=0.5", "realism=1.0")).status_code == 401
     assert client.get(f"{location}/image").status_code == 401

@@ -257,6 +257,8 @@ def test_a_place_in_the_queue_is_shown_and_a_job_is_cancelled(
     service.client.delete(f"/v1/decodes/{blocker.json()['id']}")
     opened.locator("#retry").click()
     drawn(opened)
+    expect(opened.locator("#problem")).to_be_hidden()
+    expect(opened.locator("#times")).to_contain_text("drawn")
 
 
 def test_a_link_opened_elsewhere_finds_the_same_job(

@@ -46,8 +46,15 @@ def test_the_end_of_a_decode_is_told_signed(tmp_path: Path, small_msh: bytes) ->
             refused = {"tier": "perceptual", "webhook": "https://127.0.0.1/told", "seed": 1}
             answer = service.client.post("/v1/decodes", params=refused, content=small_msh)
             assert answer.status_code == 422
+            long = {"tier": "ddpm-1000", "webhook": f"http://{host}/told", "deadline_s": 1}
+            answer = service.client.post("/v1/decodes", params=long, content=small_msh)
+            service.client.delete(answer.headers["location"])  # who asked may withdraw
+            ended = wait_for(service.client, answer.headers["location"])
+            assert ended["status"] == "canceled"
+            assert came.acquire(timeout=20)
         server.shutdown()
-    assert len(told) == 2
+    assert len(told) == 3
+    assert told.pop()["type"] == "decode.canceled"
     for event in told:
         assert event["type"] == "decode.succeeded"
         assert event["data"]["image"] == f"{location}/image"

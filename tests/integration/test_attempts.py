@@ -141,6 +141,16 @@ def test_deaths_count_against_the_bitstream_whatever_is_asked_of_it(
     assert 0 < jobs.store.queue.ttl(key) <= 24 * 3600
 
 
+def test_a_bitstream_that_was_drawn_is_not_to_blame(jobs: Jobs, small_msh: bytes) -> None:
+    job_id = submit(jobs, small_msh)
+    for end in (Attempt.blame, lambda attempt: attempt.commit(b"png")):
+        assert jobs.deaths(decode_of(small_msh, FAST).digest) == (end is not Attempt.blame)
+        attempt = Attempt.begin(jobs, job_id)
+        assert attempt is not None
+        end(attempt)
+    assert jobs.deaths(decode_of(small_msh, FAST).digest) == 0
+
+
 def test_a_job_whose_workers_are_cut_off_again_and_again_is_given_up(
     jobs: Jobs, small_msh: bytes
 ) -> None:
@@ -317,6 +327,22 @@ def test_no_memory_at_all_ends_the_worker_and_leaves_the_job(
     assert len(asked) > 2
     assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
     assert jobs.deaths(decode_of(large, FAST).digest) == 1
+
+
+@pytest.mark.weights
+def test_a_device_that_fails_at_everything_ends_the_worker_and_leaves_the_job(
+    context: None, jobs: Jobs, loaded: Library, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: Any) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(loaded.diffusion.net.denoiser, "forward", lost)
+    job_id = submit(jobs, small_msh)
+    jobs.queue.remove(job_id)
+    tasks.enhance(job_id)
+    tasks.settle()
+    assert Context.stopping
+    assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
 
 
 @pytest.mark.weights

@@ -16,6 +16,7 @@ from rq.serializers import JSONSerializer
 
 from models import bitstream, checkpoint, image
 from models.tiers import TIERS, Settings
+from worker import events
 from worker.attempt import Attempt, LeaseLost
 from worker.jobs import BEAT_S, Jobs
 from worker.keeper import Keeper
@@ -222,6 +223,39 @@ def test_a_failed_job_may_be_submitted_again(jobs: Jobs, small_msh: bytes) -> No
     state = jobs.get(d.id)
     assert state is not None and (state.status, state.error) == ("failed", "broken")
     assert jobs.submit(d, small_msh)[1]
+    told = jobs.store.queue.xrange(events.key(jobs.store, d.id))
+    assert [fields[b"kind"] for _, fields in told] == [b"queued"]  # who follows it: no old end
+
+
+def test_a_job_that_is_withdrawn_leaves_nothing_that_stays(jobs: Jobs, small_msh: bytes) -> None:
+    d = request_for(small_msh)
+    jobs.submit(d, small_msh)
+    assert not jobs.withdraw(d.id, "")
+    assert jobs.queue.job_ids == []
+    left = set(jobs.store.queue.keys("*")) - {b"rq:queues"}  # the names of all queues
+    assert all(jobs.store.queue.ttl(k) > 0 for k in left)
+
+
+def test_who_joins_while_another_withdraws_keeps_the_job(
+    jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d = request_for(small_msh)
+    jobs.submit(d, small_msh, "first")
+    wanted, asked = Jobs.wanted, 0
+
+    def joined(own: Jobs, job_id: str) -> bool:
+        nonlocal asked
+        asked += 1
+        found = wanted(own, job_id)
+        if asked == 1:
+            own.submit(d, small_msh, "second")
+        return found
+
+    monkeypatch.setattr(Jobs, "wanted", joined)
+    assert jobs.withdraw(d.id, "first")
+    state = jobs.get(d.id)
+    assert state is not None and state.status == "queued"
+    assert jobs.queue.job_ids == [d.id]
 
 
 @pytest.mark.weights

@@ -338,6 +338,7 @@ def test_a_pass_writes_figures_from_real_bytes(
     (points,) = document["calibration"].values()
     assert [round(16 * p["t"]) for p in points] == list(range(15, 0, -1))
     assert all(0 < point["actual"] < point["zero"] for point in points)
+    assert points[-1]["actual"] < 0.1 * points[-1]["zero"]  # of the same place, without the padding
     for name in ("rate.png", "perception.png", "sheet.png", "calibration.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
 
