@@ -43,7 +43,7 @@ COPY --from=wheel /wheels /wheels
 COPY deploy/prepare.sh /prepare.sh
 RUN /prepare.sh
 
-# What runs: no compiler, no pip, one writable folder.
+# What runs: no compiler, no pip, two writable folders.
 FROM base AS runtime
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="Afterimage" \
@@ -52,13 +52,14 @@ LABEL org.opencontainers.image.title="Afterimage" \
       org.opencontainers.image.revision="${REVISION}"
 RUN groupadd --gid 10001 afterimage \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/cache/afterimage afterimage \
-    && install -d -o 10001 -g 10001 /var/cache/afterimage
+    && install -d -o 10001 -g 10001 /var/cache/afterimage /var/lib/afterimage/weights
 ENV PATH=/opt/afterimage/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/var/cache/afterimage \
-    AFTERIMAGE_CACHE_DIR=/var/cache/afterimage
+    AFTERIMAGE_CACHE_DIR=/var/cache/afterimage \
+    AFTERIMAGE_WEIGHTS_DIR=/var/lib/afterimage/weights
 COPY deploy/entrypoint.sh /entrypoint.sh
-VOLUME /var/cache/afterimage
+VOLUME ["/var/cache/afterimage", "/var/lib/afterimage/weights"]
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM

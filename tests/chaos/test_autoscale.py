@@ -41,7 +41,8 @@ class Autoscaler(threading.Thread):
         assert (
             trigger["metadata"]["query"] == "max(afterimage_queue_depth + afterimage_jobs_running)"
         )
-        self.own, self.url, self.threshold = own, url, 2
+        self.own, self.url = own, url
+        self.threshold = float(trigger["metadata"]["threshold"])
         self.stopped = threading.Event()
         self.most = 0
         self.leaving: list[Worker] = []

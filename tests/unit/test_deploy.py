@@ -168,9 +168,23 @@ def test_workers_have_time_to_finish(compose: dict[str, Any]) -> None:
         assert int(service["stop_grace_period"].removesuffix("s")) >= grace + END_S
 
 
+def test_a_worker_has_the_memory_that_the_largest_picture_takes(compose: dict[str, Any]) -> None:
+    needed = 1.5 + 0.25 * ServiceSettings(REDIS_URL="redis://none.invalid").max_pixels / 1e6
+    assert float(container("worker")["resources"]["limits"]["memory"].removesuffix("Gi")) > needed
+    assert float(compose["services"]["worker"]["mem_limit"].removesuffix("g")) > needed
+
+
+def test_imported_weights_are_those_of_the_api_and_of_the_workers(compose: dict[str, Any]) -> None:
+    (folder,) = re.findall(r"AFTERIMAGE_WEIGHTS_DIR=(\S+)", (ROOT / "Dockerfile").read_text())
+    for service in of_ours(compose).values():
+        assert f"weights:{folder}" in service["volumes"]
+
+
 def test_containers_are_confined(compose: dict[str, Any]) -> None:
     for service in compose["services"].values():
         assert service["read_only"] and service["cap_drop"] == ["ALL"] and service["mem_limit"]
+    for service in of_ours(compose).values():
+        assert service["tmpfs"] == ["/tmp"]  # where large uploads go
     for _, pod in pods():
         assert pod["securityContext"]["runAsNonRoot"]
         for part in pod["containers"]:
