@@ -64,6 +64,8 @@ Z_HUFFMAN_ONLY saves a tenth of PNG's time, and grows flat pictures. JPEG and AV
 and 45.6 dB to the instant picture."""
 
 
+_PNG_DEPTH = 24
+"""Where a PNG file says how many bits a sample has: behind signature, IHDR's head, both sides."""
 _TAG = ExifTags.Base
 _TURNS: Mapping[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -94,6 +96,8 @@ def read(data: bytes, max_pixels: int) -> Pixels:
             check_size(source.height, source.width, max_pixels)
             _check_work(source, data, max_pixels)
             source.load()
+            if source.format == "PNG" and data[_PNG_DEPTH] == 16:
+                source.info.pop("transparency", None)  # Pillow would mistake it for 8 bits
             upright = _upright(_eight_bits(source), _orientation(source))
             picture = _to_rgb(upright, source.info.get("icc_profile"))
     except AfterimageError:
@@ -188,7 +192,9 @@ def _upright(picture: Image.Image, orientation: object) -> Image.Image:
 
 def _to_rgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
     alpha = None
-    if picture.mode in {"P", "PA", "1", "YCbCr"} or "transparency" in picture.info:
+    if picture.mode == "L" and "transparency" in picture.info:
+        picture = picture.convert("LA")  # grey still, as its profile has it
+    elif picture.mode in {"P", "PA", "1", "YCbCr"} or "transparency" in picture.info:
         picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     if picture.mode in {"RGBA", "LA"}:
         alpha = picture.getchannel("A")

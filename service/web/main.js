@@ -359,7 +359,7 @@ async function attempt(work) {
 
 function busy(more) {
   working += more;
-  $("stage").ariaBusy = working > 0;
+  $("canvas").ariaBusy = working > 0; // not what tells how far it is
 }
 
 function complain(e, work) {

@@ -55,7 +55,7 @@ def choose(page: Page, file: Path) -> None:
 
 def drawn(page: Page) -> None:
     """Wait for the end of what was begun."""
-    expect(page.locator("#stage")).to_have_attribute("aria-busy", "false", timeout=SLOW)
+    expect(page.locator("#canvas")).to_have_attribute("aria-busy", "false", timeout=SLOW)
 
 
 def draw(page: Page, file: Path) -> None:

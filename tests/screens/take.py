@@ -38,7 +38,7 @@ def take(browser: Browser, url: str, size: str, scheme: Any) -> None:
     expect(page.locator("[name=tier]")).to_have_value("perceptual")
     write(page, ALL / f"{size}-{scheme}-welcome.webp")
     page.locator("[data-sample=girl]" if size == "phone" else "[data-sample=parrots]").click()
-    expect(page.locator("#stage")).to_have_attribute("aria-busy", "false", timeout=LONGEST)
+    expect(page.locator("#canvas")).to_have_attribute("aria-busy", "false", timeout=LONGEST)
     expect(page.locator("#rows")).not_to_contain_text("…", timeout=LONGEST)
     page.locator("[name=left]").select_option("jpeg" if size == "laptop" else "instant")
     if size == "desktop":

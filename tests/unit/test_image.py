@@ -122,6 +122,24 @@ def test_a_transparent_colour_is_flattened_on_white() -> None:
     assert tuple(image.read(file(palette, "GIF"), 10**6)[0, 0]) == (0, 255, 0)
 
 
+def test_a_transparent_colour_of_16_bits_is_not_read() -> None:
+    """Pillow reads the upper byte of a sample, and the lower one of the colour: they would meet."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    for sample, colour in (
+        ((0x40,) * 3, (0, 0, 0)),
+        ((0x2FF, 0x4FF, 0x6FF), (0x102, 0x304, 0x506)),
+    ):
+        row = zlib.compress(b"\0" + struct.pack(">HHH", *sample))
+        chunks = head, chunk(b"tRNS", struct.pack(">HHH", *colour)), chunk(b"IDAT", row)
+        data = b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b"")
+        assert image.read(data, 10**6)[0, 0].tolist() == [value >> 8 for value in sample]
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "LA", "LAB", "YCbCr"])
 def test_other_modes_become_rgb(small: image.Pixels, mode: str) -> None:
     source = Image.fromarray(small)
@@ -232,6 +250,7 @@ def test_a_grey_profile_is_applied_at_8_and_16_bits() -> None:
     for data in (
         file(Image.new("L", (8, 8), 128), icc_profile=LINEAR),
         file(Image.new("LA", (8, 8), (128, 255)), icc_profile=LINEAR),
+        file(Image.new("L", (8, 8), 128), icc_profile=LINEAR, transparency=5),
         file(Image.fromarray(np.full((8, 8), 0x8080, np.uint16)), icc_profile=LINEAR),
     ):
         assert np.abs(image.read(data, 10**6).astype(int) - 188).max() <= 1
