@@ -1,6 +1,7 @@
 """The diffusion decoder: the codec's latents to a picture that a sampler draws."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,8 @@ finest activations of this many stay below 32 MiB, above which glibc maps each a
 OVERLAP = 3
 """Latent positions around a denoiser's window. It reaches up to 98 pixels, but what lies beyond 48
 moves a finished picture by 0.08/255 at most (measured; at 32 pixels 0.7, at 96 nothing)."""
+CODECS = "codecs"
+"""In the metadata of a decoder's file: a JSON list of weights ids."""
 CONDITION_OVERLAP = 8
 """Latent positions around a conditioner's window: its convolutions reach 120 pixels."""
 
@@ -48,8 +51,15 @@ class Draft:
 class Decoder:
     """One set of diffusion weights on one device, ready to run."""
 
-    def __init__(self, weights_id: str, net: UNet, device: torch.device | None = None) -> None:
-        self.weights_id = weights_id
+    def __init__(
+        self,
+        weights_id: str,
+        net: UNet,
+        device: torch.device | None = None,
+        codecs: Collection[str] | None = None,
+    ) -> None:
+        """`codecs`: ids of those whose latents it has learned; None where none are recorded."""
+        self.weights_id, self.codecs = weights_id, codecs
         self.device = device or torch.device("cpu")
         net = net.eval().requires_grad_(False)
         self.net: UNet = net.to(self.device).to(memory_format=torch.channels_last)
@@ -249,14 +259,19 @@ def load(folder: Path = checkpoint.WEIGHTS, device: torch.device | None = None) 
         if entry.kind == "decoder":
             tensors, metadata = checkpoint.load_with_metadata(entry, folder)
             net = _network(tensors, metadata, folder / entry.file)
-            return Decoder(entry.weights_id, net, device)
+            return Decoder(entry.weights_id, net, device, _codecs(metadata))
     raise WeightsError(f"{folder}: the manifest names no diffusion decoder")
 
 
 def opened(file: Path, device: torch.device | None = None) -> Decoder:
     """The decoder in a training run's file; `WeightsError` where it holds something else."""
     tensors, metadata = checkpoint.read(file)
-    return Decoder(checkpoint.weights_id(tensors), _network(tensors, metadata, file), device)
+    net = _network(tensors, metadata, file)
+    return Decoder(checkpoint.weights_id(tensors), net, device, _codecs(metadata))
+
+
+def _codecs(metadata: dict[str, str]) -> frozenset[str] | None:
+    return frozenset(json.loads(metadata[CODECS])) if CODECS in metadata else None
 
 
 def _network(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> UNet:

@@ -71,7 +71,7 @@ class Library:
     ) -> image.Pixels:
         """Bitstream -> the diffusion decoder's picture (H, W, 3), at realism `alpha`.
 
-        The decoder was trained with the latents of the shipped codecs: others' stay hidden from it.
+        Latents of codecs that the decoder has not learned stay hidden from it.
         """
         draft = self.draft(b, seed)
         x = self.diffusion.sample_batch([draft], settings, on_step)
@@ -80,7 +80,9 @@ class Library:
     def draft(self, b: Bitstream, seed: int) -> Draft:
         """Bitstream -> what the diffusion decoder begins with. Raises as `Codec.latents`."""
         latents, x_hat = self.instant(b)
-        shown = self.codec_id(b) in {own.weights_id for own in self.codecs.values()}
+        shipped = {own.weights_id for own in self.codecs.values()}
+        learned = self.decoder.codecs if self.decoder else None
+        shown = self.codec_id(b) in (shipped if learned is None else learned)
         return Draft(latents, x_hat, b.quality, seed, shown)
 
     @property

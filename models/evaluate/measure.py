@@ -1,5 +1,7 @@
 """One picture at one quality: encoded, decoded from the real bytes at each tier, measured."""
 
+import functools
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import bitstream, codec, image
+from models import (
+    bitstream,
+    blocks,
+    codec,
+    conditioner,
+    decoder,
+    image,
+    noise,
+    sampler,
+    schedule,
+    tiles,
+    unet,
+)
 from models.codec import Codec
 from models.decoder import Decoder, Draft
 from models.errors import AfterimageError, PictureError
@@ -110,6 +124,8 @@ class Evaluation:
 
     def __init__(self, own: Codec, drawing: Decoder, networks: Networks, kept: Kept) -> None:
         self.codec, self.decoder, self.networks, self.kept = own, drawing, networks, kept
+        grey = own.encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
+        own.synthesis(own.latents(grey).y_hat)  # compiled now, and not within a picture's time
 
     def measure(self, path: Path, tiers: Sequence[str], seeds: Sequence[int]) -> Measured:
         """`instant` and `tiers` of the picture in `path`, and whatever else of it was kept.
@@ -184,7 +200,8 @@ class Evaluation:
     def _origin(self, source: _Source, draw: Draw) -> str:
         """All that a drawn picture depends on."""
         name, seed = draw
-        return f"{source.digest} {self.decoder.weights_id} {name} {_settings(name)} seed {seed}"
+        weights, code = self.decoder.weights_id, _code()
+        return f"{source.digest} {weights} {name} {_settings(name)} seed {seed} code {code}"
 
     def _calibration(self, source: _Source) -> list[calibration.Point]:
         whole = Draft(source.latents, source.x_hat, self.codec.quality, seed=0)
@@ -214,6 +231,14 @@ class Evaluation:
             seconds=seconds,
         )
         out.rows.append(row)
+
+
+@functools.cache
+def _code() -> str:
+    """A digest of the sources that draw."""
+    drawing = (blocks, conditioner, decoder, noise, sampler, schedule, tiles, unet)
+    sources = (Path(str(module.__file__)).read_bytes() for module in drawing)
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
 def _settings(name: str) -> Settings | None:

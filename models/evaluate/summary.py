@@ -87,7 +87,7 @@ def _compare(line: Line, own: Sequence[Row], msh: Mapping[str, Row]) -> None:
     base = [msh[picture].lpips for picture in lpips]
     line.add("lpips_ratio", bootstrap.ratio(list(lpips.values()), base), len(lpips))
     _add_mean(line, "psnr_loss", own, lambda r: psnr(msh[r.picture].mse) - psnr(r.mse))
-    line.figures["worse_lpips"] = sum(r.lpips > msh[r.picture].lpips for r in own)
+    line.figures["worse_lpips"] = sum(v > msh[picture].lpips for picture, v in lpips.items())
     first = {r.picture: r.seed for r in reversed(own)}
     others = [r for r in own if r.seed != first[r.picture]]
     _add_mean(line, "seeds_ratio", others, lambda r: _quotient(r.seeds_mse, msh[r.picture].mse))

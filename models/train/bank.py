@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.errors import PictureError, WeightsError
 from models.files import whole
 from models.msh import STRIDE_Y
 from models.train.encoder import Encoder
@@ -80,13 +81,22 @@ def build(
     variants: int = 1,
     device: torch.device | None = None,
 ) -> None:
-    """Encode `files` at `quality` into `out`; what is there already stays as it is."""
+    """Encode `files` at `quality` into `out`; what is there already, by this codec, stays as it is.
+
+    Raises `PictureError` where two photographs have one name, but for folder and suffix.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    todo = [v for v in _variants(files, (quality,), variants) if not (out / v.name).exists()]
-    for variant, tensors in _encoded(todo, codecs, device or torch.device("cpu")):
-        own = {k: v.cpu().contiguous() for k, v in tensors.items()}
+    wanted: dict[str, Variant] = {}
+    for variant in _variants(files, (quality,), variants):
+        other = wanted.setdefault(variant.name, variant)
+        if other.path != variant.path:
+            raise PictureError(f"{other.path} and {variant.path}: one name for two photographs")
+    encoder = Encoder.load(quality, codecs, device or torch.device("cpu"))
+    todo = [v for v in wanted.values() if _codec_of(out / v.name) != encoder.weights_id]
+    for variant in _told(todo):
+        own = {k: v.cpu().contiguous() for k, v in encoder(variant.pixels()).items()}
         with whole(out / variant.name) as part:
-            save_file(own | {"bits": own["bits"][0]}, part)
+            save_file(own | {"bits": own["bits"][0]}, part, {"codec": encoder.weights_id})
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +140,15 @@ class Bank:
 
     @classmethod
     def read(cls, folder: Path, device: torch.device) -> "Bank":
-        """All files of `q1`, `q2`, … in `folder`; `FileNotFoundError` where there is none."""
+        """All files of `q1`, `q2`, … in `folder`; `FileNotFoundError` where there is none.
+
+        `WeightsError` where those of one quality were encoded by several codecs.
+        """
         files = [(int(f.parent.name[1:]), f) for f in sorted(folder.glob("q[1-8]/*.safetensors"))]
         if not files:
             raise FileNotFoundError(f"{folder}: no encoded photographs in q1, q2, …")
+        if len({(quality, _codec_of(f)) for quality, f in files}) > len({q for q, _ in files}):
+            raise WeightsError(f"{folder}: encoded by several codecs of one quality")
         return cls([_positions(f) for _, f in files], _entries(files), device)
 
     @classmethod
@@ -169,6 +184,14 @@ class Bank:
         )
 
 
+def _codec_of(file: Path) -> str | None:
+    """The weights id of the codec that made a bank's file; None where there is none."""
+    if not file.exists():
+        return None
+    with safe_open(file, "pt") as f:
+        return (f.metadata() or {}).get("codec")
+
+
 def _positions(file: Path) -> tuple[int, int]:
     with safe_open(file, "pt") as f:
         rows, columns = f.get_slice("bits").get_shape()
@@ -193,10 +216,16 @@ def _encoded(
 ) -> Iterator[tuple[Variant, dict[str, Tensor]]]:
     encoder: Encoder | None = None
     quality = 0
-    for done, variant in enumerate(wanted, 1):
+    for variant in _told(wanted):
         if encoder is None or quality != variant.quality:
             quality = variant.quality
             encoder = Encoder.load(quality, codecs, device)
         yield variant, encoder(variant.pixels())
+
+
+def _told(wanted: Sequence[Variant]) -> Iterator[Variant]:
+    """Each in turn; how many are done is told now and then."""
+    for done, variant in enumerate(wanted, 1):
+        yield variant
         if done % 100 == 0 or done == len(wanted):
             sys.stderr.write(f"{done} of {len(wanted)} encoded\n")

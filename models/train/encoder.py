@@ -34,6 +34,7 @@ class Encoder:
             raise WeightsError(f"no mean-scale hyperprior: {e}") from e
         self.net.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
         self.medians = medians[None, :, None, None].to(device)
+        self.weights_id = checkpoint.weights_id(tensors)
 
     @classmethod
     def load(cls, quality: int, folder: Path | None, device: torch.device) -> "Encoder":

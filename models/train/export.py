@@ -1,8 +1,10 @@
 """Put weights into `models/weights/` and name them in its manifest."""
 
+import json
 from pathlib import Path
 
 from models import catalogue, checkpoint, presets, zoo
+from models import decoder as decoder_of
 from models.train.widen import widened
 
 
@@ -29,12 +31,17 @@ def codec(
 def decoder(file: Path, folder: Path = checkpoint.WEIGHTS) -> str:
     """The averaged weights of a diffusion run (`decoder.safetensors`) -> their weights id.
 
-    They replace the decoder that was installed.
+    They replace the decoder that was installed, and are taken to have learned the latents of the
+    codecs that are: others' will be hidden from it. So a new codec is exported first, and the
+    decoder follows it.
     """
     tensors, metadata = checkpoint.read(file)
     name = f"decoder_{presets.from_json(metadata['config']).preset}"
-    for entry in checkpoint.manifest(folder) if (folder / catalogue.MANIFEST).exists() else ():
+    installed = checkpoint.manifest(folder) if (folder / catalogue.MANIFEST).exists() else []
+    for entry in installed:
         if entry.kind == "decoder" and entry.name != name:
             (folder / entry.file).unlink(missing_ok=True)
+    codecs = [entry.weights_id for entry in installed if entry.kind == "codec"]
+    metadata = metadata | {decoder_of.CODECS: json.dumps(codecs)}
     row = {"kind": "decoder", "card": "compact.md"}
     return catalogue.install(tensors, name, folder, row, metadata).weights_id

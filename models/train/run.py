@@ -84,6 +84,7 @@ class Progress:
     total: float = 0.0  # seconds of all stages
     number: int = 0  # steps of the stage
     steps: int = 0  # steps of all stages
+    begun: int = 0  # the last stage that `begin` was called for
     setbacks: int = 0  # falls back to the average in this stage
 
 
@@ -224,10 +225,16 @@ class Run:
         self._export(stage)
         p = self.progress
         p.stage, p.spent, p.number, p.setbacks = p.stage + 1, 0.0, 0, 0
-        if p.stage < len(self.config.plan):
+        self._begin()
+
+    def _begin(self) -> None:
+        """The plan's next stage, if there is one: now, or when a run with a longer plan resumes."""
+        p = self.progress
+        if p.begun < p.stage < len(self.config.plan):
             self.task.begin(p.stage)
             self.average = _copies(self.task.modules)
             self.optimisers = self._optimisers()
+            p.begun = p.stage
 
     def _export(self, stage: Stage) -> None:
         """The averaged weights; the trained ones are back when it returns."""
@@ -263,7 +270,10 @@ class Run:
 
     def _resume(self) -> None:
         state, facts = shards.load(self.out / "checkpoint", self.ranks.device)
-        self.progress = Progress(**facts["progress"])
+        self.progress = Progress(**{"begun": facts["progress"]["stage"]} | facts["progress"])
+        before = facts["config"].get("optimiser", self.config.optimiser)
+        if before != self.config.optimiser:
+            raise WeightsError(f"{self.out}: this run's optimiser is {before}")
         try:
             for name, module in self.task.modules.items():
                 module.load_state_dict(state[name])
@@ -276,6 +286,7 @@ class Run:
                 _remember(optimiser, state[f"{name}_optimiser"])
         except (KeyError, RuntimeError) as e:
             raise WeightsError(f"{self.out}: a run of another configuration: {e}") from e
+        self._begin()
         self.ranks.equalise(self.task.modules.values())
         p = self.progress
         self.report.row(resumed=p.stage, s=round(p.spent), step=p.steps)

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models import checkpoint, decoder, image, zoo
+from models import checkpoint, decoder, image, library, zoo
 from models.conditioner import PerQuality
 from models.errors import WeightsError
 from models.presets import COMPACT, PAPER
@@ -145,6 +145,16 @@ def test_exported_weights_load_by_the_manifest(
     assert again == shipped.weights_id
     assert zoo.load(1, folder=folder).weights_id == again
     assert [e.name for e in checkpoint.manifest(folder)] == ["decoder_compact", "msh_q1"]
+    export.decoder(tmp_path / "run/decoder.safetensors", folder)
+    own = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load(folder))
+    b = own.codecs[1, "mse"].encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
+    assert own.draft(b, 0).shown
+    state = zoo.reference(128, 192).state_dict()
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "other")
+    export.codec(tmp_path / "other", 1, folder)  # the decoder has not followed
+    own = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load(folder))
+    b = own.codecs[1, "mse"].encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
+    assert not own.draft(b, 0).shown
 
 
 def test_an_exported_decoder_replaces_the_one_before(tmp_path: Path) -> None:

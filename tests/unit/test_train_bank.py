@@ -1,5 +1,6 @@
 """Photographs and banks: what is encoded, where it is held, how crops are cut."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from models import codec, image, zoo
-from models.errors import WeightsError
+from models.errors import PictureError, WeightsError
 from models.train import bank, photos
 from models.train.encoder import Encoder
 from models.train.photos import Draw, Ragged
@@ -117,6 +118,26 @@ def test_a_bank_on_disk_is_built_once(folder: Path, built: Path) -> None:
     before = [f.stat().st_mtime_ns for f in files]
     bank.build(photos.photographs(folder, False), built / "q2", 2, variants=2)
     assert [f.stat().st_mtime_ns for f in files] == before
+
+
+def test_what_another_codec_encoded_is_encoded_anew(folder: Path, tmp_path: Path) -> None:
+    files = photos.photographs(folder, False)
+    bank.build(files, tmp_path / "q2", 1)
+    shutil.copy(tmp_path / "q2/a.safetensors", tmp_path / "kept")
+    bank.build(files, tmp_path / "q2", 2)
+    ours = load_file(tmp_path / "q2/a.safetensors")
+    assert not torch.equal(ours["y_hat"], load_file(tmp_path / "kept")["y_hat"])
+    shutil.copy(tmp_path / "kept", tmp_path / "q2/a.safetensors")
+    with pytest.raises(WeightsError, match="several codecs"):
+        bank.Bank.read(tmp_path, CPU)
+
+
+def test_two_photographs_of_one_name_are_refused(folder: Path, tmp_path: Path) -> None:
+    for place in ("x", "y"):
+        (tmp_path / place).mkdir()
+        shutil.copy(folder / "a.png", tmp_path / place / "a.png")
+    with pytest.raises(PictureError, match="one name"):
+        bank.build(photos.photographs(tmp_path, False), tmp_path / "bank/q2", 2)
 
 
 def test_a_bank_in_memory_equals_the_one_on_disk(folder: Path, built: Path) -> None:

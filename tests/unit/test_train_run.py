@@ -138,6 +138,22 @@ def test_a_copied_checkpoint_goes_on_elsewhere_and_a_finished_one_is_done(
     assert task.cards  # its weights are written again where it now is
 
 
+def test_a_finished_run_goes_on_with_a_longer_plan(config: RunConfig) -> None:
+    config = replace(config, plan=(Stage("a", 0.005),))
+    assert Run(Regression(), config, CPU).go()
+    task = Regression()
+    longer = Run(task, replace(config, plan=(*config.plan, Stage("b", 0.005))), CPU)
+    assert task.begun == [1]  # as if it had been planned
+    assert longer.go()
+    assert longer.progress.stage == 2
+
+
+def test_a_checkpoint_of_another_optimiser_is_refused(config: RunConfig) -> None:
+    Run(Regression(stop_at(2)), config, CPU).go()
+    with pytest.raises(WeightsError, match="optimiser is adam"):
+        Run(Regression(), replace(config, optimiser="soap"), CPU)
+
+
 def test_a_checkpoint_of_another_network_is_refused(config: RunConfig) -> None:
     Run(Regression(stop_at(2)), config, CPU).go()
     other = Regression()
