@@ -22,6 +22,8 @@ from worker.store import RECORD_TTL_S
 
 NAME = f"{socket.gethostname()}-{os.getpid()}"
 """This process, among workers."""
+REMEMBERED = 16
+"""Workers that are gone whose sums are kept, for when none is there."""
 FADE = 0.9
 """What a measurement still counts for once another has followed."""
 
@@ -79,6 +81,7 @@ def present(jobs: Jobs) -> None:
     """This worker lives."""
     with jobs.store.queue.pipeline() as pipe:
         pipe.zadd(_workers(jobs), {NAME: jobs.now()})
+        pipe.zremrangebyscore(_workers(jobs), 0, jobs.now() - RECORD_TTL_S)
         pipe.expire(_workers(jobs), RECORD_TTL_S)
         pipe.execute()
 
@@ -101,7 +104,10 @@ def measured(jobs: Jobs, seconds: float, megapixel_steps: float, name: str = NAM
     before: bytes | None = queue.hget(key, name)  # type: ignore[assignment]
     sums = Sums(*json.loads(before)) if before else Sums()
     sums = sums.plus(Sums.of(seconds, megapixel_steps), FADE)
+    gone = sorted(set(queue.hkeys(key)) - {*alive(jobs), name.encode()})
     with queue.pipeline() as pipe:
+        if len(gone) > REMEMBERED:
+            pipe.hdel(key, *gone[REMEMBERED:])
         pipe.hset(key, name, json.dumps(sums.values))
         pipe.expire(key, RECORD_TTL_S)
         pipe.execute()
@@ -125,7 +131,7 @@ def eta_s(jobs: Jobs, state: JobState) -> float | None:
         return None
     own = cost.seconds(state.decode.work)
     if state.status == "running":
-        return own * (1 - state.step / max(state.total, 1))
+        return _busy_s(jobs, cost).get(state.owner) or own * (1 - state.step / max(state.total, 1))
     ahead = jobs.queue.job_ids[: jobs.position(state.id) or 0]
     return _free_in_s(jobs, cost, ahead) + own
 
@@ -139,12 +145,25 @@ def backlog_s(jobs: Jobs) -> float:
 def _free_in_s(jobs: Jobs, cost: Cost, ahead: Iterable[str]) -> float:
     """When the first worker is free that has begun all of these jobs, and what runs now."""
     workers = len(alive(jobs)) or 1
-    busy = sorted(_left_s(jobs, cost, jobs.running), reverse=True)[:workers]
+    busy = sorted(_busy_s(jobs, cost).values(), reverse=True)[:workers]
     free = busy + [0.0] * (workers - len(busy))
     heapq.heapify(free)
     for seconds in _left_s(jobs, cost, ahead):
         heapq.heapreplace(free, free[0] + seconds)
     return free[0]
+
+
+def _busy_s(jobs: Jobs, cost: Cost) -> dict[str, float]:
+    """Owner of attempts -> what is left to do of all that it draws together."""
+    running = jobs.running
+    with jobs.store.queue.pipeline(transaction=False) as pipe:
+        for job_id in running:
+            pipe.hget(jobs.key(job_id), "owner")
+        owners = [(value or b"").decode() for value in pipe.execute()]
+    out: dict[str, float] = {}
+    for owner, seconds in zip(owners, _left_s(jobs, cost, running), strict=True):
+        out[owner] = out.get(owner, 0.0) + seconds
+    return out
 
 
 def _left_s(jobs: Jobs, cost: Cost, job_ids: Iterable[str]) -> list[float]:

@@ -135,7 +135,8 @@ def _run(attempts: Sequence[Attempt]) -> None:
     began = time.monotonic()
     try:
         cost = costs.model(Context.jobs)
-        Context.expected_s = cost.seconds(attempts[0].state.decode.work) if cost else None
+        each_s = cost.seconds(attempts[0].state.decode.work) if cost else None
+        Context.expected_s = each_s and each_s * len(attempts)
         Context.interruptible = True
         if Context.stopping:
             raise Drained

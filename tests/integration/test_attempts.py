@@ -14,7 +14,7 @@ from models import image, library
 from models.library import Library
 from models.tiers import Settings
 from tests.chaos.rig import decode_of
-from worker import tasks
+from worker import costs, tasks
 from worker.attempt import Attempt, LeaseLost
 from worker.jobs import DEATHS, LEASE_S, MAX_ATTEMPTS, QUARANTINED, Jobs
 from worker.keeper import Keeper
@@ -139,6 +139,24 @@ def test_deaths_count_against_the_bitstream_whatever_is_asked_of_it(
     )  # fmt: skip
     key = jobs.store.key("deaths", attempt.state.decode.digest)
     assert 0 < jobs.store.queue.ttl(key) <= 24 * 3600
+
+
+def test_pictures_that_are_drawn_together_are_done_together(jobs: Jobs, small_msh: bytes) -> None:
+    ids = [submit(jobs, small_msh, seed) for seed in range(3)]
+    costs.present(jobs)
+    costs.measured(jobs, 2.0, decode_of(small_msh, FAST).work)  # each, two seconds
+    for job_id, owner in zip(ids, ("batch", "batch", "other"), strict=True):
+        jobs.queue.remove(job_id)  # as RQ takes it
+        assert Attempt.begin(jobs, job_id, owner) is not None
+    left = [costs.eta_s(jobs, state(jobs, job_id)) for job_id in ids]
+    assert left == pytest.approx([4.0, 4.0, 2.0])
+    assert costs.backlog_s(jobs) == pytest.approx(4.0)  # of the one worker that says it lives
+
+
+def test_workers_that_are_gone_are_forgotten(jobs: Jobs) -> None:
+    for number in range(costs.REMEMBERED + 5):
+        costs.measured(jobs, 1.0, 1.0, f"worker-{number}")
+    assert jobs.store.queue.hlen(jobs.store.key("costs")) == costs.REMEMBERED + 1
 
 
 def test_a_bitstream_that_was_drawn_is_not_to_blame(jobs: Jobs, small_msh: bytes) -> None:
