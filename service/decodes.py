@@ -277,7 +277,9 @@ class _Submission:
         await self._submit()
         id = self.decode.id
         if self.prefer.wait_s:
+            began = time.perf_counter()
             await progress.until_ended(self.own, id, self.prefer.wait_s)
+            self.request.state.waited_s = time.perf_counter() - began
             finished = await self._finished()
             if finished is not None:
                 headers["Preference-Applied"] = f"wait={self.prefer.wait_s}"

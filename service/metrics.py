@@ -28,7 +28,8 @@ ShedReason = Literal["line", "backlog", "memory", "timeout", "redis"]
 request's deadline, Redis away."""
 
 _REQUESTS = Histogram(
-    "afterimage_request_duration_seconds", "Seconds from a request's start to its answer's end.",
+    "afterimage_request_duration_seconds",
+    "Seconds from a request's start to its answer's end, less what a new decode was asked to wait.",
     ("route", "method", "status"), registry=None,
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )  # fmt: skip

@@ -101,7 +101,8 @@ def _tell(scope: Scope, seen: Seen) -> None:
     """Metrics, span and log line of a request that has ended."""
     seconds = time.perf_counter() - seen.began
     status, template, method = seen.status or GONE, route(scope), scope["method"]
-    metrics.request(template, method, status, seconds)
+    waited_s = scope.get("state", {}).get("waited_s", 0.0)  # as the client wanted
+    metrics.request(template, method, status, seconds - waited_s)
     tracing.annotate(
         f"{method} {template}",
         error=status >= 500,

@@ -17,6 +17,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 
+from service import metrics
 from service.requests import Requests
 from worker import logs, tracing
 
@@ -116,6 +117,23 @@ def test_another_id_is_replaced(app: FastAPI, given: str) -> None:
     first = ask(app, "GET", "/v1/decodes/1", x_request_id=given).headers["x-request-id"]
     second = ask(app, "GET", "/v1/decodes/1").headers["x-request-id"]
     assert len(first) == len(second) == 32 and int(first, 16) != int(second, 16)
+
+
+def test_what_a_client_wanted_to_wait_is_no_slowness_of_ours(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[tuple[object, ...]] = []
+    monkeypatch.setattr(metrics, "request", lambda *of: counted.append(of))
+
+    @app.post("/v1/waits")
+    async def wait(request: Request) -> None:
+        await asyncio.sleep(0.3)
+        request.state.waited_s = 0.3
+
+    ask(app, "POST", "/v1/waits")
+    ((*named, seconds),) = counted
+    assert named == ["/v1/waits", "POST", 200]
+    assert isinstance(seconds, float) and seconds < 0.25
 
 
 def test_errors_have_an_id_too(app: FastAPI) -> None:
