@@ -2,9 +2,10 @@
 
 python -m models.evaluate --pictures KODAK --lpips lpips_alex.safetensors --out FOLDER
 
-Writes evaluation.json, evaluation.md, rate.png, perception.png, sheet.png and, where
-the diffusion decoder draws, calibration.png and the drawn pictures, in decodes/. What lies there
-already is not drawn again and is reported too: an evaluation can be interrupted, and made in parts.
+Writes evaluation.json, evaluation.md, rate.png, perception.png, sheet.png and, where the
+diffusion decoder draws, calibration.png, crops.png and the drawn pictures, in decodes/. What lies
+there already is not drawn again and is reported too: an evaluation can be interrupted, and made in
+parts. `--rivals` measures what other codecs make of the pictures.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from models.evaluate.dists import Dists
 from models.evaluate.kept import Kept
 from models.evaluate.measure import NAMES, ORIGINAL, Evaluation, Measured, Networks, Row
 from models.evaluate.metrics import Lpips, LpipsAlex
-from models.evaluate.sheet import Sheet
+from models.evaluate.sheet import Crops, Sheet
 from models.evaluate.summary import summary
 
 SUFFIXES = {".png", ".jpg", ".jpeg"}
@@ -35,7 +36,7 @@ class Results:
     """What is kept of the pictures that have passed."""
 
     def __init__(self, lpips: LpipsAlex, names: Sequence[str]) -> None:
-        self.lpips, self.sheet = lpips, Sheet(names)
+        self.lpips, self.sheet, self.crops = lpips, Sheet(names), Crops(lpips)
         self.rows: list[Row] = []
         self.others: list[Row] = []  # of other codecs
         self.curves: dict[int, list[list[calibration.Point]]] = {}
@@ -48,6 +49,7 @@ class Results:
         if measured.calibration:
             self.curves.setdefault(first.quality, []).append(measured.calibration)
         self.sheet.add(first.picture, first.quality, first.bpp, measured.pictures)
+        self.crops.add(first.picture, first.quality, measured.pictures)
         for tier, picture in measured.pictures.items():
             self._add_features(0 if tier == ORIGINAL else first.quality, tier, first, picture)
 
@@ -80,9 +82,11 @@ class Results:
         plots.rate(lines, out / images[0], others)
         plots.perception(lines, out / images[1])
         self.sheet.save(out / images[2])
+        if self.crops.save(out / "crops.png"):
+            images.append("crops.png")
         if curves:
             images.append("calibration.png")
-            plots.calibration(curves, out / images[3])
+            plots.calibration(curves, out / "calibration.png")
         text = report.markdown(lines, weights_id, images, others, gaps)
         (out / "evaluation.md").write_text(text)
         return text

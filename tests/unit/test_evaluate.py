@@ -20,8 +20,8 @@ from models.decoder import Draft
 from models.evaluate import __main__ as evaluate
 from models.evaluate import calibration, nulls, plots, report, rivals
 from models.evaluate.measure import Row
-from models.evaluate.metrics import mse, psnr
-from models.evaluate.sheet import CUT, SCALE, Sheet, corner
+from models.evaluate.metrics import LpipsAlex, mse, psnr
+from models.evaluate.sheet import CUT, SCALE, Crops, Sheet, corner
 from models.evaluate.summary import Line, summary
 from models.hyperprior import Latents
 from models.sampler import Estimate
@@ -286,6 +286,34 @@ def test_the_sheet_shows_the_same_enlarged_cut_of_every_tier(tmp_path: Path) -> 
     assert found == 3
 
 
+def test_the_best_and_the_worst_cuts_are_found(tmp_path: Path, lpips_file: Path) -> None:
+    rng = np.random.default_rng(0)
+    crops = Crops(LpipsAlex(lpips_file))
+    for name in ("a", "b"):
+        x = torch.from_numpy(rng.random((1, 3, 2 * CUT, 2 * CUT + 9))).float()
+        blurred = torch.full_like(x, 0.5)
+        drawn = blurred.clone()
+        drawn[:, :, :CUT, CUT : 2 * CUT] = x[:, :, :CUT, CUT : 2 * CUT]  # as the original
+        instant = blurred.clone()
+        if name == "b":
+            instant[:, :, CUT:, :CUT] = x[:, :, CUT:, :CUT]  # only the instant one is
+        crops.add(name, 2, {"original": x, "instant": instant, "perceptual": drawn})
+        crops.add(name, 2, {"original": x, "instant": instant})  # nothing to compare
+    assert crops.save(tmp_path / "crops.png")
+    with Image.open(tmp_path / "crops.png") as picture:
+        values = np.asarray(picture.convert("L")).astype(float)
+    rows = 3  # the best of each, and the worst of all
+    height = CUT * SCALE + 32
+    assert values.shape[0] == 32 + rows * height
+    spread = [
+        [values[top : top + CUT * SCALE, left : left + CUT * SCALE].std() for left in columns]
+        for top in (32 + j * height + 24 for j in range(rows))
+        for columns in [[8 + i * (CUT * SCALE + 8) for i in range(3)]]
+    ]
+    flat = [[value < 1 for value in row] for row in spread]
+    assert flat == [[False, True, False]] * 2 + [[False, False, True]]
+
+
 Command = Callable[..., None]
 
 
@@ -339,7 +367,7 @@ def test_a_pass_writes_figures_from_real_bytes(
     assert [round(16 * p["t"]) for p in points] == list(range(15, 0, -1))
     assert all(0 < point["actual"] < point["zero"] for point in points)
     assert points[-1]["actual"] < 0.1 * points[-1]["zero"]  # of the same place, without the padding
-    for name in ("rate.png", "perception.png", "sheet.png", "calibration.png"):
+    for name in ("rate.png", "perception.png", "sheet.png", "crops.png", "calibration.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
 
 
