@@ -2,15 +2,18 @@
 
 import base64
 import hashlib
+import json
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from fastapi import Request, Response
 
 from models.image import MEDIA_TYPES, OutputFormat
 from service import links
 from service.problems import RangeNotSatisfiable
+from worker.records import Decode
 
 DRAFT_CACHE = "max-age=0, stale-while-revalidate=60"
 FINAL_S = 31_536_000
@@ -22,21 +25,22 @@ def picture(
     request: Request,
     data: bytes,
     format: OutputFormat,
-    tier: str,
+    decode: Decode | None,
     headers: Mapping[str, str] | None = None,
     status: int = 200,
 ) -> Response:
     """200 with the picture file, 304 where the client has it, 206 for a part of it.
 
+    `decode` is what was drawn; None: the instant picture.
     Conditions and ranges belong to GET and HEAD. Raises `RangeNotSatisfiable`.
     """
     digest = hashlib.sha256(data).hexdigest()
     own = {
         "ETag": f'"{digest}"',
-        "Cache-Control": DRAFT_CACHE if tier == "instant" else _final_cache(request),
+        "Cache-Control": DRAFT_CACHE if decode is None else _final_cache(request),
         "Vary": "Accept",
-        "X-Afterimage-Tier": tier,
-        **({"X-Afterimage-Note": "synthesised detail"} if tier != "instant" else {}),
+        "X-Afterimage-Tier": decode.tier if decode else "instant",
+        **(_drawn(decode) if decode else {}),
         **(headers or {}),
     }
     if request.method in {"GET", "HEAD"}:
@@ -51,6 +55,15 @@ def picture(
                 data, status = data[part], 206
     own["Content-Digest"] = f"sha-256=:{_base64(data)}:"
     return Response(data, status, own, MEDIA_TYPES[format])
+
+
+def _drawn(decode: Decode) -> dict[str, str]:
+    """That it is synthesised, and how: a dictionary of RFC 9651, the seed as a string."""
+    facts = asdict(decode.settings) | {
+        "seed": str(decode.seed), "codec": decode.codec, "decoder": decode.decoder
+    }  # fmt: skip
+    items = (f"{k}={json.dumps(v)}" for k, v in facts.items())
+    return {"X-Afterimage-Note": "synthesised detail", "X-Afterimage-Drawn": ", ".join(items)}
 
 
 def _final_cache(request: Request) -> str:

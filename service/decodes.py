@@ -51,6 +51,11 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
         "headers": {
             "Location": {"schema": {"type": "string"}, "example": "/v1/decodes/3f2b8c5d…"},
             "X-Afterimage-Tier": {"schema": {"type": "string"}, "example": "instant"},
+            "X-Afterimage-Drawn": {
+                "schema": {"type": "string"},
+                "example": 'sampler="ddim", steps=4, seed="0"',
+                "description": "How a finished picture was drawn: settings, seed, weights' ids.",
+            },
         },
     },
     202: {
@@ -179,7 +184,7 @@ async def decode(
     """
     if what.settings is None:
         drawn = await own.instant.picture(sent.bitstream, sent.digest, format)
-        return answers.picture(request, drawn.file, format, "instant", sent.timing(drawn))
+        return answers.picture(request, drawn.file, format, None, sent.timing(drawn))
     wanted = _decode(own, sent, what, what.settings)
     request.state.job_id = wanted.id
     if idempotency_key is not None:
@@ -256,14 +261,14 @@ class _Submission:
             )
         if finished is not None:
             await anyio.to_thread.run_sync(self._tell)
-            return self._picture(finished, self.decode.tier, {**headers, "X-Cache": "hit"})
+            return self._picture(finished, self.decode, {**headers, "X-Cache": "hit"})
         headers["X-Cache"] = "miss"
         await anyio.to_thread.run_sync(admission.admit, self.own, self.decode.id)
         if self.prefer.respond_async:
             return await self._later(headers)
         drawn = await pictures.draft(self.own, self.decode, self.sent.bitstream, self.format)
         await self._submit()  # only what decodes is queued
-        return self._picture(drawn.file, "instant", {**headers, **self.sent.timing(drawn)})
+        return self._picture(drawn.file, None, {**headers, **self.sent.timing(drawn)})
 
     async def _finished(self) -> bytes | None:
         """The finished picture, where both it and its record are kept."""
@@ -283,7 +288,7 @@ class _Submission:
             finished = await self._finished()
             if finished is not None:
                 headers["Preference-Applied"] = f"wait={self.prefer.wait_s}"
-                return self._picture(finished, self.decode.tier, headers)
+                return self._picture(finished, self.decode, headers)
         state = await anyio.to_thread.run_sync(progress.view, self.own, id)
         headers["Preference-Applied"] = self.prefer.applied
         headers["Retry-After"] = str(math.ceil(state.eta_s or 1))
@@ -315,8 +320,8 @@ class _Submission:
             webhooks.register(self.own.store, state.id, url)
         webhooks.job_ended(self.own.store, state.id, *webhooks.event(state))
 
-    def _picture(self, file: bytes, tier: str, headers: dict[str, str]) -> Response:
-        return answers.picture(self.request, file, self.format, tier, headers)
+    def _picture(self, file: bytes, drawn: Decode | None, headers: dict[str, str]) -> Response:
+        return answers.picture(self.request, file, self.format, drawn, headers)
 
 
 def _decode(own: State, sent: Given, what: Asked, settings: Settings) -> Decode:

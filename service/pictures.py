@@ -72,10 +72,10 @@ async def picture(
         file = await finished(own, state.decode, format, realism)
         if file is not None:
             shown = {"X-Afterimage-Realism": f"{realism:g}"}
-            return answers.picture(request, file, format, state.decode.tier, shown)
+            return answers.picture(request, file, format, state.decode, shown)
     b = await _bitstream(own, state.decode)
     drawn = await draft(own, state.decode, b, format)
-    return answers.picture(request, drawn.file, format, "instant")
+    return answers.picture(request, drawn.file, format, None)
 
 
 @router.get(

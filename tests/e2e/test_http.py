@@ -61,6 +61,9 @@ def test_a_photograph_becomes_bytes_then_a_draft_then_the_perceptual_picture(
     final = client.get(f"{location}/image")
     assert final.headers["x-afterimage-tier"] == "perceptual"
     assert "immutable" in final.headers["cache-control"]
+    drawn = final.headers["x-afterimage-drawn"]
+    assert 'sampler="ddim", steps=4, ' in drawn and ', seed="0", codec="' in drawn
+    assert "x-afterimage-drawn" not in draft.headers
     assert final.headers["etag"] == f'"{hashlib.sha256(final.content).hexdigest()}"'
     assert psnr(pixels(final), small) > 22
     assert not np.array_equal(pixels(final), pixels(draft))
