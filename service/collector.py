@@ -42,7 +42,7 @@ class Queue(Collector):
 
 def _waiting(jobs: Jobs) -> Iterator[Metric]:
     with jobs.store.queue.pipeline(transaction=False) as pipe:
-        pipe.llen(jobs.queue.key)
+        pipe.scard(jobs.waiting)  # also what a worker took from the queue and then fell
         pipe.lrange(jobs.queue.key, 0, _LOOKED_AT - 1)
         depth, head = pipe.execute()
         for job in head:
