@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import machine
 
-from models import codec, decoder, image, noise, zoo
+from models import codec, decoder, image, library, noise, zoo
 from models.decoder import Decoder, Draft
 from models.presets import PAPER
 from models.synthesis import Synthesis
@@ -121,6 +121,12 @@ def equality(check: Check, own: codec.Codec, here: Decoder, there: Decoder) -> N
         worst, mean = levels(*pictures)
         check.holds(f"{name}, mean 1/255", mean, 0.5)
         check.holds(f"{name}, largest 1/255", worst, 16.0)
+    served = library.load().diffusion
+    check.holds("workers draw elsewhere", float(served.device.type != device.type), 0)
+    previews: list[Tensor] = []
+    served.sample_batch([small], PERCEPTUAL, lambda _step, _steps, now: previews.append(now()))
+    pixels = [codec.to_pixels(codec.crop(preview, 256, 384)) for preview in previews]
+    check.holds("previews that are missing", float(PERCEPTUAL.steps - len(pixels)), 0)
     batch = [draft(own, 384, 256, seed) for seed in range(4)]
     together = there.sample_batch(batch, PERCEPTUAL)
     alone = torch.cat([there.sample_batch([d], PERCEPTUAL) for d in batch])
