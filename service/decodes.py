@@ -219,8 +219,9 @@ async def put(
 
     The id is the first 32 hex digits of SHA-256 over six lines, joined by newlines: `afterimage-1`;
     SHA-256 of the bitstream in hex; the settings as JSON with sorted keys and no spaces (`beta`,
-    `eta`, `gamma`, `guidance`, `sampler`, `steps`); the seed; the weights ids of the codec and of
-    the decoder, which `/v1/models` lists.
+    `eta`, `gamma`, `guidance`, `sampler`, `steps`, as `/v1/tiers` lists them, numbers but `steps`
+    with a decimal point, as `"eta":0.0`); the seed; the weights ids of the codec and of the
+    decoder, which `/v1/models` lists.
     """
     if what.settings is None:
         raise ParameterError("an instant picture has no id: ask for a diffusion tier, or POST")

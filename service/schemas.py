@@ -190,7 +190,16 @@ class Tier(BaseModel):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
-                {"name": "ddim-10", "description": "…", "sampler": "ddim", "steps": 10, "eta": 0.0}
+                {
+                    "name": "ddim-10",
+                    "description": "…",
+                    "sampler": "ddim",
+                    "steps": 10,
+                    "eta": 0.0,
+                    "gamma": 1.0,
+                    "beta": 0.0,
+                    "guidance": 1.0,
+                }
             ]
         }
     )
@@ -200,6 +209,9 @@ class Tier(BaseModel):
     sampler: str | None
     steps: int
     eta: float
+    gamma: float
+    beta: float
+    guidance: float
 
     @classmethod
     def of(cls, tier: tiers.Tier) -> "Tier":
@@ -211,6 +223,9 @@ class Tier(BaseModel):
             sampler=s.sampler if s else None,
             steps=s.steps if s else 0,
             eta=s.eta if s else 0.0,
+            gamma=s.gamma if s else 1.0,
+            beta=s.beta if s else 0.0,
+            guidance=s.guidance if s else 1.0,
         )
 
 

@@ -187,6 +187,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with embed.servers(folder / "redis") as urls:
         own = {"REDIS_URL": urls[0], "CACHE_REDIS_URL": urls[1]}
         own |= {"AFTERIMAGE_MAX_PIXELS": "1000000", "AFTERIMAGE_BODY_TIMEOUT_S": "3"}
+        own |= {"AFTERIMAGE_MAX_MEGAPIXEL_STEPS": "300"}
         with run_service(folder, **own) as running:
             yield running
 

@@ -58,7 +58,10 @@ export async function decode(bitstream, tier, seed, signal) {
 export const status = (id, signal) => json(`v1/decodes/${id}`, { signal });
 export const inspect = (bitstream, signal) =>
   json("v1/inspect", { method: "POST", body: bitstream, signal });
-export const withdraw = (id) => json(`v1/decodes/${id}`, { method: "DELETE" });
+export async function withdraw(id) {
+  const answer = await ask(`v1/decodes/${id}`, { method: "DELETE" });
+  return { ...(await answer.json()), stopping: answer.status === 202 };
+}
 export const retry = (id) => json(`v1/decodes/${id}/retry`, { method: "POST" });
 
 export async function image(id, realism, minTier, signal) {
@@ -103,7 +106,7 @@ async function* parse(body) {
         const at = line.indexOf(":");
         return [line.slice(0, at), line.slice(at + 1).trimStart()];
       }));
-      if (fields.data) yield { id: fields.id, kind: fields.event, ...JSON.parse(fields.data) };
+      if (fields.data) yield { ...JSON.parse(fields.data), id: fields.id, kind: fields.event };
     }
   }
 }

@@ -11,6 +11,7 @@ const NAMES = { original: "Original", jpeg: "JPEG", webp: "WebP", instant: "Inst
 const HEALTH_MS = 5000;
 const PLACE_MS = 2000; // between questions about a place in the queue
 const FINAL = [400, 401, 403, 413, 415, 422]; // what another try does not change
+const REFUSED = ["queue-away", "queue-full", "busy", "too-many-requests"]; // but not the instant picture
 
 const sought = { left: "instant", right: "drawn" }; // to be compared, once they are there
 let tiers = [];
@@ -22,8 +23,17 @@ let working = 0; // attempts that go on
 class Shown {
   constructor(name) {
     Object.assign(this, { name, photo: null, bitstream: null, id: "", bytes: 0, rows: {} });
+    Object.assign(this, { following: false, copied: "" }); // an id whose link was copied
     this.stop = new AbortController(); // of everything
     this.job = new AbortController(); // of one decode
+  }
+
+  // Another decode, whose signal is returned; AbortError where something else was chosen meanwhile.
+  renew() {
+    this.stop.signal.throwIfAborted();
+    this.job.abort();
+    this.job = new AbortController();
+    return this.job.signal;
   }
 
   end() {
@@ -38,6 +48,7 @@ function open(file, name) {
   const own = begin(new Shown(name || file.name || "pasted"));
   return attempt(async () => {
     const head = String.fromCharCode(...new Uint8Array(await file.slice(0, 4).arrayBuffer()));
+    own.stop.signal.throwIfAborted();
     const coded = head === "\x8dMSH" || !file.type.startsWith("image/");
     $("qualities").hidden = coded;
     own[coded ? "bitstream" : "photo"] = file;
@@ -46,19 +57,31 @@ function open(file, name) {
 }
 
 async function encode(own) {
-  own.job.abort();
-  own.job = new AbortController();
+  const signal = own.renew();
   say("encoding");
-  const { signal } = own.job;
-  own.original ??= await createImageBitmap(own.photo).catch(() => null);
+  own.original ??= await flat(own.photo).catch(() => null);
+  signal.throwIfAborted();
   if (own.original && !view.width) size(own.original.width, own.original.height);
   if (own.original && !view.pictures.has("original")) {
-    put("original", await createImageBitmap(own.original));
+    put("original", await fetched(own.original, signal));
     row("original", own.photo.size);
     choices();
   }
   own.bitstream = await api.encode(own.photo, knobs.quality.value, signal);
   await describe(own);
+}
+
+// A photograph on white, as the service flattens what is transparent.
+async function flat(photo) {
+  const bitmap = await createImageBitmap(photo);
+  if (photo.type === "image/jpeg") return bitmap;
+  const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
+  const context = canvas.getContext("2d");
+  context.fillStyle = "#fff";
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(bitmap, 0, 0);
+  bitmap.close();
+  return canvas.transferToImageBitmap();
 }
 
 async function describe(own) {
@@ -70,24 +93,28 @@ async function describe(own) {
 }
 
 async function decode(own) {
-  own.job.abort();
-  own.job = new AbortController();
-  const { signal } = own.job;
+  const signal = own.renew();
   const tier = knobs.tier.value;
-  Object.assign(own, { id: "", tier, waiting: false });
+  const before = own.following && own.copied !== own.id ? own.id : ""; // nobody would see it
+  Object.assign(own, { id: "", tier, waiting: false, following: false });
   if (!view.pictures.has("drawn")) say("decoding");
+  $("cancel").hidden = true;
+  if (before) await api.withdraw(before).catch(() => null);
   let answer;
+  let refusal = null;
   try {
     answer = await api.decode(own.bitstream, tier, knobs.seed.value || 0, signal);
   } catch (e) {
-    if (e.kind !== "queue-away") throw e;
-    $("away").hidden = false;
-    own.waiting = true; // for the queue
-    answer = await api.decode(own.bitstream, "instant", 0, signal);
+    if (!REFUSED.includes(e.kind)) throw e;
+    refusal = e;
+    answer = await api.decode(own.bitstream, "instant", 0, signal).catch((other) => {
+      throw other.name === "AbortError" ? other : e;
+    });
+    own.waiting = e.kind === "queue-away";
+    if (own.waiting) $("away").hidden = false;
   }
   const answered = performance.now();
-  const bitmap = await createImageBitmap(answer.file);
-  if (signal.aborted) return;
+  const bitmap = await fetched(answer.file, signal);
   own.id = answer.id ?? "";
   remember(own);
   if (answer.tier === "instant") {
@@ -103,7 +130,7 @@ async function decode(own) {
     put("drawn", bitmap, true);
     $("times").textContent = `Drawn before: here in ${Math.round(answer.ms)} ms`;
     if (own.instant !== own.bitstream) { // else it is there already
-      put("instant", await fetched(api.image(own.id, 0, "instant", signal)));
+      put("instant", await fetched(api.image(own.id, 0, "instant", signal), signal));
       own.instant = own.bitstream;
     }
     compete(own);
@@ -111,6 +138,7 @@ async function decode(own) {
   choices();
   if (own.id && answer.tier === "instant") await follow(own);
   else quiet();
+  if (refusal && !own.waiting) complain(refusal, () => decode(own));
 }
 
 // A decode that a link names.
@@ -119,7 +147,7 @@ async function find(id, bytes) {
   await attempt(async () => {
     const { signal } = own.job;
     const state = await api.status(id, signal).catch((e) => {
-      if (e.kind === "picture-gone") e.work = () => api.retry(id).then(() => find(id, bytes));
+      if (e.kind === "picture-gone") e.work = () => retried(id).then(() => find(id, bytes));
       throw e;
     });
     own.tier = state.tier;
@@ -128,7 +156,7 @@ async function find(id, bytes) {
     about();
     size(state.width, state.height);
     if (bytes) row("instant", bytes);
-    put("instant", await fetched(api.image(id, 0, "instant", signal)));
+    put("instant", await fetched(api.image(id, 0, "instant", signal), signal));
     choices();
     remember(own);
     if (state.status === "succeeded") await finish(own, false);
@@ -144,21 +172,23 @@ async function follow(own) {
   say("queued");
   $("cancel").hidden = false;
   const places = setInterval(() => place(own), PLACE_MS);
-  Object.assign(own, { step: 0, eta: null });
+  Object.assign(own, { step: 0, eta: null, following: true });
   place(own);
   try {
     for await (const event of api.events(own.id, signal)) {
       if (["progress", "preview"].includes(event.kind)) steps(own, event.step, event.total);
       if (event.kind === "preview") {
-        const bitmap = await fetched(api.preview(event.image, signal)).catch(() => null);
-        if (bitmap && !signal.aborted) put("drawn", bitmap, true);
+        const bitmap = await fetched(api.preview(event.image, signal), signal).catch(() => null);
+        if (bitmap) put("drawn", bitmap, true);
       }
       if (event.kind === "completed") {
         await finish(own, true);
-        $("times").textContent += `; drawn: ${((performance.now() - began) / 1000).toFixed(1)} s`;
+        const seconds = ((performance.now() - began) / 1000).toFixed(1);
+        if (own.bitstream) $("times").textContent += `; drawn: ${seconds} s`; // else it began before
       }
       if (["failed", "canceled"].includes(event.kind)) stopped(own, await api.status(own.id, signal));
     }
+    own.following = false;
   } finally {
     clearInterval(places);
   }
@@ -166,9 +196,7 @@ async function follow(own) {
 
 async function finish(own, fade) {
   const { signal } = own.job;
-  const bitmap = await fetched(api.image(own.id, 1, own.tier, signal));
-  if (signal.aborted) return;
-  put("drawn", bitmap, fade);
+  put("drawn", await fetched(api.image(own.id, 1, own.tier, signal), signal), fade);
   choices();
   quiet();
 }
@@ -179,10 +207,25 @@ function stopped(own, { status, error }) {
   else complain({ title: "The drawing failed", message: error ?? "" }, again);
 
   async function again() {
-    own.job = new AbortController();
-    await api.retry(own.id);
+    own.renew();
+    await retried(own.id);
     await follow(own);
   }
+}
+
+// Queued again, unless somebody else was quicker.
+const retried = (id) => api.retry(id).catch((e) => {
+  if (e.status !== 409) throw e;
+});
+
+async function cancel(own) {
+  $("cancel").hidden = true;
+  const { status, stopping } = await api.withdraw(own.id);
+  if (own !== shown || stopping || status === "canceled") return; // the events tell
+  own.job.abort();
+  own.following = false;
+  stopped(own, { status: "canceled" });
+  $("problem").querySelector("span").textContent = "It is still drawn for others who wait.";
 }
 
 /* JPEG and WebP of the same size */
@@ -243,11 +286,17 @@ function size(width, height) {
   $("size").textContent = `${width} × ${height}`;
 }
 
-const fetched = async (file) => createImageBitmap(await file);
+async function fetched(file, signal) {
+  const bitmap = await createImageBitmap(await file);
+  signal.throwIfAborted();
+  return bitmap;
+}
 
 function put(name, bitmap, fade) {
   view.put(name, bitmap, fade);
   $("stage").classList.add("full");
+  $("welcome").hidden = true;
+  $("source").hidden = false;
 }
 
 // Which pictures can be compared, those that are being made included.
@@ -367,9 +416,9 @@ function complain(e, work) {
   $("problem").querySelector("strong").textContent = e.title ?? "Something went wrong";
   $("problem").querySelector("span").textContent = e.message;
   missed = work;
-  $("key").hidden = e.status !== 401;
+  $("key").hidden = ![401, 403].includes(e.status);
   $("retry").hidden = !work || FINAL.includes(e.status);
-  if (e.status === 401) $("key").elements.key.focus();
+  if (!$("key").hidden) $("key").elements.key.focus();
 }
 
 function settle() {
@@ -414,8 +463,9 @@ addEventListener("paste", (e) => {
 for (const button of document.querySelectorAll("[data-sample]")) {
   button.onclick = () => attempt(async () => {
     const name = button.dataset.sample;
-    const answer = await api.ask(`web/samples/${name}.webp`);
-    await open(await answer.blob(), button.firstElementChild.alt);
+    const before = shown;
+    const file = await (await api.ask(`web/samples/${name}.webp`)).blob();
+    if (before === shown) await open(file, button.firstElementChild.alt);
   });
 }
 
@@ -446,15 +496,24 @@ for (const side of ["left", "right"]) {
     view.draw();
   };
 }
-$("cancel").onclick = () => api.withdraw(shown.id).catch(complain);
+$("cancel").onclick = () => cancel(shown).catch((e) => {
+  $("cancel").hidden = false;
+  complain(e);
+});
 $("dismiss").onclick = settle;
 $("retry").onclick = () => missed && attempt(missed);
 $("key").onsubmit = (e) => {
   e.preventDefault();
-  api.useKey($("key").elements.key.value);
+  const key = $("key").elements.key.value.trim();
+  if (!/^[\x21-\x7e]+$/.test(key)) {
+    complain({ status: 401, title: "No key", message: "A key has no such characters." }, missed);
+    return;
+  }
+  api.useKey(key);
   if (missed) attempt(missed);
 };
 $("link").onclick = () => navigator.clipboard.writeText(location.href).then(() => {
+  shown.copied = shown.id;
   $("link").textContent = "Copied";
   setTimeout(() => ($("link").textContent = "Copy link"), 2000);
 }, complain);
@@ -470,7 +529,7 @@ view.addEventListener("slide", (e) => {
 });
 view.addEventListener("moved", () => {
   $("zoom").textContent = `${Math.round((100 * view.scale) / devicePixelRatio)} %`;
-  $("canvas").classList.toggle("fitted", view.fitted);
+  $("canvas").classList.toggle("fitted", view.whole);
 });
 const tools = {
   in: () => view.zoom(view.scale * 1.5),
@@ -507,6 +566,8 @@ function about() {
   $("about").textContent = tiers.find((t) => t.name === knobs.tier.value)?.description ?? "";
 }
 
+const linked = () => new URLSearchParams(location.hash.slice(1));
+
 async function start() {
   await attempt(async () => {
     tiers = await api.json("v1/tiers");
@@ -516,12 +577,11 @@ async function start() {
   });
   health();
   setInterval(health, HEALTH_MS);
-  const linked = new URLSearchParams(location.hash.slice(1));
-  if (linked.get("decode")) await find(linked.get("decode"), Number(linked.get("bytes")));
+  if (linked().get("decode")) await find(linked().get("decode"), Number(linked().get("bytes")));
 }
 
 addEventListener("hashchange", () => {
-  const linked = new URLSearchParams(location.hash.slice(1)).get("decode");
-  if (linked && linked !== shown?.id) find(linked, 0);
+  const id = linked().get("decode");
+  if (id && id !== shown?.id) find(id, Number(linked().get("bytes")));
 });
 start();

@@ -4,10 +4,7 @@ const TRIES = 7;
 
 onmessage = async ({ data: { bitmap, bytes, types } }) => {
   const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
-  const context = canvas.getContext("2d");
-  context.fillStyle = "#fff"; // as the service flattens it
-  context.fillRect(0, 0, canvas.width, canvas.height);
-  context.drawImage(bitmap, 0, 0);
+  canvas.getContext("2d").drawImage(bitmap, 0, 0);
   bitmap.close();
   for (const type of types) postMessage({ type, ...(await largest(canvas, type, bytes)) });
 };

@@ -79,7 +79,12 @@ export class View extends EventTarget {
     super();
     this.canvas = canvas;
     this.context = canvas.getContext("2d", { alpha: false });
-    new ResizeObserver(() => this.#resize()).observe(canvas.parentElement);
+    const observer = new ResizeObserver((entries) => this.#resize(entries.at(-1)));
+    try {
+      observer.observe(canvas, { box: "device-pixel-content-box" }); // other screens, too
+    } catch {
+      observer.observe(canvas); // Safari
+    }
     this.#listen();
   }
 
@@ -127,6 +132,12 @@ export class View extends EventTarget {
     this.#moved(true);
   }
 
+  // Whether all of a picture is in view: there is nothing to pan.
+  get whole() {
+    const { canvas, width, height, scale } = this;
+    return width * scale < canvas.width + 1 && height * scale < canvas.height + 1;
+  }
+
   // Zoom so that what is at (x, y) on the screen stays there.
   zoom(scale, x = this.canvas.width / 2, y = this.canvas.height / 2) {
     const least = Math.min(this.canvas.width / this.width, this.canvas.height / this.height, 1);
@@ -153,10 +164,12 @@ export class View extends EventTarget {
     this.draw();
   }
 
-  #resize() {
+  #resize({ contentRect, devicePixelContentBoxSize: [exact] = [] }) {
     const { canvas } = this;
-    const { width, height } = canvas.parentElement.getBoundingClientRect();
-    const to = [width, height].map((side) => Math.max(Math.round(side * devicePixelRatio), 1));
+    const sides = exact
+      ? [exact.inlineSize, exact.blockSize]
+      : [contentRect.width, contentRect.height].map((side) => Math.round(side * devicePixelRatio));
+    const to = sides.map((side) => Math.max(side, 1));
     if (to[0] === canvas.width && to[1] === canvas.height) return;
     [canvas.width, canvas.height] = to;
     if (this.fitted) this.fit();
@@ -259,7 +272,7 @@ export class View extends EventTarget {
         const [wide, x, y] = pinch();
         this.pan(x - cx, y - cy);
         this.zoom((this.scale * wide) / apart, x, y);
-      } else if (this.fitted) { // nothing to pan
+      } else if (this.whole) {
         this.dispatchEvent(new CustomEvent("slide", { detail: now[0] / canvas.width }));
       } else {
         this.pan(now[0] - before[0], now[1] - before[1]);

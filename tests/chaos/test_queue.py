@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import redis
 
 from models import bitstream, codec, image
 from models.codec import Codec
@@ -15,6 +16,7 @@ from models.errors import Quarantined
 from models.tiers import Settings
 from tests.chaos.rig import Rig, rig, until
 from tests.conftest import run_service, wait_for
+from worker import figures
 from worker.jobs import QUARANTINED
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
@@ -121,6 +123,8 @@ def test_a_full_queue_refuses_jobs_and_lets_workers_finish(own: Rig, small_msh: 
         assert (full.status_code, full.json()["type"][-10:]) == (503, "queue-full")
         assert int(full.headers["retry-after"]) > 0
         queue.config_set("maxmemory", 1)  # and no room at all
+        with pytest.raises(redis.RedisError):
+            own.submit(small_msh, SHORT, 9)  # past the limit that the API keeps
         none = client.post("/v1/decodes", params={**asked, "seed": 2}, content=small_msh)
         assert none.status_code == 503
         assert client.post("/v1/decodes", content=small_msh).status_code == 200
@@ -159,13 +163,15 @@ def test_a_hundred_duplicates_at_two_processes_are_one_computation(
         again = first.client.post("/v1/decodes", params=asked, content=small_msh)
         job = again.headers["location"].rpartition("/")[2]
         assert (own.state(job).attempts, own.commits(job)) == (1, 1)
+        assert figures.read(own.store).get(figures.SUCCEEDED) == 1  # over all records of the job
 
 
 def test_pictures_are_never_in_the_queues_store(own: Rig, small_msh: bytes) -> None:
     own.worker()
-    job = own.submit(small_msh, SHORT)
+    job = own.submit(small_msh, LONG)
     own.jobs.watch(job)
-    own.ended(job)
+    assert own.ended(job).status == "succeeded"
+    assert own.store.preview(job) and own.store.picture(job)
     queue = own.store.queue
     for key in queue.keys():
         values = queue.dump(key) or b""

@@ -1,7 +1,5 @@
 """The Python client against a real service."""
 
-import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -85,17 +83,12 @@ def test_a_canceled_decode_says_so(service: Service, url: str, photo: image.Pixe
     with Client(url) as client:
         data = stream(client, photo, 41)
 
-        def withdraw() -> None:
-            time.sleep(1)
-            asked = {"tier": "ddim-100", "steps": 900}
-            found = service.client.post("/v1/decodes", params=asked, content=data)
-            client.cancel(found.headers["location"])
-
-        other = threading.Thread(target=withdraw)
-        other.start()
+        asked = {"tier": "ddim-100", "steps": 900}
         with pytest.raises(Canceled):
-            list(client.decode(data, "ddim-100", steps=900))
-        other.join()
+            for update in client.decode(data, "ddim-100", steps=900):
+                if update.kind == "queued":
+                    found = service.client.post("/v1/decodes", params=asked, content=data)
+                    client.cancel(found.headers["location"])
 
 
 def test_a_restarted_service_does_not_lose_its_listeners(

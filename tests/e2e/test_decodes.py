@@ -15,7 +15,7 @@ import pytest
 from models import image
 from models.tiers import TIERS
 from tests.conftest import Service, psnr, wait_for
-from worker import costs
+from worker import costs, figures
 from worker.records import Decode
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
@@ -289,7 +289,8 @@ def test_a_waiting_decode_is_canceled_at_once_and_can_be_tried_again(
     assert time.monotonic() - began < 5
 
     again = client.post(f"{second}/retry")
-    assert (again.status_code, again.json()["status"]) == (202, "queued")
+    assert again.status_code == 202
+    assert again.json()["status"] in {"queued", "running"}  # a worker may be quick
     assert client.post(f"{second}/retry").status_code == 409
     client.delete(second)
 
@@ -367,9 +368,15 @@ def test_nobody_s_job_is_dropped_before_it_begins(service: Service, stream: byte
 
 
 def test_a_running_job_stops_once_its_deadline_is_over(service: Service, stream: bytes) -> None:
-    location = submit(service.client, stream, **{**SLOW, "steps": 1000}, deadline_s=2)
+    location = submit(service.client, stream, **{**SLOW, "steps": 1000}, deadline_s=600)
+    id = location.rpartition("/")[2]
     with service.stores() as store:
-        key, deadline = store.key("job", location.rpartition("/")[2]), time.monotonic() + 30
+        key, deadline = store.key("job", id), time.monotonic() + 60
+        while int(store.queue.hget(key, "step") or 0) < 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (caller,) = store.queue.zrange(store.key("interest", id), 0, -1)
+        store.queue.zadd(store.key("interest", id), {caller: time.time() + 1})  # it is nearly over
         while (status := store.queue.hget(key, "status")) in {b"queued", b"running"}:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -449,8 +456,10 @@ def test_models_and_limits_are_listed(client: httpx.Client) -> None:
     assert client.get("/startupz").status_code == 200
 
 
-def test_many_duplicates_are_one_computation(client: httpx.Client, stream: bytes) -> None:
-    asked = {"tier": "ddim-10", "seed": 3}
+def test_many_duplicates_are_one_computation(service: Service, stream: bytes) -> None:
+    client, asked = service.client, {"tier": "ddim-10", "seed": 3}
+    with service.stores() as store:
+        before = figures.read(store).get(figures.SUCCEEDED)
     etags: list[str] = []
 
     def one() -> None:
@@ -467,3 +476,5 @@ def test_many_duplicates_are_one_computation(client: httpx.Client, stream: bytes
     assert len(etags) == 24
     assert len(set(etags)) == 1
     assert client.get(submit(client, stream, **asked)).json()["attempts"] == 1
+    with service.stores() as store:
+        assert figures.read(store).get(figures.SUCCEEDED) == before + 1

@@ -173,11 +173,22 @@ def test_inspect_says_what_a_picture_will_cost_once_that_was_measured(
     client = service.client
     location = client.post("/v1/decodes?tier=ddim-10&seed=5", content=small_msh).headers["location"]
     wait_for(client, location)
-    costs = client.post("/v1/inspect", content=small_msh).json()["costs"]
+    deadline = time.monotonic() + 20
+    while (costs := client.post("/v1/inspect", content=small_msh).json()["costs"])["ddim-100"][
+        "seconds"
+    ] is None:
+        assert time.monotonic() < deadline  # what a job took is noted after its end
+        time.sleep(0.1)
     assert 0 < costs["instant"]["seconds"] < costs["ddim-100"]["seconds"]
-    assert costs["ddpm-1000"]["seconds"] == pytest.approx(
-        10 * costs["ddim-100"]["seconds"], rel=0.1
-    )
+    hundred, thousand = (costs[name]["seconds"] for name in ("ddim-100", "ddpm-1000"))
+    assert hundred < thousand <= 10 * hundred + 0.01  # a part of it may be fixed
+
+
+def test_a_job_beyond_the_limit_is_refused(service: Service) -> None:
+    data = (DATA / "kodim23.msh").read_bytes()
+    answer = service.client.post("/v1/decodes?tier=ddpm-1000", content=data)
+    assert answer.status_code == 422
+    assert "393 megapixel-steps; the limit is 300" in answer.json()["detail"]
 
 
 def test_every_model_has_a_digest_and_a_card(service: Service) -> None:

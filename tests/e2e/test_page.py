@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -479,6 +480,75 @@ def test_a_service_that_is_gone_can_be_asked_again(opened: Page, small_file: Pat
     opened.unroute("**/v1/decodes?*")
     opened.locator("#retry").click()
     drawn(opened)
+    expect(opened.locator("#right")).to_have_text("Perceptual", timeout=SLOW)
+    expect(opened.locator("#welcome")).to_be_hidden()
+    expect(opened.locator("#source")).to_be_visible()
+
+
+def test_a_full_queue_leaves_the_instant_picture(opened: Page, small_file: Path) -> None:
+    problem = {
+        "type": "urn:afterimage:problem:busy", "title": "Busy", "status": 503,
+        "detail": "2000 s of work are queued",
+    }  # fmt: skip
+    full = "**/v1/decodes?tier=perceptual*"
+    opened.route(full, lambda route: route.fulfill(
+        status=503, content_type="application/problem+json", body=json.dumps(problem)
+    ))  # fmt: skip
+    choose(opened, small_file)
+    expect(opened.locator("#problem")).to_contain_text("2000 s of work")
+    expect(opened.locator("#times")).to_contain_text("Instant")
+    expect(opened.locator("#welcome")).to_be_hidden()
+    opened.unroute(full)
+    opened.locator("#retry").click()
+    expect(opened.locator("#right")).to_have_text("Perceptual", timeout=SLOW)
+    expect(opened.locator("#problem")).to_be_hidden()
+
+
+def test_of_two_quick_choices_the_second_is_shown(
+    opened: Page, photo: Pixels, tmp_path: Path
+) -> None:
+    cuts = [photo[:90, :120].copy(), photo[200:290, 200:320].copy()]
+    for name, pixels in zip("ab", cuts, strict=True):
+        (tmp_path / f"{name}.png").write_bytes(image.write(pixels, "png"))
+    opened.evaluate(
+        """() => {
+          const made = createImageBitmap;
+          let calls = 0;
+          window.createImageBitmap = async (...given) => {
+            if ((calls += 1) === 1) await new Promise((done) => setTimeout(done, 1500));
+            return made(...given);
+          };
+        }"""
+    )
+    for name in "ab":
+        choose(opened, tmp_path / f"{name}.png")
+    expect(opened.locator("#right")).to_have_text("Perceptual", timeout=SLOW)
+    opened.wait_for_timeout(1600)
+    assert np.array_equal(centre(only(opened, "left", "original"), cuts[1]), cuts[1])
+
+
+def test_what_is_transparent_lies_on_white(opened: Page, tmp_path: Path) -> None:
+    """In the original too, as in what is made of it; the page around is dark."""
+    opened.emulate_media(color_scheme="dark")
+    Image.new("RGBA", (120, 90), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    draw(opened, tmp_path / "clear.png")
+    white = np.full((90, 120, 3), 255, np.uint8)
+    assert np.array_equal(centre(only(opened, "left", "original"), white), white)
+
+
+def test_the_canvas_has_the_screen_s_own_pixels(opened: Page, small_file: Path) -> None:
+    draw(opened, small_file)
+    for width in (900, 1111):
+        opened.set_viewport_size({"width": width, "height": 700})
+        screen(opened)
+        sides = opened.evaluate(
+            """() => {
+              const canvas = document.querySelector("#canvas");
+              const box = canvas.getBoundingClientRect();
+              return [canvas.width, canvas.height, box.width, box.height];
+            }"""
+        )
+        assert sides[:2] == [round(side) for side in sides[2:]]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

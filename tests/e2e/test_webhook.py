@@ -1,6 +1,7 @@
 """A receiver is told when a decode has ended, by the service as it is run."""
 
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ pytestmark = [pytest.mark.redis, pytest.mark.weights]
 SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 
-def test_the_end_of_a_decode_is_told_signed(tmp_path: Path, small_msh: bytes) -> None:
+def test_the_end_of_a_decode_is_told_signed(
+    tmp_path: Path, redis_urls: tuple[str, str], small_msh: bytes
+) -> None:
     told: list[Any] = []
     came = threading.Semaphore(0)
 
@@ -34,6 +37,8 @@ def test_the_end_of_a_decode_is_told_signed(tmp_path: Path, small_msh: bytes) ->
         threading.Thread(target=server.serve_forever, daemon=True).start()
         host = f"127.0.0.1:{server.server_port}"
         environment = {"AFTERIMAGE_WEBHOOK_SECRET": SECRET, "AFTERIMAGE_WEBHOOK_ALLOW": host}
+        environment |= {"REDIS_URL": redis_urls[0], "CACHE_REDIS_URL": redis_urls[1]}
+        environment |= {"AFTERIMAGE_PREFIX": "told"}
         with run_service(tmp_path, **environment) as service:
             asked = {"tier": "perceptual", "webhook": f"http://{host}/told"}
             answer = service.client.post("/v1/decodes", params=asked, content=small_msh)
@@ -48,6 +53,10 @@ def test_the_end_of_a_decode_is_told_signed(tmp_path: Path, small_msh: bytes) ->
             assert answer.status_code == 422
             long = {"tier": "ddpm-1000", "webhook": f"http://{host}/told", "deadline_s": 1}
             answer = service.client.post("/v1/decodes", params=long, content=small_msh)
+            with service.stores() as store:  # nobody need ask about it
+                key = f"told:interest:{answer.headers['location'].rpartition('/')[2]}"
+                ((_, until),) = store.queue.zrange(key, 0, -1, withscores=True)
+            assert until > time.time() + 23 * 3600
             service.client.delete(answer.headers["location"])  # who asked may withdraw
             ended = wait_for(service.client, answer.headers["location"])
             assert ended["status"] == "canceled"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rq.timeouts import JobTimeoutException
 
 from models import image, library
 from models.library import Library
@@ -360,6 +361,35 @@ def test_a_device_that_fails_at_everything_ends_the_worker_and_leaves_the_job(
     tasks.enhance(job_id)
     tasks.settle()
     assert Context.stopping
+    assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
+
+
+@pytest.mark.weights
+def test_a_job_that_takes_too_long_fails_and_the_worker_goes_on(
+    context: None, jobs: Jobs, loaded: Library, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: Any) -> torch.Tensor:
+        raise JobTimeoutException("as RQ's timer does")
+
+    monkeypatch.setattr(loaded.diffusion.net.denoiser, "forward", late)
+    job_id = submit(jobs, small_msh)
+    tasks.enhance(job_id)
+    ended = state(jobs, job_id)
+    assert (ended.status, ended.error) == ("failed", "it took longer than 3600 s")
+    assert not Context.stopping
+
+
+def test_who_comes_while_a_worker_stops_is_served(jobs: Jobs, small_msh: bytes) -> None:
+    job_id = submit(jobs, small_msh)
+    jobs.queue.remove(job_id)
+    attempt = Attempt.begin(jobs, job_id)
+    assert attempt is not None
+    jobs.withdraw(job_id, "")
+    jobs.hold(job_id, "late", 60)
+    attempt.stop()
+    assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
+    jobs.queue.remove(job_id)
+    jobs.drop(job_id)  # the same of one that was not begun
     assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
 
 

@@ -167,6 +167,7 @@ def test_a_full_queue_store_does_not_stop_the_keeper(
     jobs.submit(d, small_msh)
     attempt = Attempt.begin(jobs, d.id)
     assert attempt is not None
+    before = jobs.store.queue.config_get("maxmemory")["maxmemory"]
     jobs.store.queue.config_set("maxmemory", "1")
     try:
         keeper = Keeper(jobs, Spool(tmp_path), tmp_path / "alive")
@@ -177,7 +178,7 @@ def test_a_full_queue_store_does_not_stop_the_keeper(
         (alive,) = (tmp_path / "alive").iterdir()  # what probes look at
         assert time.time() - alive.stat().st_mtime < BEAT_S + 1
     finally:
-        jobs.store.queue.config_set("maxmemory", "0")
+        jobs.store.queue.config_set("maxmemory", before)
         keeper.stopped.set()
         keeper.join()
     assert not alive.exists()
@@ -188,11 +189,14 @@ def test_a_worker_that_is_told_to_end_while_it_loads_ends_at_once(
 ) -> None:
     environment = {"REDIS_URL": redis_urls[0], "CACHE_REDIS_URL": redis_urls[1]}
     command = [sys.executable, "-P", "-m", "worker.main"]
-    process = subprocess.Popen(command, env=os.environ | environment)
+    process = subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE)
     while not caught(process.pid) >> signal.SIGTERM - 1 & 1:
+        assert process.poll() is None
         time.sleep(0.01)
     process.terminate()
-    assert process.wait(60) == 0
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert b"ready" not in told
 
 
 def caught(pid: int) -> int:

@@ -311,7 +311,7 @@ def test_redirects_are_not_followed(store: Store, receiver: Receiver) -> None:
 def test_a_receiver_may_put_us_off(
     store: Store, receiver: Receiver, code: int, as_date: bool
 ) -> None:
-    asked = formatdate(time.time() + 3, usegmt=True) if as_date else "2"
+    asked = formatdate(time.time() + 5, usegmt=True) if as_date else "2"
     first, then = status(code, {"Retry-After": asked}), status(204)
     receiver.answer = lambda handler, n: (first if n == 1 else then)(handler, n)
     end_job(store, receiver.url())
@@ -542,7 +542,7 @@ def test_a_name_that_changes_its_address_is_followed_nowhere(
         chosen = settings(receiver, webhook_allow="rebind.test")
         deliver_all(store, chosen, lambda _host: [next(answers)])
         assert (len(receiver.requests), rebound.requests) == (1, [])
-    assert next(answers) == "127.0.0.2"
+    assert list(answers) == ["127.0.0.2"] * 2
 
 
 def test_a_name_that_was_public_when_given_and_is_private_now_is_not_sent_to(

@@ -5,7 +5,9 @@ import fcntl
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import openvino as ov  # type: ignore[import-untyped]
 import pytest
 import torch
 from torch import Tensor, nn
@@ -105,9 +107,18 @@ def test_half_precision_is_asked_for_and_close(
     """Processors without bfloat16 compute in float32 all the same."""
     x = codec.to_tensor(small)
     y_hat = shipped.latents(shipped.encode(x, "msh", "exact")).y_hat
+    asked: list[str] = []
+    compile_model = ov.Core.compile_model
+
+    def noted(own: ov.Core, model: ov.Model, device: str, options: dict[str, Any]) -> Any:
+        asked.append(options["INFERENCE_PRECISION_HINT"])
+        return compile_model(own, model, device, options)
+
+    monkeypatch.setattr(ov.Core, "compile_model", noted)
     exact = Synthesis(shipped.net.g_s, 192)(y_hat)
     monkeypatch.setenv("AFTERIMAGE_GS_PRECISION", "bf16")
     made = Synthesis(shipped.net.g_s, 192)(y_hat)
+    assert asked == ["f32", "bf16"]
     assert psnr(codec.to_pixels(made), codec.to_pixels(exact)) > 45
 
 
