@@ -79,9 +79,10 @@ class Sums:
 
 def present(jobs: Jobs) -> None:
     """This worker lives."""
+    now = jobs.now()
     with jobs.store.queue.pipeline() as pipe:
-        pipe.zadd(_workers(jobs), {NAME: jobs.now()})
-        pipe.zremrangebyscore(_workers(jobs), 0, jobs.now() - RECORD_TTL_S)
+        pipe.zadd(_workers(jobs), {NAME: now})
+        pipe.zremrangebyscore(_workers(jobs), 0, now - RECORD_TTL_S)
         pipe.expire(_workers(jobs), RECORD_TTL_S)
         pipe.execute()
 

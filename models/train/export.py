@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from models import catalogue, checkpoint, presets, zoo
-from models import decoder as decoder_of
+from models.decoder import CODECS
 from models.train.widen import widened
 
 
@@ -42,6 +42,6 @@ def decoder(file: Path, folder: Path = checkpoint.WEIGHTS) -> str:
         if entry.kind == "decoder" and entry.name != name:
             (folder / entry.file).unlink(missing_ok=True)
     codecs = [entry.weights_id for entry in installed if entry.kind == "codec"]
-    metadata = metadata | {decoder_of.CODECS: json.dumps(codecs)}
+    metadata = metadata | {CODECS: json.dumps(codecs)}
     row = {"kind": "decoder", "card": "compact.md"}
     return catalogue.install(tensors, name, folder, row, metadata).weights_id

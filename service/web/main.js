@@ -203,7 +203,7 @@ async function finish(own, fade) {
 
 function stopped(own, { status, error }) {
   quiet();
-  if (status === "canceled") complain({ title: "Withdrawn", message: "" }, again);
+  if (status === "canceled") complain({ title: "Withdrawn", message: error ?? "" }, again);
   else complain({ title: "The drawing failed", message: error ?? "" }, again);
 
   async function again() {
@@ -224,8 +224,7 @@ async function cancel(own) {
   if (own !== shown || stopping || status === "canceled") return; // the events tell
   own.job.abort();
   own.following = false;
-  stopped(own, { status: "canceled" });
-  $("problem").querySelector("span").textContent = "It is still drawn for others who wait.";
+  stopped(own, { status: "canceled", error: "It is still drawn for others who wait." });
 }
 
 /* JPEG and WebP of the same size */

@@ -306,6 +306,15 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, loaded: Library, most: int)
     return asked
 
 
+def failing(monkeypatch: pytest.MonkeyPatch, loaded: Library, error: Exception) -> None:
+    """The denoiser raises `error` whatever it is asked."""
+
+    def fail(*_: Any) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(loaded.diffusion.net.denoiser, "forward", fail)
+
+
 @pytest.fixture(scope="module")
 def large(loaded: Library, photo: image.Pixels) -> bytes:
     from models import bitstream, codec
@@ -352,10 +361,8 @@ def test_no_memory_at_all_ends_the_worker_and_leaves_the_job(
 def test_a_device_that_fails_at_everything_ends_the_worker_and_leaves_the_job(
     context: None, jobs: Jobs, loaded: Library, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lost(*_: Any) -> torch.Tensor:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(loaded.diffusion.net.denoiser, "forward", lost)
+    lost = RuntimeError("CUDA error: an illegal memory access was encountered")
+    failing(monkeypatch, loaded, lost)
     job_id = submit(jobs, small_msh)
     jobs.queue.remove(job_id)
     tasks.enhance(job_id)
@@ -368,10 +375,7 @@ def test_a_device_that_fails_at_everything_ends_the_worker_and_leaves_the_job(
 def test_a_job_that_takes_too_long_fails_and_the_worker_goes_on(
     context: None, jobs: Jobs, loaded: Library, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def late(*_: Any) -> torch.Tensor:
-        raise JobTimeoutException("as RQ's timer does")
-
-    monkeypatch.setattr(loaded.diffusion.net.denoiser, "forward", late)
+    failing(monkeypatch, loaded, JobTimeoutException("as RQ's timer does"))
     job_id = submit(jobs, small_msh)
     tasks.enhance(job_id)
     ended = state(jobs, job_id)
