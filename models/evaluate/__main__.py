@@ -111,10 +111,9 @@ def evaluate(args: argparse.Namespace) -> str:
             for path in files:
                 results.add(evaluation.measure(path, args.tiers, args.seeds))
                 bar.update()
-    for name in args.rivals:
-        for path in tqdm(files, desc=name, unit="picture"):
-            for row, picture in rivals.rows(path, name, networks):
-                results.add_other(row, picture)
+    for path in tqdm(files, desc="rivals", unit="picture", disable=not args.rivals):
+        for row, picture in rivals.rows(path, args.rivals, networks):
+            results.add_other(row, picture)
     return results.write(args.out, drawing.weights_id)
 
 

@@ -10,23 +10,30 @@ from models.evaluate.summary import Line
 Titles = Mapping[str, str]
 """Figure -> heading."""
 
-MAIN: Titles = {
+FIGURES: Titles = {
     "bpp": "bpp",
     "psnr": "PSNR",
-    "lpips": "LPIPS-Alex",
-    "niqe_gap": "NIQE gap",
-    "kid": "KID",
-    "lpips_ratio": "LPIPS ratio",
-    "psnr_loss": "PSNR loss",
-}
-"""What tiers are judged by; these have their intervals."""
-OTHER: Titles = {
     "ms_ssim": "MS-SSIM",
+    "lpips": "LPIPS-Alex",
     "lpips_vgg": "LPIPS-VGG",
     "dists": "DISTS",
     "nlpd": "NLPD",
     "gmsd": "GMSD",
     "niqe": "NIQE",
+    "kid": "KID",
+    "seconds": "seconds",
+}
+"""The field's."""
+JUDGED: Titles = {
+    "psnr": "PSNR",
+    "psnr_loss": "PSNR loss",
+    "lpips": "LPIPS-Alex",
+    "lpips_ratio": "LPIPS ratio",
+    "niqe_gap": "NIQE gap",
+    "kid": "KID",
+}
+"""What tiers are judged by; these have their intervals."""
+OTHER: Titles = {
     "niqe_original": "NIQE of originals",
     "offset": "offset",
     "offset_max": "largest",
@@ -35,10 +42,10 @@ OTHER: Titles = {
     "seeds_ratio": "seeds ratio",
     "psnr_seeds": "PSNR over seeds",
     "lpips_seeds": "LPIPS over seeds",
-    "seconds": "seconds",
 }
-RIVALS: Titles = {"bpp": "bpp", "psnr": "PSNR", "lpips": "LPIPS-Alex"} | {
-    name: OTHER.get(name) or MAIN[name] for name in ("ms_ssim", "nlpd", "gmsd", "niqe_gap", "kid")
+RIVALS: Titles = {
+    **{name: FIGURES[name] for name in ("bpp", "psnr", "ms_ssim", "lpips", "nlpd", "gmsd")},
+    **{name: JUDGED[name] for name in ("niqe_gap", "kid")},
 }
 """What other codecs are shown with."""
 _LEGEND = """\
@@ -64,9 +71,9 @@ def markdown(
     gaps: Sequence[Gap] = (),
 ) -> str:
     """The whole report; `images` are names of files beside it, `others` other codecs."""
-    parts = [f"# Evaluation of decoder {decoder}\n", table(lines, MAIN, True), _LEGEND]
+    parts = [f"# Evaluation of decoder {decoder}\n", table(lines, FIGURES, False), _LEGEND]
     parts += [_NULLS] if any(line.tier in nulls.NAMES for line in lines) else []
-    parts += [*_missed(lines), table(lines, OTHER, False)]
+    parts += [*_missed(lines), table(lines, JUDGED, True), table(lines, OTHER, False)]
     parts += ["## Other codecs\n", table(others, RIVALS, False)] if others else []
     parts += [_equal_rate(gaps)] if gaps else []
     parts += [f"![{name}]({name})\n" for name in images]

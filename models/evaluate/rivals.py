@@ -40,12 +40,12 @@ class Gap:
     db: float
 
 
-def rows(path: Path, name: str, networks: Networks) -> list[tuple[Row, Tensor]]:
-    """The picture in `path` at each setting of `name`, and what it was measured on."""
+def rows(path: Path, names: Sequence[str], networks: Networks) -> list[tuple[Row, Tensor]]:
+    """The picture in `path` in each format at each setting, and what it was measured on."""
     pixels = image.read(path.read_bytes(), bitstream.MAX_PIXELS)
     x, of_x = codec.to_tensor(pixels), niqe(pixels)
     out = []
-    for setting in SETTINGS[name]:
+    for name, setting in [(n, setting) for n in names for setting in SETTINGS[n]]:
         data = encode(pixels, name, setting)
         picture = codec.to_tensor(image.read(data, bitstream.MAX_PIXELS))
         row = Row(

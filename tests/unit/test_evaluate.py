@@ -125,7 +125,8 @@ def test_the_report_names_intervals_and_nulls_that_missed() -> None:
     some[4].figures["null_gap"] = 0.31
     some[3].figures["null_gap"] = 0.001
     text = report.markdown(some, "abcd", ["rate.png"])
-    assert "| 1 | instant | 24 | 0.100 | 28.00 | 0.300 [0.200, 0.310] | 0.500 | 0.0200 |" in text
+    assert "| 1 | instant | 24 | 0.1000 | 28.00 | 0.3000 | 0.02000 |" in text
+    assert "| 1 | instant | 24 | 28.00 | 0.300 [0.200, 0.310] | 0.500 | 0.0200 |" in text
     assert "| 1 | instant | 24 | 1 |" in text
     assert "`msh+unsharp` at quality 1 is up to 0.31 dB" in text
     assert "`msh+noise` at" not in text
