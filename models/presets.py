@@ -74,7 +74,7 @@ FINE = UNetConfig(
     qualities=8,
     condition=(96, 160, 224),
 )
-"""The compact preset's other size: one level more, twice the work a step."""
+"""The compact preset's other size: one level more, a quarter more work a step."""
 PAPER = UNetConfig(
     preset="paper",
     patch=1,
