@@ -117,7 +117,7 @@ def test_a_restarted_service_does_not_lose_its_listeners(
             http = httpx.AsyncClient(base_url=ports[1], transport=Balancer(), timeout=60)
             kinds = []
             async with AsyncClient("", http=http) as own:
-                async for update in own.decode(data, "ddim-100", steps=300):
+                async for update in own.decode(data, "ddim-100", steps=100):
                     kinds.append(update.kind)
                     if kinds.count("progress") == 3:
                         second.process.kill()
