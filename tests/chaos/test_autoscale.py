@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]
 
 SCALED = Path(__file__).parents[2] / "deploy/kubernetes/overlays/keda/scaledobject.yaml"
 MOST = 3
-JOBS = 8
-LONG = Settings("ddim", 60, beta=1.0)
+JOBS = 6
+LONG = Settings("ddim", 40, beta=1.0)
 
 
 @pytest.fixture

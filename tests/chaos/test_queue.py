@@ -22,7 +22,8 @@ from worker.jobs import QUARANTINED
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
 LONG = Settings("ddim", 400)
-"""Some seconds at 150×100 pixels."""
+"""At 150×100 pixels longer than a worker takes to start."""
+MIDDLE = Settings("ddim", 150)
 SHORT = Settings("ddim", 60)
 
 
@@ -66,7 +67,7 @@ def test_a_worker_that_is_told_to_end_leaves_a_long_job_at_the_front(
 ) -> None:
     own.environment["AFTERIMAGE_GRACE_S"] = "2"
     worker = own.worker().ready()
-    job, behind = own.submit(small_msh, LONG), own.submit(small_msh, SHORT, 1)
+    job, behind = own.submit(small_msh, MIDDLE), own.submit(small_msh, SHORT, 1)
     own.at_step(job, 5)
     began = time.monotonic()
     worker.process.send_signal(signal.SIGTERM)
@@ -168,7 +169,7 @@ def test_a_hundred_duplicates_at_two_processes_are_one_computation(
 
 def test_pictures_are_never_in_the_queues_store(own: Rig, small_msh: bytes) -> None:
     own.worker()
-    job = own.submit(small_msh, LONG)
+    job = own.submit(small_msh, MIDDLE)
     own.jobs.watch(job)
     assert own.ended(job).status == "succeeded"
     assert own.store.preview(job) and own.store.picture(job)

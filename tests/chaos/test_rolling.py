@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]
 
 
 class Load(threading.Thread):
-    """Ten pictures a second, every tenth with a job; where requests go may change."""
+    """Five pictures a second, every fifth with a job; where requests go may change."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(daemon=True)
@@ -25,9 +25,9 @@ class Load(threading.Thread):
 
     def run(self) -> None:
         for number in itertools.count():
-            if self.stopped.wait(0.1):
+            if self.stopped.wait(0.2):
                 return
-            tier = "instant" if number % 10 else "perceptual"
+            tier = "instant" if number % 5 else "perceptual"
             with httpx.Client(base_url=self.url, timeout=60) as client:
                 asked = {"tier": tier, "seed": number}
                 answer = client.post("/v1/decodes", params=asked, content=self.data)
