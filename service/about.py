@@ -41,7 +41,7 @@ async def models(own: Own) -> list[schemas.Model]:
 async def card(
     weights_id: Annotated[
         str,
-        Path(pattern="^[0-9a-f]{16}$", examples=["634ee63114dfa9df"], description="Of a model."),
+        Path(pattern="^[0-9a-f]{16}$", examples=["d78422ef2d93dd50"], description="Of a model."),
     ],
 ) -> Response:
     """What the weights were made of and how well they do."""

@@ -56,7 +56,7 @@ class Decode(BaseModel):
                     "width": 768,
                     "height": 512,
                     "quality": 2,
-                    "codec_weights": "634ee63114dfa9df",
+                    "codec_weights": "d78422ef2d93dd50",
                     "decoder_weights": "0f1e2d3c4b5a6978",
                     "created": "2026-01-01T12:00:00Z",
                     "started": "2026-01-01T12:00:01Z",
@@ -127,7 +127,7 @@ class Inspection(BaseModel):
                     "height": 512,
                     "bytes": 9828,
                     "bpp": 0.2,
-                    "weights_id": "634ee63114dfa9df",
+                    "weights_id": "d78422ef2d93dd50",
                     "decodable": True,
                     "costs": {
                         "instant": {"steps": 0, "megapixel_steps": 0, "seconds": 0.1},
@@ -238,12 +238,12 @@ class Model(BaseModel):
                 {
                     "kind": "codec",
                     "name": "msh_q2",
-                    "weights_id": "634ee63114dfa9df",
+                    "weights_id": "d78422ef2d93dd50",
                     "quality": 2,
                     "metric": "mse",
                     "source": "shipped",
                     "sha256": "b2ca94ff…",
-                    "card": "/v1/models/634ee63114dfa9df/card",
+                    "card": "/v1/models/d78422ef2d93dd50/card",
                 }
             ]
         }

@@ -74,7 +74,7 @@ class Crops:
             for left in range(0, width - CUT + 1, CUT):
                 cuts = [pictures[t][:, :, top : top + CUT, left : left + CUT] for t in tiers]
                 before, after = (self._lpips(cut, cuts[0]) for cut in cuts[1:])
-                text = f"{name}   quality {quality}   LPIPS {before:.2f} → {after:.2f}"
+                text = f"{name}   quality {quality}   LPIPS {before:.2f}, {after:.2f}"
                 pixels = dict(zip(tiers, map(codec.to_pixels, cuts), strict=True))
                 found.append((after - before, name, text, pixels))
         found.sort(key=lambda cut: cut[0])
