@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models import image
+from models import bitstream, image
 from tests.conftest import DATA, Service, psnr, wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
@@ -247,7 +247,9 @@ def test_wrong_bytes_get_a_clear_problem(
 def test_corrupt_entropy_coded_bytes_are_never_a_picture(
     service: Service, small_compressai: bytes
 ) -> None:
-    for at in (40, 200, len(small_compressai) - 40):
+    b = bitstream.parse(small_compressai)
+    strings = [(small_compressai.index(string), len(string)) for string in (b.y_string, b.z_string)]
+    for at in [start + length // part for start, length in strings for part in (4, 2)]:
         bad = bytearray(small_compressai)
         bad[at] ^= 0x55
         answer = service.client.post("/v1/decodes", content=bytes(bad))
