@@ -118,7 +118,7 @@ def test_a_full_queue_refuses_jobs_and_lets_workers_finish(own: Rig, small_msh: 
         asked = {"tier": "ddim-100", "steps": 200}
         first = client.post("/v1/decodes", params=asked, content=small_msh)
         assert first.status_code == 200
-        queue.config_set("maxmemory", int(queue.info("memory")["used_memory"] / 0.85))
+        queue.config_set("maxmemory", int(queue.info("memory")["used_memory"] / 0.9))
         before = sorted(queue.keys())
         full = client.post("/v1/decodes", params={**asked, "seed": 1}, content=small_msh)
         assert (full.status_code, full.json()["type"][-10:]) == (503, "queue-full")
