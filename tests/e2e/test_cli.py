@@ -44,8 +44,8 @@ def afterimage(*args: object, cwd: Path | str = ".") -> subprocess.CompletedProc
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
-def refused(done: subprocess.CompletedProcess[str], said: str) -> None:
-    assert done.returncode != 0
+def refused(done: subprocess.CompletedProcess[str], said: str, status: int = 1) -> None:
+    assert done.returncode == status
     assert said in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -156,15 +156,15 @@ def test_wrong_use_is_told_in_a_line(tmp_path: Path, args: tuple[str, ...], said
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "said", "status"),
     [
-        (("worker",), "REDIS_URL"),
-        (("serve", "--workers", "-1"), "--workers"),
-        (("serve", "--redis-url", "nonsense"), "redis"),
+        (("worker",), "REDIS_URL", 2),
+        (("serve", "--workers", "-1"), "--workers", 1),
+        (("serve", "--redis-url", "nonsense"), "redis", 1),
     ],
 )
-def test_what_cannot_start_is_told_in_a_line(args: tuple[str, ...], said: str) -> None:
-    refused(typed(*args), said)
+def test_what_cannot_start_is_told_in_a_line(args: tuple[str, ...], said: str, status: int) -> None:
+    refused(typed(*args), said, status)
 
 
 def test_a_folder_called_worker_does_not_shadow_ours(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_what_compressai_garbles_is_decoded_to_the_last_bit(
 
     ours = shipped.latents(bitstream.parse(bitstream.serialize(b)))
 
-    assert psnr(codec.to_pixels(theirs.clamp(0, 1)), picture) < 25
+    assert psnr(codec.to_pixels(theirs.clamp(0, 1)), picture) < 21
     assert ours.arithmetic == "float64"
     assert torch.equal(ours.y_hat, y_hat)
     assert psnr(codec.to_pixels(shipped.synthesis(ours.y_hat)), picture) > 28

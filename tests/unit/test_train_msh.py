@@ -60,10 +60,10 @@ def log(config: MshConfig) -> list[dict[str, Any]]:
 def test_a_short_run_lowers_the_loss_and_its_weights_code_as_the_log_says(
     config: Callable[..., MshConfig], photos: Path
 ) -> None:
-    own = config()
+    own = config(plan=(Stage("3", 0.14), Stage("2", 0.03)))
     assert Run(MshTask(own, CPU), own, CPU).go()
     losses = [row["loss"] for row in log(own) if "loss" in row and row["stage"] == "3"]
-    assert losses[-1] < losses[0]  # the run is seconds, of whatever the machine has left
+    assert losses[-1] < 0.9 * losses[0]  # the run is seconds, of whatever the machine has left
     held = {row["stage"]: row for row in log(own) if "held_bpp" in row}
     assert held.keys() == {"3", "2"}
     for quality in (3, 2):
