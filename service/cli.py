@@ -22,7 +22,7 @@ from models.tiers import TIERS, Sampler, check_realism, check_seed, find, vary
 from service import __version__, keys, weights
 from service.processes import COURIER, WORKER, running
 from service.settings import ServiceSettings
-from worker.settings import prepare_process
+from worker.settings import prepare_process, without_collections
 
 if TYPE_CHECKING:  # it brings Pillow
     from models.image import OutputFormat
@@ -118,6 +118,9 @@ def _files(command: argparse.ArgumentParser) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    loading = contextlib.ExitStack()
+    loading.enter_context(without_collections())
+
     import uvicorn
 
     from service.app import create_app
@@ -135,6 +138,7 @@ def _serve(args: argparse.Namespace) -> int:
     class Server(uvicorn.Server):
         async def startup(self, sockets=None):  # type: ignore[no-untyped-def]
             await super().startup(sockets)
+            loading.close()
             if not self.should_exit:
                 _say(f"Afterimage is ready at http://{args.host}:{args.port}  (Ctrl-C stops it)")
 
@@ -169,9 +173,10 @@ def _worker(args: argparse.Namespace) -> int:
 
 
 def _encode(args: argparse.Namespace) -> int:
-    import torch
+    with without_collections():
+        import torch
 
-    from models import bitstream, catalogue, codec, image, zoo
+        from models import bitstream, catalogue, codec, image, zoo
 
     settings = ServiceSettings()
     suffix = ".msh" if args.format == "msh" else ".bin"
@@ -202,10 +207,11 @@ def _decode(args: argparse.Namespace) -> int:
         asked = {"seed": seed, "realism": alpha, **{n: getattr(args, n) for n in names}}
         return _each(targets, partial(_decode_there, args.url, args.tier, asked, targets))
 
-    from torch import Tensor
-    from tqdm import tqdm
+    with without_collections():
+        from torch import Tensor
+        from tqdm import tqdm
 
-    from models import bitstream, codec, image, library
+        from models import bitstream, codec, image, library
 
     own = ServiceSettings()
     loaded = library.load(own.threads, settings is not None, own.weights_dir)

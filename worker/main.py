@@ -18,7 +18,7 @@ from types import FrameType
 from typing import NoReturn
 
 from worker import logs, tracing
-from worker.settings import WorkerSettings, prepare_process
+from worker.settings import WorkerSettings, prepare_process, without_collections
 
 log = logging.getLogger("afterimage.worker")
 
@@ -49,22 +49,23 @@ def main() -> int:
     prepare_process(settings)
     os.nice(settings.nice)
 
-    from models import library
-    from models.errors import AfterimageError
-    from worker import store
-    from worker.jobs import Jobs
-    from worker.keeper import Keeper
-    from worker.spool import Spool
-    from worker.tasks import Context
+    with without_collections():
+        from models import library
+        from models.errors import AfterimageError
+        from worker import store
+        from worker.jobs import Jobs
+        from worker.keeper import Keeper
+        from worker.spool import Spool
+        from worker.tasks import Context
 
-    try:
-        connected = store.connect(settings)
-        connected.ping()
-        Context.library = library.load(settings.threads, folder=settings.weights_dir)
-    except (store.RedisError, AfterimageError) as e:
-        print(f"the worker cannot start: {e}", file=sys.stderr)  # noqa: T201
-        return 1
-    Context.library.warm_up()
+        try:
+            connected = store.connect(settings)
+            connected.ping()
+            Context.library = library.load(settings.threads, folder=settings.weights_dir)
+        except (store.RedisError, AfterimageError) as e:
+            print(f"the worker cannot start: {e}", file=sys.stderr)  # noqa: T201
+            return 1
+        Context.library.warm_up()
     on_cuda = Context.library.diffusion.device.type == "cuda"
     Context.batch = settings.batch or (8 if on_cuda else 1)
     Context.max_pixels, Context.grace_s = settings.max_pixels, settings.grace_s

@@ -25,6 +25,12 @@ def stream(client: Client, photo: image.Pixels, at: int) -> bytes:
     return client.encode(image.write(cut, "png"))
 
 
+def location(service: Service, data: bytes, steps: int) -> str:
+    """Of the `ddim-100` decode with so many steps."""
+    asked = {"tier": "ddim-100", "steps": steps}
+    return service.client.post("/v1/decodes", params=asked, content=data).headers["location"]
+
+
 def test_a_decode_is_a_draft_then_progress_then_the_picture(url: str, photo: image.Pixels) -> None:
     with Client(url) as client:
         data = stream(client, photo, 11)
@@ -57,7 +63,7 @@ def test_the_same_without_threads(url: str, photo: image.Pixels) -> None:
     assert (kinds[0], kinds[-1]) == ("draft", "final")
 
 
-def test_previews_are_pictures(url: str, photo: image.Pixels) -> None:
+def test_previews_are_pictures(service: Service, url: str, photo: image.Pixels) -> None:
     with Client(url) as client:
         data = stream(client, photo, 37)
         for update in client.decode(data, "ddim-100", steps=600):
@@ -66,6 +72,7 @@ def test_previews_are_pictures(url: str, photo: image.Pixels) -> None:
                 break
         else:
             pytest.fail("no preview came")
+        client.cancel(location(service, data, 600))  # others wait behind it
 
 
 def test_refusals_are_errors_with_the_problem(url: str, small_msh: bytes) -> None:
@@ -82,46 +89,40 @@ def test_refusals_are_errors_with_the_problem(url: str, small_msh: bytes) -> Non
 def test_a_canceled_decode_says_so(service: Service, url: str, photo: image.Pixels) -> None:
     with Client(url) as client:
         data = stream(client, photo, 41)
-
-        asked = {"tier": "ddim-100", "steps": 900}
         with pytest.raises(Canceled):
             for update in client.decode(data, "ddim-100", steps=900):
                 if update.kind == "queued":
-                    found = service.client.post("/v1/decodes", params=asked, content=data)
-                    client.cancel(found.headers["location"])
+                    client.cancel(location(service, data, 900))
 
 
 def test_a_restarted_service_does_not_lose_its_listeners(
-    tmp_path: Path, redis_urls: tuple[str, str], photo: image.Pixels
+    service: Service, url: str, tmp_path: Path, photo: image.Pixels
 ) -> None:
     """Two API processes over one Redis: the events go on at the other when the first is gone."""
-    stores = {"REDIS_URL": redis_urls[0], "CACHE_REDIS_URL": redis_urls[1]}
-    with (
-        run_service(tmp_path, "--workers", "1", **stores) as first,
-        run_service(tmp_path, "--workers", "0", **stores) as second,
-    ):
-        with Client(str(first.client.base_url)) as client:
-            data = stream(client, photo, 53)
-        ports = [str(s.client.base_url) for s in (first, second)]
+    stores = {"REDIS_URL": service.urls[0], "CACHE_REDIS_URL": service.urls[1]}
+    with Client(url) as client:
+        data = stream(client, photo, 53)
+    with run_service(tmp_path, "--workers", "0", **stores) as own:
+        there = str(own.client.base_url)
 
         class Balancer(httpx.AsyncHTTPTransport):
-            """To the second, at first; to the first once that is gone."""
+            """To our own, at first; to the other once that is gone."""
 
             async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-                gone = second.process.poll() is not None
-                target = httpx.URL(ports[0] if gone else ports[1])
+                gone = own.process.poll() is not None
+                target = httpx.URL(url if gone else there)
                 request.url = request.url.copy_with(host=target.host, port=target.port)
                 return await super().handle_async_request(request)
 
         async def listen() -> list[str]:
-            http = httpx.AsyncClient(base_url=ports[1], transport=Balancer(), timeout=60)
+            http = httpx.AsyncClient(base_url=there, transport=Balancer(), timeout=60)
             kinds = []
-            async with AsyncClient("", http=http) as own:
-                async for update in own.decode(data, "ddim-100", steps=100):
+            async with AsyncClient("", http=http) as client:
+                async for update in client.decode(data, "ddim-100", steps=100):
                     kinds.append(update.kind)
                     if kinds.count("progress") == 3:
-                        second.process.kill()
-                        second.process.wait()
+                        own.process.kill()
+                        own.process.wait()
             return kinds
 
         import anyio

@@ -2,50 +2,17 @@
 
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from service import keys
 from service.client import ApiError, Client
-from tests.conftest import Service, run_service, wait_for
+from tests.conftest import Service, wait_for
+from tests.e2e.conftest import TOKENS
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
-
-TABLE = """
-[[keys]]
-name = "{name}"
-sha256 = "{digest}"
-scopes = [{scopes}]
-{more}
-"""
-TOKENS = {name: f"ai_{name * 10}" for name in ("both", "decoder", "hasty", "single")}
-
-
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("guarded")
-    more = {"hasty": "requests_per_minute = 3", "single": "jobs_at_once = 1"}
-    tables = [
-        TABLE.format(
-            name=name,
-            digest=keys.digest(token),
-            scopes='"decode", "encode"' if name == "both" else '"decode"',
-            more=more.get(name, ""),
-        )
-        for name, token in TOKENS.items()
-    ]
-    (folder / "keys.toml").write_text("".join(tables))
-    environment = {
-        "AFTERIMAGE_API_KEYS": str(folder / "keys.toml"),
-        "AFTERIMAGE_LINK_SECRET": "s" * 40,
-        "AFTERIMAGE_CORS_ORIGINS": '["https://gallery.example"]',
-    }
-    with run_service(folder, **environment) as running:
-        yield running
 
 
 def by(name: str) -> dict[str, str]:

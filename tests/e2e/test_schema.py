@@ -7,16 +7,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from models import image
-from service import keys
-from tests.conftest import Service, run_service, wait_for
+from tests.conftest import Service, wait_for
+from tests.e2e.conftest import TOKENS
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]
 
 HERE = Path(__file__).parent
-TOKEN = "ai_" + "x" * 40
 NEED_MORE = {
     "PUT /v1/decodes/{id}",  # an id that follows from the rest
     "DELETE /v1/decodes/{id}", "GET /v1/decodes/{id}/preview",  # a job that runs just then
@@ -25,26 +25,16 @@ NEED_MORE = {
 
 
 @pytest.fixture(scope="module")
-def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service whose one key may do everything, with a queue that never refuses."""
-    folder = tmp_path_factory.mktemp("keyed")
-    table = (
-        f'[[keys]]\nname = "fuzz"\nsha256 = "{keys.digest(TOKEN)}"\nscopes = ["decode", "encode"]'
-    )
-    (folder / "keys.toml").write_text(table)
-    environment = {
-        "AFTERIMAGE_API_KEYS": str(folder / "keys.toml"),
-        "AFTERIMAGE_LINK_SECRET": "s" * 40,
-        "AFTERIMAGE_MAX_PIXELS": "1000000",
-        "AFTERIMAGE_MAX_BACKLOG_S": "1000000",
-    }
-    with run_service(folder, **environment) as running:
-        running.client.headers["X-API-Key"] = TOKEN
-        yield running
+def client(guarded: Service) -> Iterator[httpx.Client]:
+    headers = {"X-API-Key": TOKENS["both"]}
+    with httpx.Client(base_url=guarded.client.base_url, headers=headers, timeout=60) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
-def bodies(keyed: Service, photo: image.Pixels, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bodies(
+    client: httpx.Client, photo: image.Pixels, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Small bitstreams and pictures, in folders by media type."""
     root, cut = tmp_path_factory.mktemp("bodies"), photo[100:164, 200:270].copy()
     for format, kind in image.MEDIA_TYPES.items():
@@ -54,18 +44,17 @@ def bodies(keyed: Service, photo: image.Pixels, tmp_path_factory: pytest.TempPat
     streams = root / "application/octet-stream"
     streams.mkdir(parents=True)
     for format in ("msh", "compressai"):
-        made = keyed.client.post(
-            "/v1/encodes", params={"format": format}, content=image.write(cut, "png")
-        )
+        asked = {"format": format}
+        made = client.post("/v1/encodes", params=asked, content=image.write(cut, "png"))
         (streams / format).write_bytes(made.content)
     return root
 
 
 @pytest.fixture(scope="module")
-def decodes(keyed: Service, bodies: Path) -> list[str]:
+def decodes(client: httpx.Client, bodies: Path) -> list[str]:
     """Locations of decodes: two have succeeded, two were withdrawn."""
     stream = (bodies / "application/octet-stream/msh").read_bytes()
-    client, found = keyed.client, []
+    found = []
     for seed, steps in enumerate((2, 2, 200, 200)):
         asked = {"tier": "ddim-10", "steps": steps, "seed": seed}
         answer = client.post("/v1/decodes", params=asked, content=stream)
@@ -77,19 +66,19 @@ def decodes(keyed: Service, bodies: Path) -> list[str]:
 
 
 def test_the_service_does_what_its_schema_says(
-    keyed: Service, bodies: Path, decodes: list[str], tmp_path: Path
+    client: httpx.Client, bodies: Path, decodes: list[str], tmp_path: Path
 ) -> None:
     """Examples, boundary values, random and wrong requests, and sequences of them."""
     environment = {
         "AFTERIMAGE_BODIES": str(bodies),
         "AFTERIMAGE_IDS": " ".join(at.rpartition("/")[2] for at in decodes),
-        "AFTERIMAGE_TOKEN": TOKEN,
+        "AFTERIMAGE_TOKEN": TOKENS["both"],
         "SCHEMATHESIS_HOOKS": "schema_hooks",
         "PYTHONPATH": str(HERE),
     }
     command = [
         str(Path(sys.executable).with_name("schemathesis")),
-        "--config-file", HERE / "schemathesis.toml", "run", f"{keyed.client.base_url}/openapi.json",
+        "--config-file", HERE / "schemathesis.toml", "run", f"{client.base_url}/openapi.json",
         "--continue-on-failure", "--max-examples", "15", "--seed", "1", "--request-timeout", "30",
         "--report", "ndjson", "--report-ndjson-path", tmp_path / "events", "--no-color",
     ]  # fmt: skip
@@ -98,7 +87,7 @@ def test_the_service_does_what_its_schema_says(
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     accepted = answered_well(tmp_path / "events")
-    paths = keyed.client.get("/openapi.json").json()["paths"]
+    paths = client.get("/openapi.json").json()["paths"]
     described = {f"{method.upper()} {at}" for at, methods in paths.items() for method in methods}
     assert described - accepted <= NEED_MORE
 

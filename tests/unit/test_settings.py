@@ -1,9 +1,12 @@
 """Where settings come from."""
 
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from worker.settings import without_collections
 
 SHOW = """
 from service.settings import ServiceSettings
@@ -28,3 +31,13 @@ def test_secrets_may_be_files_and_the_environment_comes_first(tmp_path: Path) ->
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     queue = "redis://:of-the-file@queue:6379/0"
     assert out.stdout.split() == [queue, "redis://first", 32 * "l", f"['{secret}']"]
+
+
+def test_what_is_loaded_is_not_searched_for_garbage() -> None:
+    before = gc.get_freeze_count()
+    with without_collections():
+        assert not gc.isenabled()
+        loaded = [{} for _ in range(1000)]  # type: ignore[var-annotated]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= before + len(loaded)
+    gc.unfreeze()
