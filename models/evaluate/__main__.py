@@ -2,8 +2,8 @@
 
 python -m models.evaluate --pictures KODAK --lpips lpips_alex.safetensors --out FOLDER
 
-Writes evaluation.json, evaluation.md, rate.png, perception.png, sheet.png and, where the
-diffusion decoder draws, calibration.png, crops.png and the drawn pictures, in decodes/. What lies
+Writes evaluation.json, evaluation.md, rate.png, perception.png, sheet.webp and, where the
+diffusion decoder draws, calibration.png, crops.webp and the drawn pictures, in decodes/. What lies
 there already is not drawn again and is reported too: an evaluation can be interrupted, and made in
 parts. `--rivals` measures what other codecs make of the pictures.
 """
@@ -78,12 +78,12 @@ class Results:
             "rows": [asdict(row) for row in (*self.rows, *self.others)],
         }
         (out / "evaluation.json").write_text(json.dumps(document, indent=1))
-        images = ["rate.png", "perception.png", "sheet.png"]
+        images = ["rate.png", "perception.png", "sheet.webp"]
         plots.rate(lines, out / images[0], others)
         plots.perception(lines, out / images[1])
         self.sheet.save(out / images[2])
-        if self.crops.save(out / "crops.png"):
-            images.append("crops.png")
+        if self.crops.save(out / "crops.webp"):
+            images.append("crops.webp")
         if curves:
             images.append("calibration.png")
             plots.calibration(curves, out / "calibration.png")

@@ -300,8 +300,8 @@ def test_the_best_and_the_worst_cuts_are_found(tmp_path: Path, lpips_file: Path)
             instant[:, :, CUT:, :CUT] = x[:, :, CUT:, :CUT]  # only the instant one is
         crops.add(name, 2, {"original": x, "instant": instant, "perceptual": drawn})
         crops.add(name, 2, {"original": x, "instant": instant})  # nothing to compare
-    assert crops.save(tmp_path / "crops.png")
-    with Image.open(tmp_path / "crops.png") as picture:
+    assert crops.save(tmp_path / "crops.webp")
+    with Image.open(tmp_path / "crops.webp") as picture:
         values = np.asarray(picture.convert("L")).astype(float)
     rows = 3  # the best of each, and the worst of all
     height = CUT * SCALE + 32
@@ -368,7 +368,7 @@ def test_a_pass_writes_figures_from_real_bytes(
     assert [round(16 * p["t"]) for p in points] == list(range(15, 0, -1))
     assert all(0 < point["actual"] < point["zero"] for point in points)
     assert points[-1]["actual"] < 0.1 * points[-1]["zero"]  # of the same place, without the padding
-    for name in ("rate.png", "perception.png", "sheet.png", "crops.png", "calibration.png"):
+    for name in ("rate.png", "perception.png", "sheet.webp", "crops.webp", "calibration.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
 
 
