@@ -242,7 +242,7 @@ class Model(BaseModel):
                     "quality": 2,
                     "metric": "mse",
                     "source": "shipped",
-                    "sha256": "b2ca94ff…",
+                    "sha256": "af06aecc…",
                     "card": "/v1/models/d78422ef2d93dd50/card",
                 }
             ]

@@ -2,8 +2,6 @@
 
 import json
 import re
-import time
-from collections.abc import Callable
 from functools import partial
 
 import anyio
@@ -14,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from models import image
 from service.app import create_app
 from service.settings import ServiceSettings
+from tests.chaos.rig import until
 from tests.conftest import Service, free_port, wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
@@ -34,13 +33,6 @@ def total(found: dict[str, float], name: str) -> float:
     return sum(value for key, value in found.items() if key.startswith(name + "{"))
 
 
-def until(true: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-
-
 def test_a_decode_is_seen_in_metrics_and_in_one_log_by_its_ids(
     service: Service, photo: image.Pixels
 ) -> None:
@@ -52,7 +44,7 @@ def test_a_decode_is_seen_in_metrics_and_in_one_log_by_its_ids(
         waiting = ("afterimage_queue_depth", "afterimage_jobs_running")
         return not any(total(samples(service), name) for name in waiting)
 
-    until(idle, "other tests' jobs have not ended")
+    until(idle, "the end of other tests' jobs", 20)
     before = samples(service)
 
     def more(name: str) -> float:
@@ -71,11 +63,11 @@ def test_a_decode_is_seen_in_metrics_and_in_one_log_by_its_ids(
         )
         assert answer.headers["x-request-id"] == "mine-1"
         wait_for(client, answer.headers["location"])
-        until(partial(measured, seed), "it was not measured")
+        until(partial(measured, seed), "its measure", 20)
     job_id = answer.headers["location"].rpartition("/")[2]
     made = client.get("/livez", headers={"X-Request-Id": "no good"}).headers["x-request-id"]
     assert re.fullmatch("[0-9a-f]{32}", made)
-    until(lambda: more("afterimage_eta_error_ratio_count") >= 1, "what was predicted is not noted")
+    until(lambda: more("afterimage_eta_error_ratio_count") >= 1, "what was predicted", 20)
     assert more("afterimage_request_duration_seconds_count") > 3
     assert more("afterimage_stage_duration_seconds_count") == 4
     assert total(samples(service), "afterimage_redis_up") == 1

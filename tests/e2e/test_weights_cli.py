@@ -58,15 +58,13 @@ def test_pictures_go_through_imported_weights(
 ) -> None:
     (tmp_path / "a.png").write_bytes(image.write(small, "png"))
     options = ("-q", 5, "--metric", "ms-ssim")
-    assert (
-        afterimage("encode", tmp_path / "a.png", "-o", tmp_path / "a.msh", *options).returncode == 0
-    )
+    done = afterimage("encode", tmp_path / "a.png", "-o", tmp_path / "a.msh", *options)
+    assert done.returncode == 0
     b = bitstream.parse((tmp_path / "a.msh").read_bytes())
     assert (b.quality, b.metric, b.weights_id) == (5, "ms-ssim", imported)
     asked = ("--tier", "perceptual", "--steps", 1)
-    assert (
-        afterimage("decode", tmp_path / "a.msh", "-o", tmp_path / "b.webp", *asked).returncode == 0
-    )
+    done = afterimage("decode", tmp_path / "a.msh", "-o", tmp_path / "b.webp", *asked)
+    assert done.returncode == 0
     assert read(tmp_path / "b.webp").shape == small.shape
     assert b"synthesised detail" in (tmp_path / "b.webp").read_bytes()
     assert afterimage("decode", tmp_path / "a.msh", "-o", tmp_path / "b.npy").returncode == 0
@@ -74,12 +72,8 @@ def test_pictures_go_through_imported_weights(
 
 
 def test_compressai_loads_what_is_exported(tmp_path: Path, imported: str, net: Reference) -> None:
-    assert (
-        afterimage(
-            "weights", "export", "-q", 5, "-m", "ms-ssim", "-o", tmp_path / "out.pth"
-        ).returncode
-        == 0
-    )
+    options = ("-q", 5, "-m", "ms-ssim", "-o", tmp_path / "out.pth")
+    assert afterimage("weights", "export", *options).returncode == 0
     state = torch.load(tmp_path / "out.pth")
     Reference(192, 320).load_state_dict(state)
     for name, value in net.state_dict().items():
