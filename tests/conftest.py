@@ -27,6 +27,7 @@ from worker.store import Store, connect
 
 DATA = Path(__file__).parent / "data"
 PHOTO = DATA / "kodim23.png"
+WEBHOOK_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -181,13 +182,21 @@ def run_service(folder: Path, *options: str, **environment: str) -> Iterator[Ser
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def webhook_port() -> int:
+    """Where `service` may send webhooks."""
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, webhook_port: int) -> Iterator[Service]:
     """One service with one worker and the shipped weights, for all end-to-end tests."""
     folder = tmp_path_factory.mktemp("service")
     with embed.servers(folder / "redis") as urls:
         own = {"REDIS_URL": urls[0], "CACHE_REDIS_URL": urls[1]}
         own |= {"AFTERIMAGE_MAX_PIXELS": "1000000", "AFTERIMAGE_BODY_TIMEOUT_S": "3"}
         own |= {"AFTERIMAGE_MAX_MEGAPIXEL_STEPS": "300"}
+        own |= {"AFTERIMAGE_WEBHOOK_SECRET": WEBHOOK_SECRET}
+        own |= {"AFTERIMAGE_WEBHOOK_ALLOW": f"127.0.0.1:{webhook_port}"}
         with run_service(folder, **own) as running:
             yield running
 

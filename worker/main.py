@@ -50,17 +50,19 @@ def main() -> int:
     os.nice(settings.nice)
 
     with without_collections():
-        from models import library
         from models.errors import AfterimageError
         from worker import store
-        from worker.jobs import Jobs
-        from worker.keeper import Keeper
-        from worker.spool import Spool
-        from worker.tasks import Context
 
         try:
             connected = store.connect(settings)
             connected.ping()
+
+            from models import library
+            from worker.jobs import Jobs
+            from worker.keeper import Keeper
+            from worker.spool import Spool
+            from worker.tasks import Context
+
             Context.library = library.load(settings.threads, folder=settings.weights_dir)
         except (store.RedisError, AfterimageError) as e:
             print(f"the worker cannot start: {e}", file=sys.stderr)  # noqa: T201

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import redis
+import rq
 
 from models import bitstream, checkpoint
 from models.tiers import Settings
@@ -107,12 +108,26 @@ class Rig:
         self.workers.append(Worker(self, f"worker-{len(self.workers)}"))
         return self.workers[-1]
 
-    def restart_queue(self, away_s: float) -> None:
-        """SIGKILL, nothing for so long, and the same data again."""
-        self.queue.kill()
-        time.sleep(away_s)
+    def alive(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.process.poll() is None]
+
+    def drawing(self, job_id: str) -> Worker:
+        """The living worker that has this job."""
+        registered = rq.Worker.all(self.store.queue)
+        pids = {w.pid for w in registered if w.get_current_job_id() == job_id}
+        (found,) = (worker for worker in self.alive() if worker.process.pid in pids)
+        return found
+
+    def start_queue(self) -> None:
+        """After its death: the same data again."""
         self.queue.start()
         self.store.queue.connection_pool.disconnect()  # ours would each fail once
+
+    def restart_queue(self, away_s: float) -> None:
+        """SIGKILL, nothing for so long, and a new start."""
+        self.queue.kill()
+        time.sleep(away_s)
+        self.start_queue()
 
     def submit(self, data: bytes, settings: Settings, seed: int = 0) -> str:
         return self.jobs.submit(decode_of(data, settings, seed), data)[0].id

@@ -21,9 +21,9 @@ from tests.conftest import free_port
 pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]
 
 SCALED = Path(__file__).parents[2] / "deploy/kubernetes/overlays/keda/scaledobject.yaml"
-MOST = 3
-JOBS = 6
-LONG = Settings("ddim", 40, beta=1.0)
+MOST = 2
+JOBS = 4
+LONG = Settings("ddim", 20, beta=1.0)
 
 
 @pytest.fixture
@@ -56,8 +56,7 @@ class Autoscaler(threading.Thread):
         return found["afterimage_queue_depth"] + found["afterimage_jobs_running"]
 
     def there(self) -> list[Worker]:
-        alive = [w for w in self.own.workers if w.process.poll() is None]
-        return [w for w in alive if w not in self.leaving]
+        return [w for w in self.own.alive() if w not in self.leaving]
 
     def run(self) -> None:
         while not self.stopped.wait(0.5):

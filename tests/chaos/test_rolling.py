@@ -1,15 +1,18 @@
-"""New processes for old ones, while requests come."""
+"""Two API processes over one queue; new processes for old ones, while requests come."""
 
+import concurrent.futures
+import contextlib
 import itertools
 import threading
 import time
-from pathlib import Path
+from collections.abc import Iterator
 
 import httpx
 import pytest
 
-from tests.chaos.rig import rig, until
-from tests.conftest import run_service
+from tests.chaos.rig import Rig, rig, until
+from tests.conftest import Service, run_service
+from worker import figures
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]
 
@@ -34,35 +37,77 @@ class Load(threading.Thread):
             self.answers.append(answer)
 
 
-def test_a_rolling_restart_under_load_answers_every_request(
-    tmp_path: Path, small_msh: bytes
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with rig(tmp_path_factory.mktemp("rig") / "own") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def two(own: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Service]]:
+    """API processes without workers."""
+    with contextlib.ExitStack() as stack:
+        first, second = (
+            stack.enter_context(
+                run_service(tmp_path_factory.mktemp("service"), "--workers", "0", **own.urls)
+            )
+            for _ in range(2)
+        )
+        yield first, second
+
+
+def test_a_hundred_duplicates_at_two_processes_are_one_computation(
+    own: Rig, two: tuple[Service, Service], small_msh: bytes
 ) -> None:
-    with rig(tmp_path / "rig") as own:
-        folders = [tmp_path / name for name in ("old", "new")]
-        for folder in folders:
-            folder.mkdir()
-        options = ("--workers", "0")
-        old_worker = own.worker().ready()
-        load = Load(small_msh)
-        with run_service(folders[0], *options, **own.urls) as old:
-            load.url = str(old.client.base_url)
-            load.start()
-            until(lambda: len(load.answers) > 10, "some requests")
-            with run_service(folders[1], *options, **own.urls) as new:
-                load.url = str(new.client.base_url)  # as a Service does before it ends a pod
-                time.sleep(1)  # its preStop: what was on its way arrives
-                old.process.terminate()
-                assert old.process.wait(60) == 0
-                own.worker().ready()
-                assert old_worker.terminate() == 0
-                seen = len(load.answers)
-                until(lambda: len(load.answers) > seen + 10, "more requests")
-                load.stopped.set()
-                load.join()
-                wrong = [a.text for a in load.answers if a.status_code not in {200, 202}]
-                assert not wrong
-                urls = [a.headers["location"] for a in load.answers if "location" in a.headers]
-                assert len(urls) > 3
-                states = [own.ended(url.rpartition("/")[2]) for url in urls]
-        assert {state.status for state in states} == {"succeeded"}
-        assert {state.attempts for state in states} == {1}
+    clients = [service.client for service in two]
+    asked = {"tier": "ddim-10", "steps": 20}
+    before = figures.read(own.store).get(figures.SUCCEEDED)
+    made = clients[0].post("/v1/decodes", params=asked, content=small_msh)
+    waited = clients[1].get(made.headers["location"], headers={"Prefer": "wait=6"})
+    assert (waited.status_code, waited.json()["status"]) == (200, "queued")
+    own.worker()
+    own.worker()
+
+    def one(i: int) -> str:
+        with httpx.Client(base_url=clients[i % 2].base_url, timeout=120) as client:
+            made = client.post("/v1/decodes", params=asked, content=small_msh)
+            location = made.headers["location"]
+            ended = client.get(location, headers={"Prefer": "wait=60"}).json()
+            assert ended["status"] == "succeeded", ended
+            return str(client.get(f"{location}/image").headers["etag"])
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        etags = list(pool.map(one, range(100)))
+    assert (len(etags), len(set(etags))) == (100, 1)
+    again = clients[0].post("/v1/decodes", params=asked, content=small_msh)
+    job = again.headers["location"].rpartition("/")[2]
+    assert (own.state(job).attempts, own.commits(job)) == (1, 1)
+    after = figures.read(own.store).get(figures.SUCCEEDED)
+    assert after - before == 1  # over all records of the job
+
+
+def test_a_rolling_restart_under_load_answers_every_request(
+    own: Rig, two: tuple[Service, Service], small_msh: bytes
+) -> None:
+    old, new = two
+    old_workers = own.alive() or [own.worker().ready()]
+    load = Load(small_msh)
+    load.url = str(old.client.base_url)
+    load.start()
+    until(lambda: len(load.answers) > 10, "some requests")
+    own.worker().ready()
+    load.url = str(new.client.base_url)  # as a Service does before it ends a pod
+    time.sleep(1)  # its preStop: what was on its way arrives
+    old.process.terminate()
+    assert old.process.wait(60) == 0
+    assert {worker.terminate() for worker in old_workers} == {0}
+    seen = len(load.answers)
+    until(lambda: len(load.answers) > seen + 10, "more requests")
+    load.stopped.set()
+    load.join()
+    assert not [a.text for a in load.answers if a.status_code not in {200, 202}]
+    urls = [a.headers["location"] for a in load.answers if "location" in a.headers]
+    assert len(urls) > 3
+    states = [own.ended(url.rpartition("/")[2]) for url in urls]
+    assert {state.status for state in states} == {"succeeded"}
+    assert {state.attempts for state in states} == {1}

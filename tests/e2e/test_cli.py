@@ -207,19 +207,6 @@ def test_a_stopped_service_leaves_nothing_behind_and_keeps_its_queue(
 
 
 @pytest.mark.redis
-def test_a_service_without_its_redis_still_answers_instant(
-    tmp_path: Path, small_msh: bytes
-) -> None:
-    environment = {"REDIS_URL": "redis://127.0.0.1:1"}
-    with run_service(tmp_path, "--workers", "0", **environment) as service:
-        assert service.client.get("/readyz").json()["status"] == "degraded"
-        assert service.client.post("/v1/decodes", content=small_msh).status_code == 200
-        answer = service.client.post("/v1/decodes?tier=perceptual", content=small_msh)
-        assert answer.status_code == 503
-        assert int(answer.headers["retry-after"]) > 0
-
-
-@pytest.mark.redis
 def test_the_job_of_a_killed_worker_runs_again(service: Service, small_msh: bytes) -> None:
     asked = {"tier": "ddpm-1000", "steps": 60}
     answer = service.client.post("/v1/decodes", params=asked, content=small_msh)

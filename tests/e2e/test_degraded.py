@@ -1,4 +1,4 @@
-"""Redis goes away and comes back; the service and its worker stay."""
+"""Redis is away, hangs, comes back or is full; the service and its worker stay."""
 
 import concurrent.futures
 import signal
@@ -6,37 +6,59 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import redis
 from playwright.sync_api import Page, expect
 
-from tests.chaos.rig import Server, until
+from models.tiers import Settings
+from tests.chaos.rig import Rig, Worker, rig, until
 from tests.conftest import Service, run_service, wait_for
-from worker import embed
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
 
 @pytest.fixture(scope="module")
-def queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(tmp_path_factory.mktemp("queue") / "redis", embed._QUEUE)
-    yield made
-    made.kill()
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with rig(tmp_path_factory.mktemp("stores") / "own") as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
-def own(queue: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service with that one store."""
-    stores = {"REDIS_URL": queue.url, "CACHE_REDIS_URL": queue.url}
-    with run_service(tmp_path_factory.mktemp("degraded"), **stores) as running:
-        until(lambda: "ready: afterimage-decodes" in running.log.read_text(), "its worker starts")
+def own(stores: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service that was started while its queue was away."""
+    stores.queue.kill()
+    folder = tmp_path_factory.mktemp("degraded")
+    with run_service(folder, "--workers", "0", **stores.urls) as running:
         yield running
 
 
+@pytest.fixture
+def worker(own: Service, stores: Rig) -> Iterator[Worker]:
+    """The queue is there, and one worker, which stays."""
+    if stores.queue.process.poll() is not None:
+        stores.start_queue()
+    until(lambda: own.client.get("/readyz").json()["status"] == "ok", "Redis is seen", 20)
+    made = next(iter(stores.alive()), None) or stores.worker().ready()
+    yield made
+    assert made.process.poll() is None
+
+
+def test_a_service_without_its_redis_still_answers_instant(
+    own: Service, stores: Rig, small_msh: bytes
+) -> None:
+    stores.queue.kill()
+    assert own.client.get("/readyz").json() == {"status": "degraded", "redis": "down"}
+    assert own.client.post("/v1/decodes", content=small_msh).status_code == 200
+    answer = own.client.post("/v1/decodes?tier=perceptual", content=small_msh)
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) > 0
+
+
 def test_a_redis_that_hangs_is_as_one_that_is_away(
-    own: Service, queue: Server, small_msh: bytes
+    own: Service, stores: Rig, worker: Worker, small_msh: bytes
 ) -> None:
     """Stopped, it takes connections and answers nothing."""
     asked: dict[str, str | int] = {"tier": "perceptual", "seed": 1}
-    queue.process.send_signal(signal.SIGSTOP)
+    stores.queue.process.send_signal(signal.SIGSTOP)
     try:
         with concurrent.futures.ThreadPoolExecutor(60) as pool:
             waiting = [
@@ -50,11 +72,11 @@ def test_a_redis_that_hangs_is_as_one_that_is_away(
             assert time.monotonic() - began < 4
             assert {one.result().status_code for one in waiting} == {503}
     finally:
-        queue.process.send_signal(signal.SIGCONT)
+        stores.queue.process.send_signal(signal.SIGCONT)
 
 
 def test_instant_decodes_go_on_without_redis_and_upgrades_when_it_is_back(
-    own: Service, queue: Server, small_msh: bytes, small_compressai: bytes, page: Page
+    own: Service, stores: Rig, worker: Worker, small_msh: bytes, small_compressai: bytes, page: Page
 ) -> None:
     asked = {"tier": "perceptual"}
     coded = {"name": "small.bin", "mimeType": "", "buffer": small_compressai}
@@ -64,7 +86,7 @@ def test_instant_decodes_go_on_without_redis_and_upgrades_when_it_is_back(
     wait_for(client, before.headers["location"])
     page.goto(str(client.base_url))
     expect(page.locator("[name=tier]")).to_have_value("perceptual")
-    queue.kill()
+    stores.queue.kill()
 
     assert client.get("/readyz").json() == {"status": "degraded", "redis": "down"}
     assert client.post("/v1/decodes", content=small_compressai).status_code == 200  # a new one
@@ -80,7 +102,7 @@ def test_instant_decodes_go_on_without_redis_and_upgrades_when_it_is_back(
     expect(page.locator("#problem")).to_be_hidden()
     expect(page.locator("#ring")).to_be_hidden()
 
-    queue.start()
+    stores.start_queue()
     until(lambda: client.get("/readyz").json()["status"] == "ok", "Redis is seen again", 20)
     kept = client.get(before.headers["location"])
     assert kept.json()["status"] == "succeeded"  # the queue is on disk
@@ -88,4 +110,27 @@ def test_instant_decodes_go_on_without_redis_and_upgrades_when_it_is_back(
     assert wait_for(client, made.headers["location"])["status"] == "succeeded"
     expect(page.locator("#right")).to_have_text("Perceptual", timeout=30_000)
     expect(page.locator("#away")).to_be_hidden()
-    assert "a worker ended" not in own.log.read_text()
+
+
+def test_a_full_queue_refuses_jobs_and_lets_workers_finish(
+    own: Service, stores: Rig, worker: Worker, small_msh: bytes
+) -> None:
+    client, queue = own.client, stores.store.queue
+    asked = {"tier": "ddim-100", "steps": 200}
+    first = client.post("/v1/decodes", params=asked, content=small_msh)
+    assert first.status_code == 200
+    queue.config_set("maxmemory", int(queue.info("memory")["used_memory"] / 0.9))
+    before = sorted(queue.keys())
+    full = client.post("/v1/decodes", params={**asked, "seed": 1}, content=small_msh)
+    assert (full.status_code, full.json()["type"][-10:]) == (503, "queue-full")
+    assert int(full.headers["retry-after"]) > 0
+    queue.config_set("maxmemory", 1)  # and no room at all
+    with pytest.raises(redis.RedisError):
+        stores.submit(small_msh, Settings("ddim", 60), 9)  # past the limit that the API keeps
+    none = client.post("/v1/decodes", params={**asked, "seed": 2}, content=small_msh)
+    assert none.status_code == 503
+    assert client.post("/v1/decodes", content=small_msh).status_code == 200
+    new = set(queue.keys()) - set(before)
+    assert not [key for key in new if b":job:" in key or b":bitstream:" in key], new
+    queue.config_set("maxmemory", 0)
+    assert wait_for(client, first.headers["location"])["status"] == "succeeded"

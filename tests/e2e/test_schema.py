@@ -79,7 +79,7 @@ def test_the_service_does_what_its_schema_says(
     command = [
         str(Path(sys.executable).with_name("schemathesis")),
         "--config-file", HERE / "schemathesis.toml", "run", f"{client.base_url}/openapi.json",
-        "--continue-on-failure", "--max-examples", "15", "--seed", "1", "--request-timeout", "30",
+        "--continue-on-failure", "--max-examples", "10", "--seed", "1", "--request-timeout", "30",
         "--report", "ndjson", "--report-ndjson-path", tmp_path / "events", "--no-color",
     ]  # fmt: skip
     done = subprocess.run(

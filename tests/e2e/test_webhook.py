@@ -3,21 +3,20 @@
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from standardwebhooks import Webhook
 
-from tests.conftest import Service, run_service, wait_for
+from tests.conftest import WEBHOOK_SECRET, Service, wait_for
+from tests.e2e.conftest import TOKENS
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
-SECRET = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
-
 
 def test_the_end_of_a_decode_is_told_signed(
-    tmp_path: Path, redis_urls: tuple[str, str], small_msh: bytes
+    service: Service, webhook_port: int, small_msh: bytes
 ) -> None:
     told: list[Any] = []
     came = threading.Semaphore(0)
@@ -25,7 +24,7 @@ def test_the_end_of_a_decode_is_told_signed(
     class Receiver(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
-            told.append(Webhook(SECRET).verify(body, dict(self.headers.items())))
+            told.append(Webhook(WEBHOOK_SECRET).verify(body, dict(self.headers.items())))
             self.send_response(204)
             self.end_headers()
             came.release()
@@ -33,34 +32,31 @@ def test_the_end_of_a_decode_is_told_signed(
         def log_message(self, *_: object) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Receiver) as server:
+    host, client = f"127.0.0.1:{webhook_port}", service.client
+    asked = {"tier": "perceptual", "seed": 41}
+    with HTTPServer(("127.0.0.1", webhook_port), Receiver) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        host = f"127.0.0.1:{server.server_port}"
-        environment = {"AFTERIMAGE_WEBHOOK_SECRET": SECRET, "AFTERIMAGE_WEBHOOK_ALLOW": host}
-        environment |= {"REDIS_URL": redis_urls[0], "CACHE_REDIS_URL": redis_urls[1]}
-        environment |= {"AFTERIMAGE_PREFIX": "told"}
-        with run_service(tmp_path, **environment) as service:
-            asked = {"tier": "perceptual", "webhook": f"http://{host}/told"}
-            answer = service.client.post("/v1/decodes", params=asked, content=small_msh)
-            location = answer.headers["location"]
-            wait_for(service.client, location)
-            assert came.acquire(timeout=20)
-            again = service.client.post("/v1/decodes", params=asked, content=small_msh)
-            assert again.headers["x-cache"] == "hit"  # who asks for what is kept is told, too
-            assert came.acquire(timeout=20)
-            refused = {"tier": "perceptual", "webhook": "https://127.0.0.1/told", "seed": 1}
-            answer = service.client.post("/v1/decodes", params=refused, content=small_msh)
-            assert answer.status_code == 422
-            long = {"tier": "ddpm-1000", "webhook": f"http://{host}/told", "deadline_s": 1}
-            answer = service.client.post("/v1/decodes", params=long, content=small_msh)
-            with service.stores() as store:  # nobody need ask about it
-                key = f"told:interest:{answer.headers['location'].rpartition('/')[2]}"
-                ((_, until),) = store.queue.zrange(key, 0, -1, withscores=True)
-            assert until > time.time() + 23 * 3600
-            service.client.delete(answer.headers["location"])  # who asked may withdraw
-            ended = wait_for(service.client, answer.headers["location"])
-            assert ended["status"] == "canceled"
-            assert came.acquire(timeout=20)
+
+        def submit(**changed: str | int) -> httpx.Response:
+            params = {**asked, "webhook": f"http://{host}/told", **changed}
+            return client.post("/v1/decodes", params=params, content=small_msh)
+
+        answer = submit()
+        location = answer.headers["location"]
+        wait_for(client, location)
+        assert came.acquire(timeout=20)
+        assert submit().headers["x-cache"] == "hit"  # who asks for what is kept is told, too
+        assert came.acquire(timeout=20)
+        assert submit(webhook="https://127.0.0.1/told").status_code == 422
+        answer = submit(tier="ddpm-1000", deadline_s=1)
+        with service.stores() as store:  # nobody need ask about it
+            key = store.key("interest", answer.headers["location"].rpartition("/")[2])
+            ((_, until),) = store.queue.zrange(key, 0, -1, withscores=True)
+        assert until > time.time() + 23 * 3600
+        client.delete(answer.headers["location"])  # who asked may withdraw
+        ended = wait_for(client, answer.headers["location"])
+        assert ended["status"] == "canceled"
+        assert came.acquire(timeout=20)
         server.shutdown()
     assert len(told) == 3
     assert told.pop()["type"] == "decode.canceled"
@@ -69,8 +65,9 @@ def test_the_end_of_a_decode_is_told_signed(
         assert event["data"]["image"] == f"{location}/image"
 
 
-def test_without_a_secret_webhooks_are_refused(service: Service, small_msh: bytes) -> None:
+def test_without_a_secret_webhooks_are_refused(guarded: Service, small_msh: bytes) -> None:
     asked = {"tier": "perceptual", "webhook": "https://example.org/", "seed": 77}
-    answer = service.client.post("/v1/decodes", params=asked, content=small_msh)
+    headers = {"X-API-Key": TOKENS["both"]}
+    answer = guarded.client.post("/v1/decodes", params=asked, content=small_msh, headers=headers)
     assert answer.status_code == 422
     assert "AFTERIMAGE_WEBHOOK_SECRET" in answer.json()["detail"]
