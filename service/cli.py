@@ -121,39 +121,40 @@ def _serve(args: argparse.Namespace) -> int:
     if args.workers < 0:
         return _complain("--workers must be 0 or more")
     _set_stores(args)
-    loading = contextlib.ExitStack()
-    loading.enter_context(without_collections())
+    settings = ServiceSettings()
 
     from worker import embed, logs, store, tracing
     from worker.webhooks import WebhookSettings
 
+    if settings.redis_url:
+        store.connect(settings).close()  # a wrong URL is told at once
+    loading = contextlib.ExitStack()
+    loading.enter_context(without_collections())
+
+    import uvicorn
+
+    from service.app import create_app  # before the workers start, who would be in its way
+
     logs.setup("INFO")
     tracing.setup("afterimage-api")
     signal.signal(signal.SIGTERM, _exit)  # so that everything started here is stopped
-    settings = ServiceSettings()
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None):  # type: ignore[no-untyped-def]
+            await super().startup(sockets)
+            loading.close()
+            if not self.should_exit:
+                _say(f"Afterimage is ready at http://{args.host}:{args.port}  (Ctrl-C stops it)")
+
     with contextlib.ExitStack() as stack:
         if not settings.redis_url:
             _say("no REDIS_URL: starting a private Redis")
             queue, cache = stack.enter_context(embed.servers(settings.cache_dir))
             os.environ["REDIS_URL"] = queue
             os.environ.setdefault("CACHE_REDIS_URL", cache)
-        store.connect(ServiceSettings()).close()  # a wrong URL is told before anything is started
         courier = [COURIER] if WebhookSettings().secrets else []
         stack.enter_context(running([WORKER] * args.workers + courier, settings.grace_s))
         _say("loading models")
-
-        import uvicorn
-
-        from service.app import create_app  # it brings torch, as the workers meanwhile do
-
-        class Server(uvicorn.Server):
-            async def startup(self, sockets=None):  # type: ignore[no-untyped-def]
-                await super().startup(sockets)
-                loading.close()
-                if not self.should_exit:
-                    at = f"http://{args.host}:{args.port}"
-                    _say(f"Afterimage is ready at {at}  (Ctrl-C stops it)")
-
         config = uvicorn.Config(
             create_app(ServiceSettings()),
             args.host,
