@@ -111,6 +111,10 @@ class Rig:
     def alive(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.process.poll() is None]
 
+    def one(self) -> Worker:
+        """A living worker; a new one, once it is ready, where there is none."""
+        return next(iter(self.alive()), None) or self.worker().ready()
+
     def drawing(self, job_id: str) -> Worker:
         """The living worker that has this job."""
         registered = rq.Worker.all(self.store.queue)

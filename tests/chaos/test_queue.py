@@ -30,7 +30,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 @pytest.fixture
 def worker(own: Rig) -> Worker:
     """One that is ready: what another test left, else a new one."""
-    return next(iter(own.alive()), None) or own.worker().ready()
+    return own.one()
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def worker(own: Service, stores: Rig) -> Iterator[Worker]:
     if stores.queue.process.poll() is not None:
         stores.start_queue()
     until(lambda: own.client.get("/readyz").json()["status"] == "ok", "Redis is seen", 20)
-    made = next(iter(stores.alive()), None) or stores.worker().ready()
+    made = stores.one()
     yield made
     assert made.process.poll() is None
 
