@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +16,7 @@ from PIL import Image
 
 from models import bitstream, image
 from service import cli
+from tests.chaos.rig import until
 from tests.conftest import DATA, PHOTO, Service, psnr, run_service, wait_for
 
 pytestmark = pytest.mark.weights
@@ -185,10 +185,7 @@ def stopped(service: Service, by: signal.Signals) -> None:
     assert left
     service.process.send_signal(by)
     assert service.process.wait(30) == 0
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in left):
-        assert time.monotonic() < deadline, "a child outlived the service"
-        time.sleep(0.05)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), "its children's end", 10)
 
 
 @pytest.mark.redis
@@ -215,10 +212,7 @@ def test_the_job_of_a_killed_worker_runs_again(service: Service, small_msh: byte
         pid for pid in children(service.process.pid)
         if b"worker.main" in Path(f"/proc/{pid}/cmdline").read_bytes()
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while service.client.get(location).json()["step"] < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: service.client.get(location).json()["step"] >= 2, "the second step")
     os.kill(worker, signal.SIGKILL)
     state = wait_for(service.client, location)
     assert (state["status"], state["attempts"], state["step"]) == ("succeeded", 2, 60)

@@ -24,6 +24,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from models.errors import ParameterError
 from models.tiers import Settings
+from tests.chaos.rig import until
 from worker import webhooks
 from worker.addresses import Resolver, resolve
 from worker.messages import DEAD_KEPT, Message, Messages
@@ -153,18 +154,10 @@ def delivering(
         consumer.join()
 
 
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail("it did not happen")
-        time.sleep(0.02)
-
-
 def deliver_all(store: Store, settings: WebhookSettings, resolver: Resolver = resolve) -> None:
     """Until nothing waits."""
     with delivering(store, settings, resolver):
-        until(lambda: not store.queue.exists(Messages(store).due))
+        until(lambda: not store.queue.exists(Messages(store).due), "all are sent")
 
 
 def dead(store: Store) -> list[dict[str, Any]]:
@@ -258,11 +251,14 @@ def test_attempts_are_counted_and_put_off(store: Store, receiver: Receiver) -> N
     receiver.answer = status(500)
     end_job(store, receiver.url())
     with delivering(store, settings(receiver, webhook_retries_s=(0, 86400, 86400))):
-        until(lambda: len(receiver.requests) == 2)
+        until(lambda: len(receiver.requests) == 2, "a second attempt")
         queue = Messages(store)
         [(name, due)] = store.queue.zrange(queue.due, 0, -1, withscores=True)
         key = queue.key(name.decode())
-        until(lambda: store.queue.zscore(queue.due, name) != due or due > time.time() + 60)
+        until(
+            lambda: store.queue.zscore(queue.due, name) != due or due > time.time() + 60,
+            "the third is put off",
+        )
     assert store.queue.hget(key, "attempts") == b"2"
     assert len(receiver.requests) == 2
 
@@ -325,7 +321,7 @@ def test_a_receiver_may_not_put_us_off_for_ever(store: Store, receiver: Receiver
     end_job(store, receiver.url())
     queue = Messages(store)
     with delivering(store, settings(receiver)):
-        until(lambda: _due_in(store, queue) > 600)
+        until(lambda: _due_in(store, queue) > 600, "it is put off")
     assert _due_in(store, queue) <= 3600
 
 
@@ -401,7 +397,7 @@ def test_a_huge_answer_is_not_read(store: Store, receiver: Receiver) -> None:
     receiver.answer = answer
     end_job(store, receiver.url())
     deliver_all(store, settings(receiver))
-    until(lambda: not _answering())
+    until(lambda: not _answering(), "the answers end")
     assert len(receiver.requests) == 1 and dead(store) == []
     assert sum(sent) < 20 * 2**20  # what the system's socket buffers took
 
@@ -425,7 +421,7 @@ def test_who_has_answered_is_not_listened_to(store: Store, receiver: Receiver) -
     receiver.answer = answer
     end_job(store, receiver.url())
     deliver_all(store, settings(receiver))
-    until(lambda: hung_up)
+    until(lambda: hung_up, "it hangs up")
     assert hung_up == [True] and dead(store) == []
 
 
@@ -447,9 +443,9 @@ def test_one_slow_receiver_does_not_hold_up_the_others(store: Store, receiver: R
         both = settings(receiver, webhook_allow=f"{receiver.host} {slow.host}")
         end_job(store, slow.url(), job="slow")
         with delivering(store, both):
-            until(lambda: slow.requests)
+            until(lambda: slow.requests, "the slow one is asked")
             end_job(store, receiver.url(), job="quick")
-            until(lambda: receiver.requests, 3)
+            until(lambda: receiver.requests, "the other is told", 3)
 
 
 def test_proxies_of_the_environment_are_not_used(
@@ -569,7 +565,7 @@ def test_consumers_share_the_work_and_send_nothing_twice(store: Store, receiver:
     for i in range(60):
         end_job(store, receiver.url(), job=f"job-{i}")
     with delivering(store, settings(receiver)), delivering(store, settings(receiver)):
-        until(lambda: not store.queue.exists(Messages(store).due))
+        until(lambda: not store.queue.exists(Messages(store).due), "all are sent")
     assert len(receiver.requests) == 60
     assert len({r.id for r in receiver.requests}) == 60
 
@@ -616,11 +612,11 @@ def test_what_a_killed_consumer_held_is_sent_by_another(
     receiver.answer = lambda handler, n: status(200)(handler, n) if n > 1 else _wait(held)
     end_job(store, receiver.url())
     with consumer(redis_urls[0], receiver) as first:
-        until(lambda: receiver.requests, 60)
+        until(lambda: receiver.requests, "the first attempt")
         first.send_signal(signal.SIGKILL)
         first.wait()
     with delivering(store, settings(receiver)):
-        until(lambda: len(receiver.requests) == 2)
+        until(lambda: len(receiver.requests) == 2, "a second attempt")
     held.set()
     assert len({r.id for r in receiver.requests}) == 1
     assert not store.queue.exists(Messages(store).due)

@@ -34,6 +34,7 @@ from models.train.photos import photographs
 from models.train.ranks import Ranks
 from models.train.run import Run
 from models.unet import UNet
+from tests.chaos.rig import until
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -181,7 +182,8 @@ def test_a_killed_run_goes_on_where_it_was_saved_also_elsewhere(
     ]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
-            until(lambda: (tmp_path / "run/log.jsonl").exists() and len(log(own)) > 3)
+            file = tmp_path / "run/log.jsonl"
+            until(lambda: file.exists() and len(log(own)) > 3, "rows in the log", 90)
         finally:
             process.send_signal(signal.SIGKILL)
     elsewhere = config(plan=own.plan, out=str(tmp_path / "elsewhere"))
@@ -190,7 +192,7 @@ def test_a_killed_run_goes_on_where_it_was_saved_also_elsewhere(
     assert killed.steps > 0
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
-            until(lambda: any("resumed" in row for row in log(own)))
+            until(lambda: any("resumed" in row for row in log(own)), "the run goes on", 90)
             time.sleep(1)
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
@@ -389,10 +391,3 @@ def test_training_needs_torch_numpy_pillow_and_safetensors_alone(
     assert "tensorboard is not installed" in (tmp_path / "msh/log.jsonl").read_text()
     made = ("msh/msh_q2", "bank/q2/0", "diffusion/decoder")
     assert all((tmp_path / f"{name}.safetensors").exists() for name in made)
-
-
-def until(true: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

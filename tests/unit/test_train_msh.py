@@ -27,6 +27,7 @@ from models.train.msh import LAMBDA, MshConfig, MshTask, sized
 from models.train.ranks import Ranks
 from models.train.run import Run
 from models.train.widen import widened
+from tests.chaos.rig import until
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,7 +115,7 @@ def test_a_killed_run_goes_on_also_on_another_machine(
     ]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
-            until(lambda: _rows(own) > 3)
+            until(lambda: _rows(own) > 3, "rows in the log", 90)
             time.sleep(0.7)
         finally:
             process.send_signal(signal.SIGKILL)
@@ -212,13 +213,6 @@ def test_weights_of_another_kind_are_refused(
 def _rows(config: MshConfig) -> int:
     file = Path(config.out) / "log.jsonl"
     return len(file.read_text().splitlines()) if file.exists() else 0
-
-
-def until(true: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("alive", [False, True])
