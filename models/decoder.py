@@ -122,9 +122,17 @@ class Decoder:
             return _Drawing(self, drafts, settings, on_tile, window).run(on_step).cpu()
 
     def denoiser(self, draft: Draft) -> sampler.Denoise:
-        """What a posterior sampler (beta 0) of this picture calls; errors as `sample_batch`."""
+        """What a posterior sampler (beta 0) of this picture calls, on the CPU outside; errors as
+        `sample_batch`."""
         drawing = _Drawing(self, [draft], Settings("ddim", 1), lambda: None, WINDOW)
-        return torch.inference_mode()(drawing.estimate)
+
+        @torch.inference_mode()
+        def denoise(x_t: Tensor, t: float, a: float) -> Estimate:
+            e = drawing.estimate(x_t.to(self.device), t, a)
+            fraction = None if e.fraction is None else e.fraction.cpu()
+            return Estimate(e.x0.cpu(), e.eps.cpu(), fraction)
+
+        return denoise
 
     def target(self, draft: Draft, x: Tensor) -> Tensor:
         """x0 of the picture `x` (1, 3, H, W) in [0, 1], of the shape of the draft's `x_hat`."""

@@ -117,11 +117,11 @@ def load(threads: int = 0, with_decoder: bool = True, folder: Path | None = None
         torch.set_num_threads(threads)
     codecs: dict[tuple[int, Metric], Codec] = {(q, "mse"): zoo.load(q) for q in zoo.QUALITIES}
     imports = zoo.Imports(catalogue.imported(folder))
-    drawing = decoder.load(device=_device()) if with_decoder else None
+    drawing = decoder.load(device=device()) if with_decoder else None
     return Library(codecs, drawing, imports)
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
     """That draws: CUDA's first, where there is one (`CUDA_VISIBLE_DEVICES` chooses, or hides)."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from models import decoder, zoo
+from models import decoder, library, zoo
 from models.errors import AfterimageError, PictureError
 from models.evaluate import calibration, kid, plots, report, rivals
 from models.evaluate.dists import Dists
@@ -102,7 +102,8 @@ def evaluate(args: argparse.Namespace) -> str:
         Lpips("vgg", args.lpips_vgg) if args.lpips_vgg else None,
         Dists(args.dists) if args.dists else None,
     )
-    drawing = decoder.opened(args.decoder) if args.decoder else decoder.load()
+    device = library.device()
+    drawing = decoder.opened(args.decoder, device) if args.decoder else decoder.load(device=device)
     kept = Kept(args.out / "decodes")
     results = Results(networks.lpips, [p.name for p in files])
     with tqdm(total=len(files) * len(args.qualities), unit="picture") as bar:

@@ -50,9 +50,13 @@ def statistic(originals: Sequence[Array], decodes: Sequence[Array]) -> Statistic
     counts = np.array([len(f) for f in originals])
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     x, y = np.concatenate(originals), np.concatenate(decodes)
-    cross = _kernel(x, y)
-    h = _kernel(x, x) + _kernel(y, y) - cross - cross.T
-    sums = np.add.reduceat(np.add.reduceat(h, starts, 0), starts, 1)  # (P, P)
+
+    def with_all(a: Array, b: Array) -> Array:
+        """Sums over one picture's pairs with each: its rows of the kernels alone are in memory."""
+        h = _kernel(a, x) + _kernel(b, y) - _kernel(a, y) - _kernel(b, x)
+        return np.add.reduceat(h.sum(0), starts)
+
+    sums = np.array([with_all(*both) for both in zip(originals, decodes, strict=True)])
     pairs = np.outer(counts, counts).astype(np.float64)
     np.fill_diagonal(sums, 0)
     np.fill_diagonal(pairs, 0)

@@ -19,6 +19,7 @@ from models import (
     decoder,
     image,
     noise,
+    realism,
     sampler,
     schedule,
     tiles,
@@ -99,6 +100,7 @@ class _Source:
     niqe: float | None
     latents: Latents
     x_hat: Tensor  # the codec's picture, still padded
+    x_hat_digest: str
     msh: Tensor  # the same, cropped and rounded
     seconds: float  # of the instant picture, from bytes
 
@@ -124,6 +126,7 @@ class Evaluation:
 
     def __init__(self, own: Codec, drawing: Decoder, networks: Networks, kept: Kept) -> None:
         self.codec, self.decoder, self.networks, self.kept = own, drawing, networks, kept
+        self.shown = drawing.codecs is None or own.weights_id in drawing.codecs
         grey = own.encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
         own.synthesis(own.latents(grey).y_hat)  # compiled now, and not within a picture's time
 
@@ -181,8 +184,10 @@ class Evaluation:
         seconds = time.perf_counter() - began
         bpp = 8 * len(data) / (height * width)
         msh = codec.to_tensor(codec.to_pixels(codec.crop(x_hat, height, width)))
-        digest = bitstream.digest(data)
-        return _Source(path.name, x, digest, bpp, niqe(pixels), latents, x_hat, msh, seconds)
+        return _Source(
+            path.name, x, bitstream.digest(data), bpp, niqe(pixels), latents, x_hat,
+            hashlib.sha256(x_hat.numpy().tobytes()).hexdigest()[:16], msh, seconds,
+        )  # fmt: skip
 
     def _decode(self, source: _Source, draw: Draw) -> Decode:
         name, seed = draw
@@ -191,7 +196,9 @@ class Evaluation:
         latents = _shuffled(source.latents) if name == SHUFFLED else source.latents
         quality = self.codec.quality
         began = time.perf_counter()
-        drawn = self.decoder.sample(latents, source.x_hat, quality, settings, seed)
+        drawn = self.decoder.sample(
+            latents, source.x_hat, quality, settings, seed, shown=self.shown
+        )
         pixels = codec.to_pixels(codec.crop(drawn, *source.x.shape[2:]))
         decode = Decode(pixels, time.perf_counter() - began)
         self.kept.put(quality, source.name, draw, self._origin(source, draw), decode)
@@ -200,11 +207,12 @@ class Evaluation:
     def _origin(self, source: _Source, draw: Draw) -> str:
         """All that a drawn picture depends on."""
         name, seed = draw
-        weights, code = self.decoder.weights_id, _code()
-        return f"{source.digest} {weights} {name} {_settings(name)} seed {seed} code {code}"
+        drawn = f"{name} {_settings(name)} seed {seed} {'shown' if self.shown else 'hidden'}"
+        by = f"{self.decoder.weights_id} {self.decoder.device.type} {_code()}"
+        return f"{source.digest} {source.x_hat_digest} {drawn} {by}"
 
     def _calibration(self, source: _Source) -> list[calibration.Point]:
-        whole = Draft(source.latents, source.x_hat, self.codec.quality, seed=0)
+        whole = Draft(source.latents, source.x_hat, self.codec.quality, 0, self.shown)
         if (part := calibration.middle(whole, source.x)) is None:
             return []
         draft, x = part
@@ -236,7 +244,9 @@ class Evaluation:
 @functools.cache
 def _code() -> str:
     """A digest of the sources that draw."""
-    drawing = (blocks, conditioner, decoder, noise, sampler, schedule, tiles, unet)
+    drawing = (
+        blocks, codec, conditioner, decoder, noise, realism, sampler, schedule, tiles, unet
+    )  # fmt: skip
     sources = (Path(str(module.__file__)).read_bytes() for module in drawing)
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 

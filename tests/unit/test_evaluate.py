@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models import bitstream, checkpoint, codec, decoder, image, schedule, zoo
+from models import bitstream, checkpoint, codec, decoder, image, library, schedule, zoo
 from models.decoder import Draft
 from models.evaluate import __main__ as evaluate
 from models.evaluate import calibration, nulls, plots, report, rivals
@@ -25,6 +25,7 @@ from models.evaluate.sheet import CUT, SCALE, Crops, Sheet, corner
 from models.evaluate.summary import Line, summary
 from models.hyperprior import Latents
 from models.sampler import Estimate
+from models.tiers import TIERS
 
 
 def row(**changed: object) -> Row:
@@ -379,9 +380,9 @@ def test_what_was_drawn_is_taken_up_again_unless_it_was_of_other_bytes(
     drawn: list[tuple[str, int]] = []
     draw = decoder.Decoder.sample
 
-    def counted(own: decoder.Decoder, *args: Any) -> Tensor:
+    def counted(own: decoder.Decoder, *args: Any, **options: Any) -> Tensor:
         drawn.append((args[3].sampler, args[4]))
-        return draw(own, *args)
+        return draw(own, *args, **options)
 
     def rows() -> dict[tuple[str, str, int], float]:
         document = json.loads((tmp_path / "out/evaluation.json").read_text())
@@ -411,6 +412,25 @@ def test_what_was_drawn_is_taken_up_again_unless_it_was_of_other_bytes(
     assert ("a.png", "ddim-10", 0) not in rows()
     assert rows()["b.png", "perceptual", 0] == after["b.png", "perceptual", 0]
     assert (decodes / "b.png/perceptual.seed1.png").exists()
+
+
+@pytest.mark.weights
+def test_pictures_are_those_that_the_service_draws_also_of_a_codec_that_the_decoder_does_not_know(
+    command: Command, tmp_path: Path, small: image.Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = library.load(with_decoder=True)
+    assert own.decoder is not None
+    own.decoder.codecs = frozenset()
+    monkeypatch.setattr(decoder, "load", lambda **_: own.decoder)
+    (tmp_path / "in/a.png").write_bytes(image.write(small, "png"))
+    command("--qualities", "2")
+    drawn = image.read((tmp_path / "out/decodes/q2/a.png/perceptual.seed0.png").read_bytes(), 10**6)
+    settings = TIERS["perceptual"].settings
+    assert settings is not None
+    b = own.codecs[2, "mse"].encode(codec.to_tensor(small), "msh", "exact")
+    assert np.array_equal(drawn, own.perceptual(b, settings, 0))
+    own.decoder.codecs = None
+    assert not np.array_equal(drawn, own.perceptual(b, settings, 0))
 
 
 @pytest.mark.weights
