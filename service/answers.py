@@ -37,10 +37,10 @@ def picture(
     digest = hashlib.sha256(data).hexdigest()
     own = {
         "ETag": f'"{digest}"',
-        "Cache-Control": DRAFT_CACHE if decode is None else _final_cache(request),
+        "Cache-Control": _draft_cache(request) if decode is None else _final_cache(request),
         "Vary": "Accept",
         "X-Afterimage-Tier": decode.tier if decode else "instant",
-        **(_drawn(decode) if decode else {}),
+        **(drawn(decode) if decode else {}),
         **(headers or {}),
     }
     if request.method in {"GET", "HEAD"}:
@@ -57,13 +57,17 @@ def picture(
     return Response(data, status, own, MEDIA_TYPES[format])
 
 
-def _drawn(decode: Decode) -> dict[str, str]:
+def drawn(decode: Decode) -> dict[str, str]:
     """That it is synthesised, and how: a dictionary of RFC 9651, the seed as a string."""
     facts = asdict(decode.settings) | {
         "seed": str(decode.seed), "codec": decode.codec, "decoder": decode.decoder
     }  # fmt: skip
     items = (f"{k}={json.dumps(v)}" for k, v in facts.items())
     return {"X-Afterimage-Note": "synthesised detail", "X-Afterimage-Drawn": ", ".join(items)}
+
+
+def _draft_cache(request: Request) -> str:
+    return DRAFT_CACHE if request.app.state.keys is None else f"private, {DRAFT_CACHE}"
 
 
 def _final_cache(request: Request) -> str:
@@ -77,7 +81,7 @@ def _final_cache(request: Request) -> str:
 
 
 def _known(request: Request, etag: str) -> bool:
-    named = request.headers.get("if-none-match", "")
+    named = ",".join(request.headers.getlist("if-none-match"))
     tags = {tag.strip().removeprefix("W/") for tag in named.split(",")}
     return bool(tags & {etag, "*"})
 

@@ -25,7 +25,7 @@ from service import (
     sharing,
 )
 from service.auth import Keys
-from service.deps import State
+from service.deps import Bodies, State
 from service.instant import Instant
 from service.quotas import Quotas
 from service.requests import Requests
@@ -115,5 +115,6 @@ def _state(settings: ServiceSettings, connected: Store) -> State:
         Quotas(jobs, settings.requests_per_minute, settings.jobs_at_once),
         WebhookSettings(),
         Instant(loaded, settings),
+        Bodies(max(settings.bodies_bytes, settings.max_bytes)),
         store.streams(settings),
     )

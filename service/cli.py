@@ -146,6 +146,10 @@ def _serve(args: argparse.Namespace) -> int:
             if not self.should_exit:
                 _say(f"Afterimage is ready at http://{args.host}:{args.port}  (Ctrl-C stops it)")
 
+        async def shutdown(self, sockets=None):  # type: ignore[no-untyped-def]
+            app.state.own.closing.set()
+            await super().shutdown(sockets)
+
     with contextlib.ExitStack() as stack:
         if not settings.redis_url:
             _say("no REDIS_URL: starting a private Redis")
@@ -155,8 +159,9 @@ def _serve(args: argparse.Namespace) -> int:
         courier = [COURIER] if WebhookSettings().secrets else []
         stack.enter_context(running([WORKER] * args.workers + courier, settings.grace_s))
         _say("loading models")
+        app = create_app(ServiceSettings())
         config = uvicorn.Config(
-            create_app(ServiceSettings()),
+            app,
             args.host,
             args.port,
             log_config=None,

@@ -27,17 +27,22 @@ Kind = Literal["draft", "queued", "started", "progress", "preview", "final"]
 
 TIMEOUT_S = 60.0
 """For an answer to begin; an event stream is silent for 15 s at most."""
-RECONNECTS = 8
-"""How often a broken event stream is taken up again, with no event in between, before giving up."""
+RETRIES = 8
+"""How often a decode that was accepted is asked for in vain, one time after the other."""
+MAX_PAUSE_S = 60.0
+"""Between two such times, where `Retry-After` asks for more."""
+_PASSING = frozenset({429, 502, 503, 504})
+"""Answers to what may be asked again later: a quota is used up, or what is behind is restarting."""
 
 
 class ApiError(AfterimageError):
     """The service refused: a problem document (RFC 9457)."""
 
-    def __init__(self, status: int, problem: dict[str, Any]) -> None:
+    def __init__(self, status: int, problem: dict[str, Any], retry_after_s: float = 0) -> None:
         super().__init__(str(problem.get("detail") or problem.get("title") or status))
         self.status = status
         self.problem = problem
+        self.retry_after_s = retry_after_s
 
 
 class DecodeFailed(AfterimageError):
@@ -57,13 +62,16 @@ class Update:
 
 
 class AsyncClient:
-    """Over one pool of connections; `http` may be brought along, with transport or proxies."""
+    """Over one pool of connections; `http` may be brought along, with transport or proxies. It is
+    then given `url` and key, and closed with the client."""
 
     def __init__(
         self, url: str, api_key: str = "", *, http: httpx.AsyncClient | None = None
     ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self.http = http or httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, headers=headers)
+        self.http = http or httpx.AsyncClient(timeout=TIMEOUT_S)
+        self.http.base_url = httpx.URL(url)
+        self.http.headers.update(headers)
 
     async def __aenter__(self) -> Self:
         return self
@@ -84,7 +92,8 @@ class AsyncClient:
         """Decode a bitstream: updates until the picture of `tier` is there.
 
         `settings` are `seed`, `steps`, `eta`, `gamma`, `sampler`, `guidance`, `deadline_s`. The
-        service keeps drawing where the caller stops listening. Raises `ApiError`, `DecodeFailed`,
+        service keeps drawing where the caller stops listening; a decode that was accepted is
+        waited for while the service or its Redis restart. Raises `ApiError`, `DecodeFailed`,
         `Canceled`, and `httpx.TransportError` where the service cannot be reached.
         """
         asked = {"tier": tier, **{k: v for k, v in settings.items() if v is not None}}
@@ -100,7 +109,7 @@ class AsyncClient:
             async for update in self._follow(location, previews):
                 yield update
         mixed = {"min_tier": tier, "realism": realism}
-        answer = await self._send("GET", f"{location}/image", params=mixed, headers=accept)
+        answer = await self._patiently("GET", f"{location}/image", params=mixed, headers=accept)
         yield Update("final", answer.content, tier=answer.headers["x-afterimage-tier"])
 
     async def encode(
@@ -127,7 +136,7 @@ class AsyncClient:
                 async with aconnect_sse(
                     self.http, "GET", f"{location}/events", headers={"Last-Event-ID": last}
                 ) as source:
-                    if source.response.is_error:
+                    if not source.response.is_success:
                         await source.response.aread()
                         raise _error(source.response)
                     async for event in source.aiter_sse():
@@ -137,13 +146,11 @@ class AsyncClient:
                         update = await self._update(event, previews)
                         if update is not None:
                             yield update
-            except httpx.TransportError:
+            except (httpx.TransportError, ApiError) as e:
                 failures += 1
-                if failures > RECONNECTS:
-                    raise
-                await anyio.sleep(min(0.1 * 2**failures, 5))
-            else:  # it ended without an end: before ours, or the service stopped
-                state = (await self._send("GET", location)).json()
+                await _pause(e, failures)
+            else:  # it ended without an end: before ours, or the service or its Redis stopped
+                state = (await self._patiently("GET", location)).json()
                 if state["status"] in {"failed", "canceled"}:
                     raise _ended(state["status"], state["error"])
                 if state["status"] == "succeeded":
@@ -166,9 +173,19 @@ class AsyncClient:
 
     async def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
         answer = await self.http.request(method, path, **request)
-        if answer.is_error:
+        if not answer.is_success:
             raise _error(answer)
         return answer
+
+    async def _patiently(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """`_send`, again and again while that makes sense."""
+        failures = 0
+        while True:
+            try:
+                return await self._send(method, path, **request)
+            except (httpx.TransportError, ApiError) as e:
+                failures += 1
+                await _pause(e, failures)
 
 
 class Client:
@@ -242,9 +259,25 @@ def _ended(status: str, error: str | None) -> AfterimageError:
     return DecodeFailed(error or "the decode failed")
 
 
+async def _pause(error: httpx.TransportError | ApiError, failures: int) -> None:
+    """Wait before the next time, the longer the more have failed; raises what will not pass."""
+    passing = not isinstance(error, ApiError) or error.status in _PASSING
+    if failures > RETRIES or not passing:
+        raise error
+    asked = error.retry_after_s if isinstance(error, ApiError) else 0
+    await anyio.sleep(min(max(0.1 * 2**failures, asked), MAX_PAUSE_S if asked else 5))
+
+
 def _error(answer: httpx.Response) -> ApiError:
     try:
         problem = answer.json()
     except ValueError:
         problem = {}
-    return ApiError(answer.status_code, problem if isinstance(problem, dict) else {})
+    if answer.is_redirect:
+        problem = {"title": f"redirected to {answer.headers.get('location')}"}
+    later = answer.headers.get("retry-after", "")
+    return ApiError(
+        answer.status_code,
+        problem if isinstance(problem, dict) else {},
+        float(later) if later.isascii() and later.isdigit() else 0,
+    )

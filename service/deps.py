@@ -1,7 +1,9 @@
 """What routes receive: bodies within limits, and the state that the application keeps."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import anyio
@@ -15,17 +17,42 @@ from models.errors import MalformedHeader
 from models.image import OutputFormat
 from models.library import Library
 from models.tiers import TIERS
-from service import negotiate
+from service import metrics, negotiate
 from service.auth import Caller, require
 from service.instant import Instant
 from service.keys import Scope
 from service.negotiate import Preferences
-from service.problems import BodyTooLarge, RequestTimeout
+from service.problems import BodyTooLarge, Busy, RequestTimeout
 from service.quotas import Quotas
 from service.settings import ServiceSettings
 from worker.jobs import Jobs
 from worker.store import Store
 from worker.webhooks import WebhookSettings
+
+
+class Bodies:
+    """The bytes of requests' bodies that are in memory, at most `limit`."""
+
+    def __init__(self, limit: int) -> None:
+        self.held, self.limit = 0, limit
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[Callable[[int], None]]:
+        """What counts the parts of one body, until the end; it raises `Busy` at the limit."""
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if self.held + size > self.limit:
+                metrics.shed("bodies")
+                raise Busy("the requests that are being read take all the memory for them")
+            self.held += size
+            taken += size
+
+        try:
+            yield take
+        finally:
+            self.held -= taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +67,9 @@ class State:
     quotas: Quotas
     webhooks: WebhookSettings
     instant: Instant
+    bodies: Bodies
     streams: AsyncRedis  # for reads that wait
+    closing: threading.Event = field(default_factory=threading.Event)  # who waits is answered now
 
 
 async def state(request: Request) -> State:
@@ -49,13 +78,20 @@ async def state(request: Request) -> State:
     return own
 
 
-async def body(request: Request, own: Annotated[State, Depends(state)]) -> bytes:
+async def body(
+    request: Request, own: Annotated[State, Depends(state)]
+) -> AsyncGenerator[bytes, None]:
     """The raw body, or the first file of a multipart form, read within the limits.
 
-    Raises `BodyTooLarge`, before reading where Content-Length tells; `RequestTimeout`;
+    Raises `BodyTooLarge`, before reading where Content-Length tells; `RequestTimeout`; `Busy`;
     `MalformedHeader` for a form that is none.
     """
-    limit, seconds = own.settings.max_bytes, own.settings.body_timeout_s
+    with own.bodies.one() as take:
+        yield await _read(request, own.settings, take)
+
+
+async def _read(request: Request, settings: ServiceSettings, take: Callable[[int], None]) -> bytes:
+    limit, seconds = settings.max_bytes, settings.body_timeout_s
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise BodyTooLarge(f"{declared} bytes; the limit is {limit}")
@@ -63,9 +99,10 @@ async def body(request: Request, own: Annotated[State, Depends(state)]) -> bytes
     try:
         with anyio.fail_after(seconds):
             async for chunk in request.stream():
-                data += chunk
-                if len(data) > limit:
+                if len(data) + len(chunk) > limit:
                     raise BodyTooLarge(f"more than {limit} bytes")
+                take(len(chunk))
+                data += chunk
     except TimeoutError:
         gone = {"Connection": "close"}  # what comes still is no other request
         raise RequestTimeout(f"{len(data)} bytes came within {seconds:g} s", gone) from None
@@ -117,11 +154,14 @@ def within_quota(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable
     return caller
 
 
-async def accepted(
-    accept: Annotated[str | None, Header(include_in_schema=False)] = None,  # OpenAPI ignores it
-) -> OutputFormat:
+def _lines(request: Request, name: str) -> str:
+    """A header that is a list: several lines are one."""
+    return ", ".join(request.headers.getlist(name))
+
+
+async def accepted(request: Request) -> OutputFormat:
     """The picture's format. Raises `NotAcceptable`."""
-    return negotiate.picture_format(accept)
+    return negotiate.picture_format(_lines(request, "accept"))
 
 
 def one_of_tiers(description: str) -> Any:
@@ -130,12 +170,13 @@ def one_of_tiers(description: str) -> Any:
 
 
 async def preferred(
-    prefer: Annotated[
+    request: Request,
+    prefer: Annotated[  # for the schema: it is the first line alone
         str | None, Header(examples=["respond-async, wait=10"], description="RFC 7240.")
     ] = None,
 ) -> Preferences:
     """What `Prefer` asks for."""
-    return negotiate.preferences(prefer)
+    return negotiate.preferences(_lines(request, "prefer"))
 
 
 JobId = Annotated[

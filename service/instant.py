@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -40,7 +40,8 @@ class Instant:
         self.settings = settings
         self._threads = ThreadPoolExecutor(settings.decodes_at_once, "instant")
         self._asked = 0  # turns that requests wait for or have
-        self._kept: LRUCache[tuple[str, str, OutputFormat], bytes]  # repeats are quick, Redis or no
+        self._drawing: dict[Hashable, asyncio.Task[Drawn]] = {}
+        self._kept: LRUCache[Hashable, bytes]  # repeats are quick, Redis or no
         self._kept = LRUCache(settings.instant_cache_bytes, len)
         self._seconds = 0.3  # of a turn, lately
         self.megapixel_s: float | None = None
@@ -49,14 +50,25 @@ class Instant:
     async def picture(self, b: Bitstream, digest: str, format: OutputFormat) -> Drawn:
         """The instant picture of a bitstream. Raises as `Codec.latents` and `run`."""
         name = digest, self.library.codec_id(b), format
-        kept = self._kept.get(name)
-        metrics.cache("draft", kept is not None)
-        if kept is not None:
-            return Drawn(kept)
+        metrics.cache("draft", name in self._kept)
         asked = time.perf_counter()
-        drawn = await self.run(lambda: self._draw(b, format, asked))
-        metrics.stages(drawn.stages)
-        self._learn(sum(ms for name, ms in drawn.stages.items() if name != "queue"), b)
+        return await self.once(name, lambda: self._draw(b, format, asked))
+
+    async def once(self, name: Hashable, work: Callable[[], Drawn]) -> Drawn:
+        """What `work` draws, kept under `name`; who asks meanwhile waits for the same. Raises as
+        `run`."""
+        if (kept := self._kept.get(name)) is not None:
+            return Drawn(kept)
+        if name not in self._drawing:
+            self._drawing[name] = task = asyncio.create_task(self._make(name, work))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # was seen
+        return await asyncio.shield(self._drawing[name])  # others wait where one leaves
+
+    async def _make(self, name: Hashable, work: Callable[[], Drawn]) -> Drawn:
+        try:
+            drawn = await self.run(work)
+        finally:
+            del self._drawing[name]
         if len(drawn.file) < self._kept.maxsize / 4:
             self._kept[name] = drawn.file
         return drawn
@@ -112,7 +124,10 @@ class Instant:
         marks.append(time.perf_counter())
         names = ("queue", "entropy", "g_s", "encode")
         spans = zip(names, marks, marks[1:], strict=False)
-        return Drawn(file, {name: (y - x) * 1e3 for name, x, y in spans})
+        stages = {name: (y - x) * 1e3 for name, x, y in spans}
+        metrics.stages(stages)
+        self._learn(sum(ms for name, ms in stages.items() if name != "queue"), b)
+        return Drawn(file, stages)
 
 
 def _pixels(x_hat: Tensor, b: Bitstream) -> Pixels:

@@ -5,7 +5,7 @@ Keys of one name are one caller, as while one is replaced. Each key is a table:
     [[keys]]
     name = "gallery"
     sha256 = "…"                 # of the key, hex
-    scopes = ["decode"]          # of decode, encode, admin
+    scopes = ["decode"]          # of decode, encode
     requests_per_minute = 60     # optional, as are the next two
     jobs_at_once = 4
     expires = 2027-01-31         # its last day, UTC
@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.errors import AfterimageError
 
-Scope = Literal["decode", "encode", "admin"]
+Scope = Literal["decode", "encode"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 

@@ -3,10 +3,12 @@
 import base64
 import hashlib
 import hmac
+import re
 from urllib.parse import parse_qsl, quote, urlencode
 
 _PURPOSE = "afterimage-link-1"  # signatures of other things with the same secret are no links
 _OWN = {"expires", "signature"}
+_NUMBER = re.compile(r"[0-9]{1,18}")  # with keys alone, a query may say anything
 
 
 def sign(secret: bytes, path: str, query: str, expires: int) -> str:
@@ -40,7 +42,7 @@ def valid(secret: bytes, path: str, query: str, now: float) -> bool:
 def left_s(query: str, now: float) -> int | None:
     """Seconds that the link of a valid request is valid still; None where it comes by none."""
     expires = dict(parse_qsl(query)).get("expires", "")
-    return max(int(expires) - int(now), 0) if expires.isdigit() else None
+    return max(int(expires) - int(now), 0) if _NUMBER.fullmatch(expires) else None
 
 
 def _canonical(query: str) -> str:

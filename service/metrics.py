@@ -23,9 +23,9 @@ from worker.jobs import Jobs
 if TYPE_CHECKING:
     from service.deps import State
 
-ShedReason = Literal["line", "backlog", "memory", "timeout", "redis"]
-"""Why a request got 503 or 504: the line for the cores, the queue's backlog, its memory, the
-request's deadline, Redis away."""
+ShedReason = Literal["line", "bodies", "backlog", "memory", "timeout", "redis"]
+"""Why a request got 503 or 504: the line for the cores, the memory for bodies, the queue's backlog,
+its memory, the request's deadline, Redis away."""
 
 _REQUESTS = Histogram(
     "afterimage_request_duration_seconds",
@@ -59,7 +59,7 @@ def request(route: str, method: str, status: int, seconds: float) -> None:
 
 
 def stages(spans_ms: Mapping[str, float]) -> None:
-    """The stages of an instant decode (parse, entropy, g_s, encode), in ms as in Server-Timing."""
+    """The stages of an instant decode (queue, entropy, g_s, encode), in ms as in Server-Timing."""
     for stage, ms in spans_ms.items():
         _STAGES.labels(stage).observe(ms / 1e3)
 

@@ -89,11 +89,12 @@ async def picture(
 )
 async def preview(own: Own, caller: Viewing, id: JobId) -> Response:
     """The last estimate of a decode that is being drawn while its events are read."""
-    await progress.look(own, id, caller.name)
+    state = await progress.look(own, id, caller.name)
     file = await anyio.to_thread.run_sync(own.store.preview, id)
     if file is None:
         raise JobNotFound(f"there is no preview of decode {id}")
-    return Response(file, 200, {"Cache-Control": "no-store"}, "image/webp")
+    headers = {"Cache-Control": "no-store", **answers.drawn(state.decode)}
+    return Response(file, 200, headers, "image/webp")
 
 
 async def finished(
@@ -105,7 +106,7 @@ async def finished(
         return png
     b = None if alpha == 1 else await _bitstream(own, decode)
 
-    def remake() -> bytes:
+    def remake() -> Drawn:
         pixels = image.read(png, own.settings.max_pixels)
         if b is not None:
             x_hat = codec.crop(own.library.instant(b)[1], b.height, b.width)
@@ -113,9 +114,9 @@ async def finished(
         text = provenance(
             decode.tier, decode.settings, decode.seed, decode.codec, decode.decoder, alpha
         )
-        return image.write(pixels, format, text)
+        return Drawn(image.write(pixels, format, text))
 
-    return await own.instant.run(remake)
+    return (await own.instant.once((decode.id, format, alpha), remake)).file
 
 
 async def draft(own: State, decode: Decode, b: Bitstream, format: OutputFormat) -> Drawn:

@@ -203,7 +203,7 @@ EXAMPLE: JsonDict = _document(
 )
 OF_KEYS = (Unauthorized, Forbidden, TooManyRequests)
 """What every operation for callers with keys may answer."""
-OF_BODIES = (errors.MalformedHeader, RequestTimeout, BodyTooLarge)
+OF_BODIES = (errors.MalformedHeader, RequestTimeout, BodyTooLarge, Busy)
 """What every operation that takes a body may answer."""
 OF_BITSTREAMS = (*errors.BitstreamError.__subclasses__(), errors.PictureTooLarge, *OF_BODIES)
 """What every operation that takes a bitstream may answer."""

@@ -1,5 +1,6 @@
 """Where a decode stands: asked, waited for, followed as events; withdrawn or tried again."""
 
+import contextlib
 import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from worker import costs, events
 from worker.events import Event
 from worker.jobs import POLL_HOLD_S
 from worker.records import ENDED, JobState
-from worker.store import BLOCK_S
+from worker.store import BLOCK_S, RedisError
 
 _ASKED = (*problems.OF_KEYS, JobNotFound, ParameterError, problems.QueueAway)
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
@@ -81,11 +82,12 @@ async def follow(
     canceled`."""
     after = last_event_id if _known(last_event_id or "") else "0"
     yield ServerSentEvent(comment="connected", retry=RECONNECT_MS)
-    async for event in _events(own, id, str(after), caller.name):
-        data = event.data | {"id": id}
-        if event.kind == "preview":
-            data["image"] = f"/v1/decodes/{id}/preview?step={event.data['step']}"
-        yield ServerSentEvent(data=data, event=event.kind, id=event.id)
+    with contextlib.suppress(RedisError):  # the stream ends; who comes back is told why
+        async for event in _events(own, id, str(after), caller.name):
+            data = event.data | {"id": id}
+            if event.kind == "preview":
+                data["image"] = f"/v1/decodes/{id}/preview?step={event.data['step']}"
+            yield ServerSentEvent(data=data, event=event.kind, id=event.id)
 
 
 @router.delete(
@@ -157,7 +159,7 @@ async def look(own: State, id: str, caller: str) -> JobState:
 
 
 async def until_ended(own: State, id: str, seconds: float) -> None:
-    """Return when the job has ended, or so many seconds later."""
+    """Return when the job has ended, or so many seconds later, or when the service stops."""
     with anyio.move_on_after(seconds):
         async for _ in _events(own, id, "0", None):
             pass
@@ -171,12 +173,13 @@ def view(own: State, id: str) -> schemas.Decode:
 
 
 async def _events(own: State, id: str, after: str, caller: str | None) -> AsyncIterator[Event]:
-    """What happens to a job after an event, until it has ended; `caller`, if any, watches it.
+    """What happens to a job after an event, until it has ended or the service stops; `caller`, if
+    any, watches it.
 
     The end is told by the record where the events themselves are no longer kept.
     """
     name, block_ms = events.key(own.store, id), None  # at first what is there
-    while True:
+    while not own.closing.is_set():
         if caller is not None:
             await anyio.to_thread.run_sync(own.jobs.watch, id)
             await anyio.to_thread.run_sync(own.jobs.renew, id, caller, POLL_HOLD_S)

@@ -53,7 +53,7 @@ class Requests:
             try:
                 await self.app(scope, receive, _telling(scope, send, seen))
             except ClientDisconnect:
-                raise
+                pass  # nobody to answer
             except Exception:
                 seen.status = 500
                 raise  # the id stays set for the server, which logs the traceback
@@ -82,7 +82,8 @@ def _telling(scope: Scope, send: Send, seen: Seen) -> Send:
             headers["X-Content-Type-Options"] = "nosniff"
             if seen.traceparent:
                 headers["traceparent"] = seen.traceparent
-            headers.update(scope["state"].get("quota", {}))
+            for name, value in scope["state"].get("quota", {}).items():
+                headers.setdefault(name, value)  # a refusal tells of the quota that it is for
         elif message["type"] == "http.response.body":
             seen.sent += len(message.get("body", b""))
         await send(message)

@@ -11,6 +11,9 @@ class ServiceSettings(WorkerSettings):
     """Limits on requests, besides what API and workers share."""
 
     max_bytes: int = Field(32 * 2**20, ge=1, description="largest request body")
+    bodies_bytes: int = Field(
+        256 * 2**20, ge=1, description="bodies that an API process holds at once; at least one"
+    )
     max_megapixel_steps: float = Field(
         4000, gt=0, description="largest job: megapixels times steps; about 0.6 s each on 2 cores"
     )
@@ -32,7 +35,7 @@ class ServiceSettings(WorkerSettings):
         900, gt=0, description="work that may be queued; beyond it new jobs are refused"
     )
     instant_cache_bytes: int = Field(
-        64 * 2**20, ge=0, description="instant pictures that an API process keeps"
+        64 * 2**20, ge=0, description="picture files that an API process keeps"
     )
     decodes_at_once: int = Field(
         2, ge=1, description="instant decodes in parallel; each uses all threads"

@@ -12,10 +12,12 @@ from models.errors import ParameterError
 from service import links, problems, progress, schemas
 from service.deps import Decoding, JobId, Own, one_of_tiers
 from service.problems import Conflict, JobNotFound
+from worker.store import PICTURE_TTL_S
 
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
 
-MAX_LINK_S = 7 * 24 * 3600
+MAX_LINK_S = PICTURE_TTL_S
+"""A link of a picture that is no longer kept would show nothing."""
 
 
 @router.post(

@@ -12,7 +12,9 @@ from torch import Tensor
 from models import codec, image
 from models.decoder import WINDOW, Decoder, Draft
 from models.errors import AfterimageError, Canceled
+from models.library import provenance
 from worker.attempt import Attempt, LeaseLost
+from worker.records import Decode
 from worker.store import RedisError
 
 log = logging.getLogger(__name__)
@@ -113,11 +115,15 @@ class Drawing:
         self._previewed = time.monotonic()
         pictures = self._picture()
         for attempt in attempts:
-            decode = attempt.state.decode
             row = pictures[self.attempts.index(attempt)][None]
-            pixels = codec.to_pixels(codec.crop(row, decode.height, decode.width))
             with contextlib.suppress(RedisError):
-                attempt.preview(self.step, image.write(pixels, "webp"))
+                attempt.preview(self.step, file(attempt.state.decode, row, "webp"))
+
+
+def file(d: Decode, x: Tensor, format: image.OutputFormat) -> bytes:
+    """The file of what was drawn, `x` (1, 3, H, W) with its padding, which says what it is."""
+    text = provenance(d.tier, d.settings, d.seed, d.codec, d.decoder)
+    return image.write(codec.to_pixels(codec.crop(x, d.height, d.width)), format, text)
 
 
 def _short_of_memory(e: Exception) -> bool:

@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from rq.timeouts import JobTimeoutException
-from torch import Tensor
 
-from models import bitstream, codec, image
+from models import bitstream
 from models.decoder import Draft
 from models.errors import AfterimageError, Canceled, WrongWeights
-from models.library import Library, provenance
+from models.library import Library
 from worker import costs, logs, tracing
 from worker.attempt import Attempt, LeaseLost
-from worker.drawing import DeviceLost, Drawing, OutOfMemory
+from worker.drawing import DeviceLost, Drawing, OutOfMemory, file
 from worker.jobs import DEATHS, QUARANTINED, Jobs
 from worker.keeper import Keeper
 from worker.records import JobState
@@ -200,13 +199,8 @@ def _draw(attempts: Sequence[Attempt], drafts: Sequence[Draft], began: float) ->
         elif why is not None:
             Context.afterwards.append(_settled(attempt.stop))
         elif pictures is not None:
-            _hand_over(attempt, _png(attempt, pictures[i : i + 1]), began, len(attempts))
-
-
-def _png(attempt: Attempt, x: Tensor) -> bytes:
-    d = attempt.state.decode
-    pixels = codec.to_pixels(codec.crop(x, d.height, d.width))
-    return image.write(pixels, "png", provenance(d.tier, d.settings, d.seed, d.codec, d.decoder))
+            png = file(attempt.state.decode, pictures[i : i + 1], "png")
+            _hand_over(attempt, png, began, len(attempts))
 
 
 def _hand_over(attempt: Attempt, png: bytes, began: float, together: int) -> None:

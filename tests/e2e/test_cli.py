@@ -1,5 +1,6 @@
 """The command line as a user types it."""
 
+import concurrent.futures
 import contextlib
 import io
 import json
@@ -7,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -197,7 +199,11 @@ def test_a_stopped_service_leaves_nothing_behind_and_keeps_its_queue(
         answer = first.client.post("/v1/decodes", params=asked, content=small_msh)
         location = answer.headers["location"]
         assert first.client.get(location).json()["position"] == 0
-        stopped(first, signal.SIGINT)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(first.client.get, location, headers={"Prefer": "wait=60"})
+            time.sleep(1)
+            stopped(first, signal.SIGINT)
+        assert waiting.result().json()["status"] == "queued"  # answered, and not cut off
     with run_service(tmp_path) as second:
         assert wait_for(second.client, location)["status"] == "succeeded"
         stopped(second, signal.SIGTERM)

@@ -1,5 +1,7 @@
 """The Python client against a real service."""
 
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -86,6 +88,28 @@ def test_refusals_are_errors_with_the_problem(url: str, small_msh: bytes) -> Non
         assert refused.value.problem["type"].startswith("urn:afterimage:problem:")
 
 
+def test_a_redirect_is_told(url: str, tmp_path: Path) -> None:
+    class Redirecting(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(308)
+            self.send_header("Location", url)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Redirecting) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Client(f"http://127.0.0.1:{server.server_port}") as client:
+            with pytest.raises(ApiError, match=f"redirected to {url}"):
+                list(client.decode(b"bytes"))
+        server.shutdown()
+
+
+def test_a_transport_that_is_brought_along_gets_address_and_key() -> None:
+    http = httpx.AsyncClient(timeout=1)
+    AsyncClient("https://there.example", "secret", http=http)
+    assert http.base_url.host == "there.example"
+    assert http.headers["authorization"] == "Bearer secret"
+
+
 def test_a_canceled_decode_says_so(service: Service, url: str, photo: image.Pixels) -> None:
     with Client(url) as client:
         data = stream(client, photo, 41)
@@ -115,9 +139,9 @@ def test_a_restarted_service_does_not_lose_its_listeners(
                 return await super().handle_async_request(request)
 
         async def listen() -> list[str]:
-            http = httpx.AsyncClient(base_url=there, transport=Balancer(), timeout=60)
+            http = httpx.AsyncClient(transport=Balancer(), timeout=60)
             kinds = []
-            async with AsyncClient("", http=http) as client:
+            async with AsyncClient(there, http=http) as client:
                 async for update in client.decode(data, "ddim-100", steps=100):
                     kinds.append(update.kind)
                     if kinds.count("progress") == 3:

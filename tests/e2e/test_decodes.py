@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import hashlib
+import io
 import json
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 import httpx
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from models import image
 from models.tiers import TIERS
@@ -80,7 +82,12 @@ def test_a_client_that_waits_gets_the_finished_picture(client: httpx.Client, str
         "/v1/decodes",
         params={"tier": "perceptual"},
         content=stream,
-        headers={"Prefer": "respond-async, wait=60", "Accept": "image/webp"},
+        headers=[
+            ("Prefer", "respond-async"),
+            ("Prefer", "wait=60"),
+            ("Accept", "text/html"),
+            ("Accept", "image/webp"),
+        ],
     )
     assert (answer.status_code, answer.headers["x-afterimage-tier"]) == (200, "perceptual")
     assert answer.headers["content-type"] == "image/webp"
@@ -380,6 +387,10 @@ def test_a_running_job_stops_once_its_deadline_is_over(service: Service, stream:
         assert 0 < int(store.queue.hget(key, "step")) < 1000
     preview = service.client.get(f"{location}/preview")  # the best so far
     assert preview.headers["content-type"] == "image/webp"
+    assert preview.headers["x-afterimage-note"] == "synthesised detail"
+    with Image.open(io.BytesIO(preview.content)) as picture:
+        told = picture.getexif()[ExifTags.Base.ImageDescription]
+    assert "synthesised detail" in told
 
 
 def test_a_long_queue_refuses_new_jobs_but_no_repeats(service: Service, stream: bytes) -> None:

@@ -10,6 +10,7 @@ import redis
 from playwright.sync_api import Page, expect
 
 from models.tiers import Settings
+from service.client import Client
 from tests.chaos.rig import Rig, Worker, rig, until
 from tests.conftest import Service, run_service, wait_for
 
@@ -110,6 +111,22 @@ def test_instant_decodes_go_on_without_redis_and_upgrades_when_it_is_back(
     assert wait_for(client, made.headers["location"])["status"] == "succeeded"
     expect(page.locator("#right")).to_have_text("Perceptual", timeout=30_000)
     expect(page.locator("#away")).to_be_hidden()
+
+
+def test_a_client_waits_for_its_decode_while_redis_restarts(
+    own: Service, stores: Rig, worker: Worker, small_msh: bytes
+) -> None:
+    with Client(str(own.client.base_url)) as client:
+        kinds = []
+        for update in client.decode(small_msh, "ddim-100", steps=150, seed=3, previews=False):
+            kinds.append(update.kind)
+            if kinds.count("progress") == 3:
+                stores.queue.kill()
+                time.sleep(1)
+                stores.start_queue()
+    assert kinds[-1] == "final"
+    log = own.log.read_text()
+    assert "Traceback" not in log
 
 
 def test_a_full_queue_refuses_jobs_and_lets_workers_finish(

@@ -31,6 +31,7 @@ def test_without_a_key_only_probes_and_lists_answer(guarded: Service, small_msh:
         assert garbage.status_code == 401  # before the body is looked at
     answer = client.post("/v1/decodes", content=small_msh, headers={"X-API-Key": TOKENS["both"]})
     assert answer.status_code == 200
+    assert answer.headers["cache-control"].startswith("private, ")
 
 
 def test_pages_of_named_origins_may_call_the_api(guarded: Service, service: Service) -> None:
@@ -98,6 +99,7 @@ def test_jobs_at_once_are_limited(guarded: Service, small_msh: bytes) -> None:
 
     first, same, second = post(1), post(1), post(2)
     assert [a.status_code for a in (first, same, second)] == [200, 200, 429]
+    assert second.headers["ratelimit"].startswith('"jobs";r=0;')
     location = first.headers["location"]
     assert guarded.client.delete(location, headers=by("single")).status_code in {200, 202}
     deadline = time.monotonic() + 30
@@ -129,6 +131,8 @@ def test_a_link_shows_one_picture_to_whoever_holds_it(guarded: Service, small_ms
     assert client.head(url).status_code == 200
     assert client.get(url.replace("realism=0.5", "realism=1.0")).status_code == 401
     assert client.get(f"{location}/image").status_code == 401
+    odd = client.get(f"{location}/image", params={"expires": "²"}, headers=by("both"))
+    assert odd.status_code == 200
     assert client.delete(url).status_code in {401, 405}
     time.sleep(1.1)
     assert client.get(short.json()["url"]).status_code == 401

@@ -1,12 +1,15 @@
 """The API as its users meet it: HTTP, real Redis, real worker, shipped weights."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import http.client
 import io
 import re
+import socket
 import struct
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -15,6 +18,7 @@ import pytest
 from PIL import Image
 
 from models import bitstream, image
+from tests.chaos.rig import until
 from tests.conftest import DATA, Service, psnr, wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
@@ -307,6 +311,33 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(service: Service) ->
             yield bytes(2**20)
 
     assert service.client.post("/v1/decodes", content=chunks()).status_code == 413
+
+
+@contextlib.contextmanager
+def upload(service: Service, size: int, now: int) -> Iterator[socket.socket]:
+    """A request whose body is begun."""
+    url = service.client.base_url
+    with socket.create_connection((url.host, url.port)) as own:
+        head = f"POST /v1/decodes HTTP/1.1\r\nHost: test\r\nContent-Length: {size}\r\n\r\n"
+        own.sendall(head.encode() + bytes(now))
+        yield own
+
+
+def test_an_upload_that_is_given_up_is_one_line_in_the_log(service: Service) -> None:
+    before = len(service.log.read_text())
+    with upload(service, 1000, 10):
+        time.sleep(0.3)
+    until(lambda: "POST /v1/decodes 499" in service.log.read_text()[before:], "the line", 20)
+    assert "Traceback" not in service.log.read_text()[before:]
+
+
+def test_bodies_take_no_more_memory_than_one_of_the_largest(service: Service) -> None:
+    def other() -> int:
+        return service.client.post("/v1/inspect", content=bytes(14 * 2**20)).status_code
+
+    with upload(service, 31 * 2**20, 20 * 2**20):
+        until(lambda: other() == 503, "no room is left", 3)
+    until(lambda: other() == 415, "there is room again", 20)
 
 
 def test_a_body_that_does_not_come_is_408(service: Service) -> None:

@@ -45,14 +45,14 @@ def test_a_key_is_shown_once_and_its_table_is_to_append(
 
 
 def test_a_key_has_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = "new press@home --scopes decode,encode,admin --requests-per-minute 60 --jobs-at-once 4"
+    asked = "new press@home --scopes decode,encode --requests-per-minute 60 --jobs-at-once 4"
     assert run(*shlex.split(asked), "--expires", "2099-12-31") == 0
     token, table = shown(capsys)
     (entry,) = tomllib.loads(table)["keys"]
     assert entry == {
         "name": "press@home",
         "sha256": keys.digest(token),
-        "scopes": ["decode", "encode", "admin"],
+        "scopes": ["decode", "encode"],
         "requests_per_minute": 60,
         "jobs_at_once": 4,
         "expires": date(2099, 12, 31),

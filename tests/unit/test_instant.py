@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from models.library import Library
-from service.instant import Instant
+from service.instant import Drawn, Instant
 from service.problems import Busy, DeadlineExceeded
 from service.settings import ServiceSettings
 
@@ -32,6 +32,43 @@ def test_work_whose_request_has_given_up_keeps_its_turn() -> None:
         go.set()
         assert await own.run(lambda: 7) == 7
         assert len(running) == 1  # what was given up before its turn is not begun
+
+    asyncio.run(ask())
+
+
+def test_one_picture_is_drawn_once_however_many_ask() -> None:
+    own = instant(decodes_at_once=2)
+    go, begun = threading.Event(), []
+
+    def work() -> Drawn:
+        begun.append(1)
+        go.wait(10)
+        return Drawn(b"file")
+
+    async def ask() -> None:
+        many = [asyncio.create_task(own.once("a", work)) for _ in range(100)]
+        await asyncio.sleep(0.05)
+        many.pop(0).cancel()  # who asked first leaves
+        go.set()
+        assert {drawn.file for drawn in await asyncio.gather(*many)} == {b"file"}
+        assert (await own.once("a", work)).file == b"file"
+        assert len(begun) == 1
+
+    asyncio.run(ask())
+
+
+def test_what_failed_is_tried_again() -> None:
+    own = instant()
+
+    def fail() -> Drawn:
+        raise ValueError("broken")
+
+    async def ask() -> None:
+        both = await asyncio.gather(
+            *(own.once("a", fail) for _ in range(2)), return_exceptions=True
+        )
+        assert [str(e) for e in both] == ["broken"] * 2
+        assert (await own.once("a", lambda: Drawn(b"file"))).file == b"file"
 
     asyncio.run(ask())
 

@@ -14,7 +14,6 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 
 from service import metrics
@@ -43,11 +42,6 @@ async def make(request: Request) -> dict[str, str]:
 @router.put("/{id}")
 async def fail(id: str) -> None:
     raise RuntimeError("boom")
-
-
-@router.delete("/{id}")
-async def leave(id: str) -> None:
-    raise ClientDisconnect
 
 
 @router.get("/{id}/events")
@@ -160,7 +154,6 @@ def test_the_line_has_route_status_time_bytes_ids_and_caller(app: FastAPI, lines
         ("GET", f"/v1/decodes/{JOB}", "/v1/decodes/{id}", 200, "INFO"),
         ("PATCH", "/v1/decodes/1", "/v1/decodes/{id}", 405, "INFO"),
         ("PUT", "/v1/decodes/1", "/v1/decodes/{id}", 500, "ERROR"),
-        ("DELETE", "/v1/decodes/1", "/v1/decodes/{id}", 499, "INFO"),
         ("GET", "/no/such/path", "unmatched", 404, "INFO"),
         ("GET", "/static/none", "other", 404, "INFO"),
         ("GET", "/livez", "/livez", 200, "DEBUG"),
