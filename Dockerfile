@@ -43,7 +43,7 @@ COPY --from=wheel /wheels /wheels
 COPY deploy/prepare.sh /prepare.sh
 RUN /prepare.sh
 
-# What runs: no compiler, no pip, two writable folders.
+# What runs: no compiler, two writable folders.
 FROM base AS runtime
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="Afterimage" \
@@ -65,9 +65,7 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["/entrypoint.sh"]
 CMD ["serve", "--host", "0.0.0.0"]
-# of the API; a worker's is the age of the files in $AFTERIMAGE_CACHE_DIR/alive
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
-    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/livez', timeout=3)"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["/entrypoint.sh", "healthy"]
 
 FROM runtime AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility

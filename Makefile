@@ -73,6 +73,7 @@ lock: $(READY) ## pin what the tests ran with, with hashes (PIP_INDEX_URL= for a
 	@$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet pip-tools
 	@$(BIN)/pip freeze --exclude-editable >.venv/lock/tested.txt
 	@for target in cpu cuda; do \
+		test $$target = cpu || unset PIP_EXTRA_INDEX_URL; \
 		$(COMPILE) --no-annotate --constraint .venv/lock/tested.txt \
 			--output-file deploy/requirements-$$target.lock pyproject.toml deploy/requirements.in || exit; done
 	@$(BIN)/python -P deploy/licences.py >deploy/LICENCES.md

@@ -301,7 +301,7 @@ class Limits(BaseModel):
                 {
                     "bytes": 33554432,
                     "pixels": 20000000,
-                    "megapixel_steps": 4000,
+                    "megapixel_steps": 2000,
                     "steps": 1000,
                     "wait_s": 60,
                     "deadline_s": 86400,

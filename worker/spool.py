@@ -1,7 +1,9 @@
 """Finished pictures that could not be handed over: files, until the stores are back."""
 
+import contextlib
 import logging
 import re
+import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 from models.files import whole
 from worker.attempt import Attempt, LeaseLost
 from worker.jobs import Jobs
+from worker.store import RECORD_TTL_S
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,14 @@ class Spool:
             except (LeaseLost, FileNotFoundError) as e:
                 log.info("a kept picture comes too late: %s", e)
             file.unlink(missing_ok=True)
+
+    @staticmethod
+    def forget(root: Path) -> None:
+        """Remove from the spools in `root` what no record knows any more: their stores are gone."""
+        for file in root.glob("*/*.png"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - file.stat().st_mtime > RECORD_TTL_S:
+                    file.unlink()
 
     def _files(self) -> Iterator[tuple[Path, str, int]]:
         for file in sorted(self.folder.glob("*.png")):

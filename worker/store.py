@@ -28,6 +28,9 @@ LISTENERS = 10_000
 BLOCK_S = 5
 """How long one read may wait for something to happen."""
 
+OLDEST = (6, 2)
+"""The first Redis that has all commands that are sent."""
+
 RedisError = redis.RedisError
 """What every use of a store may raise."""
 
@@ -86,6 +89,13 @@ class Store:
         """Raise `RedisError` unless both servers answer."""
         self.queue.ping()
         self.cache.ping()
+
+    def check(self) -> None:
+        """`ping`; raises `NoRedis` where the queue's server is too old."""
+        self.ping()
+        version = str(self.queue.info("server")["redis_version"])
+        if tuple(int(n) for n in version.split(".")[:2]) < OLDEST:
+            raise urls.NoRedis(f"the queue's Redis is {version}; 6.2 or later is needed")
 
     def close(self) -> None:
         """Close all connections."""

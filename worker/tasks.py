@@ -182,7 +182,14 @@ def _draft(attempt: Attempt) -> Draft | None:
     except AfterimageError as e:
         log.warning("job %s failed: %s", attempt.id, e)
         _fail([attempt], str(e))
-        return None
+    except JobTimeoutException:
+        raise
+    except MemoryError as e:
+        raise OutOfMemory(f"latents of {decode.width}x{decode.height} pixels") from e
+    except Exception:  # others are drawn with it
+        log.exception("job %s failed", attempt.id)
+        _fail([attempt], "internal error")
+    return None
 
 
 def _draw(attempts: Sequence[Attempt], drafts: Sequence[Draft], began: float) -> None:

@@ -404,7 +404,8 @@ def test_a_long_queue_refuses_new_jobs_but_no_repeats(service: Service, stream: 
         client.delete(withdrawn)
         reaches(client, withdrawn, "canceled")
         first = submit(client, stream, **SLOW)
-        slow = json.dumps(costs.Sums.of(1e6, 1.0).values)  # a million seconds a megapixel-step
+        million = costs.Sums.of(1e6, 1.0)  # seconds a megapixel-step
+        slow = json.dumps((*million.values, 0))
         try:
             for seed in (1, 2, 3):  # a job that ended before may still write over it
                 store.queue.hset(key, mapping=dict.fromkeys(before, slow))

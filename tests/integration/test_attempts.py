@@ -1,5 +1,6 @@
 """A worker's hold on a job, in this process: who may write, and what short memory does."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import torch
 from rq.timeouts import JobTimeoutException
 
 from models import image, library
+from models.bitstream import Bitstream
+from models.decoder import Draft
 from models.library import Library
 from models.tiers import Settings
 from tests.chaos.rig import decode_of
@@ -21,7 +24,7 @@ from worker.jobs import DEATHS, LEASE_S, MAX_ATTEMPTS, QUARANTINED, Jobs
 from worker.keeper import Keeper
 from worker.records import JobState
 from worker.spool import Spool
-from worker.store import Store
+from worker.store import RECORD_TTL_S, Store
 from worker.tasks import Context
 
 pytestmark = pytest.mark.redis
@@ -156,8 +159,10 @@ def test_pictures_that_are_drawn_together_are_done_together(jobs: Jobs, small_ms
 
 def test_workers_that_are_gone_are_forgotten(jobs: Jobs) -> None:
     for number in range(costs.REMEMBERED + 5):
-        costs.measured(jobs, 1.0, 1.0, f"worker-{number}")
-    assert jobs.store.queue.hlen(jobs.store.key("costs")) == costs.REMEMBERED + 1
+        costs.measured(jobs, 1.0, 1.0, f"worker-{-number}")
+    known = jobs.store.queue.hkeys(jobs.store.key("costs"))
+    last = (f"worker-{-number}".encode() for number in range(4, costs.REMEMBERED + 5))
+    assert set(known) == {*last}  # whatever their names
 
 
 def test_a_bitstream_that_was_drawn_is_not_to_blame(jobs: Jobs, small_msh: bytes) -> None:
@@ -209,6 +214,16 @@ def test_a_kept_picture_is_handed_over_by_whoever_finds_it(
     assert state(jobs, gone.id).status == "succeeded"
     assert (state(jobs, late.id).status, jobs.store.picture(late.id)) == ("failed", None)
     assert not list(tmp_path.iterdir())
+
+
+def test_kept_pictures_of_stores_that_are_gone_are_removed(tmp_path: Path) -> None:
+    for name, age_s in (("old", RECORD_TTL_S + 60), ("new", 60)):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / f"{'0' * 32}.1.png"
+        file.write_bytes(b"kept")
+        os.utime(file, (time.time() - age_s,) * 2)
+    Spool.forget(tmp_path)
+    assert [file.parent.name for file in tmp_path.rglob("*.png")] == ["new"]
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +304,20 @@ def test_one_bad_bitstream_fails_alone(
     jobs.queue.remove(good)
     tasks.enhance(good)
     assert [state(jobs, i).status for i in (good, broken)] == ["succeeded", "failed"]
+
+    good, odd = submit(jobs, small_msh, 1), submit(jobs, small_compressai, 1)
+    jobs.queue.remove(good)
+    draft = Library.draft
+
+    def drawn(own: Library, b: Bitstream, seed: int) -> Draft:
+        if b.format == "compressai":
+            raise RuntimeError("injected")
+        return draft(own, b, seed)
+
+    monkeypatch.setattr(Library, "draft", drawn)
+    tasks.enhance(good)
+    assert [state(jobs, i).status for i in (good, odd)] == ["succeeded", "failed"]
+    assert state(jobs, odd).error == "internal error"
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, loaded: Library, most: int) -> list[int]:

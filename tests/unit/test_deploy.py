@@ -1,9 +1,11 @@
 """The files that deploy it: sound by their tools, and true of the code."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -152,10 +154,29 @@ def test_probes_ask_for_paths_that_there_are() -> None:
     api = container("api")
     asked = {api[f"{probe}Probe"]["httpGet"]["path"] for probe in ("startup", "liveness")}
     asked |= {api["readinessProbe"]["httpGet"]["path"]}
-    asked |= set(re.findall(r"127\.0\.0\.1:8000(/\w+)", (ROOT / "Dockerfile").read_text()))
+    asked |= set(re.findall(r"127\.0\.0\.1:8000(/\w+)", (DEPLOY / "entrypoint.sh").read_text()))
     assert len(asked) == 3
     settings = ServiceSettings(REDIS_URL="redis://none.invalid")
     assert asked <= set(create_app(settings).openapi()["paths"])
+
+
+@pytest.mark.parametrize(("age_s", "healthy"), [(0, True), (60, False), (None, False)])
+def test_a_worker_in_the_image_is_healthy_while_it_says_so(
+    tmp_path: Path, age_s: int | None, healthy: bool
+) -> None:
+    """The entry point itself, which finds role and host where the image has them."""
+    script = tmp_path / "entrypoint.sh"
+    text = (DEPLOY / "entrypoint.sh").read_text()
+    script.write_text(text.replace("/tmp/role", f"{tmp_path}/role"))
+    (tmp_path / "role").write_text("worker\n")
+    (tmp_path / "alive").mkdir()
+    if age_s is not None:
+        sign = tmp_path / "alive" / f"{Path('/etc/hostname').read_text().strip()}-7"
+        sign.touch()
+        os.utime(sign, (time.time() - age_s,) * 2)
+    environment = os.environ | {"AFTERIMAGE_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(["sh", str(script), "healthy"], env=environment)
+    assert (done.returncode == 0) is healthy
 
 
 def test_workers_have_time_to_finish(compose: dict[str, Any]) -> None:
