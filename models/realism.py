@@ -25,9 +25,9 @@ def mix(x_hat: Tensor, x: Tensor, alpha: float) -> Tensor:
     """The picture at realism `alpha` between the codec's `x_hat` (0) and the drawn `x` (1).
 
     Shapes are equal, any. The straight way between the two is the optimal one (Freirich 2021, eq.
-    11), and holds per frequency: the lowest band of a drawn picture is the codec's already, so that
-    no realism shifts a colour. The network is not run. Raises `ParameterError` for other alphas,
-    `ValueError` for other shapes.
+    11), and holds per frequency: the lowest band of a residual decoder's picture is the codec's
+    already, so that no realism shifts a colour. The network is not run. Raises `ParameterError` for
+    other alphas, `ValueError` for other shapes.
     """
     check_realism(alpha)
     if x_hat.shape != x.shape:

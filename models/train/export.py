@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from torch import Tensor
+
 from models import catalogue, checkpoint, presets, zoo
 from models.decoder import CODECS
 from models.train.widen import widened
@@ -24,7 +26,7 @@ def codec(
         state = {k: v.half() for k, v in widened(state, *sizes).items()}
     tensors = {k: v.contiguous() for k, v in zoo.with_tables(state).items()}
     row: dict[str, str | int] = {"kind": "codec", "quality": quality, "metric": "mse"}
-    row["card"] = "msh.md"
+    row |= _card(folder / "msh.md", tensors)
     return catalogue.install(tensors, f"msh_q{quality}", folder, row).weights_id
 
 
@@ -43,5 +45,11 @@ def decoder(file: Path, folder: Path = checkpoint.WEIGHTS) -> str:
             (folder / entry.file).unlink(missing_ok=True)
     codecs = [entry.weights_id for entry in installed if entry.kind == "codec"]
     metadata = metadata | {CODECS: json.dumps(codecs)}
-    row = {"kind": "decoder", "card": "compact.md"}
+    row = {"kind": "decoder", **_card(folder / "compact.md", tensors)}
     return catalogue.install(tensors, name, folder, row, metadata).weights_id
+
+
+def _card(file: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The card in the weights' folder, where it names them by their id: else it is of others."""
+    of_these = file.exists() and checkpoint.weights_id(tensors) in file.read_text("utf-8")
+    return {"card": file.name} if of_these else {}

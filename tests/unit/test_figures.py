@@ -28,6 +28,11 @@ def test_pages_show_its_tables(page: str, table: int) -> None:
     assert re.findall(r"(?:^\|.*\n)+", report, re.M)[table] in (ROOT / page).read_text()
 
 
+@pytest.mark.parametrize("entry", checkpoint.manifest(), ids=lambda e: e.name)
+def test_cards_name_their_weights(entry: checkpoint.Entry) -> None:
+    assert f"`{entry.weights_id}`" in (checkpoint.WEIGHTS / entry.card).read_text()
+
+
 @pytest.mark.parametrize("page", ["README.md", EVALUATION / "evaluation.md"])
 def test_pictures_of_pages_are_there(page: str | Path) -> None:
     file = ROOT / page

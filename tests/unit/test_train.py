@@ -146,7 +146,11 @@ def test_exported_weights_load_by_the_manifest(
     assert again == shipped.weights_id
     assert zoo.load(1, folder=folder).weights_id == again
     assert [e.name for e in checkpoint.manifest(folder)] == ["decoder_compact", "msh_q1"]
+    assert not any(e.card for e in checkpoint.manifest(folder))
+    (folder / "compact.md").write_text(f"Of {identity}.")
+    (folder / "msh.md").write_text("Of others.")
     export.decoder(tmp_path / "run/decoder.safetensors", folder)
+    assert [e.card for e in checkpoint.manifest(folder)] == ["", "compact.md"]
     own = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load(folder))
     b = own.codecs[1, "mse"].encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
     assert own.draft(b, 0).shown
