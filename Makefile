@@ -7,7 +7,7 @@ URL ?=
 PART ?=
 COMPILE := .venv/lock/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe \
 	--no-header --no-emit-index-url --no-emit-trusted-host --no-emit-find-links
-SERVICES := tests/e2e tests/integration
+SERVICES := tests/e2e tests/integration tests/fuzz
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run demo test test-parts test-services browser check bench chaos screens load \
