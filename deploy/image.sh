@@ -41,4 +41,5 @@ if [ "$engine" = buildah ]; then
     fi
     exec buildah bud --isolation chroot --network host --format docker "$@" .
 fi
+[ "$engine" != podman ] || set -- --format docker "$@"  # its own has no health checks
 exec "$engine" build "$@" .

@@ -127,7 +127,10 @@ def _serve(args: argparse.Namespace) -> int:
     from worker.webhooks import WebhookSettings
 
     if settings.redis_url:
-        store.connect(settings).close()  # a wrong URL is told at once
+        connected = store.connect(settings)  # what is wrong with it is told at once
+        with contextlib.suppress(store.RedisError):  # that it is away is not
+            connected.check()
+        connected.close()
     loading = contextlib.ExitStack()
     loading.enter_context(without_collections())
 

@@ -27,8 +27,8 @@ Kind = Literal["draft", "queued", "started", "progress", "preview", "final"]
 
 TIMEOUT_S = 60.0
 """For an answer to begin; an event stream is silent for 15 s at most."""
-RETRIES = 8
-"""How often a decode that was accepted is asked for in vain, one time after the other."""
+RETRIES = 16
+"""How often a decode that was accepted is asked for in vain, one time after the other: a minute."""
 MAX_PAUSE_S = 60.0
 """Between two such times, where `Retry-After` asks for more."""
 _PASSING = frozenset({429, 502, 503, 504})
@@ -155,6 +155,8 @@ class AsyncClient:
                     raise _ended(state["status"], state["error"])
                 if state["status"] == "succeeded":
                     return
+                failures += 1
+                await _pause(httpx.ReadError("the event stream ends again and again"), failures)
 
     async def _update(self, event: ServerSentEvent, previews: bool) -> Update | None:
         if event.event not in {"queued", "started", "progress", "preview", "failed", "canceled"}:
@@ -265,7 +267,7 @@ async def _pause(error: httpx.TransportError | ApiError, failures: int) -> None:
     if failures > RETRIES or not passing:
         raise error
     asked = error.retry_after_s if isinstance(error, ApiError) else 0
-    await anyio.sleep(min(max(0.1 * 2**failures, asked), MAX_PAUSE_S if asked else 5))
+    await anyio.sleep(min(max(min(0.1 * 2**failures, 5), asked), MAX_PAUSE_S))
 
 
 def _error(answer: httpx.Response) -> ApiError:

@@ -31,7 +31,10 @@ from worker.webhooks import WebhookSettings
 
 
 class Bodies:
-    """The bytes of requests' bodies that are in memory, at most `limit`."""
+    """The bytes of requests' bodies as they were received, at most `limit`; `FREE` of each do not
+    count, so that bitstreams get in beside whatever uploads."""
+
+    FREE = 2**16
 
     def __init__(self, limit: int) -> None:
         self.held, self.limit = 0, limit
@@ -39,15 +42,17 @@ class Bodies:
     @contextlib.contextmanager
     def one(self) -> Iterator[Callable[[int], None]]:
         """What counts the parts of one body, until the end; it raises `Busy` at the limit."""
-        taken = 0
+        received = taken = 0
 
         def take(size: int) -> None:
-            nonlocal taken
-            if self.held + size > self.limit:
+            nonlocal received, taken
+            received += size
+            more = max(received - self.FREE, 0) - taken
+            if more and self.held + more > self.limit:
                 metrics.shed("bodies")
                 raise Busy("the requests that are being read take all the memory for them")
-            self.held += size
-            taken += size
+            self.held += more
+            taken += more
 
         try:
             yield take

@@ -55,8 +55,8 @@ class Instant:
         return await self.once(name, lambda: self._draw(b, format, asked))
 
     async def once(self, name: Hashable, work: Callable[[], Drawn]) -> Drawn:
-        """What `work` draws, kept under `name`; who asks meanwhile waits for the same. Raises as
-        `run`."""
+        """What `work` draws, kept under `name`; who asks meanwhile waits for the same, no longer
+        than the first. Raises as `run`."""
         if (kept := self._kept.get(name)) is not None:
             return Drawn(kept)
         if name not in self._drawing:

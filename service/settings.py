@@ -12,7 +12,7 @@ class ServiceSettings(WorkerSettings):
 
     max_bytes: int = Field(32 * 2**20, ge=1, description="largest request body")
     bodies_bytes: int = Field(
-        256 * 2**20, ge=1, description="bodies that an API process holds at once; at least one"
+        256 * 2**20, ge=1, description="bodies that an API process receives at once; at least one"
     )
     max_megapixel_steps: float = Field(
         2000, gt=0, description="largest job: megapixels times steps; about 1 s each on a core"

@@ -194,7 +194,8 @@ def service(tmp_path_factory: pytest.TempPathFactory, webhook_port: int) -> Iter
     with embed.servers(folder / "redis") as urls:
         own = {"REDIS_URL": urls[0], "CACHE_REDIS_URL": urls[1]}
         own |= {"AFTERIMAGE_MAX_PIXELS": "1000000", "AFTERIMAGE_BODY_TIMEOUT_S": "3"}
-        own |= {"AFTERIMAGE_MAX_MEGAPIXEL_STEPS": "300", "AFTERIMAGE_BODIES_BYTES": "1"}
+        own |= {"AFTERIMAGE_MAX_MEGAPIXEL_STEPS": "300"}
+        own |= {"AFTERIMAGE_MAX_BYTES": "4000000", "AFTERIMAGE_BODIES_BYTES": "1"}
         own |= {"AFTERIMAGE_WEBHOOK_SECRET": WEBHOOK_SECRET}
         own |= {"AFTERIMAGE_WEBHOOK_ALLOW": f"127.0.0.1:{webhook_port}"}
         with run_service(folder, **own) as running:

@@ -5,7 +5,7 @@ variance is taken to grow with the size w, so that a job's weight is 1/w: then t
 the jobs is what they took together, which is what those who wait want to know. (Weights 1/s² would
 follow the fast jobs: with times that scatter by a third, sums came out a fifth too small.)
 
-Each worker keeps its sums in the hash `costs`, with the time of its last job; `workers` is a sorted
+Each worker keeps its sums in the hash `sums`, with the time of its last job; `workers` is a sorted
 set of those that live: name -> when it was last heard of. Times are by the server's clock.
 """
 
@@ -187,4 +187,4 @@ def _workers(jobs: Jobs) -> str:
 
 
 def _costs(jobs: Jobs) -> str:
-    return jobs.store.key("costs")
+    return jobs.store.key("sums")

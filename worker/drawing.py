@@ -58,7 +58,7 @@ class Drawing:
             try:
                 return decoder.sample_batch(drafts, settings, self._on_step, self._on_tile, window)
             except Exception as e:
-                if not _short_of_memory(e):
+                if not short_of_memory(e):
                     if _sticky(e):
                         raise DeviceLost(str(e).partition("\n")[0]) from e
                     raise
@@ -126,7 +126,7 @@ def file(d: Decode, x: Tensor, format: image.OutputFormat) -> bytes:
     return image.write(codec.to_pixels(codec.crop(x, d.height, d.width)), format, text)
 
 
-def _short_of_memory(e: Exception) -> bool:
+def short_of_memory(e: Exception) -> bool:
     """Of a device, or of the host; libraries below torch tell it as a plain `RuntimeError`."""
     told = any(words in str(e) for words in ("can't allocate memory", "STATUS_ALLOC_FAILED"))
     kinds = (torch.OutOfMemoryError, MemoryError)

@@ -15,7 +15,7 @@ from models.errors import AfterimageError, Canceled, WrongWeights
 from models.library import Library
 from worker import costs, logs, tracing
 from worker.attempt import Attempt, LeaseLost
-from worker.drawing import DeviceLost, Drawing, OutOfMemory, file
+from worker.drawing import DeviceLost, Drawing, OutOfMemory, file, short_of_memory
 from worker.jobs import DEATHS, QUARANTINED, Jobs
 from worker.keeper import Keeper
 from worker.records import JobState
@@ -184,9 +184,9 @@ def _draft(attempt: Attempt) -> Draft | None:
         _fail([attempt], str(e))
     except JobTimeoutException:
         raise
-    except MemoryError as e:
-        raise OutOfMemory(f"latents of {decode.width}x{decode.height} pixels") from e
-    except Exception:  # others are drawn with it
+    except Exception as e:  # others are drawn with it
+        if short_of_memory(e):
+            raise OutOfMemory(f"latents of {decode.width}x{decode.height} pixels") from e
         log.exception("job %s failed", attempt.id)
         _fail([attempt], "internal error")
     return None

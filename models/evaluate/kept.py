@@ -1,7 +1,7 @@
 """Pictures that were drawn, as PNG files: an evaluation that was cut off goes on, or grows.
 
 `FOLDER/q2/kodim01.png/ddim-10.seed0.png`; each file's text says what it was drawn from, and how
-long that took. A file of other bytes, weights or settings is as good as none.
+long that took. A file of other bytes, weights, settings or code is as good as none.
 """
 
 import re

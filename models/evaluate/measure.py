@@ -158,7 +158,7 @@ class Evaluation:
         return out
 
     def _kept(self, source: _Source) -> dict[Draw, Decode]:
-        """What was drawn before, of this very bitstream and by these very weights."""
+        """What was drawn before from all the same, as `_origin` has it."""
         out = {}
         for draw in self.kept.draws(self.codec.quality, source.name):
             if draw[0] in NAMES:

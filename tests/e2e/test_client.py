@@ -91,6 +91,7 @@ def test_refusals_are_errors_with_the_problem(url: str, small_msh: bytes) -> Non
 def test_a_redirect_is_told(url: str, tmp_path: Path) -> None:
     class Redirecting(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
             self.send_response(308)
             self.send_header("Location", url)
             self.end_headers()

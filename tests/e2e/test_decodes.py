@@ -396,7 +396,7 @@ def test_a_running_job_stops_once_its_deadline_is_over(service: Service, stream:
 def test_a_long_queue_refuses_new_jobs_but_no_repeats(service: Service, stream: bytes) -> None:
     client = service.client
     with service.stores() as store:
-        key = store.key("costs")
+        key = store.key("sums")
         wait_for(client, submit(client, stream, tier="ddim-10", seed=9))
         while not (before := store.queue.hgetall(key)):
             time.sleep(0.1)  # what a job took is noted after its end

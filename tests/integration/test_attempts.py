@@ -160,7 +160,7 @@ def test_pictures_that_are_drawn_together_are_done_together(jobs: Jobs, small_ms
 def test_workers_that_are_gone_are_forgotten(jobs: Jobs) -> None:
     for number in range(costs.REMEMBERED + 5):
         costs.measured(jobs, 1.0, 1.0, f"worker-{-number}")
-    known = jobs.store.queue.hkeys(jobs.store.key("costs"))
+    known = jobs.store.queue.hkeys(jobs.store.key("sums"))
     last = (f"worker-{-number}".encode() for number in range(4, costs.REMEMBERED + 5))
     assert set(known) == {*last}  # whatever their names
 

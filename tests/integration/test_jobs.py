@@ -24,6 +24,7 @@ from worker.keeper import Keeper
 from worker.records import Decode, JobState
 from worker.spool import Spool
 from worker.store import Store
+from worker.urls import NoRedis
 
 pytestmark = pytest.mark.redis
 
@@ -81,6 +82,13 @@ def test_the_id_follows_the_published_recipe() -> None:
     settings = '{"beta":0.0,"eta":0.0,"gamma":1.0,"guidance":1.0,"sampler":"ddim","steps":10}'
     text = f"afterimage-1\n{'ab' * 32}\n{settings}\n5\n{'c' * 16}\n{'d' * 16}"
     assert d.id == hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def test_a_store_that_is_too_old_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.check()
+    monkeypatch.setattr(store.queue, "info", lambda _section: {"redis_version": "6.0.16"})
+    with pytest.raises(NoRedis, match=r"is 6\.0\.16; 6\.2 or later"):
+        store.check()
 
 
 def test_a_new_job_is_queued_once(jobs: Jobs, small_msh: bytes) -> None:
