@@ -11,7 +11,10 @@ const NAMES = { original: "Original", jpeg: "JPEG", webp: "WebP", instant: "Inst
 const HEALTH_MS = 5000;
 const PLACE_MS = 2000; // between questions about a place in the queue
 const FINAL = [400, 401, 403, 413, 415, 422]; // what another try does not change
-const REFUSED = ["queue-away", "queue-full", "busy", "too-many-requests"]; // but not the instant picture
+const REFUSED = [ // but not the instant picture
+  "queue-away", "queue-full", "busy", "too-many-requests", "parameter-error", "quarantined",
+];
+const PHOTO = /^(\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftyp)/s; // files without a type
 
 const sought = { left: "instant", right: "drawn" }; // to be compared, once they are there
 let tiers = [];
@@ -19,11 +22,13 @@ let shown = null; // what is chosen; another object after every choice
 let rivals = null; // the worker
 let missed = null; // what failed and may be tried again
 let working = 0; // attempts that go on
+let clicked = null; // the sample that was, last
 
 class Shown {
   constructor(name) {
     Object.assign(this, { name, photo: null, bitstream: null, id: "", bytes: 0, rows: {} });
     Object.assign(this, { following: false, copied: "" }); // an id whose link was copied
+    this.left = null; // what withdraws the decode before
     this.stop = new AbortController(); // of everything
     this.job = new AbortController(); // of one decode
   }
@@ -39,6 +44,7 @@ class Shown {
   end() {
     this.stop.abort();
     this.job.abort();
+    this.original?.close();
   }
 }
 
@@ -47,9 +53,10 @@ class Shown {
 function open(file, name) {
   const own = begin(new Shown(name || file.name || "pasted"));
   return attempt(async () => {
-    const head = String.fromCharCode(...new Uint8Array(await file.slice(0, 4).arrayBuffer()));
+    const head = String.fromCharCode(...new Uint8Array(await file.slice(0, 12).arrayBuffer()));
     own.stop.signal.throwIfAborted();
-    const coded = head === "\x8dMSH" || !file.type.startsWith("image/");
+    const photo = file.type.startsWith("image/") || PHOTO.test(head);
+    const coded = head.startsWith("\x8dMSH") || !photo;
     $("qualities").hidden = coded;
     own[coded ? "bitstream" : "photo"] = file;
     await (coded ? describe(own) : encode(own));
@@ -58,8 +65,15 @@ function open(file, name) {
 
 async function encode(own) {
   const signal = own.renew();
+  const quality = knobs.quality.value;
+  own.waiting = false;
+  hide("cancel");
   say("encoding");
-  own.original ??= await flat(own.photo).catch(() => null);
+  if (!own.original) {
+    const original = await flat(own.photo).catch(() => null);
+    if (own.original || own.stop.signal.aborted) original?.close();
+    else own.original = original;
+  }
   signal.throwIfAborted();
   if (own.original && !view.width) size(own.original.width, own.original.height);
   if (own.original && !view.pictures.has("original")) {
@@ -67,7 +81,8 @@ async function encode(own) {
     row("original", own.photo.size);
     choices();
   }
-  own.bitstream = await api.encode(own.photo, knobs.quality.value, signal);
+  own.bitstream = await api.encode(own.photo, quality, signal);
+  own.quality = quality;
   await describe(own);
 }
 
@@ -92,14 +107,24 @@ async function describe(own) {
   await decode(own);
 }
 
+// What the knobs say.
+const current = (own) =>
+  own.photo && own.quality !== knobs.quality.value ? encode(own) : decode(own);
+
+// Nobody would see the decode that goes on; but a link's belongs to who made it.
+function leave(own) {
+  const unseen = own?.following && own.bitstream && own.copied !== own.id;
+  return unseen ? api.withdraw(own.id).catch(() => null) : null;
+}
+
 async function decode(own) {
   const signal = own.renew();
-  const tier = knobs.tier.value;
-  const before = own.following && own.copied !== own.id ? own.id : ""; // nobody would see it
-  Object.assign(own, { id: "", tier, waiting: false, following: false });
+  own.left = leave(own) ?? own.left;
+  Object.assign(own, { waiting: false, following: false });
   if (!view.pictures.has("drawn")) say("decoding");
-  $("cancel").hidden = true;
-  if (before) await api.withdraw(before).catch(() => null);
+  hide("cancel");
+  await Promise.all([own.left, known()]);
+  const tier = knobs.tier.value;
   let answer;
   let refusal = null;
   try {
@@ -115,7 +140,7 @@ async function decode(own) {
   }
   const answered = performance.now();
   const bitmap = await fetched(answer.file, signal);
-  own.id = answer.id ?? "";
+  Object.assign(own, { id: answer.id ?? "", tier });
   remember(own);
   if (answer.tier === "instant") {
     view.drop("drawn");
@@ -138,7 +163,7 @@ async function decode(own) {
   choices();
   if (own.id && answer.tier === "instant") await follow(own);
   else quiet();
-  if (refusal && !own.waiting) complain(refusal, () => decode(own));
+  if (refusal && !own.waiting) complain(refusal, () => current(own));
 }
 
 // A decode that a link names.
@@ -150,6 +175,7 @@ async function find(id, bytes) {
       if (e.kind === "picture-gone") e.work = () => retried(id).then(() => find(id, bytes));
       throw e;
     });
+    await known();
     own.tier = state.tier;
     knobs.tier.value = state.tier;
     knobs.seed.value = state.seed;
@@ -219,7 +245,7 @@ const retried = (id) => api.retry(id).catch((e) => {
 });
 
 async function cancel(own) {
-  $("cancel").hidden = true;
+  hide("cancel");
   const { status, stopping } = await api.withdraw(own.id);
   if (own !== shown || stopping || status === "canceled") return; // the events tell
   own.job.abort();
@@ -237,6 +263,7 @@ function compete(own) {
     view.drop(name);
     row(name, null);
   }
+  choices();
   const worker = new Worker(new URL("rivals.js", import.meta.url));
   rivals = worker;
   worker.onmessage = async ({ data: { type, file, quality } }) => {
@@ -248,7 +275,10 @@ function compete(own) {
       return;
     }
     const bitmap = await createImageBitmap(file);
-    if (own !== shown) return;
+    if (own !== shown) {
+      bitmap.close();
+      return;
+    }
     const least = file.size > own.bytes;
     put(name, bitmap);
     row(name, file.size, least ? "its smallest" : `quality ${Math.round(100 * quality)}`);
@@ -257,12 +287,13 @@ function compete(own) {
   createImageBitmap(own.original).then((bitmap) => {
     const types = ["image/jpeg", "image/webp"];
     worker.postMessage({ bitmap, bytes: own.bytes, types }, [bitmap]);
-  });
+  }, () => {}); // something else was chosen
 }
 
 /* What is on the page */
 
 function begin(next) {
+  next.left = leave(shown);
   shown?.end();
   rivals?.terminate();
   shown = next;
@@ -287,6 +318,7 @@ function size(width, height) {
 
 async function fetched(file, signal) {
   const bitmap = await createImageBitmap(await file);
+  if (signal.aborted) bitmap.close();
   signal.throwIfAborted();
   return bitmap;
 }
@@ -296,6 +328,13 @@ function put(name, bitmap, fade) {
   $("stage").classList.add("full");
   $("welcome").hidden = true;
   $("source").hidden = false;
+  if (document.activeElement === document.body) $("canvas").focus({ preventScroll: true });
+}
+
+// The picture gets the focus of what is no longer there.
+function hide(id) {
+  if ($(id).contains(document.activeElement)) $("canvas").focus({ preventScroll: true });
+  $(id).hidden = true;
 }
 
 // Which pictures can be compared, those that are being made included.
@@ -330,8 +369,10 @@ function sides() {
     const there = view.pictures.has(name) ? "" : " …";
     $(side).textContent = title(name) + (partly ? ` at ${Math.round(view.realism * 100)} %` : there);
   }
-  const said = `${$("left").textContent} left of the divider, ${$("right").textContent} right of it`;
-  $("canvas").setAttribute("aria-label", said);
+  const [left, right] = [$("left").textContent, $("right").textContent];
+  $("canvas").setAttribute("aria-label", view.difference
+    ? `What differs between ${left} and ${right}, four times`
+    : `${left} left of the divider, ${right} right of it`);
 }
 
 // A line of the table; `bytes` is null while the picture is made, NaN where it cannot be.
@@ -350,10 +391,13 @@ function row(name, bytes, remark = "") {
 function ring(part) {
   $("ring").hidden = false;
   $("arc").style.strokeDashoffset = 100 - 100 * part;
+  $("progress").setAttribute("aria-valuenow", Math.round(100 * part));
 }
 
-function say(text) {
+// `live`: read out by screen readers, as not every step is.
+function say(text, live = true) {
   $("ring").hidden = false;
+  $("stand").ariaLive = live ? "polite" : "off";
   $("stand").textContent = text;
 }
 
@@ -361,7 +405,7 @@ function steps(own, step, total) {
   if (!step) return;
   own.step = step;
   ring(step / total);
-  say(`step ${step} of ${total}${remaining(own)}`);
+  say(`step ${step} of ${total}${remaining(own)}`, false);
 }
 
 // What the service predicted last, less what has passed since.
@@ -380,8 +424,8 @@ async function place(own) {
 }
 
 function quiet() {
-  $("ring").hidden = true;
-  $("cancel").hidden = true;
+  hide("ring");
+  hide("cancel");
 }
 
 /* Errors, as the API words them */
@@ -421,7 +465,7 @@ function complain(e, work) {
 }
 
 function settle() {
-  $("problem").hidden = true;
+  hide("problem");
 }
 
 /* The queue, when it is away */
@@ -431,7 +475,8 @@ async function health() {
   if (!told) return;
   const away = told.redis === "down";
   $("away").hidden = !away;
-  if (!away && shown?.waiting) attempt(() => decode(shown));
+  await known().catch(() => null);
+  if (!away && shown?.waiting) attempt(() => current(shown));
 }
 
 /* What people do */
@@ -461,10 +506,10 @@ addEventListener("paste", (e) => {
 });
 for (const button of document.querySelectorAll("[data-sample]")) {
   button.onclick = () => attempt(async () => {
-    const name = button.dataset.sample;
-    const before = shown;
-    const file = await (await api.ask(`web/samples/${name}.webp`)).blob();
-    if (before === shown) await open(file, button.firstElementChild.alt);
+    const [mine, before] = [(clicked = {}), shown];
+    say("loading");
+    const file = await (await api.ask(`web/samples/${button.dataset.sample}.webp`)).blob();
+    if (mine === clicked && before === shown) await open(file, button.firstElementChild.alt);
   });
 }
 
@@ -474,7 +519,7 @@ for (const radio of document.getElementsByName("quality")) {
 }
 const redraw = () => {
   about();
-  if (shown?.bitstream) attempt(() => decode(shown));
+  if (shown?.bitstream) attempt(() => current(shown));
 };
 knobs.tier.onchange = redraw;
 knobs.seed.onchange = redraw;
@@ -539,6 +584,7 @@ const tools = {
     view.difference = !view.difference;
     $("stage").classList.toggle("difference", view.difference);
     document.querySelector("[data-do=difference]").setAttribute("aria-pressed", view.difference);
+    sides();
     view.draw();
   },
 };
@@ -567,13 +613,19 @@ function about() {
 
 const linked = () => new URLSearchParams(location.hash.slice(1));
 
+// The tiers, which are asked for once.
+async function known() {
+  if (tiers.length) return;
+  const told = await api.json("v1/tiers");
+  if (tiers.length) return;
+  tiers = told;
+  knobs.tier.replaceChildren(...tiers.map((t) => new Option(t.name, t.name)));
+  knobs.tier.value = "perceptual";
+  about();
+}
+
 async function start() {
-  await attempt(async () => {
-    tiers = await api.json("v1/tiers");
-    knobs.tier.replaceChildren(...tiers.map((t) => new Option(t.name, t.name)));
-    knobs.tier.value = "perceptual";
-    about();
-  });
+  await attempt(known);
   health();
   setInterval(health, HEALTH_MS);
   if (linked().get("decode")) await find(linked().get("decode"), Number(linked().get("bytes")));

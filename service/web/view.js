@@ -245,12 +245,14 @@ export class View extends EventTarget {
       const [[ax, ay], [bx, by]] = this.#pointers.values();
       return [Math.hypot(ax - bx, ay - by), (ax + bx) / 2, (ay + by) / 2];
     };
-    canvas.addEventListener("wheel", (e) => {
+    const stage = canvas.parentElement; // the divider lies over the canvas
+    stage.addEventListener("wheel", (e) => {
       if (!this.width) return;
       e.preventDefault();
       this.zoom(this.scale * 2 ** (-e.deltaY / (e.deltaMode ? 6 : 200)), ...at(e));
     }, { passive: false });
-    canvas.addEventListener("dblclick", (e) => {
+    stage.addEventListener("dblclick", (e) => {
+      if (!this.width || e.target.closest("button")) return;
       if (this.fitted) this.zoom(devicePixelRatio, ...at(e));
       else this.fit();
     });

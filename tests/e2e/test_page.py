@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import BrowserContext, Page, Request, expect
+from playwright.sync_api import BrowserContext, Page, Request, Route, expect
 
 from models import image
 from models.image import Pixels
@@ -177,6 +177,47 @@ def test_another_quality_encodes_again(opened: Page, small_png: Path) -> None:
     assert job(opened) != first
 
 
+def test_a_quality_that_is_being_encoded_is_not_lost(
+    opened: Page, service: Service, small_png: Path
+) -> None:
+    draw(opened, small_png)
+    late = Late(opened, "**/v1/encodes?quality=3")
+    opened.locator("#qualities label", has_text="3").click()
+    late.asked()
+    opened.locator("[name=tier]").select_option("ddim-10")
+    late.go_on()
+    expect(opened.locator("#right")).to_have_text("DDIM-10", timeout=SLOW)
+    coded = service.client.post("/v1/encodes?quality=3", content=small_png.read_bytes())
+    expect(opened.locator("#rows tr", has_text="Bitstream")).to_contain_text(
+        f"{len(coded.content):,}"
+    )
+
+
+class Late:
+    """Requests that get no answer until they may."""
+
+    def __init__(self, page: Page, pattern: str) -> None:
+        self.page, self.pattern, self.routes = page, pattern, list[Route]()
+        page.route(pattern, lambda route: self.routes.append(route))
+
+    def asked(self) -> None:
+        """Wait for the first."""
+        while not self.routes:
+            self.page.wait_for_timeout(20)
+
+    def go_on(self) -> None:
+        for route in self.routes:
+            route.continue_()
+        self.page.unroute(self.pattern)
+
+
+def test_a_photograph_without_a_type_is_encoded(opened: Page, small_png: Path) -> None:
+    untyped = {"name": "photo", "mimeType": "", "buffer": small_png.read_bytes()}
+    opened.set_input_files("#chosen", files=[untyped])  # type: ignore[list-item]
+    expect(opened.locator("#right")).to_have_text("Perceptual", timeout=SLOW)
+    expect(opened.locator("#qualities")).to_be_visible()
+
+
 def test_jpeg_and_webp_of_the_same_size_are_made_by_the_browser(opened: Page) -> None:
     opened.locator("[data-sample=parrots]").click()
     rows = {n: opened.locator("#rows tr", has_text=n) for n in ("Bitstream", "JPEG", "WebP")}
@@ -288,6 +329,28 @@ def test_a_link_opened_elsewhere_finds_the_same_job(
         expect(other.locator("#rows")).to_contain_text("Bitstream")
 
 
+def test_another_picture_withdraws_the_drawing_that_goes_on(
+    opened: Page, service: Service, small_file: Path, small_png: Path
+) -> None:
+    opened.locator("[name=tier]").select_option("ddpm-1000")
+    choose(opened, small_file)
+    expect(opened.locator("#stand")).to_have_text(re.compile("step"), timeout=SLOW)
+    first = job(opened)
+    opened.locator("[name=tier]").evaluate("e => e.value = 'perceptual'")
+    draw(opened, small_png)
+    assert service.client.get(f"/v1/decodes/{first}").json()["status"] == "canceled"
+
+
+def test_a_tier_that_is_too_much_for_a_picture_leaves_the_instant_one(opened: Page) -> None:
+    opened.locator("[name=tier]").select_option("ddpm-1000")
+    opened.locator("[data-sample=parrots]").click()
+    expect(opened.locator("#problem")).to_contain_text("megapixel", timeout=SLOW)
+    expect(opened.locator("#times")).to_contain_text("Instant")
+    opened.locator("[name=tier]").select_option("perceptual")
+    expect(opened.locator("#right")).to_have_text("Perceptual", timeout=SLOW)
+    expect(opened.locator("#problem")).to_be_hidden()
+
+
 # Comparing
 
 
@@ -344,6 +407,10 @@ def test_zoom_and_pan_go_together_down_to_single_pixels(
     np.testing.assert_array_equal(screen(opened), before)
     opened.mouse.wheel(0, 200)
     expect(opened.locator("#zoom")).to_have_text("1600 %")
+    opened.locator("#split").fill("50")
+    opened.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 3)
+    opened.mouse.wheel(0, 200)  # on the divider
+    expect(opened.locator("#zoom")).to_have_text("800 %")
     canvas.focus()
     opened.keyboard.press("0")
     expect(canvas).to_have_class("fitted")
@@ -499,9 +566,33 @@ def test_a_full_queue_leaves_the_instant_picture(opened: Page, small_file: Path)
     expect(opened.locator("#times")).to_contain_text("Instant")
     expect(opened.locator("#welcome")).to_be_hidden()
     opened.unroute(full)
-    opened.locator("#retry").click()
+    opened.locator("#retry").press("Enter")
+    expect(opened.locator("#canvas")).to_be_focused()  # the button is gone
     expect(opened.locator("#right")).to_have_text("Perceptual", timeout=SLOW)
     expect(opened.locator("#problem")).to_be_hidden()
+
+
+def test_tiers_that_could_not_be_loaded_are_asked_for_again(
+    page: Page, service: Service, small_file: Path
+) -> None:
+    page.route("**/v1/tiers", lambda route: route.abort())
+    page.goto(str(service.client.base_url))
+    expect(page.locator("#problem")).to_contain_text("cannot be reached")
+    page.unroute("**/v1/tiers")
+    choose(page, small_file)
+    expect(page.locator("#right")).to_have_text("Perceptual", timeout=SLOW)
+
+
+def test_of_two_quick_samples_the_second_is_shown(opened: Page) -> None:
+    both = [Late(opened, f"**/samples/{name}.webp") for name in ("parrots", "girl")]
+    for name, late in zip(("parrots", "girl"), both, strict=True):
+        opened.locator(f"[data-sample={name}]").click()
+        late.asked()
+    for late in both:
+        with opened.expect_response(late.pattern):
+            late.go_on()
+    expect(opened.locator("#file")).to_have_text("A painted face")
+    drawn(opened)
 
 
 def test_of_two_quick_choices_the_second_is_shown(
