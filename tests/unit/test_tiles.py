@@ -48,4 +48,4 @@ def test_4k_is_drawn_with_little_computed_twice() -> None:
         (w.read[1] - w.read[0]) * (w.read[3] - w.read[2])
         for w in tiles.windows(135, 240, decoder.WINDOW, decoder.OVERLAP)
     )
-    assert read / (135 * 240) < 1.13
+    assert read / (135 * 240) < 1.17
