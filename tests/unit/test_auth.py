@@ -193,7 +193,7 @@ def test_a_file_that_breaks_keeps_the_last_good_keys_and_is_told_once(
         (table(name="a b"), "keys.0.name: String should match"),
         (
             table(scopes='["decode", "all"]'),
-            "keys.0.scopes.1: Input should be 'decode' or",
+            "keys.0.scopes.1: Input should be 'decode' or 'encode'",
         ),
         (table(scopes="[]"), "keys.0.scopes: List should have at least 1 item"),
         (table(TOKEN, "a", '["decode"]', "jobs_at_once = 0"), "keys.0.jobs_at_once: Input should"),
