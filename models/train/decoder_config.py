@@ -26,6 +26,9 @@ class DiffusionConfig(RunConfig):
     other_codec: bool = option(False, "--init's weights belong to another codec: read latents anew")
     lpips: str = option("", "LPIPS weights (AlexNet or VGG), for phase 2 and for the paper's loss")
     lr_phase2: float = option(2e-4, "learning rate of phase 2 at its top")
+    times: str = option(
+        "uniform", "which the denoiser learns most at", choices=("uniform", "middle")
+    )
     drop_latents: float = option(0.12, "part of the crops whose latents are hidden")
     mse_weight: float = option(0.2, "weight of the squared error in phase 2")
     mse_allowance: float = option(1.5, "x the codec's own error, beyond which it weighs 3 x more")

@@ -82,24 +82,29 @@ class DiffusionTask:
         if self.config.paper:
             yield self._paper(batch, step)
         elif step.stage.name == "phase1":
-            loss, _ = self._denoising(batch, self._keep(batch, step), step.own)
+            t = self._times(len(batch.x), step.own)
+            loss, _ = self._denoising(batch, self._keep(batch, step), t, step.own)
             yield Play("net", loss, {"loss": loss.detach(), "v": loss.detach()})
         else:
             yield from self._phase2(batch, step)
 
+    def _times(self, n: int, generator: torch.Generator) -> Tensor:
+        t = losses.stratified(n, generator)
+        return losses.middle(t) if self.config.times == "middle" else t
+
     def _denoising(
-        self, batch: Batch, keep: Tensor | None, generator: torch.Generator
+        self, batch: Batch, keep: Tensor | None, t: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """v-loss, and that of predicting zero."""
         x0 = self.network.residual(batch)
-        t = losses.stratified(len(x0), generator)
         denoise = self.network.given(batch, 0.0, keep)
         return losses.denoising(denoise, x0, t, _noise(x0, generator))
 
     def _phase2(self, batch: Batch, step: Step) -> Iterator[Play]:
         half = len(batch.x) // 2
         keep = self._keep(batch, step)
-        v_loss, _ = self._denoising(batch.rows(slice(half)), keep[:half], step.own)
+        times = self._times(half, step.own)
+        v_loss, _ = self._denoising(batch.rows(slice(half)), keep[:half], times, step.own)
         batch = batch.rows(slice(half, None))
         target = self.network.residual(batch)
         denoise = self.network.given(batch, 1.0, keep[half:])
@@ -179,7 +184,8 @@ class DiffusionTask:
         return {k: round(float(sum(r[k] for r in rows)) / len(rows), 5) for k in rows[0]}
 
     def _judge(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        v, zero = self._denoising(batch, None, generator)
+        t = losses.stratified(len(batch.x), generator)
+        v, zero = self._denoising(batch, None, t, generator)
         denoise = self.network.given(batch, 1.0)
         x0 = losses.rollout(denoise, _noise(batch.x, generator), len(FEW_STEPS))
         picture = self.network.picture(batch, x0).clamp(0, 1)

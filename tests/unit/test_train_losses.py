@@ -32,6 +32,14 @@ def test_times_are_stratified() -> None:
     assert not torch.equal(t, t.sort().values)
 
 
+def test_middle_times_are_all_times_but_most_are_in_the_middle() -> None:
+    u = torch.arange(1000) / 1000
+    t = losses.middle(u)
+    assert float(t[0]) == 0 and 0.99 < float(t[-1]) < 1
+    assert (t.diff() > 0).all()
+    assert float(((t >= 0.1) & (t < 0.7)).float().mean()) == pytest.approx(0.75, abs=0.002)
+
+
 def test_a_rollout_with_the_true_residual_ends_there() -> None:
     x0 = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
