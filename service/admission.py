@@ -22,13 +22,18 @@ def admit(own: State, job_id: str) -> None:
     state = own.jobs.get(job_id)
     if state is not None and state.status not in ENDED:
         return
-    fullness = own.store.fullness()
-    if fullness >= FULL:
-        metrics.shed("memory")
-        retry = {"Retry-After": str(FULL_RETRY_S)}
-        raise QueueFull(f"{fullness:.0%} of the queue's memory", retry)
+    room(own)
     backlog, limit = costs.backlog_s(own.jobs), own.settings.max_backlog_s
     if backlog > limit:
         metrics.shed("backlog")
         retry = {"Retry-After": str(math.ceil(backlog - limit))}
         raise Busy(f"{backlog:.0f} s of work are queued", retry)
+
+
+def room(own: State) -> None:
+    """Raises `QueueFull` where little of the queue's memory is left."""
+    fullness = own.store.fullness()
+    if fullness >= FULL:
+        metrics.shed("memory")
+        retry = {"Retry-After": str(FULL_RETRY_S)}
+        raise QueueFull(f"{fullness:.0%} of the queue's memory", retry)

@@ -32,7 +32,7 @@ def picture(
     """200 with the picture file, 304 where the client has it, 206 for a part of it.
 
     `decode` is what was drawn; None: the instant picture.
-    Conditions and ranges belong to GET and HEAD. Raises `RangeNotSatisfiable`.
+    Conditions belong to GET and HEAD, ranges to GET. Raises `RangeNotSatisfiable`.
     """
     digest = hashlib.sha256(data).hexdigest()
     own = {
@@ -47,7 +47,7 @@ def picture(
         if _known(request, own["ETag"]):
             return Response(status_code=304, headers=own)
         own["Accept-Ranges"] = "bytes"
-        asked = request.headers.get("range")
+        asked = request.headers.get("range") if request.method == "GET" else None
         if asked and request.headers.get("if-range", own["ETag"]) == own["ETag"]:
             part = _range(asked, len(data))
             if part is not None:

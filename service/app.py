@@ -60,7 +60,8 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.own = await anyio.to_thread.run_sync(_state, chosen, connected)
         port = chosen.metrics_port
-        stop = metrics.serve(port, app.state.own.jobs) if port else None
+        jobs, host = app.state.own.jobs, chosen.metrics_host
+        stop = metrics.serve(port, jobs, host) if port else None
         yield
         if stop is not None:
             await anyio.to_thread.run_sync(stop)

@@ -162,6 +162,7 @@ def _serve(args: argparse.Namespace) -> int:
         courier = [COURIER] if WebhookSettings().secrets else []
         stack.enter_context(running([WORKER] * args.workers + courier, settings.grace_s))
         _say("loading models")
+        os.environ.setdefault("AFTERIMAGE_METRICS_HOST", args.host)
         app = create_app(ServiceSettings())
         config = uvicorn.Config(
             app,

@@ -108,7 +108,7 @@ class AsyncClient:
             yield Update("draft", answer.content)
             async for update in self._follow(location, previews):
                 yield update
-        mixed = {"min_tier": tier, "realism": realism}
+        mixed = {"min_tier": "perceptual", "realism": realism}  # the decode may have another's name
         answer = await self._patiently("GET", f"{location}/image", params=mixed, headers=accept)
         yield Update("final", answer.content, tier=answer.headers["x-afterimage-tier"])
 

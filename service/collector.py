@@ -1,5 +1,6 @@
 """Metrics that are no process's own: the queue's state, and what workers left in Redis."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping
 
@@ -21,7 +22,8 @@ except some that were queued again."""
 
 
 class Queue(Collector):
-    """What Redis knows, asked at every scrape; `afterimage_redis_up` 0 alone while it is away."""
+    """What Redis knows, asked at every scrape; `afterimage_redis_up` 0 alone while the queue's is
+    away, and 0 too while the cache's is."""
 
     def __init__(self, jobs: Jobs) -> None:
         self.jobs = jobs
@@ -31,12 +33,14 @@ class Queue(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        try:
+        found: list[Metric] = []
+        up = 0.0
+        with contextlib.suppress(RedisError):
             found = [*_waiting(self.jobs), *_figures(figures.read(self.jobs.store))]
-        except RedisError:
-            found = []
-        up = "Whether the queue's Redis answers (1) or not (0)."
-        yield GaugeMetricFamily("afterimage_redis_up", up, float(bool(found)))
+            self.jobs.store.cache.ping()
+            up = 1.0
+        told = "Whether the Redis of queue and cache answers (1) or not (0)."
+        yield GaugeMetricFamily("afterimage_redis_up", told, up)
         yield from found
 
 

@@ -1,6 +1,5 @@
 """`POST /v1/decodes`, `PUT /v1/decodes/{id}`: the instant picture now, the better one queued."""
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from typing import Annotated, Any
 import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from fastapi.responses import JSONResponse
 
 from models import bitstream, errors, tiers
 from models.bitstream import Bitstream
@@ -30,7 +28,7 @@ from service.deps import (
 )
 from service.instant import Drawn
 from service.negotiate import Preferences
-from service.problems import IdMismatch, KeyReused, QueueFull
+from service.problems import Conflict, IdMismatch, KeyReused, QueueFull
 from worker import costs, webhooks
 from worker.jobs import HOLD_S, MAX_HOLD_S
 from worker.records import ENDED, Decode
@@ -73,6 +71,7 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
         QueueFull,
         errors.Quarantined,
         KeyReused,
+        Conflict,
     ),
 }
 
@@ -290,10 +289,10 @@ class _Submission:
             if finished is not None:
                 headers["Preference-Applied"] = f"wait={self.prefer.wait_s}"
                 return self._picture(finished, self.decode, headers)
-        state = await anyio.to_thread.run_sync(progress.view, self.own, id)
-        headers["Preference-Applied"] = self.prefer.applied
-        headers["Retry-After"] = str(math.ceil(state.eta_s or 1))
-        return JSONResponse(state.model_dump(mode="json"), 202, headers)
+        state = await progress.look(self.own, id, self.caller.name)
+        answer = await pictures.pending(self.own, state)
+        answer.headers.update({**headers, "Preference-Applied": self.prefer.applied})
+        return answer
 
     async def _submit(self) -> None:
         def submit() -> bool:
@@ -317,6 +316,7 @@ class _Submission:
         state = self.own.jobs.get(self.decode.id) if self.what.webhooks else None
         if state is None or state.status not in ENDED:
             return
+        admission.room(self.own)
         for url in self.what.webhooks:
             webhooks.register(self.own.store, state.id, url)
         webhooks.job_ended(self.own.store, state.id, *webhooks.event(state))
@@ -341,8 +341,12 @@ def _decode(own: State, sent: Given, what: Asked, settings: Settings) -> Decode:
 
 
 def _check_key(own: State, caller: str, key: str, job_id: str) -> None:
-    """Remember what a key stands for. Raises `KeyReused` where that is something else."""
+    """Remember what a key stands for, where there is room: else only what is kept is answered.
+
+    Raises `KeyReused` where it stands for something else.
+    """
     name = own.store.key("idempotency", caller, key)
-    new = own.store.queue.set(name, job_id, nx=True, ex=IDEMPOTENCY_TTL_S)
-    if not new and own.store.queue.get(name) != job_id.encode():
+    if own.store.fullness() < admission.FULL:
+        own.store.queue.set(name, job_id, nx=True, ex=IDEMPOTENCY_TTL_S)
+    if own.store.queue.get(name) not in {None, job_id.encode()}:
         raise KeyReused(f"Idempotency-Key {key!r} came with another request before")

@@ -94,7 +94,7 @@ def _follow(client: httpx.Client, location: str, title: str) -> None:
             bar.set_postfix_str(state["status"])
             if state["status"] == "succeeded":
                 return
-            if state["status"] in {"failed", "expired"}:
+            if state["status"] in {"failed", "canceled"}:
                 raise SystemExit(f"the decode {state['status']}: {state['error']}")
             time.sleep(0.1)
 

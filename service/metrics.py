@@ -104,7 +104,7 @@ async def page(request: Request) -> Response:
     return Response(text, headers=headers, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-def serve(port: int, jobs: Jobs, host: str = "0.0.0.0") -> Callable[[], None]:
+def serve(port: int, jobs: Jobs, host: str) -> Callable[[], None]:
     """Show the page on a port of its own; the returned function ends that.
 
     Raises `OSError` where the port is taken.

@@ -1,5 +1,6 @@
 """`GET /v1/decodes/{id}/image`: the best picture there is, in the format that is liked best."""
 
+import contextlib
 import math
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 from models import bitstream, codec, image, realism, tiers
 from models.bitstream import Bitstream
-from models.errors import ParameterError
+from models.errors import ParameterError, WrongWeights
 from models.image import OutputFormat
 from models.library import provenance
 from service import answers, problems, progress, schemas
@@ -17,6 +18,7 @@ from service.deps import Accepted, JobId, Own, Preferred, State, Viewing, one_of
 from service.instant import Drawn
 from service.problems import Conflict, JobNotFound, PictureGone
 from worker.records import Decode, JobState
+from worker.store import RedisError
 
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
 
@@ -33,7 +35,8 @@ _ROUTE: dict[str, Any] = {
         304: {"description": "The picture that If-None-Match names is still the best."},
         **problems.responses(
             *problems.OF_KEYS, *problems.OF_LINES, problems.QueueAway, JobNotFound, Conflict,
-            PictureGone, ParameterError, problems.NotAcceptable, problems.RangeNotSatisfiable,
+            PictureGone, ParameterError, WrongWeights, problems.NotAcceptable,
+            problems.RangeNotSatisfiable,
         ),
     },
 }  # fmt: skip
@@ -67,7 +70,7 @@ async def picture(
     if _RANKS[min_tier] > _rank(state.decode):
         raise Conflict(f"decode {id} draws {state.decode.tier}, not {min_tier}")
     if state.status != "succeeded" and min_tier != "instant":
-        return await _pending(own, state)
+        return await pending(own, state)
     if state.status == "succeeded" and realism > 0:
         file = await finished(own, state.decode, format, realism)
         if file is not None:
@@ -120,13 +123,15 @@ async def finished(
 
 
 async def draft(own: State, decode: Decode, b: Bitstream, format: OutputFormat) -> Drawn:
-    """The instant picture, from the stores or computed and kept there."""
+    """The instant picture, from the cache or computed and kept there; without one, computed."""
     name = decode.digest, decode.codec, format
-    kept = await anyio.to_thread.run_sync(own.store.draft, *name)
-    if kept is not None:
-        return Drawn(kept)
+    with contextlib.suppress(RedisError):
+        kept = await anyio.to_thread.run_sync(own.store.draft, *name)
+        if kept is not None:
+            return Drawn(kept)
     drawn = await own.instant.picture(b, decode.digest, format)
-    await anyio.to_thread.run_sync(own.store.put_draft, *name, drawn.file)
+    with contextlib.suppress(RedisError):
+        await anyio.to_thread.run_sync(own.store.put_draft, *name, drawn.file)
     return drawn
 
 
@@ -134,7 +139,10 @@ async def _bitstream(own: State, decode: Decode) -> Bitstream:
     data = await anyio.to_thread.run_sync(own.store.bitstream, decode.digest)
     if data is None:
         raise JobNotFound(f"the bitstream of decode {decode.id} is no longer kept")
-    return bitstream.parse(data, own.settings.max_pixels)
+    b = bitstream.parse(data, own.settings.max_pixels)
+    if own.library.codec_id(b) != decode.codec:
+        raise WrongWeights(f"decode {decode.id} is of other weights than are here now")
+    return b
 
 
 def _rank(decode: Decode) -> int:
@@ -143,7 +151,8 @@ def _rank(decode: Decode) -> int:
     return max(_RANKS[name] for name in (decode.tier, *same))
 
 
-async def _pending(own: State, state: JobState) -> Response:
+async def pending(own: State, state: JobState) -> Response:
+    """202 and the job's state; raises `Conflict` where its picture will not come."""
     if state.status in {"failed", "canceled"}:
         raise Conflict(f"decode {state.id} is {state.status}: {state.error or 'retry makes it'}")
     shown = await anyio.to_thread.run_sync(progress.view, own, state.id)

@@ -170,7 +170,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RedisError)
     async def _store(request: Request, _e: RedisError) -> JSONResponse:
         metrics.shed("redis")
-        return await _own(request, QueueAway("the queue is away; instant decodes still work"))
+        return await _own(request, QueueAway("queue or cache is away; instant decodes still work"))
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, _e: Exception) -> JSONResponse:

@@ -30,6 +30,7 @@ class ServiceSettings(WorkerSettings):
     cors_origins: tuple[str, ...] = Field(
         (), description='JSON list of origins whose pages may call the API; ["*"]: all'
     )
+    metrics_host: str = Field("127.0.0.1", description="of its own port; `serve`: that of --host")
     metrics_port: int = Field(0, ge=0, le=65535, description="of /metrics; 0: the API's own port")
     max_backlog_s: float = Field(
         900, gt=0, description="work that may be queued; beyond it new jobs are refused"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models import codec, image
 from models.decoder import WINDOW, Decoder, Draft
-from models.errors import AfterimageError, Canceled
+from models.errors import AfterimageError, Canceled, PictureError
 from models.library import provenance
 from worker.attempt import Attempt, LeaseLost
 from worker.records import Decode
@@ -116,7 +116,7 @@ class Drawing:
         pictures = self._picture()
         for attempt in attempts:
             row = pictures[self.attempts.index(attempt)][None]
-            with contextlib.suppress(RedisError):
+            with contextlib.suppress(RedisError, PictureError):  # no WebP file is that large
                 attempt.preview(self.step, file(attempt.state.decode, row, "webp"))
 
 

@@ -233,6 +233,7 @@ function stopped(own, { status, error }) {
   else complain({ title: "The drawing failed", message: error ?? "" }, again);
 
   async function again() {
+    if (own.bitstream) return decode(own); // takes hold, too, of what is still drawn for others
     own.renew();
     await retried(own.id);
     await follow(own);

@@ -51,6 +51,17 @@ def test_a_decode_is_a_draft_then_progress_then_the_picture(url: str, photo: ima
         assert [u.kind for u in client.decode(data, "instant")] == ["final"]
 
 
+def test_a_decode_that_another_asked_for_by_another_name_is_had(
+    service: Service, url: str, photo: image.Pixels
+) -> None:
+    with Client(url) as client:
+        data = stream(client, photo, 31)
+        asked = {"tier": "ddpm-100", "steps": 3}
+        service.client.post("/v1/decodes", params=asked, content=data)
+        updates = list(client.decode(data, "ddpm-1000", steps=3))
+        assert (updates[-1].kind, updates[-1].tier) == ("final", "ddpm-100")
+
+
 async def _collect(url: str, data: bytes) -> list[str]:
     async with AsyncClient(url) as client:
         return [update.kind async for update in client.decode(data, seed=5)]

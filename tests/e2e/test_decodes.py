@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -19,7 +20,8 @@ from models.tiers import TIERS
 from tests.chaos.rig import until
 from tests.conftest import Service, psnr, wait_for
 from worker import costs, figures
-from worker.records import Decode
+from worker.jobs import Jobs
+from worker.records import Decode, fresh
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
@@ -92,6 +94,20 @@ def test_a_client_that_waits_gets_the_finished_picture(client: httpx.Client, str
     assert (answer.status_code, answer.headers["x-afterimage-tier"]) == (200, "perceptual")
     assert answer.headers["content-type"] == "image/webp"
     assert answer.headers["preference-applied"] == "wait=60"
+
+
+def test_who_waits_for_what_another_cancels_is_told(client: httpx.Client, stream: bytes) -> None:
+    location = submit(client, stream, **SLOW)
+    headers = {"Prefer": "respond-async, wait=60"}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(
+            client.post, "/v1/decodes", params=SLOW, content=stream, headers=headers
+        )
+        reaches(client, location, "running")
+        time.sleep(1)
+        client.delete(location)
+        answer = waiting.result()
+    assert (answer.status_code, "canceled" in answer.json()["detail"]) == (409, True)
 
 
 def test_broken_bytes_are_refused_before_they_are_queued(
@@ -186,7 +202,7 @@ def test_a_picture_can_be_asked_for_in_parts(client: httpx.Client, small_msh: by
     assert part("bytes=0-99", **{"If-Range": etag}).status_code == 206
     for several in ("bytes=0-1,5-6", "lines=0-1", "bytes=9-3", "bytes=-"):
         assert part(several).content == whole.content
-    head = client.head(f"{location}/image")
+    head = client.head(f"{location}/image", headers={"Range": "bytes=0-99"})
     assert (head.status_code, head.content) == (200, b"")
     assert (head.headers["etag"], int(head.headers["content-length"])) == (etag, size)
 
@@ -439,6 +455,25 @@ def test_an_idempotency_key_means_one_request(client: httpx.Client, stream: byte
     assert first.headers["location"] == same.headers["location"]
     assert (other.status_code, "key-reused" in other.json()["type"]) == (422, True)
     wait_for(client, first.headers["location"])
+
+
+def test_a_decode_by_weights_that_are_gone_is_mixed_with_no_others(
+    service: Service, small_compressai: bytes
+) -> None:
+    """Its bitstream names no weights: what decodes it now may be another import."""
+    client = service.client
+    location = submit(client, small_compressai)
+    wait_for(client, location)
+    with service.stores() as store:
+        state = Jobs(store).get(location.rpartition("/")[2])
+        assert state is not None
+        past = replace(state.decode, codec="0" * 16)
+        ended = {**fresh(past), "status": "succeeded"}
+        store.queue.hset(store.key("job", past.id), mapping=ended)
+        store.cache.set(store.key("picture", past.id), client.get(f"{location}/image").content)
+    whole, mixed = (client.get(f"/v1/decodes/{past.id}/image?realism={a}") for a in (1, 0.5))
+    assert whole.status_code == 200
+    assert (mixed.status_code, "wrong-weights" in mixed.json()["type"]) == (422, True)
 
 
 def test_other_callers_keep_a_job_alive(service: Service, stream: bytes) -> None:

@@ -113,6 +113,20 @@ def test_instant_decodes_go_on_without_redis_and_upgrades_when_it_is_back(
     expect(page.locator("#away")).to_be_hidden()
 
 
+def test_drafts_and_upgrades_go_on_without_the_cache(
+    own: Service, stores: Rig, worker: Worker, small_msh: bytes
+) -> None:
+    asked: dict[str, str | int] = {"tier": "perceptual", "seed": 5}
+    instant = own.client.post("/v1/decodes", content=small_msh)
+    stores.cache.kill()
+    made = own.client.post("/v1/decodes", params=asked, content=small_msh)
+    assert (made.status_code, made.content) == (200, instant.content)
+    assert "afterimage_redis_up 0.0" in own.client.get("/metrics").text
+    stores.cache.start()
+    assert wait_for(own.client, made.headers["location"])["status"] == "succeeded"
+    assert "afterimage_redis_up 1.0" in own.client.get("/metrics").text
+
+
 def test_a_client_waits_for_its_decode_while_redis_restarts(
     own: Service, stores: Rig, worker: Worker, small_msh: bytes
 ) -> None:
@@ -137,7 +151,10 @@ def test_a_full_queue_refuses_jobs_and_lets_workers_finish(
     assert first.status_code == 200
     queue.config_set("maxmemory", int(queue.info("memory")["used_memory"] / 0.9))
     before = sorted(queue.keys())
-    full = client.post("/v1/decodes", params={**asked, "seed": 1}, content=small_msh)
+    headers = {"Idempotency-Key": "of a full queue"}
+    full = client.post(
+        "/v1/decodes", params={**asked, "seed": 1}, content=small_msh, headers=headers
+    )
     assert (full.status_code, full.json()["type"][-10:]) == (503, "queue-full")
     assert int(full.headers["retry-after"]) > 0
     queue.config_set("maxmemory", 1)  # and no room at all
@@ -147,6 +164,7 @@ def test_a_full_queue_refuses_jobs_and_lets_workers_finish(
     assert none.status_code == 503
     assert client.post("/v1/decodes", content=small_msh).status_code == 200
     new = set(queue.keys()) - set(before)
-    assert not [key for key in new if b":job:" in key or b":bitstream:" in key], new
+    kinds = (b":job:", b":bitstream:", b":idempotency:")
+    assert not [key for key in new if any(kind in key for kind in kinds)], new
     queue.config_set("maxmemory", 0)
     assert wait_for(client, first.headers["location"])["status"] == "succeeded"
