@@ -16,6 +16,8 @@ from models.errors import WeightsError
 
 WEIGHTS = Path(__file__).parent / "weights"
 """The shipped weights; `manifest.toml` there names every file."""
+CODECS = "codecs"
+"""In the metadata of a diffusion decoder's file: a JSON list of weights ids."""
 
 
 @dataclass(frozen=True, slots=True)

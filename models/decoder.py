@@ -31,8 +31,8 @@ finest activations of this many stay below 32 MiB, above which glibc maps each a
 OVERLAP = 4
 """Latent positions around a denoiser's window. It reaches up to 98 pixels, but what lies beyond 64
 moves a finished picture by 0.03/255 at most (measured; at 48 pixels 0.34, at 96 nothing)."""
-CODECS = "codecs"
-"""In the metadata of a decoder's file: a JSON list of weights ids."""
+LEAST_WINDOW = 24**2
+"""Latent positions below which windows would be little but their overlap."""
 CONDITION_OVERLAP = 8
 """Latent positions around a conditioner's window: its convolutions reach 120 pixels."""
 
@@ -109,7 +109,8 @@ class Decoder:
     ) -> Tensor:
         """Draw pictures of one shape together: (B, 3, H, W) in [0, 1], as each alone would be.
 
-        At most `window` latent positions are read in one network call: fewer need less memory.
+        At most `window` latent positions are read in one network call, on a GPU of each picture:
+        fewer need less memory. Below `LEAST_WINDOW` a picture is not cut finer.
         Raises `ValueError` where shapes differ or latents that are shown are not the network's,
         `WrongWeights` where a network that knows nothing but latents is not shown them.
         """
@@ -156,6 +157,8 @@ class _Drawing:
         self.on_tile, self.window = on_tile, window
         self.net, self.config = decoder.net, decoder.config
         self.device, self.settings, self.process = decoder.device, settings, decoder.process
+        paper = self.config.preset == "paper"  # for `compact` less than its reach is enough
+        self.overlap = -(-self.config.halo // STRIDE_Y) if paper else OVERLAP
         self.seeds = [d.seed for d in drafts]
         self.x_hat = torch.cat([d.x_hat for d in drafts]).to(self.device)
         self.shape = (3, self.x_hat.shape[2], self.x_hat.shape[3])
@@ -211,7 +214,7 @@ class _Drawing:
     def _network(self, x_t: Tensor, t: float, maps: Maps) -> Tensor:
         now = torch.full_like(self.beta, t)
         out: Tensor | None = None
-        for w in self._windows(OVERLAP):
+        for w in self._windows(self.overlap):
             (part,) = tiles.cut(w, [x_t], [1])
             near = tiles.cut(w, maps, self.config.map_strides)
             with self._precision():
@@ -246,7 +249,9 @@ class _Drawing:
 
     def _windows(self, overlap: int) -> list[tiles.Window]:
         rows, columns = self.shape[1] // STRIDE_Y, self.shape[2] // STRIDE_Y
-        return list(tiles.windows(rows, columns, self.window // len(self.seeds), overlap))
+        together = 1 if self.device.type == "cuda" else len(self.seeds)  # a CPU's cache is small
+        area = max(self.window // together, LEAST_WINDOW)
+        return list(tiles.windows(rows, columns, area, overlap))
 
     def _precision(self) -> torch.autocast:
         """bfloat16 on a GPU, for the networks alone: x_t and what is added to it stay float32."""
@@ -279,7 +284,8 @@ def opened(file: Path, device: torch.device | None = None) -> Decoder:
 
 
 def _codecs(metadata: dict[str, str]) -> frozenset[str] | None:
-    return frozenset(json.loads(metadata[CODECS])) if CODECS in metadata else None
+    ids = metadata.get(checkpoint.CODECS)
+    return None if ids is None else frozenset(json.loads(ids))
 
 
 def _network(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> UNet:

@@ -35,11 +35,6 @@ class UNetConfig:
         return tuple(finest << i for i in range(len(self.condition)))
 
     @property
-    def stride(self) -> int:
-        """Pixels between two positions of the coarsest level: sides must be multiples of it."""
-        return self.patch << (len(self.widths) - 1)
-
-    @property
     def halo(self) -> int:
         """Pixels that an output depends on beyond its own position, on each side.
 

@@ -40,7 +40,8 @@ class Window:
 def windows(rows: int, columns: int, area: int, overlap: int) -> Iterator[Window]:
     """Windows that together keep every position once, of at most `area` positions to read.
 
-    Of all grids that fit, the one that computes the fewest positions twice.
+    Of all grids that fit, the one that computes the fewest positions twice; `ValueError` where
+    none does.
     """
     n_rows, n_columns = _grid(rows, columns, area, overlap)
     for i in range(n_rows):
@@ -87,7 +88,7 @@ def cut(window: Window, maps: Sequence[Tensor], strides: Sequence[int]) -> tuple
 
 
 def _grid(rows: int, columns: int, area: int, overlap: int) -> tuple[int, int]:
-    best, cost = (rows, columns), math.inf
+    best, cost = None, math.inf
     for n_rows in range(1, rows + 1):
         height = math.ceil(rows / n_rows) + (2 * overlap if n_rows > 1 else 0)
         n_columns = _cuts(columns, area // height, overlap)
@@ -96,6 +97,8 @@ def _grid(rows: int, columns: int, area: int, overlap: int) -> tuple[int, int]:
         twice = (rows + 2 * overlap * (n_rows - 1)) * (columns + 2 * overlap * (n_columns - 1))
         if twice < cost:
             best, cost = (n_rows, n_columns), twice
+    if best is None:
+        raise ValueError(f"no windows of {area} positions overlap by {overlap}")
     return best
 
 

@@ -70,7 +70,7 @@ def _figures(sums: figures.Figures) -> Iterator[Metric]:
     for name in (figures.SUCCEEDED, figures.FAILED, figures.CANCELED):
         ended.add_metric([name.partition(":")[2]], sums.get(name))
     yield ended
-    lost = "Jobs whose worker fell silent."
+    lost = "Workers that fell silent over what they drew."
     yield CounterMetricFamily("afterimage_leases_lost", lost, sums.get(figures.LEASES_LOST))
     buckets, total = sums.eta_ratios
     error = "Measured over predicted time of a job (ratio; 1 is exact)."

@@ -298,10 +298,11 @@ class _Submission:
         def submit() -> bool:
             self.own.quotas.job(self.caller, self.decode.id)
             jobs, data = self.own.jobs, self.sent.data
-            for url in self.what.webhooks:  # before the job, whose end could be missed
-                webhooks.register(self.own.store, self.decode.id, url)
+            self._register()  # before the job, whose end could be missed
             hold_s = MAX_HOLD_S if self.what.webhooks else self.what.hold_s  # nobody need ask
             state, made = jobs.submit(self.decode, data, self.caller.name, hold_s)
+            if made:  # a run before may just have ended, and told them
+                self._register()
             if self.what.webhooks and state.status in ENDED:
                 webhooks.job_ended(self.own.store, state.id, *webhooks.event(state))
             eta_s = costs.eta_s(jobs, state) if made else None
@@ -311,14 +312,17 @@ class _Submission:
 
         self.made = await anyio.to_thread.run_sync(submit)
 
+    def _register(self) -> None:
+        for url in self.what.webhooks:
+            webhooks.register(self.own.store, self.decode.id, url)
+
     def _tell(self) -> None:
         """Tell the webhooks of this request of a job whose picture is kept."""
         state = self.own.jobs.get(self.decode.id) if self.what.webhooks else None
         if state is None or state.status not in ENDED:
             return
         admission.room(self.own)
-        for url in self.what.webhooks:
-            webhooks.register(self.own.store, state.id, url)
+        self._register()
         webhooks.job_ended(self.own.store, state.id, *webhooks.event(state))
 
     def _picture(self, file: bytes, drawn: Decode | None, headers: dict[str, str]) -> Response:

@@ -143,11 +143,11 @@ class Attempt:
                 pipe.delete(Job.key_for(job_id))
             pipe.hincrby(self.jobs.key(job_id), "commits", 1)
             self.jobs.finish(pipe, job_id, "succeeded")
+            self.jobs.pardon(state.decode.digest, pipe)
 
         self._write(lambda *_: None, _UNFINISHED)
         self.jobs.store.put_picture(self.id, png)  # before anybody is told of it
         self._write(end, _UNFINISHED)
-        self.jobs.pardon(self.state.decode.digest)
 
     def measured(self, seconds: float) -> None:
         """How long the picture took, for predictions and metrics."""
@@ -159,6 +159,18 @@ class Attempt:
     def fail(self, error: str) -> None:
         """It cannot be drawn; `error` is shown to clients. Raises `LeaseLost`."""
         self._write(lambda job_id, _, pipe: self.jobs.finish(pipe, job_id, "failed", error))
+
+    def cancel(self) -> bool:
+        """Nobody waits: the end; False where somebody came meanwhile. Raises `LeaseLost`."""
+        ended = [False]
+
+        def leave(job_id: str, _: JobState, pipe: Pipeline) -> None:
+            ended[0] = not self.jobs.wanted(job_id)
+            if ended[0]:
+                self.jobs.finish(pipe, job_id, "canceled")
+
+        self._write(leave)
+        return ended[0]
 
     def stop(self) -> None:
         """Nobody waits; who came meanwhile is served after all. Raises `LeaseLost`."""

@@ -94,20 +94,24 @@ class Drawing:
                 continue
             try:
                 wish = attempt.look(step)
+                if wish.watched:
+                    watched.append(attempt)
+                if not wish.wanted:
+                    self._drop(attempt)
             except LeaseLost as e:
                 self.dropped[attempt.id] = e
             except RedisError:  # to know what is wanted is worth less than the work
                 self._blind_until = time.monotonic() + BLIND_S
                 return []
-            else:
-                if wish.watched:
-                    watched.append(attempt)
-                if not wish.wanted:
-                    self.dropped[attempt.id] = Canceled("nobody waits for the picture any more")
-                    self._preview([attempt])  # the best so far is kept
         if len(self.dropped) == len(self.attempts):
             raise next(iter(self.dropped.values()))
         return watched
+
+    def _drop(self, attempt: Attempt) -> None:
+        """Nobody waits: the end, unless somebody came; of RQ's own job when RQ is done with it."""
+        self._preview([attempt])  # the best so far is kept
+        if attempt is self.attempts[0] or attempt.cancel():
+            self.dropped[attempt.id] = Canceled("nobody waits for the picture any more")
 
     def _preview(self, attempts: Sequence[Attempt]) -> None:
         if self._picture is None:

@@ -60,13 +60,6 @@ def key(store: Store) -> str:
     return store.key("metrics")
 
 
-def worker_metric(store: Store, name: str, value: float = 1.0) -> None:
-    """Add to a sum; with Redis away the figure is lost, not the work."""
-    with contextlib.suppress(RedisError), store.queue.pipeline() as pipe:
-        add(store, pipe, name, value)
-        pipe.execute()
-
-
 def add(store: Store, pipe: Pipeline, name: str, value: float = 1.0) -> None:
     """Add to a sum, as a part of the transaction that makes it true."""
     pipe.hincrbyfloat(key(store), name, value)

@@ -190,12 +190,15 @@ class Jobs:
         """Queue again, in front, what silent workers left. A death counts against the bitstream;
         `DEATHS` of them, or `MAX_ATTEMPTS`, are the end."""
         silent = self.store.queue.zrangebyscore(self.leases, 0, self.now() - LEASE_S)
+        owners: set[str] = set()  # several jobs may have been one worker's
 
         def leave(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
             pipe.zrem(self.leases, job_id)
             if state is not None and state.status == "running":
                 self.bury(state, pipe)
-                figures.add(self.store, pipe, figures.LEASES_LOST)
+                if state.owner not in owners:
+                    figures.add(self.store, pipe, figures.LEASES_LOST)
+                owners.add(state.owner)
 
         for job_id in (value.decode() for value in silent):  # type: ignore[union-attr]
             self.change(job_id, self.leases, leave)
@@ -222,9 +225,9 @@ class Jobs:
         """The worker of an attempt was cut off, but lives: the bitstream is not to blame."""
         self.store.queue.srem(self._deaths(state.decode.digest), state.owner)
 
-    def pardon(self, digest: str) -> None:
+    def pardon(self, digest: str, pipe: Pipeline) -> None:
         """A picture was drawn from the bitstream: what workers died of was something else."""
-        self.store.queue.delete(self._deaths(digest))
+        pipe.delete(self._deaths(digest))
 
     def put_back(self, job_id: str, pipe: Pipeline, attempts: int | None = None) -> None:
         """In front of the queue again; with `attempts`, as if only so many were made."""

@@ -1,6 +1,7 @@
 """The thread that speaks for a worker while its main thread draws, and looks after others' jobs."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ class Keeper(threading.Thread):
         self.attempts: Sequence[Attempt] = ()
         self.stopped = threading.Event()
         self._trust_from = time.monotonic() + BEAT_S + 1
+        self._last = math.inf  # the server's time at the turn before
         self._nowhere: set[str] = set()
 
     def run(self) -> None:
@@ -56,10 +58,14 @@ class Keeper(threading.Thread):
             for attempt in self.attempts:
                 attempt.beat()
             costs.present(self.jobs)
+            now = self.jobs.now()
         except RedisError:
             # others could not speak up either: their silence means nothing for a while
             self._trust_from = time.monotonic() + LEASE_S
             raise
+        if now - self._last > LEASE_S:  # all slept with this machine, or the server's clock was set
+            self._trust_from = time.monotonic() + LEASE_S
+        self._last = now
         if time.monotonic() > self._trust_from:
             self.jobs.reap()
         # between a worker's taking a job and its saying so the job is nowhere, for an instant:

@@ -152,6 +152,7 @@ def serve(redis_url: str) -> None:
         def _install_signal_handlers(self) -> None:
             for number in _ENDS:
                 signal.signal(number, self._end)
+            self._stop_requested = Context.stopping  # it may have been told to another before
 
         def _end(self, _number: int, _frame: FrameType | None) -> None:
             self._stop_requested = True

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -10,15 +11,16 @@ from functools import partial
 from rq.timeouts import JobTimeoutException
 
 from models import bitstream
-from models.decoder import Draft
+from models.decoder import WINDOW, Draft
 from models.errors import AfterimageError, Canceled, WrongWeights
 from models.library import Library
+from models.msh import STRIDE_Y
 from worker import costs, logs, tracing
 from worker.attempt import Attempt, LeaseLost
 from worker.drawing import DeviceLost, Drawing, OutOfMemory, file, short_of_memory
 from worker.jobs import DEATHS, QUARANTINED, Jobs
 from worker.keeper import Keeper
-from worker.records import JobState
+from worker.records import Decode, JobState
 from worker.spool import Spool
 from worker.store import RedisError
 
@@ -72,7 +74,7 @@ def enhance(job_id: str) -> None:
         jobs.failed(job_id, QUARANTINED)
         return
     alone = Context.batch < 2 or jobs.deaths(state.decode.digest)
-    alike = [] if alone else jobs.claim_alike(state, Context.batch - 1)
+    alike = [] if alone else jobs.claim_alike(state, _together(state.decode) - 1)
     attempts: list[Attempt] = []
     owner = uuid.uuid4().hex
     Context.keeper.attempts = attempts
@@ -88,6 +90,14 @@ def enhance(job_id: str) -> None:
         Context.afterwards += [partial(_leave, name, owner) for name in (job_id, *alike)]
     finally:
         Context.keeper.attempts = ()
+
+
+def _together(d: Decode) -> int:
+    """How many like it are drawn at once: on CPUs no more than fit into one window."""
+    if Context.library.diffusion.device.type == "cuda":
+        return Context.batch
+    height, width = bitstream.padded(d.height, d.width)
+    return min(Context.batch, max(1, WINDOW * STRIDE_Y**2 // (height * width)))
 
 
 def _leave(job_id: str, owner: str) -> None:
@@ -199,13 +209,14 @@ def _draw(attempts: Sequence[Attempt], drafts: Sequence[Draft], began: float) ->
     except (Canceled, LeaseLost):
         pictures = None  # all of them were dropped
     Context.interruptible = False
+    signal.alarm(0)  # RQ's limit is on drawing: what is drawn waits for its store
     for i, attempt in enumerate(attempts):
         why = drawing.dropped.get(attempt.id)
         if isinstance(why, LeaseLost):
             Context.afterwards.append(partial(Context.jobs.absolve, attempt.state))
-        elif why is not None:
+        elif pictures is None or (why and not Context.jobs.wanted(attempt.id)):
             Context.afterwards.append(_settled(attempt.stop))
-        elif pictures is not None:
+        else:
             png = file(attempt.state.decode, pictures[i : i + 1], "png")
             _hand_over(attempt, png, began, len(attempts))
 
@@ -217,7 +228,8 @@ def _hand_over(attempt: Attempt, png: bytes, began: float, together: int) -> Non
         try:
             attempt.commit(png)
             log.info("job %s: %d steps drawn", attempt.id, attempt.state.total)
-            Context.afterwards.append(partial(_measure, attempt, began, together))
+            if file is None:  # else it waited, too
+                Context.afterwards.append(partial(_measure, attempt, began, together))
             break
         except LeaseLost as e:
             log.info("job %s is not ours any more: %s", attempt.id, e)

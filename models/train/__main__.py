@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from models.errors import WeightsError
+from models.errors import AfterimageError
 from models.train import bank
 from models.train.config import RunConfig, add_options
 from models.train.decoder_config import DiffusionConfig, resolved
@@ -32,7 +32,7 @@ def main() -> None:
             print(f"{follow(**args):.4f} of the latents' power is left over")  # noqa: T201
         else:
             _train(command, args)
-    except (ValueError, FileNotFoundError, WeightsError) as e:
+    except (ValueError, FileNotFoundError, AfterimageError) as e:
         parser.error(str(e))
 
 

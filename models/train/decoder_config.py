@@ -51,6 +51,8 @@ def resolved(config: DiffusionConfig) -> DiffusionConfig:
     for stage in config.plan:
         if stage.name not in phases:
             raise ValueError(f"stage {stage.name!r}: {config.preset} has {', '.join(phases)}")
+        if stage.name == "phase2" and config.batch < 2:
+            raise ValueError("phase 2 needs a batch of 2 or more: half of it is denoised")
     if bool(config.photos) == bool(config.bank) or bool(config.bank) != bool(config.held_out):
         raise ValueError("either --photos, or --bank and --held-out")
     if config.crop % 16 or config.crop < 48:

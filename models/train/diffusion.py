@@ -75,7 +75,7 @@ class DiffusionTask:
         """The paper's is constant; here it falls at the end of the time that there is."""
         top = self.config.lr if stage.name == "phase1" else self.config.lr_phase2
         hold = 0.8 if self.config.paper else 0.0
-        return top * min(1.0, (step + 1) / self.config.warm) * cosine(part, hold)
+        return top * min(1.0, (step + 1) / max(1, self.config.warm)) * cosine(part, hold)
 
     def plays(self, step: Step) -> Iterator[Play]:
         batch = self.bank.batch(self.config.batch, self.config.crop, step.own)

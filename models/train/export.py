@@ -6,7 +6,6 @@ from pathlib import Path
 from torch import Tensor
 
 from models import catalogue, checkpoint, presets, zoo
-from models.decoder import CODECS
 from models.train.widen import widened
 
 
@@ -44,7 +43,7 @@ def decoder(file: Path, folder: Path = checkpoint.WEIGHTS) -> str:
         if entry.kind == "decoder" and entry.name != name:
             (folder / entry.file).unlink(missing_ok=True)
     codecs = [entry.weights_id for entry in installed if entry.kind == "codec"]
-    metadata = metadata | {CODECS: json.dumps(codecs)}
+    metadata = metadata | {checkpoint.CODECS: json.dumps(codecs)}
     row = {"kind": "decoder", **_card(folder / "compact.md", tensors)}
     return catalogue.install(tensors, name, folder, row, metadata).weights_id
 

@@ -46,6 +46,7 @@ def follow(
     pairs = ((_latents(old, x, m), _latents(new, x, m)) for x in pictures)
     change, left = fit(pairs)
     tensors |= turned(tensors, quality, change)
+    metadata.pop(checkpoint.CODECS, None)  # of those before
     with whole(out) as part:
         save_file(tensors, part, metadata)
     return left

@@ -106,7 +106,7 @@ class MshTask:
     def rate(self, step: int, part: float, stage: Stage) -> float:
         """The tail repeats the end of the decay, from a quarter."""
         tail = self.config.tail
-        warm = self.config.lr * min(1.0, (step + 1) / self.config.warm)
+        warm = self.config.lr * min(1.0, (step + 1) / max(1, self.config.warm))
         if part >= 1 - tail:
             return warm * 0.25 * (1 - part) / tail
         return warm * cosine(part / (1 - tail), hold=0.4)
@@ -156,9 +156,11 @@ class MshTask:
     def _judge(self, pixels: Tensor) -> tuple[float, float]:
         height, width = pixels.shape[1:]
         x = pixels[None].to(self.device).float() / 255
-        beyond = (0, -width % STRIDE_Z, 0, -height % STRIDE_Z)
-        bits, x_hat = self.net(F.pad(x, beyond, mode="replicate"))
-        made = x_hat[:, :, :height, :width].clamp(0, 1)
+        across, down = -width % STRIDE_Z, -height % STRIDE_Z
+        left, top = across // 2, down // 2
+        padded = F.pad(x, (left, across - left, top, down - top), mode="replicate")
+        bits, x_hat = self.net(padded)
+        made = x_hat[:, :, top : top + height, left : left + width].clamp(0, 1)
         return float(bits) / (height * width), -10 * math.log10(float(F.mse_loss(made, x)))
 
 

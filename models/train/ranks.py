@@ -62,14 +62,11 @@ class Ranks:
                     tensor.copy_(own)
 
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace gradients by their mean over ranks, in one message; a missing one counts as 0."""
-        if self.world == 1:
+        """Replace gradients by their mean over ranks, in one message. Which parameters have one is
+        the same on all: the others are left alone."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if self.world == 1 or not grads:
             return
-        owned = [p for p in parameters if p.requires_grad]
-        for p in owned:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        grads = [p.grad for p in owned if p.grad is not None]
         flat = torch.cat([g.reshape(-1) for g in grads])
         dist.all_reduce(flat)
         flat.div_(self.world)

@@ -194,11 +194,13 @@ def disturbed(
     chaos = Chaos(own, 1)
     chaos.start()
     all_of(client, wanted, minutes * 60)
+    went_on = chaos.is_alive()  # an exception would have ended it
     chaos.stopped.set()
     chaos.join()
     report.tell(
         f"{len(wanted)} jobs in {minutes:g} minutes, {chaos.kills} workers killed, {chaos.drains} "
-        f"told to end, Redis killed {chaos.restarts} times"
+        f"told to end, Redis killed {chaos.restarts} times",
+        went_on and chaos.kills > 0,
     )
     names = [job.location.rpartition("/")[2] for job in wanted]
     states = [own.state(name) for name in names]

@@ -1,6 +1,7 @@
 """A worker's hold on a job, in this process: who may write, and what short memory does."""
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import redis
 import torch
 from rq.timeouts import JobTimeoutException
 
@@ -18,7 +20,7 @@ from models.decoder import Draft
 from models.library import Library
 from models.tiers import Settings
 from tests.chaos.rig import decode_of
-from worker import costs, tasks
+from worker import costs, figures, tasks
 from worker.attempt import Attempt, LeaseLost
 from worker.jobs import DEATHS, LEASE_S, MAX_ATTEMPTS, QUARANTINED, Jobs
 from worker.keeper import Keeper
@@ -157,6 +159,31 @@ def test_pictures_that_are_drawn_together_are_done_together(jobs: Jobs, small_ms
     assert costs.backlog_s(jobs) == pytest.approx(4.0)  # of the one worker that says it lives
 
 
+def test_a_keeper_that_slept_gives_the_others_time_to_speak(
+    jobs: Jobs, small_msh: bytes, tmp_path: Path
+) -> None:
+    attempt = begin(jobs, small_msh)
+    silence(jobs, attempt)
+    keeper = Keeper(jobs, Spool(tmp_path), tmp_path / "alive")
+    keeper._trust_from, keeper._last = 0.0, jobs.now() - LEASE_S - 1
+    keeper._beat()
+    assert state(jobs, attempt.id).status == "running"
+    keeper._trust_from = 0.0
+    keeper._beat()
+    assert state(jobs, attempt.id).status == "queued"
+
+
+def test_a_worker_that_falls_silent_over_several_jobs_is_one(jobs: Jobs, small_msh: bytes) -> None:
+    for seed, owner in enumerate(("batch", "batch", "other")):
+        job_id = submit(jobs, small_msh, seed)
+        jobs.queue.remove(job_id)
+        attempt = Attempt.begin(jobs, job_id, owner)
+        assert attempt is not None
+        silence(jobs, attempt)
+    jobs.reap()
+    assert figures.read(jobs.store).get(figures.LEASES_LOST) == 2
+
+
 def test_workers_that_are_gone_are_forgotten(jobs: Jobs) -> None:
     for number in range(costs.REMEMBERED + 5):
         costs.measured(jobs, 1.0, 1.0, f"worker-{-number}")
@@ -287,6 +314,71 @@ def test_jobs_of_one_shape_are_drawn_together_as_each_alone(
         tasks.enhance(job_id)
     for a, b in zip(together, pictures(jobs, ids), strict=True):
         assert np.abs(a.astype(int) - b).max() <= 1
+
+
+@pytest.mark.weights
+def test_a_cpu_draws_no_more_together_than_fits_into_a_window(
+    context: None, jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Context, "batch", 4)
+    monkeypatch.setattr(tasks, "WINDOW", 2 * 12 * 8 + 1)  # 150×100 pixels have 12×8 positions
+    ids = [submit(jobs, small_msh, seed) for seed in range(4)]
+    jobs.queue.remove(ids[0])
+    tasks.enhance(ids[0])
+    assert jobs.queue.job_ids == ids[2:]
+    assert len(pictures(jobs, ids[:2])) == 2
+
+
+@pytest.mark.weights
+def test_one_of_several_is_canceled_at_once_and_who_comes_back_is_served(
+    context: None, jobs: Jobs, loaded: Library, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Context, "batch", 3)
+    settings, forward = Settings("ddim", 8), loaded.diffusion.net.denoiser.forward
+    first, second, third = (submit(jobs, small_msh, seed, settings) for seed in range(3))
+    jobs.queue.remove(first)  # as RQ takes it
+    seen: list[tuple[str, ...]] = []
+
+    def meanwhile(*given: Any) -> torch.Tensor:
+        seen.append(tuple(state(jobs, name).status for name in (first, second, third)))
+        if len(seen) == 3:
+            jobs.withdraw(first, "")
+            jobs.withdraw(second, "")
+        if len(seen) == 6:
+            jobs.hold(first, "", 60)
+        return forward(*given)
+
+    monkeypatch.setattr(loaded.diffusion.net.denoiser, "forward", meanwhile)
+    tasks.enhance(first)
+    tasks.settle()
+    assert seen[2] == ("running", "running", "running")
+    assert seen[4] == ("running", "canceled", "running")
+    assert len(pictures(jobs, [first, third])) == 2
+    assert (state(jobs, first).attempts, len(seen)) == (1, 8)
+
+
+@pytest.mark.weights
+def test_what_is_drawn_waits_for_its_store_as_long_as_it_takes(
+    context: None, jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time limit is one of drawing, and the wait is no part of what drawing costs."""
+    put, left = Store.put_picture, []
+
+    def away(own: Store, *given: Any) -> None:
+        left.append(signal.alarm(0))
+        if len(left) < 3:
+            raise redis.ConnectionError("injected")
+        put(own, *given)
+
+    monkeypatch.setattr(Store, "put_picture", away)
+    job_id = submit(jobs, small_msh)
+    signal.alarm(600)
+    tasks.enhance(job_id)
+    tasks.settle()
+    assert left == [0, 0, 0]
+    assert state(jobs, job_id).status == "succeeded"
+    assert costs.model(jobs) is None
+    assert not list(Context.spool.folder.glob("*.png"))
 
 
 @pytest.mark.weights

@@ -170,6 +170,7 @@ def test_a_picture_in_windows_is_the_whole_picture(
     x_hat = shipped.synthesis(latents.y_hat)
     whole = tiny_decoder.sample(latents, x_hat, 2, Settings("ddpm", 3), 0)
     monkeypatch.setattr(decoder, "OVERLAP", 6)
+    monkeypatch.setattr(decoder, "LEAST_WINDOW", 320)
     assert len(list(tiles.windows(16, 24, 320, 6))) > 1
     draft = Draft(latents, x_hat, 2, 0)
     tiled = tiny_decoder.sample_batch([draft], Settings("ddpm", 3), window=320)
@@ -177,11 +178,25 @@ def test_a_picture_in_windows_is_the_whole_picture(
     assert torch.allclose(whole, tiled, atol=1e-5)
 
 
+def test_many_pictures_together_are_not_cut_into_windows_that_are_all_overlap(
+    tiny_decoder: Decoder, shipped: Codec, photo: image.Pixels
+) -> None:
+    shown = codec.to_tensor(photo[:320, :384].copy())
+    latents = shipped.latents(shipped.encode(shown, "msh", "exact"))
+    x_hat, calls = shipped.synthesis(latents.y_hat), []
+    drafts = [Draft(latents, x_hat, 2, seed) for seed in range(8)]
+    tiny_decoder.sample_batch(
+        drafts, Settings("ddim", 2), on_tile=lambda: calls.append(1), window=800
+    )
+    assert len(calls) == 3  # the condition and two steps, in one window each
+
+
 @pytest.mark.weights
 @pytest.mark.parametrize("settings", [Settings("ddim", 4, beta=1.0), Settings("ddpm", 4)], ids=str)
 def test_windows_of_the_shipped_weights_leave_no_seams(
-    shipped: Codec, photo: image.Pixels, settings: Settings
+    shipped: Codec, photo: image.Pixels, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(decoder, "LEAST_WINDOW", 24 * 19)
     shown = codec.to_tensor(photo[:384, :512].copy())
     latents = shipped.latents(shipped.encode(shown, "msh", "exact"))
     x_hat = shipped.synthesis(latents.y_hat)

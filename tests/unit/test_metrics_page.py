@@ -181,9 +181,9 @@ def test_a_queued_job_without_a_record_breaks_nothing(store: Store) -> None:
 
 
 def test_what_workers_add_is_shown(store: Store) -> None:
-    figures.worker_metric(store, figures.LEASES_LOST)
-    figures.worker_metric(store, figures.SUCCEEDED, 2)
     with store.queue.pipeline() as pipe:
+        figures.add(store, pipe, figures.LEASES_LOST)
+        figures.add(store, pipe, figures.SUCCEEDED, 2)
         figures.add(store, pipe, figures.FAILED)
         pipe.execute()
     found = scrape(store)
@@ -242,7 +242,6 @@ def test_with_redis_away_the_processs_own_metrics_remain() -> None:
 
 
 def test_with_redis_away_a_workers_figures_are_lost_silently() -> None:
-    figures.worker_metric(away(), figures.LEASES_LOST)
     figures.measured(away(), "w", 1.0, 1.0)
     figures.predicted(away(), 1.0, 1.0)
 

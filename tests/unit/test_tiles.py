@@ -43,6 +43,12 @@ def test_windows_keep_every_position_once_and_read_what_surrounds_it(
     assert torch.equal(kept, torch.ones_like(kept))
 
 
+def test_windows_that_are_all_overlap_are_refused() -> None:
+    with pytest.raises(ValueError, match="no windows of 288 positions overlap by 8"):
+        list(tiles.windows(40, 40, 288, 8))
+    assert len(list(tiles.windows(16, 18, 288, 8))) == 1
+
+
 def test_4k_is_drawn_with_little_computed_twice() -> None:
     read = sum(
         (w.read[1] - w.read[0]) * (w.read[3] - w.read[2])

@@ -306,8 +306,10 @@ def test_a_decoder_follows_its_codec(
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "a.png").write_bytes(image.write(photo[:256, :384].copy(), "png"))
+    save_file(load_file(decoder), decoder, checkpoint.read(decoder)[1] | {checkpoint.CODECS: "[]"})
     assert follow(decoder, 2, before, before, photos, out) < 5e-4
     assert 2e-3 < follow(decoder, 2, before, after, photos, out) < 0.1
+    assert checkpoint.CODECS not in checkpoint.read(out)[1]  # it knows another now
     was, became = load_file(decoder), load_file(out)
     assert {k for k in was if not torch.equal(was[k], became[k])} == {
         "conditioner.latents.2.weight"
@@ -335,6 +337,7 @@ def test_bfloat16_leaves_the_latents_path_exact(config: Callable[..., DiffusionC
         ({"held_out": ""}, "either --photos, or --bank and --held-out"),
         ({"crop": 70}, "multiple of 16"),
         ({"crop": 32}, "below 48"),
+        ({"batch": 1}, "a batch of 2 or more"),
     ],
 )
 def test_options_that_contradict_each_other_are_named(
