@@ -214,11 +214,19 @@ def _draw(attempts: Sequence[Attempt], drafts: Sequence[Draft], began: float) ->
         why = drawing.dropped.get(attempt.id)
         if isinstance(why, LeaseLost):
             Context.afterwards.append(partial(Context.jobs.absolve, attempt.state))
-        elif pictures is None or (why and not Context.jobs.wanted(attempt.id)):
+        elif pictures is None or (why and not _wanted_again(attempt)):
             Context.afterwards.append(_settled(attempt.stop))
         else:
             png = file(attempt.state.decode, pictures[i : i + 1], "png")
             _hand_over(attempt, png, began, len(attempts))
+
+
+def _wanted_again(attempt: Attempt) -> bool:
+    """Whether somebody came after nobody waited; where nobody can say, the picture is not lost."""
+    try:
+        return Context.jobs.wanted(attempt.id)
+    except RedisError:
+        return True
 
 
 def _hand_over(attempt: Attempt, png: bytes, began: float, together: int) -> None:
