@@ -15,6 +15,8 @@ export function useKey(given) {
   sessionStorage.setItem("key", given);
 }
 
+const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+
 // fetch() with the key; Problem unless the answer is a success.
 export async function ask(path, { headers = {}, ...rest } = {}) {
   const own = key ? { Authorization: `Bearer ${key}` } : {};
@@ -26,6 +28,10 @@ export async function ask(path, { headers = {}, ...rest } = {}) {
     throw new Problem(0, { detail: "The service cannot be reached." });
   }
   if (answer.ok) return answer;
+  if (answer.status === 429 && !rest.method) { // what only asks can wait
+    await pause(1000 * (answer.headers.get("Retry-After") || 1));
+    return ask(path, { headers, ...rest });
+  }
   const told = await answer.json().catch(() => ({}));
   throw new Problem(answer.status, { title: `Error ${answer.status}`, ...told });
 }
@@ -88,7 +94,7 @@ export async function* events(id, signal) {
       const passing = !(e instanceof Problem) || e.status === 0 || e.status >= 500;
       if (signal.aborted || !passing) throw e;
     }
-    await new Promise((done) => setTimeout(done, RECONNECT_MS));
+    await pause(RECONNECT_MS);
     signal.throwIfAborted();
   }
 }

@@ -9,7 +9,7 @@ const view = new View($("canvas"));
 const count = new Intl.NumberFormat("en");
 const NAMES = { original: "Original", jpeg: "JPEG", webp: "WebP", instant: "Instant", drawn: "Drawn" };
 const HEALTH_MS = 5000;
-const PLACE_MS = 2000; // between questions about a place in the queue
+const PLACE_MS = 5000; // between questions about a place in the queue
 const FINAL = [400, 401, 403, 413, 415, 422]; // what another try does not change
 const REFUSED = [ // but not the instant picture
   "queue-away", "queue-full", "busy", "too-many-requests", "parameter-error", "quarantined",
@@ -68,6 +68,7 @@ async function encode(own) {
   const quality = knobs.quality.value;
   own.waiting = false;
   hide("cancel");
+  ring(0);
   say("encoding");
   if (!own.original) {
     const original = await flat(own.photo).catch(() => null);
@@ -128,8 +129,13 @@ async function decode(own) {
   let answer;
   let refusal = null;
   try {
-    answer = await api.decode(own.bitstream, tier, knobs.seed.value || 0, signal);
+    const asked = api.decode(own.bitstream, tier, knobs.seed.value || 0);
+    own.left = asked.then((a) => // it is queued, whatever was chosen meanwhile
+      signal.aborted && a.id && a.tier === "instant" ? api.withdraw(a.id) : null).catch(() => null);
+    answer = await asked;
+    signal.throwIfAborted();
   } catch (e) {
+    signal.throwIfAborted();
     if (!REFUSED.includes(e.kind)) throw e;
     refusal = e;
     answer = await api.decode(own.bitstream, "instant", 0, signal).catch((other) => {
@@ -139,16 +145,17 @@ async function decode(own) {
     if (own.waiting) $("away").hidden = false;
   }
   const answered = performance.now();
+  const pending = Boolean(answer.id) && answer.tier === "instant";
+  Object.assign(own, { id: answer.id ?? "", tier, following: pending });
   const bitmap = await fetched(answer.file, signal);
-  Object.assign(own, { id: answer.id ?? "", tier });
   remember(own);
   if (answer.tier === "instant") {
     view.drop("drawn");
     put("instant", bitmap);
     own.instant = own.bitstream;
+    $("times").textContent = `Instant: ${Math.round(answer.ms)} ms`;
     view.addEventListener("drawn", () => {
       performance.measure("draft", { start: answered });
-      $("times").textContent = `Instant: ${Math.round(answer.ms)} ms`;
       compete(own);
     }, { once: true });
   } else {
@@ -161,7 +168,7 @@ async function decode(own) {
     compete(own);
   }
   choices();
-  if (own.id && answer.tier === "instant") await follow(own);
+  if (pending) await follow(own);
   else quiet();
   if (refusal && !own.waiting) complain(refusal, () => current(own));
 }
@@ -269,15 +276,11 @@ function compete(own) {
   rivals = worker;
   worker.onmessage = async ({ data: { type, file, quality } }) => {
     const name = type.split("/")[1];
-    if (own !== shown) return;
-    if (file === null) {
+    const bitmap = file && await createImageBitmap(file).catch(() => null);
+    if (own !== shown) return void bitmap?.close();
+    if (!bitmap) {
       row(name, NaN, "not written by this browser");
       choices();
-      return;
-    }
-    const bitmap = await createImageBitmap(file);
-    if (own !== shown) {
-      bitmap.close();
       return;
     }
     const least = file.size > own.bytes;
@@ -334,7 +337,8 @@ function put(name, bitmap, fade) {
 
 // The picture gets the focus of what is no longer there.
 function hide(id) {
-  if ($(id).contains(document.activeElement)) $("canvas").focus({ preventScroll: true });
+  const heir = $("stage").matches(".full") ? "canvas" : "pick";
+  if ($(id).contains(document.activeElement)) $(heir).focus({ preventScroll: true });
   $(id).hidden = true;
 }
 
@@ -358,7 +362,7 @@ function redrawable(can) {
 
 function title(name) {
   if (name !== "drawn") return NAMES[name];
-  return shown.tier === "perceptual" ? "Perceptual" : shown.tier.toUpperCase();
+  return shown.tier === "perceptual" ? "Perceptual" : (shown.tier ?? "drawn").toUpperCase();
 }
 
 function sides() {
@@ -417,7 +421,10 @@ function remaining({ eta }) {
 }
 
 async function place(own) {
+  if (own.placing) return;
+  own.placing = true;
   const state = await api.status(own.id, own.job.signal).catch(() => null);
+  own.placing = false;
   if (!state || own.job.signal.aborted) return;
   own.eta = state.eta_s && { s: state.eta_s, at: performance.now() };
   if (state.status !== "queued" || own.step) return;
@@ -425,6 +432,7 @@ async function place(own) {
 }
 
 function quiet() {
+  ring(0);
   hide("ring");
   hide("cancel");
 }

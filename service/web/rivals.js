@@ -6,7 +6,10 @@ onmessage = async ({ data: { bitmap, bytes, types } }) => {
   const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
   canvas.getContext("2d").drawImage(bitmap, 0, 0);
   bitmap.close();
-  for (const type of types) postMessage({ type, ...(await largest(canvas, type, bytes)) });
+  for (const type of types) {
+    const made = await largest(canvas, type, bytes).catch(() => ({ file: null })); // too wide
+    postMessage({ type, ...made });
+  }
 };
 
 // The file of the highest quality within `bytes`; the smallest one where none is.

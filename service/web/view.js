@@ -112,6 +112,7 @@ export class View extends EventTarget {
     this.pictures.clear();
     Object.assign(this, { width, height });
     this.fit();
+    this.draw();
   }
 
   // Draw with the next frame: everything, or only where this picture is.
@@ -124,12 +125,15 @@ export class View extends EventTarget {
     });
   }
 
-  fit() {
+  get #best() {
     const { canvas, width, height } = this;
-    if (!width) return;
-    const most = 2 * devicePixelRatio;
-    this.scale = Math.min(canvas.width / width, canvas.height / height, most);
-    this.#moved(true);
+    return Math.min(canvas.width / width, canvas.height / height, 2 * devicePixelRatio);
+  }
+
+  fit() {
+    if (!this.width) return;
+    this.scale = this.#best;
+    this.#moved();
   }
 
   // Whether all of a picture is in view: there is nothing to pan.
@@ -154,10 +158,10 @@ export class View extends EventTarget {
     this.#moved();
   }
 
-  #moved(fitted = false) {
+  #moved() {
     const bounds = (at, size, room) =>
       size <= room ? (room - size) / 2 : Math.min(Math.max(at, room - size), 0);
-    this.fitted = fitted;
+    this.fitted = this.scale === this.#best;
     this.x = Math.round(bounds(this.x, this.width * this.scale, this.canvas.width));
     this.y = Math.round(bounds(this.y, this.height * this.scale, this.canvas.height));
     this.dispatchEvent(new Event("moved"));
@@ -180,7 +184,7 @@ export class View extends EventTarget {
   #compose(only = "") {
     const { context: c, canvas: { width, height } } = this;
     c.globalCompositeOperation = "source-over";
-    if (!this.width) {
+    if (!this.pictures.size) {
       c.fillStyle = getComputedStyle(this.canvas).backgroundColor;
       c.fillRect(0, 0, width, height);
     } else if (this.difference) {
@@ -257,6 +261,7 @@ export class View extends EventTarget {
       else this.fit();
     });
     canvas.addEventListener("pointerdown", (e) => {
+      if (e.button) return;
       canvas.setPointerCapture(e.pointerId);
       this.#pointers.set(e.pointerId, at(e));
     });
@@ -265,7 +270,7 @@ export class View extends EventTarget {
     }
     canvas.addEventListener("pointermove", (e) => {
       const before = this.#pointers.get(e.pointerId);
-      if (!before || !this.width) return;
+      if (!before || !this.width || !e.buttons) return;
       const two = this.#pointers.size === 2;
       const [apart, cx, cy] = two ? pinch() : [0, 0, 0];
       const now = at(e);
@@ -285,7 +290,7 @@ export class View extends EventTarget {
       const by = {
         ArrowLeft: [step, 0], ArrowRight: [-step, 0], ArrowUp: [0, step], ArrowDown: [0, -step],
       }[e.key];
-      if (!by || !this.width || e.ctrlKey || e.metaKey) return;
+      if (!by || !this.width || this.whole || e.ctrlKey || e.metaKey) return;
       e.preventDefault();
       this.pan(...by);
     });

@@ -341,6 +341,51 @@ def test_another_picture_withdraws_the_drawing_that_goes_on(
     assert service.client.get(f"/v1/decodes/{first}").json()["status"] == "canceled"
 
 
+def test_a_choice_that_is_replaced_before_its_answer_is_withdrawn(
+    opened: Page, service: Service, small_file: Path, small_png: Path
+) -> None:
+    opened.locator("[name=tier]").select_option("ddpm-1000")
+    late = Late(opened, "**/v1/decodes?*")
+    choose(opened, small_file)
+    late.asked()
+    opened.locator("[name=tier]").evaluate("e => e.value = 'perceptual'")
+    choose(opened, small_png)
+    with opened.expect_response(re.compile("tier=ddpm-1000")) as answer:
+        late.go_on()
+    expect(opened.locator("#right")).to_have_text("Perceptual", timeout=SLOW)
+    first = service.client.get(answer.value.headers["location"])
+    assert first.json()["status"] == "canceled"
+
+
+def test_a_quota_that_is_used_up_delays_the_picture(opened: Page, small_file: Path) -> None:
+    refused: list[Route] = []
+
+    def once(route: Route) -> None:
+        if refused:
+            return route.continue_()
+        refused.append(route)
+        route.fulfill(status=429, headers={"Retry-After": "1"}, json={"title": "Too many requests"})
+
+    opened.route("**/image?*", once)
+    draw(opened, small_file)
+    assert len(refused) == 1
+    expect(opened.locator("#right")).to_have_text("Perceptual")
+    expect(opened.locator("#problem")).to_be_hidden()
+
+
+def test_a_picture_is_not_shown_under_the_name_of_the_next(
+    opened: Page, small_file: Path, small_png: Path
+) -> None:
+    draw(opened, small_png)
+    late = Late(opened, "**/v1/decodes?*")
+    choose(opened, small_file)
+    late.asked()
+    expect(opened.locator("#file")).to_have_text("small.msh")
+    assert np.ptp(screen(opened).reshape(-1, 3), axis=0).max() == 0
+    late.go_on()
+    drawn(opened)
+
+
 def test_a_tier_that_is_too_much_for_a_picture_leaves_the_instant_one(opened: Page) -> None:
     opened.locator("[name=tier]").select_option("ddpm-1000")
     opened.locator("[data-sample=parrots]").click()
@@ -415,6 +460,26 @@ def test_zoom_and_pan_go_together_down_to_single_pixels(
     opened.keyboard.press("0")
     expect(canvas).to_have_class("fitted")
     opened.keyboard.press("1")
+    expect(opened.locator("#zoom")).to_have_text("100 %")
+
+
+def test_gestures_that_change_nothing_leave_the_picture_fitted(
+    opened: Page, small_png: Path
+) -> None:
+    draw(opened, small_png)
+    box = opened.locator("#canvas").bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] / 3, box["y"] + box["height"] / 2
+    opened.mouse.move(x, y)
+    opened.mouse.wheel(200, 0)
+    opened.mouse.down(button="right")
+    opened.mouse.move(x - 50, y)
+    opened.mouse.up(button="right")
+    opened.mouse.move(x, y)
+    opened.locator("#canvas").press("ArrowLeft")
+    expect(opened.locator("#split")).to_have_value("50")
+    expect(opened.locator("#zoom")).to_have_text("200 %")
+    opened.mouse.dblclick(x, y)
     expect(opened.locator("#zoom")).to_have_text("100 %")
 
 
@@ -534,10 +599,11 @@ def test_errors_are_shown_as_the_api_words_them(
         expect(opened.locator("#problem")).to_have_attribute("role", "alert")
         expect(opened.locator("#problem p")).to_have_text(f"{told['title']} {told['detail']}")
         expect(opened.locator("#retry")).to_be_hidden()
-        opened.locator("#dismiss").click()
+        opened.locator("#dismiss").press("Enter")
         expect(opened.locator("#problem")).to_be_hidden()
         if file != wide:  # which is shown
             expect(opened.locator("#welcome")).to_be_visible()
+            expect(opened.locator("#pick")).to_be_focused()  # the button is gone
 
 
 def test_a_service_that_is_gone_can_be_asked_again(opened: Page, small_file: Path) -> None:
@@ -588,6 +654,8 @@ def test_of_two_quick_samples_the_second_is_shown(opened: Page) -> None:
     for name, late in zip(("parrots", "girl"), both, strict=True):
         opened.locator(f"[data-sample={name}]").click()
         late.asked()
+    expect(opened.locator("#ring")).to_be_visible()
+    expect(opened.locator("#cancel")).to_be_hidden()  # nothing is drawn yet
     for late in both:
         with opened.expect_response(late.pattern):
             late.go_on()
