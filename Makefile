@@ -52,10 +52,10 @@ check: $(READY) ## lint, formatting and types
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
-bench: $(READY) ## time and memory, against CompressAI in one process (PART=decode, diffusion, http or page)
+bench: $(READY) $(if $(filter decode diffusion http,$(PART)),,browser) ## time and memory, against CompressAI in one process (PART=decode, diffusion, http or page)
 	@for part in $(or $(PART),decode diffusion http page); do $(BIN)/python -P tests/bench/$$part.py || exit; done
 
-chaos: $(READY) ## jobs under kills and restarts for MINUTES=10; exit 1 where something is lost
+chaos: $(READY) ## jobs under kills and restarts for MINUTES=10; fails where something is lost
 	@OMP_NUM_THREADS=1 $(BIN)/python -P tests/chaos/run.py --minutes $(or $(MINUTES),10)
 
 screens: $(READY) browser ## screenshots of the page in runs/screens; the README's in tests/screens
@@ -66,7 +66,7 @@ load: $(READY) ## locust against a local service: 1, 2, 4 workers, 1 and 2 API p
 		.venv/load/bin/pip install --quiet locust; }
 	@OMP_NUM_THREADS=1 $(BIN)/python -P tests/load/run.py
 
-fuzz: $(READY) ## mutated bitstreams of both formats; exit 1 on any violation (N=, SEED=)
+fuzz: $(READY) ## mutated bitstreams of both formats; fails on any violation (N=, SEED=)
 	@$(BIN)/python -P -W ignore tests/fuzz/bitstreams.py $(or $(N),100000) --seed $(or $(SEED),0)
 
 lock: $(READY) ## pin what the tests ran with, with hashes (PIP_INDEX_URL= for another index)
@@ -82,11 +82,11 @@ lock: $(READY) ## pin what the tests ran with, with hashes (PIP_INDEX_URL= for a
 image: ## build the container image with docker, podman or buildah (TARGET=cpu or cuda, ENGINE=)
 	@deploy/image.sh $(or $(TARGET),cpu)
 
-image-test: $(READY) image ## run the image: both roles, decodes, SIGTERM; exit 1 where it fails
-	@$(BIN)/python -P tests/image/run.py
+image-test: $(READY) image ## run the image: both roles, decodes, SIGTERM (TARGET=, ENGINE=)
+	@ENGINE=$(ENGINE) $(BIN)/python -P tests/image/run.py $(or $(TARGET),cpu)
 
 deploy-check: $(READY) ## what needs tools from elsewhere: promtool, checkov, kustomize
 	@deploy/check.sh
 
-gpu-check: $(READY) ## CUDA against CPU, one minute of each trainer, timings; exit 3 without a device
+gpu-check: $(READY) ## CUDA against CPU, one minute of each trainer, timings; fails without a device (the script: exit 3)
 	@$(BIN)/python -P tests/gpu/check.py

@@ -1,6 +1,6 @@
 #!/bin/sh
-# What `make test` cannot check without tools from elsewhere: deploy/check.sh. promtool and kubectl
-# come from the distribution (Debian: prometheus, kubernetes-client), checkov from PyPI.
+# What `make test` cannot check without tools from elsewhere: deploy/check.sh. promtool comes from the
+# distribution (Debian: prometheus), checkov from PyPI; kubectl is to be 1.24 or later.
 set -eu
 cd "$(dirname "$0")/.."
 for tool in promtool kubectl; do

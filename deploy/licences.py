@@ -39,7 +39,9 @@ def main() -> None:
         "\nThe weights, trained for this project; their cards are in `models/weights/`:\n\n"
         "| file | id | licence |\n|---|---|---|",
         *weights,
-        "\nThe page's photographs, `service/web/samples`, are Kodak's: free for unrestricted use.",
+        "\nThe page's photographs, `service/web/samples`, are Kodak's: free for unrestricted use."
+        "\n\nNIQE's pristine model is the University of Texas at Austin's: "
+        "`models/evaluate/niqe_pristine.LICENSE`.",
         sep="\n",
     )
 

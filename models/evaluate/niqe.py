@@ -1,7 +1,7 @@
 """NIQE (Mittal, Soundararajan and Bovik 2013): how far a picture's statistics are from pristine.
 
 "Making a completely blind image quality analyzer" (IEEE Signal Processing Letters 20). The pristine
-model is the authors' own.
+model is the authors' own, and comes with their licence.
 """
 
 import functools

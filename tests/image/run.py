@@ -1,9 +1,10 @@
 """The image, run as it would be: `make image-test`.
 
-From `afterimage:cpu`, as its user and with a read-only root: the version; then Redis, the API and a
-worker; an instant and a perceptual decode; SIGTERM with a job running. Exits 1 where something does
-not hold. docker or podman run it where they work, else (buildah) its root file system is mounted
-read-only in a mount namespace and entered with chroot, which needs root.
+From `afterimage:cpu` (or `cuda`, as the argument says), as its user and with a read-only root: the
+version; then Redis, the API and a worker; an instant and a perceptual decode; SIGTERM with a job
+running. Exits 1 where something does not hold. docker or podman run it where they work, else
+(buildah) its root file system is mounted read-only in a mount namespace and entered with chroot,
+which needs root.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from tests.bench import machine
 from tests.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
-IMAGE = "afterimage:cpu"
+IMAGE = f"afterimage:{sys.argv[1] if sys.argv[1:] else 'cpu'}"
 USER = 10001
 CACHE = "/var/cache/afterimage"
 READY_S = 15
@@ -145,8 +146,8 @@ class Test:
 
     def start(self, name: str, *args: str, entry: str = "", **env: str) -> subprocess.Popen[bytes]:
         cache = self.folder / name
-        cache.mkdir(mode=0o777)
-        os.chown(cache, USER, USER)
+        cache.mkdir()
+        cache.chmod(0o777)  # of whoever runs this
         command = self.engine.command(args, entry, env, cache)
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes.append(subprocess.Popen(command, stdout=log, stderr=log))
@@ -257,6 +258,8 @@ def sizes(test: Test) -> None:
 @contextlib.contextmanager
 def engine() -> Iterator[Container | Chroot]:
     for name in ("docker", "podman"):
+        if os.environ.get("ENGINE") not in {None, "", name}:
+            continue
         if _works(name, "image", "inspect", IMAGE) and _works(
             name, "run", "--rm", IMAGE, "--version"
         ):
@@ -270,7 +273,7 @@ def engine() -> Iterator[Container | Chroot]:
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory() as folder, engine() as used:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, engine() as used:
         Path(folder).chmod(0o755)
         test = Test(used, Path(folder))
         try:
@@ -278,8 +281,11 @@ def main() -> int:
             run(test)
         finally:
             for process in test.processes:
+                process.terminate()  # docker's client passes this on, and not SIGKILL
+            for process in test.processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(60)
                 process.kill()
-                process.wait()
     return 1 if test.wrong else 0
 
 

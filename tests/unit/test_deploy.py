@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +180,30 @@ def test_a_worker_in_the_image_is_healthy_while_it_says_so(
     environment = os.environ | {"AFTERIMAGE_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(["sh", str(script), "healthy"], env=environment)
     assert (done.returncode == 0) is healthy
+
+
+@pytest.mark.parametrize(
+    "where", [[], ["--host", "0.0.0.0"], ["--host=::"], ["--host", "127.0.0.1"]], ids=str
+)
+def test_an_api_in_the_image_is_healthy_where_it_listens(tmp_path: Path, where: list[str]) -> None:
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/livez" else 404)
+            self.end_headers()
+
+    class Server(HTTPServer):
+        address_family = socket.AF_INET6 if "::" in str(where) else socket.AF_INET
+
+    script = tmp_path / "entrypoint.sh"
+    text = (DEPLOY / "entrypoint.sh").read_text()
+    script.write_text(text.replace("/tmp/role", f"{tmp_path}/role"))
+    with Server(("::1" if "::" in str(where) else "127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        arguments = ["serve", *where, "--port", str(server.server_port)]
+        (tmp_path / "role").write_text("\n".join(arguments))
+        assert subprocess.run(["sh", str(script), "healthy"]).returncode == 0
+        server.shutdown()
+    assert subprocess.run(["sh", str(script), "healthy"], capture_output=True).returncode != 0
 
 
 def test_workers_have_time_to_finish(compose: dict[str, Any]) -> None:
