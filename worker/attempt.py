@@ -160,28 +160,21 @@ class Attempt:
         """It cannot be drawn; `error` is shown to clients. Raises `LeaseLost`."""
         self._write(lambda job_id, _, pipe: self.jobs.finish(pipe, job_id, "failed", error))
 
-    def cancel(self) -> bool:
-        """Nobody waits: the end; False where somebody came meanwhile. Raises `LeaseLost`."""
-        ended = [False]
+    def stop(self, back: bool = True) -> bool:
+        """Nobody waits: the end. Who came meanwhile is served after all, by another attempt or, not
+        `back`, by this one; then False. Raises `LeaseLost`."""
+        wanted = False
 
         def leave(job_id: str, _: JobState, pipe: Pipeline) -> None:
-            ended[0] = not self.jobs.wanted(job_id)
-            if ended[0]:
+            nonlocal wanted
+            wanted = self.jobs.wanted(job_id)
+            if not wanted:
                 self.jobs.finish(pipe, job_id, "canceled")
-
-        self._write(leave)
-        return ended[0]
-
-    def stop(self) -> None:
-        """Nobody waits; who came meanwhile is served after all. Raises `LeaseLost`."""
-
-        def leave(job_id: str, _: JobState, pipe: Pipeline) -> None:
-            if self.jobs.wanted(job_id):
+            elif back:
                 self.jobs.put_back(job_id, pipe)
-            else:
-                self.jobs.finish(pipe, job_id, "canceled")
 
         self._write(leave)
+        return not wanted
 
     def put_back(self) -> None:
         """Let another worker draw it, in front, as if this attempt had not been.

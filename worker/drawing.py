@@ -110,7 +110,7 @@ class Drawing:
     def _drop(self, attempt: Attempt) -> None:
         """Nobody waits: the end, unless somebody came; of RQ's own job when RQ is done with it."""
         self._preview([attempt])  # the best so far is kept
-        if attempt is self.attempts[0] or attempt.cancel():
+        if attempt is self.attempts[0] or attempt.stop(back=False):
             self.dropped[attempt.id] = Canceled("nobody waits for the picture any more")
 
     def _preview(self, attempts: Sequence[Attempt]) -> None:

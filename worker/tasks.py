@@ -265,7 +265,7 @@ def _fail(attempts: Sequence[Attempt], error: str) -> None:
             attempt.fail(error)
 
 
-def _settled(change: Callable[[], None]) -> Callable[[], None]:
+def _settled(change: Callable[[], object]) -> Callable[[], None]:
     def settle() -> None:
         with contextlib.suppress(LeaseLost):
             change()
