@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import StateDict
 
-EVERY = 10
-"""Steps between two looks at where the eigenvectors have moved."""
+EVERY = {"cpu": 10, "cuda": 50}
+"""Steps between two looks at where the eigenvectors have moved: many small QR decompositions, which
+a GPU is slow at."""
 EPS = 1e-8
 
 
@@ -49,7 +50,7 @@ class Soap(Optimizer):
         update = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt_() + EPS)
         p.sub_(_turned_back(update, bases), alpha=lr)
         if bases is not None:
-            _follow(state, g, beta2, self._steps % EVERY == 0)
+            _follow(state, g, beta2, self._steps % EVERY[p.device.type] == 0)
 
 
 Bases = tuple[Tensor, Tensor] | None
