@@ -122,3 +122,13 @@ def test_a_worker_that_is_told_to_end_finishes_what_fits(
     own.at_step(job, 50)
     assert worker.terminate() == 0
     assert (own.state(job).status, own.commits(job)) == ("succeeded", 1)
+
+
+def test_a_worker_that_waits_for_its_queue_ends_when_it_is_told_to(
+    own: Rig, worker: Worker
+) -> None:
+    own.queue.kill()
+    time.sleep(1.5)  # it tries again every second
+    assert worker.process.poll() is None
+    assert worker.terminate(5) == 0
+    own.start_queue()

@@ -210,6 +210,7 @@ def test_two_ranks_end_with_equal_weights(tmp_path: Path) -> None:
     assert first["crops"] != second["crops"]
     for name in ("weight", "bias"):
         assert torch.equal(first[name], second[name])
+    assert first["unused"] == second["unused"] == 1  # no gradient was made up for it to decay by
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2  # rank 0's alone
 
 
@@ -235,6 +236,7 @@ def _rank(folder: Path) -> None:
         return float("nan") if ranks.rank == 1 and step.number == 12 else 1.0
 
     task = Regression(at)
+    task.net.register_parameter("unused", nn.Parameter(torch.ones(())))
     with torch.no_grad():
         task.net.weight.add_(ranks.rank)  # as if the ranks had started apart
     config = RunConfig(out=str(folder), plan=(Stage("only", 1.0),), ema=0.9)
