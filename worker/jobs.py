@@ -1,6 +1,7 @@
 """The contract between API and workers: what a job is, where it stands, how it is handed over."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,8 @@ from models.errors import Quarantined
 from worker import events, figures, logs, tracing, webhooks
 from worker.records import Decode, JobState, Status, end, fresh
 from worker.store import RECORD_TTL_S, Store
+
+log = logging.getLogger(__name__)
 
 TASK = "worker.tasks.enhance"
 """The one function that workers run."""
@@ -279,6 +282,10 @@ class Jobs:
         figures.add(self.store, pipe, f"ended:{status}")
         state = self.record(job_id)
         if state is not None:
+            if status != "succeeded":  # a race may have it written twice
+                with logs.bound(state.request_id, job_id):
+                    level = logging.WARNING if error else logging.INFO
+                    log.log(level, "job %s %s", job_id, f"failed: {error}" if error else status)
             told = webhooks.event(replace(state, status=status, error=error))
             webhooks.job_ended(self.store, job_id, *told, pipe)
 

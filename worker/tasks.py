@@ -190,14 +190,13 @@ def _draft(attempt: Attempt) -> Draft | None:
             )
         return library.draft(b, decode.seed)
     except AfterimageError as e:
-        log.warning("job %s failed: %s", attempt.id, e)
         _fail([attempt], str(e))
     except JobTimeoutException:
         raise
     except Exception as e:  # others are drawn with it
         if short_of_memory(e):
             raise OutOfMemory(f"latents of {decode.width}x{decode.height} pixels") from e
-        log.exception("job %s failed", attempt.id)
+        log.exception("no latents for job %s", attempt.id)
         _fail([attempt], "internal error")
     return None
 

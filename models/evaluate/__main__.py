@@ -4,8 +4,8 @@ python -m models.evaluate --pictures KODAK --lpips lpips_alex.safetensors --out 
 
 Writes evaluation.json, evaluation.md, rate.png, perception.png, sheet.webp and, where the
 diffusion decoder draws, calibration.png, crops.webp and the drawn pictures, in decodes/. What lies
-there already is not drawn again and is reported too: an evaluation can be interrupted, and made in
-parts. `--rivals` measures what other codecs make of the pictures.
+there already is not drawn again and, at the qualities asked for, is reported too: an evaluation can
+be interrupted, and made in parts. `--rivals` measures what other codecs make of the pictures.
 """
 
 import argparse
@@ -79,8 +79,10 @@ class Results:
         }
         (out / "evaluation.json").write_text(json.dumps(document, indent=1))
         images = ["rate.png", "perception.png", "sheet.webp"]
-        plots.rate(lines, out / images[0], others)
-        plots.perception(lines, out / images[1])
+        most = max(line.pictures for line in lines)
+        whole = [line for line in lines if line.pictures == most]  # others' means are not theirs
+        plots.rate(whole, out / images[0], others)
+        plots.perception(whole, out / images[1])
         self.sheet.save(out / images[2])
         if self.crops.save(out / "crops.webp"):
             images.append("crops.webp")

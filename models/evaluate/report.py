@@ -55,7 +55,7 @@ LPIPS ratio and PSNR loss (dB): against the instant pictures. Offset and shift: 
 of a colour channel's mean from the original and from the instant picture, in grey levels. Worse
 LPIPS: pictures with a higher LPIPS than their instant one. Seeds ratio: MSE between seeds over that
 of the instant picture. Over seeds: standard deviation of a picture's figure. Seconds: from bytes,
-on the machine that made this.
+on the machine that made this. What was drawn of fewer pictures than the rest is on no plot.
 """
 _NULLS = """\
 The rows `msh+noise` and `msh+unsharp` are the instant pictures with white noise, or unsharp-masked,

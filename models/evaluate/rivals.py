@@ -72,11 +72,12 @@ def encode(pixels: Pixels, name: str, setting: int) -> bytes:
 
 
 def gaps(lines: Sequence[Line], others: Sequence[Line]) -> list[Gap]:
-    """Of every tier to every rival, where their rates meet."""
+    """Of every tier to every rival, where their rates meet; of the same number of pictures."""
     out = []
     for tier in dict.fromkeys(line.tier for line in lines):
         for rival in dict.fromkeys(line.tier for line in others):
-            db = gap(_curve(lines, tier), _curve(others, rival))
+            pictures = {line.pictures for line in (*lines, *others) if line.tier in (tier, rival)}
+            db = gap(_curve(lines, tier), _curve(others, rival)) if len(pictures) == 1 else None
             out += [Gap(tier, rival, db)] if db is not None else []
     return out
 

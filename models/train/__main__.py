@@ -32,7 +32,7 @@ def main() -> None:
             print(f"{follow(**args):.4f} of the latents' power is left over")  # noqa: T201
         else:
             _train(command, args)
-    except (ValueError, FileNotFoundError, AfterimageError) as e:
+    except (ValueError, OSError, AfterimageError) as e:
         parser.error(str(e))
 
 
@@ -103,6 +103,8 @@ def _bank(
 def _export(file: Path, quality: int | None, sizes: tuple[int, int] | None) -> None:
     from models.train import export  # needs compressai, which the trainers do not
 
+    if sizes and not quality:
+        raise ValueError("--sizes are a codec's; --quality says which")
     own = export.codec(file, quality, sizes=sizes) if quality else export.decoder(file)
     print(own)  # noqa: T201
 

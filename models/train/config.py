@@ -5,7 +5,7 @@ import dataclasses
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -89,8 +89,6 @@ def _reads(hint: Any) -> dict[str, Any]:
         hint = typing.get_args(hint)[0]
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if typing.get_origin(hint) is Literal:
-        return {"choices": typing.get_args(hint)}
     if typing.get_origin(hint) is tuple:
         return {"type": _numbers, "metavar": "N,N,…"}
     return {"type": hint}

@@ -5,6 +5,9 @@ from dataclasses import dataclass, replace
 from models.presets import PRESETS
 from models.train.config import RunConfig, Stage, option
 
+PHASES = (Stage("phase1", 60), Stage("phase2", 45))
+"""What is trained where no plan says otherwise; the paper's loss has the first alone."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiffusionConfig(RunConfig):
@@ -17,8 +20,8 @@ class DiffusionConfig(RunConfig):
     qualities: tuple[int, ...] = option((1, 2, 3), "with --photos: qualities to encode at")
     variants: int = option(2, "with --photos: ways to show each photograph at each quality")
     plan: tuple[Stage, ...] = option(
-        (Stage("phase1", 60), Stage("phase2", 45)),
-        "phase1:MINUTES,phase2:MINUTES (default: phase1:60,phase2:45; paper: phase1 alone)",
+        (),
+        "phase1:MINUTES,phase2:MINUTES (default: phase1:60,phase2:45; paper: phase1:60)",
         type=Stage.plan,
     )
     preset: str = option("compact", "network and loss", choices=tuple(PRESETS))
@@ -46,11 +49,12 @@ class DiffusionConfig(RunConfig):
 
 
 def resolved(config: DiffusionConfig) -> DiffusionConfig:
-    """With the preset's own rates; `ValueError` where options contradict each other."""
-    phases = ("phase1",) if config.paper else ("phase1", "phase2")
-    for stage in config.plan:
-        if stage.name not in phases:
-            raise ValueError(f"stage {stage.name!r}: {config.preset} has {', '.join(phases)}")
+    """With the preset's own plan and rates; `ValueError` where options contradict each other."""
+    phases = PHASES[:1] if config.paper else PHASES
+    plan = config.plan or phases
+    for stage in plan:
+        if stage.name not in (names := [phase.name for phase in phases]):
+            raise ValueError(f"stage {stage.name!r}: {config.preset} has {', '.join(names)}")
         if stage.name == "phase2" and config.batch < 2:
             raise ValueError("phase 2 needs a batch of 2 or more: half of it is denoised")
     if bool(config.photos) == bool(config.bank) or bool(config.bank) != bool(config.held_out):
@@ -58,4 +62,4 @@ def resolved(config: DiffusionConfig) -> DiffusionConfig:
     if config.crop % 16 or config.crop < 48:
         raise ValueError(f"crops of {config.crop} pixels: not a multiple of 16, or below 48")
     lr, ema = (5e-5, 0.9999) if config.paper else (4e-4, 0.999)
-    return replace(config, lr=config.lr or lr, ema=config.ema or ema)
+    return replace(config, plan=plan, lr=config.lr or lr, ema=config.ema or ema)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models import schedule
+from models import checkpoint, schedule
+from models.errors import WeightsError
 from models.files import whole
 from models.msh import STRIDE_Y
 from models.train import losses, network, photos
@@ -42,13 +43,19 @@ class DiffusionTask:
     def __init__(self, config: DiffusionConfig, ranks: Ranks) -> None:
         """`config` is `resolved`."""
         self.config, self.device = config, ranks.device
+        # what can be wrong with files is known before photographs are encoded
+        self.lpips = Lpips(Path(config.lpips), ranks.device) if config.lpips else None
+        start = checkpoint.read(Path(config.init))[0] if config.init else None
         self.bank, self.held_out = _banks(config, ranks.device)
+        for bank in (self.bank, self.held_out):
+            if max(bank.draw.shortest) * STRIDE_Y < config.crop:
+                raise ValueError(f"no photograph is as large as a crop of {config.crop} pixels")
         torch.manual_seed(config.seed)
         net = network.build(config.preset, config.widths, self.bank.latents)
         if not config.paper:
             network.measure(net, self.bank)
-        if config.init:
-            network.load_into(net, Path(config.init), config.other_codec)
+        if start is not None and not network.load_into(net, start, config.other_codec):
+            raise WeightsError(f"{config.init}: nothing in it fits this network")
         bf16 = ranks.device.type == "cuda" if config.bf16 is None else config.bf16
         self.net = net
         self.network = network.Network(net, ranks.device, bf16, config.compile)
@@ -57,7 +64,6 @@ class DiffusionTask:
         if config.adversarial:
             self.discriminator = Discriminator(self.bank.latents).to(ranks.device)
             self.modules["discriminator"] = self.discriminator
-        self.lpips = Lpips(Path(config.lpips), ranks.device) if config.lpips else None
         self.hybrid = Hybrid(ranks.device)
 
     def begin(self, index: int) -> None:
@@ -225,15 +231,10 @@ def _banks(config: DiffusionConfig, device: torch.device) -> tuple[Bank, Bank]:
     if config.bank:
         return Bank.read(Path(config.bank), device), Bank.read(Path(config.held_out), device)
     codecs = Path(config.codecs) if config.codecs else None
+    files = [photos.photographs(Path(config.photos), held_out) for held_out in (False, True)]
     seen, held_out = (
-        Bank.encode(
-            photos.photographs(Path(config.photos), held_out),
-            config.qualities,
-            codecs,
-            1 if held_out else config.variants,
-            device,
-        )
-        for held_out in (False, True)
+        Bank.encode(own, config.qualities, codecs, variants, device)
+        for own, variants in zip(files, (config.variants, 1), strict=True)
     )
     return seen, held_out
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from models import checkpoint
@@ -40,10 +39,7 @@ class Encoder:
     def load(cls, quality: int, folder: Path | None, device: torch.device) -> "Encoder":
         """`folder`'s `msh_q….safetensors`; without a folder, the shipped weights."""
         if folder is not None:
-            file = folder / f"msh_q{quality}.safetensors"
-            if not file.exists():
-                raise WeightsError(f"{file}: no such file")
-            return cls(load_file(file), device)
+            return cls(checkpoint.read(folder / f"msh_q{quality}.safetensors")[0], device)
         for entry in checkpoint.manifest():
             if (entry.kind, entry.quality, entry.metric) == ("codec", quality, "mse"):
                 return cls(checkpoint.load(entry), device)

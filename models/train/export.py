@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from models import catalogue, checkpoint, presets, zoo
+from models.errors import WeightsError
 from models.train.widen import widened
 
 
@@ -21,6 +22,8 @@ def codec(
     the tables.
     """
     state = checkpoint.read(file)[0]
+    if "g_a.6.weight" not in state:
+        raise WeightsError(f"{file}: no codec's weights")
     if sizes:
         state = {k: v.half() for k, v in widened(state, *sizes).items()}
     tensors = {k: v.contiguous() for k, v in zoo.with_tables(state).items()}
@@ -37,6 +40,8 @@ def decoder(file: Path, folder: Path = checkpoint.WEIGHTS) -> str:
     decoder follows it.
     """
     tensors, metadata = checkpoint.read(file)
+    if "config" not in metadata:
+        raise WeightsError(f"{file}: no diffusion decoder; a codec is exported with --quality")
     name = f"decoder_{presets.from_json(metadata['config']).preset}"
     installed = checkpoint.manifest(folder) if (folder / catalogue.MANIFEST).exists() else []
     for entry in installed:

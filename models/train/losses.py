@@ -30,7 +30,8 @@ def stratified(n: int, generator: torch.Generator) -> Tensor:
     """`n` times in [0, 1), one from each n-th, in random order, on the generator's device."""
     device = generator.device
     t = torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device)
-    return t[torch.randperm(n, generator=generator, device=device)] / n
+    t = (t / n).clamp(max=1 - 2**-24)  # float32 rounds a sum near n up to it
+    return t[torch.randperm(n, generator=generator, device=device)]
 
 
 def middle(u: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
+from models import checkpoint
 from models.errors import WeightsError
 
 
@@ -54,7 +54,7 @@ class Lpips:
 
     def __init__(self, file: Path, device: torch.device | None = None) -> None:
         """Raises `WeightsError` where `file` holds no LPIPS network."""
-        tensors = {k: v.to(device or "cpu") for k, v in load_file(file).items()}
+        tensors = {k: v.to(device or "cpu") for k, v in checkpoint.read(file)[0].items()}
         self.network = _VGG if "net.slice1.2.weight" in tensors else _ALEX
         try:
             self._read(tensors)

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models import checkpoint
 from models.errors import WeightsError
 from models.files import whole
 from models.train import photos
@@ -67,9 +68,8 @@ class MshTask:
             raise ValueError(f"crops of {config.crop} pixels: not a multiple of {STRIDE_Z}")
         self.plan = [_quality(stage) for stage in config.plan]
         self.config, self.device = config, ranks.device
-        files = photos.photographs(Path(config.photos), held_out=False)
+        files, held_out = (photos.photographs(Path(config.photos), held) for held in (False, True))
         self.photos = photos.Photos(files[: config.limit or None], ranks.device)
-        held_out = photos.photographs(Path(config.photos), held_out=True)
         self.held_out = held_out[:: max(1, len(held_out) // config.whole)][: config.whole]
         torch.manual_seed(config.seed)
         self.net = _start(config).to(ranks.device).to(memory_format=torch.channels_last)
@@ -183,7 +183,7 @@ def _start(config: MshConfig) -> Hyperprior:
 
 def _read(file: str) -> dict[str, Tensor]:
     """A codec's tensors; `WeightsError` where `file` holds something else."""
-    tensors = load_file(file)
+    tensors, _ = checkpoint.read(Path(file))
     m, n = tensors["g_a.6.weight"].shape[:2] if "g_a.6.weight" in tensors else (1, 1)
     for name, value in Hyperprior(n, m).state_dict().items():
         if name not in tensors or tensors[name].shape != value.shape:

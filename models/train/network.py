@@ -1,11 +1,9 @@
 """The U-Net as the trainer calls it: built, measured, cast and compiled as the run asks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from models.conditioner import Condition, Conditioner, Maps
@@ -93,8 +91,8 @@ def measure(net: UNet, bank: Bank) -> None:
         net.conditioner.latent_scale.copy_(1 / power.sqrt().clamp(min=0.1))
 
 
-def load_into(net: UNet, file: Path, other_codec: bool = False) -> None:
-    """Copy what fits from `file`; a tensor of another shape keeps its start value.
+def load_into(net: UNet, start: Mapping[str, Tensor], other_codec: bool = False) -> int:
+    """Copy what fits from `start`, and say how many tensors; others keep their start values.
 
     So does what depends on the codec if the weights belong to `other_codec`: the layers that read
     its latents, and the scales that were measured.
@@ -102,9 +100,8 @@ def load_into(net: UNet, file: Path, other_codec: bool = False) -> None:
     latents = "conditioner." if net.config.preset == "paper" else "conditioner.latent"
     kept = ("scales", latents) if other_codec else ()
     state = net.state_dict()
-    with safe_open(file, "pt") as f:
-        for name in f.keys():
-            value = f.get_tensor(name)
-            fits = name in state and state[name].shape == value.shape
-            if fits and not name.startswith(kept):
-                state[name].copy_(value)
+    fits = [k for k, v in start.items() if k in state and state[k].shape == v.shape]
+    for name in fits:
+        if not name.startswith(kept):
+            state[name].copy_(start[name])
+    return len(fits)

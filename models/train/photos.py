@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from models.errors import PictureError
+
 HELD_OUT = "bsds_val_"
 """Photographs of this prefix choose between weights; no trainer reads them."""
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
@@ -30,9 +32,12 @@ def photographs(folder: Path, held_out: bool) -> list[Path]:
 
 
 def open_picture(path: Path, scale: float = 1.0) -> Image.Image:
-    """RGB, of `reduced` size."""
-    with Image.open(path) as picture:
-        rgb = picture.convert("RGB")
+    """RGB, of `reduced` size. Raises `PictureError`."""
+    try:
+        with Image.open(path) as picture:
+            rgb = picture.convert("RGB")
+    except OSError as e:
+        raise PictureError(f"{path}: {e}") from e
     size = reduced(rgb.size, scale)
     return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)
 

@@ -274,6 +274,10 @@ class Run:
         before = facts["config"].get("optimiser", self.config.optimiser)
         if before != self.config.optimiser:
             raise WeightsError(f"{self.out}: this run's optimiser is {before}")
+        begun = self.progress.stage + (self.progress.number > 0)
+        names = [stage["name"] for stage in facts["config"]["plan"]][:begun]
+        if [stage.name for stage in self.config.plan][:begun] != names:
+            raise WeightsError(f"{self.out}: this run's plan begins with {', '.join(names)}")
         try:
             for name, module in self.task.modules.items():
                 module.load_state_dict(state[name])

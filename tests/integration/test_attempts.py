@@ -1,5 +1,6 @@
 """A worker's hold on a job, in this process: who may write, and what short memory does."""
 
+import logging
 import os
 import signal
 import threading
@@ -145,6 +146,25 @@ def test_deaths_count_against_the_bitstream_whatever_is_asked_of_it(
     )  # fmt: skip
     key = jobs.store.key("deaths", attempt.state.decode.digest)
     assert 0 < jobs.store.queue.ttl(key) <= 24 * 3600
+
+
+def test_the_log_says_why_a_job_ended_without_a_picture(
+    jobs: Jobs, small_msh: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    failed = begin(jobs, small_msh)
+    failed.fail("it took longer than 3600 s")
+    canceled = begin(jobs, small_msh, seed=1)
+    jobs.withdraw(canceled.id, "")
+    assert canceled.stop()
+    for seed in range(2, 2 + DEATHS):
+        buried = begin(jobs, small_msh, seed)
+        buried.blame()
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", f"job {failed.id} failed: it took longer than 3600 s"),
+        ("INFO", f"job {canceled.id} canceled"),
+        ("WARNING", f"job {buried.id} failed: {QUARANTINED}"),
+    ]
 
 
 def test_pictures_that_are_drawn_together_are_done_together(jobs: Jobs, small_msh: bytes) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,8 @@ def test_other_codecs_stand_beside_the_tiers(tmp_path: Path) -> None:
     assert "| 5 | webp | 24 | 0.2000 | 28.00 | 0.04000 |" in text
     assert "| PSNR at equal rate, dB | over webp |" in text
     assert f"| instant | {gaps[0].db:+.2f} |" in text
+    fewer = [replace(line, pictures=3) if line.tier == "ddim-10" else line for line in lines()]
+    assert {g.tier for g in rivals.gaps(fewer, others)} == {g.tier for g in gaps} - {"ddim-10"}
     plots.rate(lines(), tmp_path / "with.png", others)
     plots.rate(lines(), tmp_path / "without.png")
     assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
@@ -388,6 +391,8 @@ def test_what_was_drawn_is_taken_up_again_unless_it_was_of_other_bytes(
         document = json.loads((tmp_path / "out/evaluation.json").read_text())
         return {(r["picture"], r["tier"], r["seed"]): r["lpips"] for r in document["rows"]}
 
+    plotted: list[set[str]] = []
+    monkeypatch.setattr(plots, "rate", lambda lines, *_: plotted.append({x.tier for x in lines}))
     monkeypatch.setattr(decoder.Decoder, "sample", counted)
     for name in "ab":
         (tmp_path / f"in/{name}.png").write_bytes(image.write(photo[:96, :128].copy(), "png"))
@@ -404,6 +409,7 @@ def test_what_was_drawn_is_taken_up_again_unless_it_was_of_other_bytes(
     assert before.items() <= after.items()
     assert {("a.png", "ddim-10", 0), ("b.png", "perceptual", 0)} <= after.keys()
     assert ("b.png", "ddim-10", 0) not in after
+    assert plotted == [{"instant", "ddim-10"}, {"instant", "perceptual", *nulls.NAMES}]
 
     (tmp_path / "in/a.png").write_bytes(image.write(photo[100:196, :128].copy(), "png"))
     drawn.clear()

@@ -1,6 +1,7 @@
 """The diffusion decoder's trainer: its losses, its presets, and runs of up to half a minute."""
 
 import argparse
+import io
 import json
 import math
 import shutil
@@ -253,6 +254,20 @@ def test_weights_start_another_network_where_they_fit(
     assert started["conditioner.latents.2.weight"].shape[0] == 48
 
 
+def test_weights_of_which_nothing_fits_are_refused(
+    config: Callable[..., DiffusionConfig], lpips_file: Path
+) -> None:
+    with pytest.raises(WeightsError, match="nothing in it fits this network"):
+        DiffusionTask(config(init=str(lpips_file)), CPU)
+
+
+def test_crops_larger_than_the_held_out_photographs_are_refused(
+    config: Callable[..., DiffusionConfig],
+) -> None:
+    with pytest.raises(ValueError, match="as large as a crop of 208 pixels"):
+        DiffusionTask(config(crop=208), CPU)
+
+
 def test_another_codecs_weights_start_all_but_what_reads_latents(
     config: Callable[..., DiffusionConfig], tmp_path: Path
 ) -> None:
@@ -333,7 +348,7 @@ def test_bfloat16_leaves_the_latents_path_exact(config: Callable[..., DiffusionC
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"preset": "paper"}, "'phase2': paper has phase1"),
+        ({"preset": "paper", "plan": (Stage("phase2", 1),)}, "'phase2': paper has phase1"),
         ({"held_out": ""}, "either --photos, or --bank and --held-out"),
         ({"crop": 70}, "multiple of 16"),
         ({"crop": 32}, "below 48"),
@@ -345,6 +360,46 @@ def test_options_that_contradict_each_other_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         config(**changed)
+
+
+def test_a_preset_has_a_plan_of_its_own() -> None:
+    def plan(**options: str) -> list[str]:
+        return [s.name for s in resolved(DiffusionConfig(photos="in", out="out", **options)).plan]
+
+    assert plan() == ["phase1", "phase2"]
+    assert plan(preset="paper") == ["phase1"]
+
+
+DECODER, CODEC = (checkpoint.WEIGHTS / f"{n}.safetensors" for n in ("decoder_compact", "msh_q2"))
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (f"export {CODEC}", "msh_q2.safetensors: no diffusion decoder"),
+        (f"export {DECODER} --quality 2", "decoder_compact.safetensors: no codec's weights"),
+        (f"export {DECODER} --sizes 8 8", "--quality says which"),
+        ("bank --photos {0} --out {0} --quality 2", "cut.jpg: image file is truncated"),
+        ("diffusion --photos {0} --out {0}", "no photographs named bsds_val_"),
+        (f"diffusion --photos {{1}} --out {{0}} --lpips {__file__}", "test_train.py: "),
+        ("diffusion --photos {1} --out {0} --init {0}/none", "none: No such file"),
+    ],
+    ids=["codec", "decoder", "sizes", "truncated", "held-out", "lpips", "init"],
+)
+def test_wrong_files_are_told_in_a_line_before_anything_is_encoded(
+    command: str, message: str, folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    picture = io.BytesIO()
+    Image.open(folder / "0.png").convert("RGB").save(picture, "jpeg")
+    (tmp_path / "cut.jpg").write_bytes(picture.getvalue()[:-200])
+    monkeypatch.setattr("sys.argv", ["train", *command.format(tmp_path, folder).split()])
+    with pytest.raises(SystemExit):
+        cli.main()
+    told = capsys.readouterr().err
+    assert message in told.splitlines()[-1]
+    assert "encoded" not in told
 
 
 def test_widths_of_other_levels_are_refused() -> None:

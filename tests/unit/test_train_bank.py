@@ -66,7 +66,7 @@ def test_the_bits_and_latents_are_those_of_the_real_encoder(photo: image.Pixels)
 def test_weights_of_no_codec_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no mean-scale hyperprior"):
         Encoder({"g_a.6.weight": torch.zeros(8, 4, 5, 5)}, CPU)
-    with pytest.raises(WeightsError, match="no such file"):
+    with pytest.raises(WeightsError, match="No such file"):
         Encoder.load(2, tmp_path, CPU)
 
 

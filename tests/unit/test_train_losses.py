@@ -26,6 +26,13 @@ def test_predicting_zero_costs_what_the_log_says_it_costs() -> None:
     assert float(exact) == 0
 
 
+def test_no_time_is_rounded_up_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), 1 - 2**-24))
+    t = losses.stratified(224, torch.Generator().manual_seed(0))
+    assert float(t.max()) < 1
+    assert int((t * 4000).long().max()) == 3999  # of the paper's steps the last
+
+
 def test_times_are_stratified() -> None:
     t = losses.stratified(16, torch.Generator().manual_seed(0))
     assert sorted((t * 16).long().tolist()) == list(range(16))

@@ -148,6 +148,24 @@ def test_a_finished_run_goes_on_with_a_longer_plan(config: RunConfig) -> None:
     assert longer.progress.stage == 2
 
 
+def test_a_plan_that_begins_otherwise_is_refused_before_it_overwrites_anything(
+    config: RunConfig,
+) -> None:
+    a, b, c = (Stage(name, 0.005) for name in "abc")
+    own = replace(config, plan=(a, b))
+    assert Run(Regression(), own, CPU).go()
+    for plan in ((b,), (b, a), (a,), (a, c, b)):
+        with pytest.raises(WeightsError, match="plan begins with a, b"):
+            Run(Regression(), replace(config, plan=plan), CPU)
+    assert Run(Regression(), replace(config, plan=(a, replace(b, minutes=1), c)), CPU).go()
+
+
+def test_a_stage_that_has_begun_is_part_of_the_plan(config: RunConfig) -> None:
+    Run(Regression(stop_at(2)), config, CPU).go()
+    with pytest.raises(WeightsError, match="plan begins with only"):
+        Run(Regression(), replace(config, plan=(Stage("another", 1.0),)), CPU)
+
+
 def test_a_checkpoint_of_another_optimiser_is_refused(config: RunConfig) -> None:
     Run(Regression(stop_at(2)), config, CPU).go()
     with pytest.raises(WeightsError, match="optimiser is adam"):
