@@ -191,6 +191,12 @@ def padded(height: int, width: int) -> tuple[int, int]:
     return -(-height // STRIDE_Z) * STRIDE_Z, -(-width // STRIDE_Z) * STRIDE_Z
 
 
+def megapixels(height: int, width: int) -> float:
+    """Of the coded size, which is what a picture costs: one of 16384×1 as much as of 16384×64."""
+    rows, columns = padded(height, width)
+    return rows * columns / 1e6
+
+
 def _z_shape(height: int, width: int) -> tuple[int, int]:
     rows, columns = padded(height, width)
     return rows // STRIDE_Z, columns // STRIDE_Z

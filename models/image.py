@@ -39,6 +39,10 @@ SUFFIXES: Mapping[str, OutputFormat] = {
 }
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM")
 """What is read: formats whose size is known before their pixels are decoded."""
+_BIGTIFF = 43
+"""In the place of 42, in TIFF files whose offsets have 64 bits."""
+_SIZES = {3: 2, 4: 4}
+"""Types that a tile's side has in TIFF files, and their bytes."""
 MAX_SCANS = 1000
 """Of a JPEG: 14 bytes can be a whole scan, and each takes 1 ms a megapixel. Cameras write one,
 progressive files ten; what follows the picture in its file may look like some hundred more."""
@@ -151,10 +155,31 @@ def _check_work(source: Image.Image, data: bytes, max_pixels: int) -> None:
     if source.format in {"JPEG", "MPO"} and data.count(b"\xff\xda") > MAX_SCANS:
         raise PictureError(f"a JPEG of more than {MAX_SCANS} scans")
     if isinstance(source, TiffImagePlugin.TiffImageFile):  # a tile is unpacked whole
-        tags = source.tag_v2
-        width, height = (tags.get(t, 0) for t in (_TAG.TileWidth, _TAG.TileLength))
+        width, height = _tile(data, source.tag_v2.offset)
         if width * height > max_pixels:
             raise PictureTooLarge(f"tiles of {width}×{height} pixels; the limit is {max_pixels}")
+
+
+def _tile(data: bytes, directory: int) -> tuple[int, int]:
+    """Width and height of the tiles of a TIFF file, as its bytes say: libtiff reads entries that
+    Pillow skips. 0 where it has none; `PictureError` where they are no plain numbers."""
+    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(data[at : at + size], order)
+
+    word, size, value = (8, 20, 12) if number(2, 2) == _BIGTIFF else (4, 12, 8)
+    first = directory + (8 if word == 8 else 2)
+    end = min(first + number(directory, first - directory) * size, len(data))
+    sides = {int(_TAG.TileWidth): 0, int(_TAG.TileLength): 0}
+    for at in range(first, end, size):
+        if (tag := number(at, 2)) in sides:
+            kind, count = number(at + 2, 2), number(at + 4, word)
+            if kind not in _SIZES or count != 1:
+                raise PictureError("a TIFF file whose tiles' sides are no numbers")
+            sides[tag] = max(sides[tag], number(at + value, _SIZES[kind]))
+    width, height = sides.values()
+    return width, height
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

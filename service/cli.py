@@ -254,7 +254,7 @@ def _decode_there(
     url: str, tier: str, asked: dict[str, Any], targets: dict[Path, Path], source: Path
 ) -> bytes:
     """The picture that the service at `url` draws; its draft is in the target meanwhile."""
-    from httpx import TransportError
+    from httpx import InvalidURL, TransportError
     from tqdm import tqdm
 
     from service.client import Client
@@ -271,7 +271,7 @@ def _decode_there(
                     _write(targets[source], update.picture)
                 bar.total = update.total or bar.total
                 bar.update(max(update.step - bar.n, 0))
-    except TransportError as e:
+    except (TransportError, InvalidURL) as e:
         raise AfterimageError(f"{url}: {e}") from e
     assert update.picture is not None
     return update.picture

@@ -194,12 +194,13 @@ class Client:
     """`AsyncClient` for code that does not await: an event loop in a thread of its own."""
 
     def __init__(self, url: str, api_key: str = "") -> None:
-        self._stack = ExitStack()
-        self._portal = self._stack.enter_context(start_blocking_portal())
-        own = self._portal.call(AsyncClient, url, api_key)
-        self._client: AsyncClient = self._stack.enter_context(
-            self._portal.wrap_async_context_manager(own)
-        )
+        with ExitStack() as stack:  # a thread, which a wrong URL does not leave running
+            self._portal = stack.enter_context(start_blocking_portal())
+            own = self._portal.call(AsyncClient, url, api_key)
+            self._client: AsyncClient = stack.enter_context(
+                self._portal.wrap_async_context_manager(own)
+            )
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self

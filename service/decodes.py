@@ -283,7 +283,7 @@ class _Submission:
         id = self.decode.id
         if self.prefer.wait_s:
             began = time.perf_counter()
-            await progress.until_ended(self.own, id, self.prefer.wait_s)
+            await progress.until_ended(self.own, self.request, id, self.prefer.wait_s)
             self.request.state.waited_s = time.perf_counter() - began
             finished = await self._finished()
             if finished is not None:
@@ -336,11 +336,9 @@ def _decode(own: State, sent: Given, what: Asked, settings: Settings) -> Decode:
         sent.digest, what.tier.name, settings, what.seed, own.library.codec_id(b),
         own.decoder_weights, b.quality, b.width, b.height,
     )  # fmt: skip
-    limit = own.settings.max_megapixel_steps
-    if wanted.work > limit:
-        raise ParameterError(
-            f"{wanted.work:.0f} megapixel-steps; the limit is {limit:.0f}: ask for fewer"
-        )
+    limit, size = own.settings.max_megapixel_steps, b.width * b.height / 1e6 * settings.calls
+    if size > limit:
+        raise ParameterError(f"{size:.0f} megapixel-steps; the limit is {limit:.0f}: ask for fewer")
     return wanted
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import anyio
 import anyio.to_thread
 from fastapi import Depends, Header, Path, Query, Request
+from python_multipart.multipart import parse_options_header
 from redis.asyncio import Redis as AsyncRedis
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -121,6 +122,9 @@ async def _first_file(request: Request, data: bytes) -> bytes:
         yield data
 
     try:
+        _, options = parse_options_header(request.headers["content-type"])
+        if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # punycode takes quadratic time
+            raise MalformedHeader("a multipart form is read in UTF-8 alone")
         form = await MultiPartParser(request.headers, stream()).parse()
     except (MultiPartException, KeyError, UnicodeError) as e:
         raise MalformedHeader("the multipart form cannot be read") from e

@@ -13,7 +13,7 @@ import anyio
 from cachetools import LRUCache
 from torch import Tensor
 
-from models import codec, image
+from models import bitstream, codec, image
 from models.bitstream import Bitstream
 from models.image import OutputFormat, Pixels
 from models.library import Library
@@ -102,7 +102,7 @@ class Instant:
             self._asked -= 1
 
     def _learn(self, ms: float, b: Bitstream) -> None:
-        cost = ms / 1e3 / (b.width * b.height / 1e6)
+        cost = ms / 1e3 / bitstream.megapixels(b.height, b.width)
         before = cost if self.megapixel_s is None else self.megapixel_s
         self.megapixel_s = before + 0.1 * (cost - before)
 

@@ -63,7 +63,7 @@ async def picture(
     tiers.find(min_tier)
     state = await progress.look(own, id, caller.name)
     if min_tier != "instant" and prefer.wait_s:
-        await progress.until_ended(own, id, prefer.wait_s)
+        await progress.until_ended(own, request, id, prefer.wait_s)
         state = await progress.look(own, id, caller.name)
     if state.status == "expired":
         raise PictureGone(f"the picture of decode {id} is no longer kept; retry makes it again")

@@ -2,12 +2,12 @@
 
 import contextlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any
 
 import anyio
 import anyio.to_thread
-from fastapi import APIRouter, Depends, Header, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
@@ -40,13 +40,13 @@ _EVENT_ID = re.compile(r"(\d{1,20})-(\d{1,20})", re.ASCII)
     responses=problems.responses(*_ASKED, PictureGone),
 )
 async def status(
-    own: Own, caller: Decoding, id: JobId, prefer: Preferred, response: Response
+    own: Own, caller: Decoding, id: JobId, prefer: Preferred, request: Request, response: Response
 ) -> schemas.Decode:
     """Status, steps done, place in the queue; with `Prefer: wait=N`, once it has ended or after N
     seconds."""
     await _kept(own, id, caller.name)
     if prefer.wait_s:
-        await until_ended(own, id, prefer.wait_s)
+        await until_ended(own, request, id, prefer.wait_s)
         response.headers["Preference-Applied"] = f"wait={prefer.wait_s}"
     response.headers["Cache-Control"] = "no-store"
     return await anyio.to_thread.run_sync(view, own, id)
@@ -158,10 +158,11 @@ async def look(own: State, id: str, caller: str) -> JobState:
     return await anyio.to_thread.run_sync(ask)
 
 
-async def until_ended(own: State, id: str, seconds: float) -> None:
-    """Return when the job has ended, or so many seconds later, or when the service stops."""
+async def until_ended(own: State, request: Request, id: str, seconds: float) -> None:
+    """Return when the job has ended, or so many seconds later, or when the service stops; within
+    `BLOCK_S` when who asks has gone."""
     with anyio.move_on_after(seconds):
-        async for _ in _events(own, id, "0", None):
+        async for _ in _events(own, id, "0", None, request.is_disconnected):
             pass
 
 
@@ -172,14 +173,24 @@ def view(own: State, id: str) -> schemas.Decode:
     return schemas.Decode.of(state, position, costs.eta_s(own.jobs, state))
 
 
-async def _events(own: State, id: str, after: str, caller: str | None) -> AsyncIterator[Event]:
-    """What happens to a job after an event, until it has ended or the service stops; `caller`, if
-    any, watches it.
+async def _here() -> bool:
+    return False
+
+
+async def _events(
+    own: State,
+    id: str,
+    after: str,
+    caller: str | None,
+    gone: Callable[[], Awaitable[bool]] = _here,
+) -> AsyncIterator[Event]:
+    """What happens to a job after an event, until it has ended, who reads has `gone`, or the
+    service stops; `caller`, if any, watches it.
 
     The end is told by the record where the events themselves are no longer kept.
     """
     name, block_ms = events.key(own.store, id), None  # at first what is there
-    while not own.closing.is_set():
+    while not own.closing.is_set() and not await gone():
         if caller is not None:
             await anyio.to_thread.run_sync(own.jobs.watch, id)
             await anyio.to_thread.run_sync(own.jobs.renew, id, caller, POLL_HOLD_S)

@@ -6,6 +6,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
+import anyio
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,6 +18,11 @@ log = logging.getLogger("afterimage.access")
 
 QUIET = frozenset({"/livez", "/readyz", "/startupz", "/metrics"})
 """Routes that machines ask every few seconds: logged at DEBUG unless they fail."""
+SEND_S = 60.0
+"""How long a part of an answer may wait for the client to read: who never does would hold it, and
+what the request brought, in memory."""
+PART = 2**18
+"""Bytes of it."""
 GONE = 499
 """The status that is logged where the client left before an answer."""
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -51,7 +57,7 @@ class Requests:
         with tracing.extract(_trace(headers)), tracing.span(scope["method"], kind="server"):
             seen.traceparent = tracing.inject().get("traceparent", "")
             try:
-                await self.app(scope, receive, _telling(scope, send, seen))
+                await self.app(scope, receive, _in_parts(_telling(scope, send, seen)))
             except ClientDisconnect:
                 pass  # nobody to answer
             except Exception:
@@ -69,6 +75,25 @@ def _request_id(headers: Headers) -> str:
 
 def _trace(headers: Headers) -> dict[str, str]:
     return {name: headers.get(name, "") for name in ("traceparent", "tracestate")}
+
+
+def _in_parts(send: Send) -> Send:
+    """`send`, which raises `ClientDisconnect` when nobody reads for `SEND_S`."""
+
+    async def sent(message: Message) -> None:
+        body = message.get("body", b"")
+        for at in range(0, len(body) or 1, PART):
+            part = message
+            if len(body) > PART:
+                more = message.get("more_body", False) or at + PART < len(body)
+                part = {**message, "body": body[at : at + PART], "more_body": more}
+            try:
+                with anyio.fail_after(SEND_S):
+                    await send(part)
+            except TimeoutError:
+                raise ClientDisconnect from None
+
+    return sent
 
 
 def _telling(scope: Scope, send: Send, seen: Seen) -> Send:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from models import tiers
+from models import bitstream, tiers
 from models.bitstream import Bitstream, Format, Metric, Profile
 from models.checkpoint import Entry
 from models.image import MEDIA_TYPES
@@ -161,18 +161,18 @@ class Inspection(BaseModel):
     ) -> "Inspection":
         """The public view of a header; `decodable` where its weights are installed.
 
-        `instant_s`: measured seconds of a megapixel; `model`: of diffusion decodes.
+        `instant_s`: measured seconds of a coded megapixel; `model`: of diffusion decodes.
         """
-        megapixels = b.width * b.height / 1e6
+        coded = bitstream.megapixels(b.height, b.width)
 
         def cost(tier: tiers.Tier) -> Cost:
-            work = megapixels * (tier.settings.calls if tier.settings else 0)
-            seconds = model.seconds(work) if model and tier.settings else None
+            calls = tier.settings.calls if tier.settings else 0
+            seconds = model.seconds(coded * calls) if model and tier.settings else None
             if tier.settings is None and instant_s is not None:
-                seconds = megapixels * instant_s
+                seconds = coded * instant_s
             return Cost(
                 steps=tier.settings.steps if tier.settings else 0,
-                megapixel_steps=round(work, 4),
+                megapixel_steps=round(b.width * b.height / 1e6 * calls, 4),
                 seconds=None if seconds is None else round(seconds, 3),
             )
 

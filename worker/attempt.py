@@ -30,7 +30,8 @@ if ARGV[2] ~= '' then
   redis.call('hset', KEYS[1], 'step', ARGV[2])
   redis.call('expire', KEYS[1], ARGV[3])
 end
-return {redis.call('zcount', KEYS[2], ARGV[4], '+inf'), redis.call('exists', KEYS[3])}
+local now = redis.call('time')[1]
+return {redis.call('zcount', KEYS[2], now, '+inf'), redis.call('exists', KEYS[3])}
 """
 _BEAT = """
 if redis.call('hget', KEYS[1], 'fence') == ARGV[1] then
@@ -112,7 +113,7 @@ class Attempt:
         """What the outside wants now; `step` denoiser steps are done. Raises `LeaseLost`."""
         jobs, total = self.jobs, self.state.total
         keys = jobs.key(self.id), jobs.interest(self.id), jobs.store.key("watched", self.id)
-        values = self.state.fence, "" if step is None else step, RECORD_TTL_S, time.time()
+        values = self.state.fence, "" if step is None else step, RECORD_TTL_S
         found = jobs.store.queue.eval(_LOOK, 3, *keys, *values)
         if found is None:
             raise LeaseLost(f"job {self.id} was given to another worker")

@@ -155,7 +155,7 @@ def _free_in_s(jobs: Jobs, cost: Cost, ahead: Iterable[str]) -> float:
     busy = sorted(_busy_s(jobs, cost).values(), reverse=True)[:workers]
     free = busy + [0.0] * (workers - len(busy))
     heapq.heapify(free)
-    for seconds in _left_s(jobs, cost, ahead):
+    for seconds in _left_s(jobs, cost, jobs.all_wanted(ahead)):
         heapq.heapreplace(free, free[0] + seconds)
     return free[0]
 

@@ -2,8 +2,7 @@
 
 import contextlib
 import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import redis
@@ -114,14 +113,14 @@ class Jobs:
         """The caller wants the picture for so long, or for longer if it said so before."""
         key = self.interest(job_id)
         with self.store.queue.pipeline() as pipe:
-            pipe.zadd(key, {caller: time.time() + seconds}, gt=True)
+            pipe.zadd(key, {caller: self.now() + seconds}, gt=True)
             pipe.expire(key, RECORD_TTL_S)
             pipe.execute()
 
     def renew(self, job_id: str, caller: str, seconds: float) -> None:
         """Who asks is interested still; who has withdrawn is not by asking."""
         key = self.interest(job_id)
-        self.store.queue.zadd(key, {caller: time.time() + seconds}, xx=True, gt=True)
+        self.store.queue.zadd(key, {caller: self.now() + seconds}, xx=True, gt=True)
 
     def promise(self, job_id: str, seconds: float) -> None:
         """Remember what was predicted when the job was queued."""
@@ -169,7 +168,7 @@ class Jobs:
             other = self.record(job_id)
             if len(claimed) == most:
                 break
-            if other is None or other.status != "queued":
+            if other is None or other.status != "queued" or job_id == state.id:
                 continue
             if other.decode.shape != state.decode.shape or not self.wanted(job_id):
                 continue
@@ -182,7 +181,15 @@ class Jobs:
 
     def wanted(self, job_id: str) -> bool:
         """Whether anybody waits for the picture."""
-        return bool(self.store.queue.zcount(self.interest(job_id), time.time(), "+inf"))
+        return bool(self.all_wanted([job_id]))
+
+    def all_wanted(self, job_ids: Iterable[str]) -> list[str]:
+        """Those of them that somebody waits for: workers drop the others."""
+        ids, now = list(job_ids), self.now()
+        with self.store.queue.pipeline(transaction=False) as pipe:
+            for job_id in ids:
+                pipe.zcount(self.interest(job_id), now, "+inf")
+            return [job_id for job_id, found in zip(ids, pipe.execute(), strict=True) if found]
 
     def position(self, job_id: str) -> int | None:
         """Jobs ahead in the queue, or None where it does not wait there."""

@@ -25,6 +25,9 @@ class Keeper(threading.Thread):
         self.file = alive / costs.NAME
         """Touched at each turn, also while Redis is away: for whoever watches the process."""
         self.attempts: Sequence[Attempt] = ()
+        self.until = math.inf
+        """When drawing has to have ended, by the monotonic clock. What no signal reaches, as a call
+        of a driver that never returns, is as good as dead afterwards: its silence says so."""
         self.stopped = threading.Event()
         self._trust_from = time.monotonic() + BEAT_S + 1
         self._last = math.inf  # the server's time at the turn before
@@ -32,8 +35,9 @@ class Keeper(threading.Thread):
 
     def run(self) -> None:
         while True:
-            self._guarded(self._show)
-            self._guarded(self._beat)
+            if time.monotonic() < self.until:
+                self._guarded(self._show)
+                self._guarded(self._beat)
             self._guarded(self._look_after)
             if self.stopped.wait(BEAT_S):
                 break

@@ -45,8 +45,8 @@ class Decode:
 
     @property
     def work(self) -> float:
-        """What the picture costs, in megapixel-steps."""
-        return self.width * self.height / 1e6 * self.settings.calls
+        """What the picture costs, in megapixel-steps of its coded size."""
+        return bitstream.megapixels(self.height, self.width) * self.settings.calls
 
 
 @dataclass(frozen=True, slots=True)

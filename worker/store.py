@@ -22,8 +22,9 @@ CONNECT_S = 2
 
 ANSWER_S = 5
 """How long to wait for an answer."""
-LISTENERS = 10_000
-"""Reads that may wait at once in a process, each on a connection; redis-py's own limit is 100."""
+LISTENERS = 5000
+"""Reads that may wait at once in a process, each on a connection: half of what Redis takes in all.
+redis-py's own limit is 100."""
 
 BLOCK_S = 5
 """How long one read may wait for something to happen."""

@@ -2,11 +2,13 @@
 
 import contextlib
 import logging
+import math
 import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 from rq.timeouts import JobTimeoutException
 
@@ -30,6 +32,8 @@ PATIENCE_S = 20.0
 """How long a worker that is to end waits for the queue, to put its job back."""
 RETRY_S = 0.5
 """Between two tries to hand over a picture while a store is away."""
+LATE_S = 60.0
+"""How long RQ's time limit may take to stop a drawing before the worker counts as dead."""
 
 
 class Drained(BaseException):
@@ -142,6 +146,7 @@ def _run(attempts: Sequence[Attempt]) -> None:
     Raises `RedisError`: the attempts are as they were.
     """
     began = time.monotonic()
+    Context.keeper.until = began + Context.jobs.timeout_s + LATE_S
     try:
         cost = costs.model(Context.jobs)
         each_s = cost.seconds(attempts[0].state.decode.work) if cost else None
@@ -173,6 +178,7 @@ def _run(attempts: Sequence[Attempt]) -> None:
         raise
     finally:
         Context.interruptible = False
+        Context.keeper.until = math.inf
         Context.drawing = None
 
 
@@ -209,6 +215,7 @@ def _draw(attempts: Sequence[Attempt], drafts: Sequence[Draft], began: float) ->
         pictures = None  # all of them were dropped
     Context.interruptible = False
     signal.alarm(0)  # RQ's limit is on drawing: what is drawn waits for its store
+    Context.keeper.until = math.inf
     for i, attempt in enumerate(attempts):
         why = drawing.dropped.get(attempt.id)
         if isinstance(why, LeaseLost):
@@ -230,12 +237,12 @@ def _wanted_again(attempt: Attempt) -> bool:
 
 def _hand_over(attempt: Attempt, png: bytes, began: float, together: int) -> None:
     """Commit a picture; while a store is away it lies in a file, where others find it if we end."""
-    file = None
+    file, waited = None, False
     while True:
         try:
             attempt.commit(png)
             log.info("job %s: %d steps drawn", attempt.id, attempt.state.total)
-            if file is None:  # else it waited, too
+            if not waited:
                 Context.afterwards.append(partial(_measure, attempt, began, together))
             break
         except LeaseLost as e:
@@ -243,14 +250,23 @@ def _hand_over(attempt: Attempt, png: bytes, began: float, together: int) -> Non
             Context.afterwards.append(partial(Context.jobs.absolve, attempt.state))
             break
         except RedisError as e:
-            if file is None:
+            if not waited:
                 log.warning("job %s: its picture is kept until it can be stored: %s", attempt.id, e)
-                file = Context.spool.keep(attempt, png)
+                file, waited = _kept(attempt, png), True
             time.sleep(RETRY_S)
             if Context.stopping:
                 return
     if file is not None:
         file.unlink(missing_ok=True)
+
+
+def _kept(attempt: Attempt, png: bytes) -> Path | None:
+    """Its file; None where none can be written: then it is in memory alone."""
+    try:
+        return Context.spool.keep(attempt, png)
+    except OSError as e:
+        log.warning("job %s: no file for its picture: %s", attempt.id, e)
+        return None
 
 
 def _measure(attempt: Attempt, began: float, together: int) -> None:

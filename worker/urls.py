@@ -82,6 +82,7 @@ def _sentinel(
         options["ssl"] = True
         own |= {"ssl": True, **tls}
     own |= {key: value for key, value in settings.items() if key.startswith("socket_")}
+    own["retry"] = None  # the next Sentinel is the other try: by default each has eleven
     return [_address(one) for one in addresses.split(",")], service, options, own
 
 

@@ -163,6 +163,7 @@ def test_wrong_use_is_told_in_a_line(tmp_path: Path, args: tuple[str, ...], said
         (("worker",), "REDIS_URL", 2),
         (("serve", "--workers", "-1"), "--workers", 1),
         (("serve", "--redis-url", "nonsense"), "redis", 1),
+        (("decode", DATA / "kodim23.msh", "-o", "a.png", "--url", "http://a:b"), "http://a:b", 1),
     ],
 )
 def test_what_cannot_start_is_told_in_a_line(args: tuple[str, ...], said: str, status: int) -> None:

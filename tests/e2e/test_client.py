@@ -122,6 +122,13 @@ def test_a_transport_that_is_brought_along_gets_address_and_key() -> None:
     assert http.headers["authorization"] == "Bearer secret"
 
 
+def test_a_wrong_address_leaves_nothing_running() -> None:
+    before = threading.active_count()
+    with pytest.raises(httpx.InvalidURL):
+        Client("http://host:port")
+    assert threading.active_count() == before
+
+
 def test_a_canceled_decode_says_so(service: Service, url: str, photo: image.Pixels) -> None:
     with Client(url) as client:
         data = stream(client, photo, 41)

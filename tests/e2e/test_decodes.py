@@ -253,6 +253,23 @@ def test_a_status_question_may_wait_for_the_end(client: httpx.Client, stream: by
     client.delete(location)
 
 
+def test_who_left_waits_no_longer(service: Service, stream: bytes) -> None:
+    client = service.client
+    location = submit(client, stream, tier="ddpm-1000")
+    with service.stores() as store:
+
+        def waiting() -> int:
+            clients = store.queue.client_list()
+            return sum(c["cmd"] == "xread" and "b" in c["flags"] for c in clients)
+
+        before = waiting()
+        with pytest.raises(httpx.ReadTimeout):
+            client.get(location, headers={"Prefer": "wait=60"}, timeout=1)
+        assert waiting() == before + 1
+        until(lambda: waiting() == before, "its read from the queue ends", 8)
+    client.delete(location)
+
+
 def test_events_tell_the_whole_story_and_resume(service: Service, stream: bytes) -> None:
     client = service.client
     location = submit(client, stream, tier="ddim-100", steps=150)

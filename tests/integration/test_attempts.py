@@ -1,6 +1,7 @@
 """A worker's hold on a job, in this process: who may write, and what short memory does."""
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -204,6 +205,56 @@ def test_a_worker_that_falls_silent_over_several_jobs_is_one(jobs: Jobs, small_m
     assert figures.read(jobs.store).get(figures.LEASES_LOST) == 2
 
 
+def test_a_worker_whose_drawing_never_ends_falls_silent(
+    jobs: Jobs, small_msh: bytes, tmp_path: Path
+) -> None:
+    """Also to who probes its process: no signal reaches it."""
+    attempt = begin(jobs, small_msh)
+    silence(jobs, attempt)
+    keeper = Keeper(jobs, Spool(tmp_path), tmp_path / "alive")
+    keeper.attempts = [attempt]
+    keeper.stopped.set()  # one turn
+    keeper.until = time.monotonic()
+    keeper.run()
+    assert not keeper.file.exists()
+    jobs.reap()
+    assert state(jobs, attempt.id).status == "queued"
+    keeper.until = time.monotonic() + 60
+    again = Attempt.begin(jobs, attempt.id)
+    assert again is not None
+    silence(jobs, again)
+    keeper.attempts = [again]
+    keeper.run()
+    jobs.reap()
+    assert state(jobs, attempt.id).status == "running"
+
+
+def test_jobs_that_nobody_waits_for_delay_no_other(jobs: Jobs, small_msh: bytes) -> None:
+    first, second = (submit(jobs, small_msh, seed) for seed in range(2))
+    costs.measured(jobs, 2.0, decode_of(small_msh, FAST).work)
+    assert costs.eta_s(jobs, state(jobs, second)) == pytest.approx(4.0)
+    jobs.store.queue.zadd(jobs.interest(first), {"": jobs.now() - 1})  # its deadline has passed
+    assert costs.eta_s(jobs, state(jobs, second)) == pytest.approx(2.0)
+    assert costs.backlog_s(jobs) == pytest.approx(2.0)
+
+
+def test_interest_ends_by_the_servers_clock(
+    jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = begin(jobs, small_msh)
+    here = time.time()
+    monkeypatch.setattr(time, "time", lambda: here + 7 * 24 * 3600)
+    assert jobs.wanted(attempt.id)
+    assert attempt.look().wanted
+
+
+def test_a_job_is_not_like_itself(jobs: Jobs, small_msh: bytes) -> None:
+    """Where a keeper queued it again while its worker was about to begin it."""
+    job_id = submit(jobs, small_msh)
+    assert jobs.claim_alike(state(jobs, job_id), 4) == []
+    assert jobs.queue.job_ids == [job_id]
+
+
 def test_workers_that_are_gone_are_forgotten(jobs: Jobs) -> None:
     for number in range(costs.REMEMBERED + 5):
         costs.measured(jobs, 1.0, 1.0, f"worker-{-number}")
@@ -378,24 +429,38 @@ def test_one_of_several_is_canceled_at_once_and_who_comes_back_is_served(
 
 
 @pytest.mark.weights
+@pytest.mark.parametrize("disk", ["good", "full"])
 def test_what_is_drawn_waits_for_its_store_as_long_as_it_takes(
-    context: None, jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+    context: None, jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch, disk: str
 ) -> None:
-    """The time limit is one of drawing, and the wait is no part of what drawing costs."""
+    """The time limits are of drawing, and the wait is no part of what drawing costs."""
     put, left = Store.put_picture, []
+    draw, until = tasks._draw, []
+
+    def drawn(*given: Any) -> None:
+        until.append(Context.keeper.until - time.monotonic())
+        draw(*given)
+
+    def full(*_: Any) -> Path:
+        raise OSError("no space left on device")
 
     def away(own: Store, *given: Any) -> None:
         left.append(signal.alarm(0))
+        assert Context.keeper.until == math.inf
         if len(left) < 3:
             raise redis.ConnectionError("injected")
         put(own, *given)
 
     monkeypatch.setattr(Store, "put_picture", away)
+    monkeypatch.setattr(tasks, "_draw", drawn)
+    if disk == "full":
+        monkeypatch.setattr(Spool, "keep", full)
     job_id = submit(jobs, small_msh)
     signal.alarm(600)
     tasks.enhance(job_id)
     tasks.settle()
     assert left == [0, 0, 0]
+    assert 0 < until[0] - jobs.timeout_s <= tasks.LATE_S
     assert state(jobs, job_id).status == "succeeded"
     assert costs.model(jobs) is None
     assert not list(Context.spool.folder.glob("*.png"))

@@ -1,12 +1,15 @@
 """Every kind of URL against a real server: TLS, users with few rights, Sentinel and a failover."""
 
+import asyncio
 import contextlib
+import inspect
 import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -132,6 +135,30 @@ def test_over_tls_the_server_must_be_who_it_says(tmp_path: Path, small_msh: byte
             pytest.raises(redis.ConnectionError, match="certificate"),
         ):
             store.ping()
+
+
+@pytest.mark.parametrize("connect", [urls.client, urls.asynchronous])
+def test_a_sentinel_that_is_away_is_asked_once(connect: Callable[..., Any]) -> None:
+    """The next one knows: ten more tries of each took half a minute."""
+    asked: list[int] = []
+
+    def refuse(number: int, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                listener.accept()[0].close()
+                asked.append(number)
+
+    with socket.create_server(("127.0.0.1", 0)) as a, socket.create_server(("127.0.0.1", 0)) as b:
+        for number, listener in enumerate((a, b)):
+            threading.Thread(target=refuse, args=(number, listener), daemon=True).start()
+        hosts = ",".join(f"127.0.0.1:{s.getsockname()[1]}" for s in (a, b))
+        connected = connect(f"redis+sentinel://{hosts}/queue", socket_connect_timeout=2)
+        with pytest.raises(redis.ConnectionError):
+            answer = connected.ping()
+            asyncio.run(answer) if inspect.isawaitable(answer) else None
+        assert asked == [0, 1]
+        for listener in (a, b):
+            listener.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_user_with_the_documented_rights_is_enough(tmp_path: Path, small_msh: bytes) -> None:

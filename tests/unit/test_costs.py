@@ -2,7 +2,9 @@
 
 import pytest
 
+from models.tiers import Settings
 from worker.costs import FADE, Sums
+from worker.records import Decode
 
 
 def fitted(*measured: tuple[float, float]) -> Sums:
@@ -31,6 +33,14 @@ def test_one_size_alone_says_nothing_of_a_fixed_share() -> None:
     cost = fitted((1.0, 2.0), (1.0, 2.0)).fit()
     assert cost is not None
     assert (cost.job_s, cost.seconds(4.0)) == (0.0, pytest.approx(2.0))
+
+
+def test_a_thread_of_pixels_costs_what_is_coded() -> None:
+    thread, block = (
+        Decode("", "ddim-10", Settings("ddim", 10), 0, "", "", 2, 16384, height)
+        for height in (1, 64)
+    )
+    assert thread.work == block.work == pytest.approx(16384 * 64 / 1e6 * 10)
 
 
 def test_without_a_measurement_nothing_is_known() -> None:

@@ -299,14 +299,36 @@ def test_a_thread_of_pixels_is_refused_for_its_padding() -> None:
         image.read(file(Image.new("L", (20_000, 1))), 10**6)
 
 
-def test_tiles_that_are_larger_than_their_picture_are_refused(small: image.Pixels) -> None:
-    """The decoder unpacks them whole."""
+def tiled(pixels: image.Pixels, big: bool, kind: int = 3, count: int = 1) -> bytes:
+    """A TIFF file whose tiles are said to be 30000×30000; the width in a type of choice."""
     private = {0xFF00: ExifTags.Base.TileWidth, 0xFF01: ExifTags.Base.TileLength}
-    data = file(Image.fromarray(small), "TIFF", tiffinfo=dict.fromkeys(private, 30_000))
+    tags = dict.fromkeys(private, 30_000)
+    data = file(Image.fromarray(pixels), "TIFF", tiffinfo=tags, big_tiff=big)
+    entry = "<HHQ" if big else "<HHI"
     for given, meant in private.items():
-        data = data.replace(struct.pack("<HHI", given, 3, 1), struct.pack("<HHI", meant, 3, 1))
+        width = meant == ExifTags.Base.TileWidth
+        said = struct.pack(entry, meant, kind if width else 3, count if width else 1)
+        assert data.count(struct.pack(entry, given, 3, 1)) == 1
+        data = data.replace(struct.pack(entry, given, 3, 1), said)
+    return data
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_tiles_that_are_larger_than_their_picture_are_refused(
+    small: image.Pixels, big: bool
+) -> None:
+    """The decoder unpacks them whole."""
     with pytest.raises(PictureTooLarge, match="tiles of 30000×30000"):
-        image.read(data, 10**6)
+        image.read(tiled(small, big), 10**6)
+
+
+@pytest.mark.parametrize(("kind", "count"), [(2, 1), (1, 1), (17, 1), (3, 2)])
+def test_tiles_whose_sides_readers_may_take_for_others_are_refused(
+    small: image.Pixels, kind: int, count: int
+) -> None:
+    """Text times a length was as much memory; what Pillow skips libtiff reads."""
+    with pytest.raises(PictureError, match="tiles' sides are no numbers"):
+        image.read(tiled(small, False, kind, count), 10**6)
 
 
 def test_a_jpeg_of_very_many_scans_is_refused(small: image.Pixels) -> None:

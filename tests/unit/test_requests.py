@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -11,12 +12,12 @@ import anyio.to_thread
 import httpx
 import pytest
 import uvicorn
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.responses import PlainTextResponse
 
-from service import metrics
+from service import metrics, requests
 from service.requests import Requests
 from worker import logs, tracing
 
@@ -229,6 +230,32 @@ def test_events_pass_through_one_by_one(app: FastAPI, lines: Log) -> None:
         release.set()
         assert next(parts) == "data: second\n\n"
     assert access(lines)["bytes"] == len("data: first\n\ndata: second\n\n")
+
+
+def test_who_does_not_read_holds_nothing_for_long(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch, lines: Log
+) -> None:
+    monkeypatch.setattr(requests, "SEND_S", 0.3)
+    given_up = threading.Event()
+
+    async def held() -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            given_up.set()
+
+    @app.get("/large", dependencies=[Depends(held)])
+    async def large() -> Response:
+        return Response(bytes(2**26))
+
+    with served(app) as url, socket.create_connection(("127.0.0.1", httpx.URL(url).port)) as client:
+        client.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert given_up.wait(20)
+        given_up.clear()
+        assert httpx.get(f"{url}/large", trust_env=False).content == bytes(2**26)
+        assert given_up.wait(20)
+    unread, read = (x.__dict__["bytes"] for x in lines.records if x.name == "afterimage.access")
+    assert unread < read == 2**26
 
 
 def test_the_servers_traceback_carries_the_id(app: FastAPI, caplog: Log) -> None:
