@@ -30,6 +30,8 @@ _COLOURS = matplotlib.color_sequences["tab10"]
 _GREY = "0.55"
 _RIVALS = dict(zip(rivals.SETTINGS, (":", "--", "-"), strict=True))
 """Other codec -> its line's style."""
+_LABELS = 8
+"""In a line above the plots of the rate."""
 _LABEL_GAP = 0.062
 """Least distance of two labels, as a part of the axis."""
 
@@ -54,7 +56,8 @@ def rate(lines: Sequence[Line], file: Path, others: Sequence[Line] = ()) -> None
     for axes in all_axes[len(names) :]:
         axes.remove()
     handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    across = -(-len(labels) // -(-len(labels) // _LABELS))  # the same in each line
+    figure.legend(handles, labels, loc="outside upper center", ncols=across, frameon=False)
     figure.savefig(file, dpi=120)
 
 

@@ -9,7 +9,8 @@ from scipy.ndimage import uniform_filter
 from torch import Tensor
 
 from models import codec
-from models.evaluate.measure import INSTANT, ORIGINAL, PERCEPTUAL
+from models.evaluate import nulls
+from models.evaluate.measure import INSTANT, NAMES, ORIGINAL, PERCEPTUAL
 from models.evaluate.metrics import LpipsAlex
 from models.image import Pixels
 
@@ -94,7 +95,8 @@ class Crops:
 
 def _draw(rows: Sequence[tuple[str, Cuts]], file: Path) -> None:
     """A row of enlarged cuts below each text, a column per tier."""
-    columns = list(dict.fromkeys(tier for _, cuts in rows for tier in cuts))
+    shown = {tier for _, cuts in rows for tier in cuts}
+    columns = [tier for tier in (ORIGINAL, *NAMES, *nulls.NAMES) if tier in shown]
     cell, height = CUT * SCALE + _GAP, CUT * SCALE + _GAP + _LINE
     size = (_GAP + cell * len(columns), _LINE + _GAP + height * len(rows))
     sheet = Image.new("RGB", size, "white")
