@@ -55,7 +55,7 @@ def test_a_decode_is_seen_in_metrics_and_in_one_log_by_its_ids(
         """What a job took is noted after its end."""
         return more("afterimage_megapixel_steps_total") > (jobs - 0.5) * work
 
-    work = 4 * 0.015
+    work = 4 * 0.192 * 0.128  # coded sides
     for seed in (1, 2):  # the second job can be predicted by the first
         asked = {"tier": "perceptual", "seed": seed}
         answer = client.post(

@@ -208,7 +208,7 @@ def test_retry_after_is_when_the_first_job_ends(counted: Quotas, jobs: Jobs, sto
         counted.job(GALLERY, job_id(seed))
         submit(jobs, seed)
     assert refused(lambda: counted.job(GALLERY, job_id(3)))["Retry-After"] == "5"  # none measured
-    costs.measured(jobs, 5.9, 10.0, "a worker")  # as many megapixel-steps as each of them has
+    costs.measured(jobs, 5.9, decode(1).work, "a worker")  # as much as each of them
     assert refused(lambda: counted.job(GALLERY, job_id(3)))["Retry-After"] == "6"
 
 
