@@ -155,7 +155,8 @@ class Attempt:
         jobs, work = self.jobs, self.state.decode.work
         costs.measured(jobs, seconds, work)
         figures.measured(jobs.store, costs.NAME, seconds, work)
-        figures.predicted(jobs.store, time.time() - self.state.created, self.state.eta_s)
+        state = jobs.record(self.id) or self.state  # it may have begun before what was predicted
+        figures.predicted(jobs.store, time.time() - state.created, state.eta_s)
 
     def fail(self, error: str) -> None:
         """It cannot be drawn; `error` is shown to clients. Raises `LeaseLost`."""

@@ -238,6 +238,16 @@ def test_jobs_that_nobody_waits_for_delay_no_other(jobs: Jobs, small_msh: bytes)
     assert costs.backlog_s(jobs) == pytest.approx(2.0)
 
 
+def test_what_is_predicted_once_a_quick_worker_has_begun_counts(
+    jobs: Jobs, small_msh: bytes
+) -> None:
+    attempt = begin(jobs, small_msh)
+    jobs.promise(attempt.id, 1000.0)
+    attempt.commit(b"png")
+    attempt.measured(1.0)
+    assert figures.read(jobs.store).get("eta_ratio:0.1") == 1
+
+
 def test_interest_ends_by_the_servers_clock(
     jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
