@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from models.presets import PRESETS
+from models.tiers import MAX_STEPS
 from models.train.config import RunConfig, Stage, option
 
 PHASES = (Stage("phase1", 60), Stage("phase2", 45))
@@ -28,6 +29,7 @@ class DiffusionConfig(RunConfig):
     widths: tuple[int, ...] = option((), "channels of the network's levels, if not the preset's")
     other_codec: bool = option(False, "--init's weights belong to another codec: read latents anew")
     lpips: str = option("", "LPIPS weights (AlexNet or VGG), for phase 2 and for the paper's loss")
+    calls: int = option(4, "denoiser calls of the perceptual decoder that phase 2 trains")
     lr_phase2: float = option(2e-4, "learning rate of phase 2 at its top")
     times: str = option(
         "uniform", "which the denoiser learns most at", choices=("uniform", "middle")
@@ -57,6 +59,8 @@ def resolved(config: DiffusionConfig) -> DiffusionConfig:
             raise ValueError(f"stage {stage.name!r}: {config.preset} has {', '.join(names)}")
         if stage.name == "phase2" and config.batch < 2:
             raise ValueError("phase 2 needs a batch of 2 or more: half of it is denoised")
+    if not 1 <= config.calls <= MAX_STEPS:
+        raise ValueError(f"--calls {config.calls}: choose a number from 1 to {MAX_STEPS}")
     if bool(config.photos) == bool(config.bank) or bool(config.bank) != bool(config.held_out):
         raise ValueError("either --photos, or --bank and --held-out")
     if config.crop % 16 or config.crop < 48:

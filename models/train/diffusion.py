@@ -25,14 +25,15 @@ from models.train.bank import Bank, Batch
 from models.train.config import Stage
 from models.train.decoder_config import DiffusionConfig
 from models.train.discriminator import Discriminator, discriminator_loss, generator_loss
-from models.train.losses import FEW_STEPS, Denoise, Hybrid
+from models.train.losses import Denoise, Hybrid
 from models.train.lpips import Lpips
 from models.train.ranks import Ranks
 from models.train.run import Play, Step, cosine
 from models.train.soap import Soap
 
 PERCEPTUAL_UNTIL = 0.5
-"""LPIPS and the discriminator judge at these times and below: above, nothing is decided yet."""
+"""LPIPS, spectrum and discriminator judge pictures predicted at this time or later in sampling, and
+the last one. Earlier predictions are still undecided."""
 JUDGED = 64
 """Held-out crops that a stage is judged by."""
 
@@ -65,6 +66,7 @@ class DiffusionTask:
             self.discriminator = Discriminator(self.bank.latents).to(ranks.device)
             self.modules["discriminator"] = self.discriminator
         self.hybrid = Hybrid(ranks.device)
+        self.times = losses.few_steps(config.calls)
 
     def begin(self, index: int) -> None:
         """A stage starts from the weights as they are."""
@@ -120,7 +122,7 @@ class DiffusionTask:
         loss = v_loss + self.config.mse_weight * weight * (x0 - target).square().mean()
         figures = {"v": v_loss.detach(), "ratio": ratio.detach()}
         picture = self.network.picture(batch, x0)
-        judged = t <= PERCEPTUAL_UNTIL
+        judged = t <= max(PERCEPTUAL_UNTIL, self.times[-1])
         if judged and self.lpips is not None:
             top, left = _place(step, 4)
             distance = self.lpips(picture[:, :, top:, left:], batch.x[:, :, top:, left:]).mean()
@@ -143,12 +145,14 @@ class DiffusionTask:
             yield self._discriminate(self.discriminator, batch, picture.detach(), place)
 
     def _few_steps(self, denoise: Denoise, noise: Tensor, step: Step) -> tuple[float, Tensor]:
-        """x0 at one of `FEW_STEPS`, reached by the model's own rollout; the same one on all ranks,
-        so that they have the same losses."""
-        calls = step.shared.randrange(len(FEW_STEPS))
+        """One of the sampler's times and x0 predicted there, reached by the network's own rollout.
+
+        All ranks draw the same time, so that they have the same losses.
+        """
+        calls = step.shared.randrange(len(self.times))
         with torch.no_grad():
-            x_t = losses.rollout(denoise, noise, calls)
-        t = FEW_STEPS[calls]
+            x_t = losses.rollout(denoise, noise, self.times, calls)
+        t = self.times[calls]
         v = denoise(x_t, torch.full((len(x_t),), t, device=self.device))
         return t, schedule.x0_from_v(x_t, v, schedule.alpha_bar(t))
 
@@ -193,7 +197,9 @@ class DiffusionTask:
         t = losses.stratified(len(batch.x), generator)
         v, zero = self._denoising(batch, None, t, generator)
         denoise = self.network.given(batch, 1.0)
-        x0 = losses.rollout(denoise, _noise(batch.x, generator), len(FEW_STEPS))
+        x0 = losses.rollout(
+            denoise, _noise(batch.x, generator), self.times, len(self.times)
+        )
         picture = self.network.picture(batch, x0).clamp(0, 1)
         return {"held_v": v, "held_v_zero": zero} | self._distances(picture, batch)
 

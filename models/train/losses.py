@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +13,6 @@ from torch import Tensor
 from models import schedule
 from models.sampler import ddim_step
 
-FEW_STEPS = (1.0, 0.75, 0.5, 0.25)
-"""Times of the perceptual decoder's calls: DDIM in four steps."""
 BITS = 1 / math.log(2)
 """Bits in a nat."""
 DCT = 8
@@ -56,10 +54,15 @@ def denoising(denoise: Denoise, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Ten
     return (weight * (v - target).square()).mean(), zero.detach()
 
 
-def rollout(denoise: Denoise, x_t: Tensor, calls: int) -> Tensor:
-    """x_t after `calls` DDIM steps from noise along `FEW_STEPS`; after all of them, x0."""
-    times = (*FEW_STEPS, 0.0)
-    for t, t_prev in zip(times[:calls], times[1:], strict=False):
+def few_steps(calls: int) -> tuple[float, ...]:
+    """Times at which a DDIM sampler with `calls` steps calls the denoiser: 1, 1 - 1 / calls, …"""
+    return tuple(step.t for step in schedule.Continuous().steps(calls))
+
+
+def rollout(denoise: Denoise, x_t: Tensor, times: Sequence[float], calls: int) -> Tensor:
+    """x_t (B, C, H, W) after the first `calls` DDIM steps along `times`; x0 after all of them."""
+    ends = (*times[1:], 0.0)
+    for t, t_prev in list(zip(times, ends, strict=True))[:calls]:
         a_t, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
         v = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device))
         x0, eps = schedule.x0_from_v(x_t, v, a_t), schedule.eps_from_v(x_t, v, a_t)

@@ -107,6 +107,15 @@ def test_half_a_minute_on_20_photographs_beats_predicting_zero(
     assert max(p.stat().st_size for p in Path(own.out).glob("checkpoint/*")) <= 16 << 20
 
 
+def test_a_decoder_of_one_call_is_judged_at_its_only_call(
+    config: Callable[..., DiffusionConfig],
+) -> None:
+    own = config(plan=(Stage("phase2", 0.03),), calls=1, spectrum=0.1, log_s=0.0)
+    trained(own)
+    rows = [row for row in log(own) if "ratio" in row]
+    assert rows and all(row["lpips"] > 0 and row["spectrum"] > 0 for row in rows)
+
+
 def test_a_run_learns_both_phases_and_leaves_loadable_weights(
     config: Callable[..., DiffusionConfig], tmp_path: Path
 ) -> None:
@@ -353,6 +362,7 @@ def test_bfloat16_leaves_the_latents_path_exact(config: Callable[..., DiffusionC
         ({"crop": 70}, "multiple of 16"),
         ({"crop": 32}, "below 48"),
         ({"batch": 1}, "a batch of 2 or more"),
+        ({"calls": 0}, "--calls 0: choose a number from 1 to 1000"),
     ],
 )
 def test_options_that_contradict_each_other_are_named(

@@ -56,8 +56,19 @@ def test_a_rollout_with_the_true_residual_ends_there() -> None:
         return math.sqrt(a) * eps - math.sqrt(1 - a) * x0
 
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(losses.rollout(exact, noise, 0), noise)
-    torch.testing.assert_close(losses.rollout(exact, noise, 4), x0, rtol=1e-4, atol=1e-5)
+    for calls in (1, 4):
+        times = losses.few_steps(calls)
+        assert torch.equal(losses.rollout(exact, noise, times, 0), noise)
+        reached = losses.rollout(exact, noise, times, calls)
+        torch.testing.assert_close(reached, x0, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("calls", "times"), [(1, (1.0,)), (4, (1.0, 0.75, 0.5, 0.25))])
+def test_training_calls_the_denoiser_when_the_sampler_does(
+    calls: int, times: tuple[float, ...]
+) -> None:
+    assert losses.few_steps(calls) == times
+    assert tuple(s.t for s in schedule.Continuous().steps(calls)) == times
 
 
 def test_the_spectrum_wants_texture_but_not_its_place_and_sees_a_hatching() -> None:
