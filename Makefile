@@ -27,7 +27,7 @@ run: $(READY) ## start Redis, the API and one worker on http://127.0.0.1:8000
 	@$(BIN)/afterimage serve
 
 demo: $(READY) ## encode a photograph, decode it at every quality, save a comparison (PHOTO=, URL=)
-	@$(BIN)/python -P -m service.demo $(PHOTO) $(if $(URL),--url $(URL))
+	@$(BIN)/python -P -m service.cli.demo $(PHOTO) $(if $(URL),--url $(URL))
 
 # What both parts need is made before: beside `-j`, make 4.3 runs them one after the other at times
 # where one of them has to wait for a prerequisite that is quick.

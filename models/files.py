@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @contextmanager
-def whole(file: Path) -> Iterator[Path]:
+def atomic_write(file: Path) -> Iterator[Path]:
     """A path beside `file`, of this process alone, to write to.
 
     It takes `file`'s place where the block ends well, and goes where it does not.

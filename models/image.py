@@ -16,8 +16,8 @@ from PIL import (
     UnidentifiedImageError,
 )
 
-from models.bitstream import check_size
 from models.errors import AfterimageError, PictureError, PictureTooLarge, UnsupportedPicture
+from models.geometry import check_size
 
 Pixels = NDArray[np.uint8]
 OutputFormat = Literal["png", "jpeg", "webp", "avif", "npy"]

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import bitstream, catalogue, codec, decoder, image, realism, zoo
-from models.bitstream import Bitstream, Metric
-from models.codec import Codec
-from models.decoder import Decoder, Draft, OnPicture
-from models.hyperprior import Latents
+from models import image
+from models.codec import bitstream, catalogue, codec, zoo
+from models.codec.bitstream import Bitstream, Metric
+from models.codec.codec import Codec
+from models.codec.hyperprior import Latents
+from models.diffusion import decoder, realism
+from models.diffusion.decoder import Decoder, DiffusionInput, OnPicture
 from models.tiers import Settings
 
 
@@ -77,13 +79,13 @@ class Library:
         x = self.diffusion.sample_batch([draft], settings, on_step)
         return codec.to_pixels(codec.crop(realism.mix(draft.x_hat, x, alpha), b.height, b.width))
 
-    def draft(self, b: Bitstream, seed: int) -> Draft:
+    def draft(self, b: Bitstream, seed: int) -> DiffusionInput:
         """Bitstream -> what the diffusion decoder begins with. Raises as `Codec.latents`."""
         latents, x_hat = self.instant(b)
         shipped = {own.weights_id for own in self.codecs.values()}
         learned = self.decoder.codecs if self.decoder else None
         shown = self.codec_id(b) in (shipped if learned is None else learned)
-        return Draft(latents, x_hat, b.quality, seed, shown)
+        return DiffusionInput(latents, x_hat, b.quality, seed, shown)
 
     @property
     def diffusion(self) -> Decoder:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.msh import STRIDE_Y
+from models.geometry import STRIDE_Y
 
 CODEC_WINDOW = 68**2
 """Latent positions in a window of `g_a` and `g_s`: 1088×1088 pixels, about 0.5 GB meanwhile."""

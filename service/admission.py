@@ -5,8 +5,8 @@ import math
 from service import metrics
 from service.deps import State
 from service.problems import Busy, QueueFull
-from worker import costs
-from worker.records import ENDED
+from worker.queue import estimates
+from worker.queue.records import ENDED
 
 FULL = 0.8
 """Part of the queue's memory beyond which new jobs are refused: the rest is for those there are."""
@@ -23,7 +23,7 @@ def admit(own: State, job_id: str) -> None:
     if state is not None and state.status not in ENDED:
         return
     room(own)
-    backlog, limit = costs.backlog_s(own.jobs), own.settings.max_backlog_s
+    backlog, limit = estimates.backlog_s(own.jobs), own.settings.max_backlog_s
     if backlog > limit:
         metrics.shed("backlog")
         retry = {"Retry-After": str(math.ceil(backlog - limit))}

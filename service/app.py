@@ -10,30 +10,19 @@ from fastapi_offline import FastAPIOffline
 
 from models import checkpoint, library
 from models.errors import WeightsError
-from service import (
-    __version__,
-    about,
-    codecs,
-    decodes,
-    health,
-    metrics,
-    openapi,
-    page,
-    pictures,
-    problems,
-    progress,
-    sharing,
-)
+from service import __version__, metrics, openapi, problems
 from service.auth import Keys
 from service.deps import Bodies, State
 from service.instant import Instant
 from service.quotas import Quotas
 from service.requests import Requests
+from service.routes import decodes, encodes, health, info, links, page, pictures, progress
+from service.routes import metrics as metrics_page
 from service.settings import ServiceSettings
-from worker import store
-from worker.jobs import Jobs
-from worker.store import Store
-from worker.webhooks import WebhookSettings
+from worker.queue import store
+from worker.queue.jobs import Jobs
+from worker.queue.store import Store
+from worker.webhooks.settings import WebhookSettings
 
 CORS_MAX_AGE_S = 600
 """How long a browser may remember what it was allowed."""
@@ -80,11 +69,11 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     secret = chosen.link_secret
     app.state.link_secret = secret.get_secret_value().encode() if secret else None
     problems.install(app)
-    for module in (decodes, pictures, progress, sharing, codecs, about, health, page):
+    for module in (decodes, pictures, progress, links, encodes, info, health, page):
         app.include_router(module.router)
     app.mount("/web", page.files)
     if not chosen.metrics_port:
-        app.include_router(metrics.router)
+        app.include_router(metrics_page.router)
     if chosen.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -12,7 +12,7 @@ from typing import Annotated
 from fastapi import Request, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
-from service import keys, links
+from service import keys, signed_urls
 from service.keys import SCOPES, Key, KeysError, Scope
 from service.problems import Forbidden, Unauthorized
 
@@ -124,7 +124,7 @@ def _linked(request: Request) -> bool:
     query = request.scope["query_string"].decode("latin-1")
     if secret is None or request.method not in {"GET", "HEAD"}:
         return False
-    return links.valid(secret, request.scope["path"], query, time.time())
+    return signed_urls.valid(secret, request.scope["path"], query, time.time())
 
 
 def _identified(known: Keys, token: str | None) -> Caller:

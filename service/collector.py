@@ -12,9 +12,9 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from worker import costs, figures
-from worker.jobs import Jobs
-from worker.store import RedisError
+from worker.queue import counters, estimates
+from worker.queue.jobs import Jobs
+from worker.queue.store import RedisError
 
 _LOOKED_AT = 16
 """Jobs at the queue's head among which the oldest is sought: those in front were queued first,
@@ -36,7 +36,7 @@ class Queue(Collector):
         found: list[Metric] = []
         up = 0.0
         with contextlib.suppress(RedisError):
-            found = [*_waiting(self.jobs), *_figures(figures.read(self.jobs.store))]
+            found = [*_waiting(self.jobs), *_figures(counters.read(self.jobs.store))]
             self.jobs.store.cache.ping()
             up = 1.0
         told = "Whether the Redis of queue and cache answers (1) or not (0)."
@@ -59,19 +59,19 @@ def _waiting(jobs: Jobs) -> Iterator[Metric]:
         "afterimage_queue_oldest_age_seconds", "Seconds since the oldest of them was queued.", age
     )
     yield GaugeMetricFamily("afterimage_jobs_running", "Jobs that workers have begun.", running)
-    workers = len(costs.alive(jobs))
+    workers = len(estimates.alive(jobs))
     yield GaugeMetricFamily("afterimage_workers", "Workers that live, busy or idle.", workers)
     memory = "Share of its maxmemory that the queue's Redis uses; 0 where it has none."
     yield GaugeMetricFamily("afterimage_queue_memory_ratio", memory, jobs.store.fullness())
 
 
-def _figures(sums: figures.Figures) -> Iterator[Metric]:
+def _figures(sums: counters.Figures) -> Iterator[Metric]:
     ended = CounterMetricFamily("afterimage_jobs_ended", "Jobs that ended.", labels=("status",))
-    for name in (figures.SUCCEEDED, figures.FAILED, figures.CANCELED):
+    for name in (counters.SUCCEEDED, counters.FAILED, counters.CANCELED):
         ended.add_metric([name.partition(":")[2]], sums.get(name))
     yield ended
     lost = "Workers that fell silent over what they drew."
-    yield CounterMetricFamily("afterimage_leases_lost", lost, sums.get(figures.LEASES_LOST))
+    yield CounterMetricFamily("afterimage_leases_lost", lost, sums.get(counters.LEASES_LOST))
     buckets, total = sums.eta_ratios
     error = "Measured over predicted time of a job (ratio; 1 is exact)."
     yield HistogramMetricFamily("afterimage_eta_error_ratio", error, buckets, total)

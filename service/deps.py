@@ -26,9 +26,9 @@ from service.negotiate import Preferences
 from service.problems import BodyTooLarge, Busy, RequestTimeout
 from service.quotas import Quotas
 from service.settings import ServiceSettings
-from worker.jobs import Jobs
-from worker.store import Store
-from worker.webhooks import WebhookSettings
+from worker.queue.jobs import Jobs
+from worker.queue.store import Store
+from worker.webhooks.settings import WebhookSettings
 
 
 class Bodies:

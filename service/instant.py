@@ -13,8 +13,9 @@ import anyio
 from cachetools import LRUCache
 from torch import Tensor
 
-from models import bitstream, codec, image
-from models.bitstream import Bitstream
+from models import geometry, image
+from models.codec import codec
+from models.codec.bitstream import Bitstream
 from models.image import OutputFormat, Pixels
 from models.library import Library
 from service import metrics
@@ -102,7 +103,7 @@ class Instant:
             self._asked -= 1
 
     def _learn(self, ms: float, b: Bitstream) -> None:
-        cost = ms / 1e3 / bitstream.megapixels(b.height, b.width)
+        cost = ms / 1e3 / geometry.megapixels(b.height, b.width)
         before = cost if self.megapixel_s is None else self.megapixel_s
         self.megapixel_s = before + 0.1 * (cost - before)
 

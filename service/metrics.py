@@ -1,27 +1,19 @@
-"""`GET /metrics`: what this process measured, and what the queue and its workers left in Redis."""
+"""Prometheus metrics of this API process, and the port that may serve them alone."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import anyio.to_thread
-from fastapi import APIRouter, Request
-from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Histogram,
     PlatformCollector,
     ProcessCollector,
-    generate_latest,
     start_http_server,
 )
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from service.collector import Queue
-from worker.jobs import Jobs
-
-if TYPE_CHECKING:
-    from service.deps import State
+from worker.queue.jobs import Jobs
 
 ShedReason = Literal["line", "bodies", "backlog", "memory", "timeout", "redis"]
 """Why a request got 503 or 504: the line for the cores, the memory for bodies, the queue's backlog,
@@ -49,7 +41,6 @@ _RATE_LIMITED = Counter(
     "afterimage_rate_limited_requests", "Requests beyond their caller's quota.", registry=None
 )
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
-router = APIRouter(tags=["health"])
 
 
 def request(route: str, method: str, status: int, seconds: float) -> None:
@@ -87,21 +78,6 @@ def registry(jobs: Jobs) -> CollectorRegistry:
     ProcessCollector(registry=made)
     PlatformCollector(registry=made)
     return made
-
-
-@router.get(
-    "/metrics",
-    summary="Metrics",
-    response_class=PlainTextResponse,
-    responses={200: {"content": {"text/plain": {"example": "afterimage_redis_up 1.0\n"}}}},
-)
-async def page(request: Request) -> Response:
-    """Prometheus text exposition: requests and stages of this process; queue, jobs and workers of
-    all. Where Redis is away, the process's own remain and `afterimage_redis_up` is 0."""
-    own: State = request.app.state.own
-    text = await anyio.to_thread.run_sync(generate_latest, registry(own.jobs))
-    headers = {"Cache-Control": "no-store"}
-    return Response(text, headers=headers, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 def serve(port: int, jobs: Jobs, host: str) -> Callable[[], None]:

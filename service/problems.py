@@ -1,6 +1,5 @@
 """Errors to HTTP: RFC 9457 `application/problem+json`, one table for all of them."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from starlette.routing import compile_path
 
 from models import errors
 from service import metrics
-from worker.store import RedisError
+from worker.queue.store import RedisError
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_S = 5
@@ -26,6 +25,8 @@ class RequestError(errors.AfterimageError):
     `headers` go with the answer.
     """
 
+    kind = "request-error"
+
     def __init__(self, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.headers = dict(headers or {})
@@ -34,69 +35,103 @@ class RequestError(errors.AfterimageError):
 class Unauthorized(RequestError):
     """No API key or signature, or one that is not valid."""
 
+    kind = "unauthorized"
+
 
 class Forbidden(RequestError):
     """The API key lacks the scope."""
+
+    kind = "forbidden"
 
 
 class JobNotFound(RequestError):
     """There is no decode with this id."""
 
+    kind = "job-not-found"
+
 
 class ModelNotFound(RequestError):
     """There are no such weights, or there is no card of them."""
+
+    kind = "model-not-found"
 
 
 class NotAcceptable(RequestError):
     """None of the formats that `Accept` names can be made."""
 
+    kind = "not-acceptable"
+
 
 class Conflict(RequestError):
     """The decode has ended, or has not: it cannot be done to it now."""
+
+    kind = "conflict"
 
 
 class PictureGone(RequestError):
     """The picture is no longer kept; `retry` makes it again."""
 
+    kind = "picture-gone"
+
 
 class BodyTooLarge(RequestError):
     """More bytes than the limit."""
+
+    kind = "body-too-large"
 
 
 class IdMismatch(RequestError):
     """The id in the path is not that of the request's content."""
 
+    kind = "id-mismatch"
+
 
 class KeyReused(RequestError):
     """The `Idempotency-Key` came with another request before."""
+
+    kind = "key-reused"
 
 
 class RangeNotSatisfiable(RequestError):
     """The range begins behind the picture's end."""
 
+    kind = "range-not-satisfiable"
+
 
 class RequestTimeout(RequestError):
     """The request's body did not arrive in time."""
+
+    kind = "request-timeout"
 
 
 class TooManyRequests(RequestError):
     """The caller's quota is used up; `Retry-After` says until when."""
 
+    kind = "too-many-requests"
+
 
 class QueueFull(RequestError):
     """The queue's memory is nearly used up: no new jobs until old records have expired."""
+
+    kind = "queue-full"
 
 
 class Busy(RequestError):
     """More requests than can be served soon; `Retry-After` says when to come back."""
 
+    kind = "busy"
+
 
 class QueueAway(RequestError):
     """The queue cannot be used; instant decodes still work."""
 
+    kind = "queue-away"
+
 
 class DeadlineExceeded(RequestError):
     """The request's time is over before its answer was there."""
+
+    kind = "deadline-exceeded"
 
 
 STATUS: dict[type[errors.AfterimageError], int] = {
@@ -147,7 +182,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(errors.AfterimageError)
     async def _own(_request: Request, e: errors.AfterimageError) -> JSONResponse:
         headers = e.headers if isinstance(e, RequestError) else {}
-        return problem(status_of(type(e)), _kind(type(e).__name__), str(e), headers)
+        return problem(status_of(type(e)), type(e).kind, str(e), headers)
 
     @app.exception_handler(RequestValidationError)
     async def _parameters(_request: Request, e: RequestValidationError) -> JSONResponse:
@@ -185,10 +220,6 @@ def _methods(app: FastAPI, path: str) -> list[str]:
     return sorted({method.upper() for at in matching for method in described[at]})
 
 
-def _kind(name: str) -> str:
-    return re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower()
-
-
 def _document(status: int, kind: str, detail: str) -> dict[str, Any]:
     return {
         "type": f"urn:afterimage:problem:{kind}",
@@ -215,7 +246,7 @@ def responses(*kinds: type[errors.AfterimageError]) -> dict[int | str, dict[str,
     """OpenAPI entries for the problems that an operation may answer with, an example of each."""
     found: dict[int | str, dict[str, Any]] = {}
     for kind in sorted(set(kinds), key=lambda k: (status_of(k), k.__name__)):
-        status, name = status_of(kind), _kind(kind.__name__)
+        status, name = status_of(kind), kind.kind
         text = (kind.__doc__ or "").split("\n")[0]
         schema = {"$ref": "#/components/schemas/Problem"}
         empty = {"description": "", "content": {MEDIA_TYPE: {"schema": schema, "examples": {}}}}

@@ -14,10 +14,10 @@ from limits.strategies import MovingWindowRateLimiter
 from service import metrics
 from service.auth import Caller
 from service.problems import RETRY_S, TooManyRequests
-from worker import costs
-from worker.jobs import Jobs
-from worker.records import ENDED, JobState
-from worker.store import RedisError
+from worker.queue import estimates
+from worker.queue.jobs import Jobs
+from worker.queue.records import ENDED, JobState
+from worker.queue.store import RedisError
 
 WINDOW_S = 60
 JOB_TTL_S = 24 * 3600
@@ -101,7 +101,7 @@ class Quotas:
         unfinished = self._unfinished(caller)
         if self._remembered(caller, job_id, limit):
             return
-        times = (costs.eta_s(self.jobs, state) for state in unfinished)
+        times = (estimates.eta_s(self.jobs, state) for state in unfinished)
         wait_s = max(math.ceil(min((t for t in times if t is not None), default=RETRY_S)), 1)
         headers = {**_headers("jobs", str(limit), 0, wait_s), "Retry-After": str(wait_s)}
         metrics.rate_limited()

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import metrics
-from worker import logs, tracing
+from worker.telemetry import logs, tracing
 
 log = logging.getLogger("afterimage.access")
 

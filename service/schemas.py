@@ -5,16 +5,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from models import bitstream, tiers
-from models.bitstream import Bitstream, Format, Metric, Profile
+from models import geometry, tiers
 from models.checkpoint import Entry
+from models.codec.bitstream import Bitstream, Format, Metric, Profile
 from models.image import MEDIA_TYPES
 from service import problems
 from service.negotiate import MAX_WAIT_S
 from service.settings import ServiceSettings
-from worker.costs import Cost as CostModel
-from worker.jobs import MAX_HOLD_S
-from worker.records import JobState, Status
+from worker.queue.estimates import Cost as CostModel
+from worker.queue.jobs import MAX_HOLD_S
+from worker.queue.records import JobState, Status
 
 
 class Fault(BaseModel):
@@ -163,7 +163,7 @@ class Inspection(BaseModel):
 
         `instant_s`: measured seconds of a coded megapixel; `model`: of diffusion decodes.
         """
-        coded = bitstream.megapixels(b.height, b.width)
+        coded = geometry.megapixels(b.height, b.width)
 
         def cost(tier: tiers.Tier) -> Cost:
             calls = tier.settings.calls if tier.settings else 0

@@ -16,14 +16,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import bitstream, codec, image, zoo
-from models.codec import Codec
-from models.decoder import Decoder
-from models.presets import COMPACT
-from models.unet import UNet
-from worker import embed
+from models import image
+from models.codec import bitstream, codec, zoo
+from models.codec.codec import Codec
+from models.diffusion.decoder import Decoder
+from models.diffusion.presets import COMPACT
+from models.diffusion.unet import UNet
+from worker.queue import private_redis
+from worker.queue.store import Store, connect
 from worker.settings import WorkerSettings
-from worker.store import Store, connect
 
 DATA = Path(__file__).parent / "data"
 PHOTO = DATA / "kodim23.png"
@@ -103,7 +104,7 @@ def lpips_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def redis_urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """Queue and cache: two real servers."""
-    with embed.servers(tmp_path_factory.mktemp("redis")) as urls:
+    with private_redis.servers(tmp_path_factory.mktemp("redis")) as urls:
         yield urls
 
 
@@ -161,7 +162,16 @@ def run_service(folder: Path, *options: str, **environment: str) -> Iterator[Ser
     own = {"AFTERIMAGE_CACHE_DIR": str(folder), **environment}
     inherited = {k: v for k, v in os.environ.items() if "REDIS_URL" not in k}
     log = folder / "service.log"
-    command = [sys.executable, "-P", "-m", "service.cli", "serve", "--port", str(port), *options]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "service.cli",
+        "serve",
+        "--port",
+        str(port),
+        *options,
+    ]
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=inherited | own, stdout=out, stderr=out)
     try:
@@ -191,7 +201,7 @@ def webhook_port() -> int:
 def service(tmp_path_factory: pytest.TempPathFactory, webhook_port: int) -> Iterator[Service]:
     """One service with one worker and the shipped weights, for all end-to-end tests."""
     folder = tmp_path_factory.mktemp("service")
-    with embed.servers(folder / "redis") as urls:
+    with private_redis.servers(folder / "redis") as urls:
         own = {"REDIS_URL": urls[0], "CACHE_REDIS_URL": urls[1]}
         own |= {"AFTERIMAGE_MAX_PIXELS": "1000000", "AFTERIMAGE_BODY_TIMEOUT_S": "3"}
         own |= {"AFTERIMAGE_MAX_MEGAPIXEL_STEPS": "300"}

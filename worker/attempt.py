@@ -15,10 +15,10 @@ from redis.client import Pipeline
 from rq.job import Job
 
 from models.errors import AfterimageError
-from worker import costs, events, figures
-from worker.jobs import Jobs
-from worker.records import JobState, Status
-from worker.store import RECORD_TTL_S
+from worker.queue import counters, estimates, events
+from worker.queue.jobs import Jobs
+from worker.queue.records import JobState, Status
+from worker.queue.store import RECORD_TTL_S
 
 Change = Callable[[str, JobState, Pipeline], None]
 
@@ -85,7 +85,7 @@ class Attempt:
 
         began = jobs.now()
         try:
-            while not jobs.change(job_id, jobs.interest(job_id), take):
+            while not jobs.change(job_id, jobs.subscribers(job_id), take):
                 pass
         except LeaseLost:  # unless we took it, and the connection broke before we knew
             return cls.held(jobs, job_id, owner)
@@ -112,7 +112,7 @@ class Attempt:
     def look(self, step: int | None = None) -> Wish:
         """What the outside wants now; `step` denoiser steps are done. Raises `LeaseLost`."""
         jobs, total = self.jobs, self.state.total
-        keys = jobs.key(self.id), jobs.interest(self.id), jobs.store.key("watched", self.id)
+        keys = jobs.key(self.id), jobs.subscribers(self.id), jobs.store.key("watched", self.id)
         values = self.state.fence, "" if step is None else step, RECORD_TTL_S
         found = jobs.store.queue.eval(_LOOK, 3, *keys, *values)
         if found is None:
@@ -144,7 +144,7 @@ class Attempt:
                 pipe.delete(Job.key_for(job_id))
             pipe.hincrby(self.jobs.key(job_id), "commits", 1)
             self.jobs.finish(pipe, job_id, "succeeded")
-            self.jobs.pardon(state.decode.digest, pipe)
+            self.jobs.reset_crashes(state.decode.digest, pipe)
 
         self._write(lambda *_: None, _UNFINISHED)
         self.jobs.store.put_picture(self.id, png)  # before anybody is told of it
@@ -153,10 +153,10 @@ class Attempt:
     def measured(self, seconds: float) -> None:
         """How long the picture took, for predictions and metrics."""
         jobs, work = self.jobs, self.state.decode.work
-        costs.measured(jobs, seconds, work)
-        figures.measured(jobs.store, costs.NAME, seconds, work)
+        estimates.measured(jobs, seconds, work)
+        counters.measured(jobs.store, estimates.NAME, seconds, work)
         state = jobs.record(self.id) or self.state  # it may have begun before what was predicted
-        figures.predicted(jobs.store, time.time() - state.created, state.eta_s)
+        counters.predicted(jobs.store, time.time() - state.created, state.eta_s)
 
     def fail(self, error: str) -> None:
         """It cannot be drawn; `error` is shown to clients. Raises `LeaseLost`."""
@@ -169,7 +169,7 @@ class Attempt:
 
         def leave(job_id: str, _: JobState, pipe: Pipeline) -> None:
             nonlocal wanted
-            wanted = self.jobs.wanted(job_id)
+            wanted = self.jobs.has_subscribers(job_id)
             if not wanted:
                 self.jobs.finish(pipe, job_id, "canceled")
             elif back:
@@ -187,7 +187,7 @@ class Attempt:
 
     def blame(self) -> None:
         """This worker ends over the job: as if it had died. Raises `LeaseLost`."""
-        self._write(lambda _, state, pipe: self.jobs.bury(state, pipe))
+        self._write(lambda _, state, pipe: self.jobs.record_crash(state, pipe))
 
     def _write(self, change: Change, statuses: Container[Status] = ("running",)) -> None:
         def held(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
@@ -195,5 +195,5 @@ class Attempt:
                 raise LeaseLost(f"job {job_id} was given to another worker")
             change(job_id, state, pipe)
 
-        while not self.jobs.change(self.id, self.jobs.interest(self.id), held):
+        while not self.jobs.change(self.id, self.jobs.subscribers(self.id), held):
             pass

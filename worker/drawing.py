@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models import codec, image
-from models.decoder import WINDOW, Decoder, Draft
+from models import image
+from models.codec import codec
+from models.diffusion.decoder import WINDOW, Decoder, DiffusionInput
 from models.errors import AfterimageError, Canceled, PictureError
 from models.library import provenance
 from worker.attempt import Attempt, LeaseLost
-from worker.records import Decode
-from worker.store import RedisError
+from worker.queue.records import Decode
+from worker.queue.store import RedisError
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Drawing:
     _picture: Callable[[], Tensor] | None = None  # the estimate so far
     _previewed: float = field(default_factory=time.monotonic)
 
-    def draw(self, decoder: Decoder, drafts: Sequence[Draft]) -> Tensor:
+    def draw(self, decoder: Decoder, drafts: Sequence[DiffusionInput]) -> Tensor:
         """(B, 3, H, W) in [0, 1], padded; where memory is short, in smaller and smaller tiles.
 
         Raises `Canceled` or `LeaseLost` where nobody waits any more for any of them, `OutOfMemory`,

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from worker import logs, tracing
 from worker.settings import WorkerSettings, prepare_process, without_collections
+from worker.telemetry import logs, tracing
 
 log = logging.getLogger("afterimage.worker")
 
@@ -51,15 +51,15 @@ def main() -> int:
 
     with without_collections():
         from models.errors import AfterimageError
-        from worker import store
+        from worker.queue import store
 
         try:
             connected = store.connect(settings)
             connected.check()
 
             from models import library
-            from worker.jobs import Jobs
-            from worker.keeper import Keeper
+            from worker.heartbeat import Keeper
+            from worker.queue.jobs import Jobs
             from worker.spool import Spool
             from worker.tasks import Context
 
@@ -102,9 +102,10 @@ def serve(redis_url: str) -> None:
     from rq.job import Job
     from rq.serializers import JSONSerializer
 
-    from worker import tasks, urls
-    from worker.jobs import TASK
-    from worker.store import CONNECT_S, RedisError
+    from worker import tasks
+    from worker.queue import urls
+    from worker.queue.jobs import TASK
+    from worker.queue.store import CONNECT_S, RedisError
     from worker.tasks import Context
 
     class DecodeJob(Job):
@@ -167,7 +168,7 @@ def serve(redis_url: str) -> None:
             if not Context.interruptible:
                 return
             if again or left is None or left > Context.grace_s:
-                raise tasks.Drained
+                raise tasks.ShutdownRequested
             if self.timer is None:
                 log.info("ending once the job is done, in about %.1f s", left)
                 end = max(Context.grace_s, REPEAT_S + 0.1), os.kill, (os.getpid(), signal.SIGTERM)

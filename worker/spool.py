@@ -8,10 +8,10 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from models.files import whole
+from models.files import atomic_write
 from worker.attempt import Attempt, LeaseLost
-from worker.jobs import Jobs
-from worker.store import RECORD_TTL_S
+from worker.queue.jobs import Jobs
+from worker.queue.store import RECORD_TTL_S
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Spool:
         """Write a picture, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = self.folder / f"{attempt.id}.{attempt.state.fence}.png"
-        with whole(file) as part:
+        with atomic_write(file) as part:
             part.write_bytes(png)
         return file
 

@@ -12,19 +12,21 @@ from pathlib import Path
 
 from rq.timeouts import JobTimeoutException
 
-from models import bitstream
-from models.decoder import WINDOW, Draft
+from models import geometry
+from models.codec import bitstream
+from models.diffusion.decoder import WINDOW, DiffusionInput
 from models.errors import AfterimageError, Canceled, WrongWeights
+from models.geometry import STRIDE_Y
 from models.library import Library
-from models.msh import STRIDE_Y
-from worker import costs, logs, tracing
 from worker.attempt import Attempt, LeaseLost
 from worker.drawing import DeviceLost, Drawing, OutOfMemory, file, short_of_memory
-from worker.jobs import DEATHS, QUARANTINED, Jobs
-from worker.keeper import Keeper
-from worker.records import Decode, JobState
+from worker.heartbeat import Keeper
+from worker.queue import estimates
+from worker.queue.jobs import DEATHS, QUARANTINED, Jobs
+from worker.queue.records import Decode, JobState
+from worker.queue.store import RedisError
 from worker.spool import Spool
-from worker.store import RedisError
+from worker.telemetry import logs, tracing
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ LATE_S = 60.0
 """How long RQ's time limit may take to stop a drawing before the worker counts as dead."""
 
 
-class Drained(BaseException):
+class ShutdownRequested(BaseException):
     """The process is to end before this job can: another worker draws it. Raised by a signal."""
 
 
@@ -59,7 +61,7 @@ class Context:
     grace_s: float = 30.0
     drawing: Drawing | None = None
     expected_s: float | None = None  # of what runs, before its first step tells better
-    interruptible: bool = False  # `Drained` may be raised
+    interruptible: bool = False  # `ShutdownRequested` may be raised
     asked: float | None = None  # when this process was first told to end
     stopping: bool = False  # set by signals: an Event's lock could be held by what they interrupt
     afterwards: list[Callable[[], None]] = []  # once RQ has dropped its own note of the job
@@ -71,13 +73,13 @@ def enhance(job_id: str) -> None:
     state = jobs.record(job_id)
     if state is None or state.status != "queued":
         return
-    if not jobs.wanted(job_id):
+    if not jobs.has_subscribers(job_id):
         Context.afterwards.append(lambda: jobs.drop(job_id))
         return
-    if jobs.deaths(state.decode.digest) >= DEATHS:
-        jobs.failed(job_id, QUARANTINED)
+    if jobs.crash_count(state.decode.digest) >= DEATHS:
+        jobs.fail_queued(job_id, QUARANTINED)
         return
-    alone = Context.batch < 2 or jobs.deaths(state.decode.digest)
+    alone = Context.batch < 2 or jobs.crash_count(state.decode.digest)
     alike = [] if alone else jobs.claim_alike(state, _together(state.decode) - 1)
     attempts: list[Attempt] = []
     owner = uuid.uuid4().hex
@@ -100,7 +102,7 @@ def _together(d: Decode) -> int:
     """How many like it are drawn at once: on CPUs no more than fit into one window."""
     if Context.library.diffusion.device.type == "cuda":
         return Context.batch
-    height, width = bitstream.padded(d.height, d.width)
+    height, width = geometry.padded(d.height, d.width)
     return min(Context.batch, max(1, WINDOW * STRIDE_Y**2 // (height * width)))
 
 
@@ -148,16 +150,16 @@ def _run(attempts: Sequence[Attempt]) -> None:
     began = time.monotonic()
     Context.keeper.until = began + Context.jobs.timeout_s + LATE_S
     try:
-        cost = costs.model(Context.jobs)
+        cost = estimates.model(Context.jobs)
         each_s = cost.seconds(attempts[0].state.decode.work) if cost else None
         Context.expected_s = each_s and each_s * len(attempts)
         Context.interruptible = True
         if Context.stopping:
-            raise Drained
+            raise ShutdownRequested
         drafts = [(attempt, draft) for attempt in attempts if (draft := _draft(attempt))]
         if drafts:
             _draw([a for a, _ in drafts], [d for _, d in drafts], began)
-    except Drained:
+    except ShutdownRequested:
         Context.interruptible = False
         log.info("%d jobs are left to other workers", len(attempts))
         Context.afterwards += [_settled(attempt.put_back) for attempt in attempts]
@@ -182,7 +184,7 @@ def _run(attempts: Sequence[Attempt]) -> None:
         Context.drawing = None
 
 
-def _draft(attempt: Attempt) -> Draft | None:
+def _draft(attempt: Attempt) -> DiffusionInput | None:
     """Latents and the codec's picture; None where the job has failed for want of them."""
     decode, library = attempt.state.decode, Context.library
     data = Context.jobs.store.bitstream(decode.digest)
@@ -207,7 +209,7 @@ def _draft(attempt: Attempt) -> Draft | None:
     return None
 
 
-def _draw(attempts: Sequence[Attempt], drafts: Sequence[Draft], began: float) -> None:
+def _draw(attempts: Sequence[Attempt], drafts: Sequence[DiffusionInput], began: float) -> None:
     Context.drawing = drawing = Drawing(attempts)
     try:
         pictures = drawing.draw(Context.library.diffusion, drafts)
@@ -219,7 +221,7 @@ def _draw(attempts: Sequence[Attempt], drafts: Sequence[Draft], began: float) ->
     for i, attempt in enumerate(attempts):
         why = drawing.dropped.get(attempt.id)
         if isinstance(why, LeaseLost):
-            Context.afterwards.append(partial(Context.jobs.absolve, attempt.state))
+            Context.afterwards.append(partial(Context.jobs.forgive_worker, attempt.state))
         elif pictures is None or (why and not _wanted_again(attempt)):
             Context.afterwards.append(_settled(attempt.stop))
         else:
@@ -230,7 +232,7 @@ def _draw(attempts: Sequence[Attempt], drafts: Sequence[Draft], began: float) ->
 def _wanted_again(attempt: Attempt) -> bool:
     """Whether somebody came after nobody waited; where nobody can say, the picture is not lost."""
     try:
-        return Context.jobs.wanted(attempt.id)
+        return Context.jobs.has_subscribers(attempt.id)
     except RedisError:
         return True
 
@@ -247,7 +249,7 @@ def _hand_over(attempt: Attempt, png: bytes, began: float, together: int) -> Non
             break
         except LeaseLost as e:
             log.info("job %s is not ours any more: %s", attempt.id, e)
-            Context.afterwards.append(partial(Context.jobs.absolve, attempt.state))
+            Context.afterwards.append(partial(Context.jobs.forgive_worker, attempt.state))
             break
         except RedisError as e:
             if not waited:

@@ -19,14 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from models import decoder, library, zoo
+from models import library
+from models.codec import zoo
+from models.diffusion import decoder
 from models.errors import AfterimageError, PictureError
-from models.evaluate import calibration, kid, plots, report, rivals
+from models.evaluate import calibration, kid, plots, reference_codecs, report
+from models.evaluate.contact_sheet import Crops, Sheet
+from models.evaluate.decode_cache import Kept
 from models.evaluate.dists import Dists
-from models.evaluate.kept import Kept
 from models.evaluate.measure import NAMES, ORIGINAL, Evaluation, Measured, Networks, Row
 from models.evaluate.metrics import Lpips, LpipsAlex
-from models.evaluate.sheet import Crops, Sheet
 from models.evaluate.summary import summary
 
 SUFFIXES = {".png", ".jpg", ".jpeg"}
@@ -67,7 +69,7 @@ class Results:
         """All files into `out`; returns the Markdown."""
         out.mkdir(parents=True, exist_ok=True)
         lines, others = (summary(rows, self.features) for rows in (self.rows, self.others))
-        gaps = rivals.gaps(lines, others)
+        gaps = reference_codecs.gaps(lines, others)
         curves = {quality: calibration.mean(own) for quality, own in self.curves.items()}
         document = {
             "decoder": weights_id,
@@ -115,7 +117,7 @@ def evaluate(args: argparse.Namespace) -> str:
                 results.add(evaluation.measure(path, args.tiers, args.seeds))
                 bar.update()
     for path in tqdm(files, desc="rivals", unit="picture", disable=not args.rivals):
-        for row, picture in rivals.rows(path, args.rivals, networks):
+        for row, picture in reference_codecs.rows(path, args.rivals, networks):
             results.add_other(row, picture)
     return results.write(args.out, drawing.weights_id)
 
@@ -135,7 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--qualities", type=int, nargs="+", default=[1, 2, 3])
     add("--tiers", nargs="+", choices=NAMES, default=["perceptual"], help="beside instant")
     add("--seeds", type=int, nargs="+", default=[0])
-    add("--rivals", nargs="+", choices=list(rivals.SETTINGS), default=[], help="other codecs")
+    add(
+        "--rivals",
+        nargs="+",
+        choices=list(reference_codecs.SETTINGS),
+        default=[],
+        help="other codecs",
+    )
     add("--limit", type=int, help="only the first so many pictures")
     return parser
 

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import codec, tiles
-from models.decoder import Draft
-from models.msh import STRIDE_Y
-from models.sampler import Denoise
-from models.schedule import Step
+from models import tiles
+from models.codec import codec
+from models.diffusion.decoder import DiffusionInput
+from models.diffusion.sampler import Denoise
+from models.diffusion.schedule import Step
+from models.geometry import STRIDE_Y
 
 POINTS = 16
 """Parts of the time from 0 to 1; both ends are left out."""
@@ -58,7 +59,7 @@ def curve(
     return points
 
 
-def middle(draft: Draft, x: Tensor) -> tuple[Draft, Tensor] | None:
+def middle(draft: DiffusionInput, x: Tensor) -> tuple[DiffusionInput, Tensor] | None:
     """The middle of a draft and of its original `x` (1, 3, H, W); None where there is too little.
 
     At most `SIDE` pixels square, on the latents' grid and without padding, which the draft has.

@@ -11,30 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import (
-    bitstream,
-    blocks,
-    codec,
-    conditioner,
-    decoder,
-    image,
-    noise,
-    realism,
-    sampler,
-    schedule,
-    tiles,
-    unet,
-)
-from models.codec import Codec
-from models.decoder import Decoder, Draft
+from models import geometry, image, tiles
+from models.codec import bitstream, codec
+from models.codec.codec import Codec
+from models.codec.hyperprior import Latents
+from models.diffusion import blocks, conditioner, decoder, noise, realism, sampler, schedule, unet
+from models.diffusion.decoder import Decoder, DiffusionInput
 from models.errors import AfterimageError, PictureError
-from models.evaluate import calibration, metrics, nulls
+from models.evaluate import baselines, calibration, metrics
+from models.evaluate.decode_cache import Decode, Draw, Kept, code_digest
 from models.evaluate.dists import Dists
-from models.evaluate.kept import Decode, Draw, Kept
 from models.evaluate.metrics import Lpips, LpipsAlex
 from models.evaluate.niqe import niqe
 from models.evaluate.nlpd import nlpd
-from models.hyperprior import Latents
 from models.tiers import TIERS, Settings
 
 SHUFFLED = "shuffled"
@@ -152,8 +141,8 @@ class Evaluation:
             self._add(out, source, draw, picture, decode.seconds + source.seconds)
         if PERCEPTUAL in out.pictures:
             target = metrics.mse(out.pictures[PERCEPTUAL], source.x)
-            for name in nulls.NAMES:
-                picture = nulls.null(name, source.msh, source.x, target)
+            for name in baselines.NAMES:
+                picture = baselines.null(name, source.msh, source.x, target)
                 self._add(out, source, (name, 0), picture, source.seconds)
         return out
 
@@ -169,7 +158,7 @@ class Evaluation:
 
     def _source(self, path: Path) -> _Source:
         try:
-            pixels = image.read(path.read_bytes(), bitstream.MAX_PIXELS)
+            pixels = image.read(path.read_bytes(), geometry.MAX_PIXELS)
         except AfterimageError as e:
             raise PictureError(f"{path}: {e}") from e
         height, width = pixels.shape[:2]
@@ -212,7 +201,7 @@ class Evaluation:
         return f"{source.digest} {source.x_hat_digest} {drawn} {by}"
 
     def _calibration(self, source: _Source) -> list[calibration.Point]:
-        whole = Draft(source.latents, source.x_hat, self.codec.quality, 0, self.shown)
+        whole = DiffusionInput(source.latents, source.x_hat, self.codec.quality, 0, self.shown)
         if (part := calibration.middle(whole, source.x)) is None:
             return []
         draft, x = part
@@ -243,12 +232,12 @@ class Evaluation:
 
 @functools.cache
 def _code() -> str:
-    """A digest of the sources that draw."""
+    """Digest of the code that draws. Comments, docstrings and imports do not count."""
     drawing = (
         blocks, codec, conditioner, decoder, noise, realism, sampler, schedule, tiles, unet
     )  # fmt: skip
-    sources = (Path(str(module.__file__)).read_bytes() for module in drawing)
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+    sources = (code_digest(Path(str(module.__file__)).read_text("utf-8")) for module in drawing)
+    return hashlib.sha256("".join(sources).encode()).hexdigest()[:16]
 
 
 def _settings(name: str) -> Settings | None:

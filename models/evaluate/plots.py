@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from models.evaluate import nulls, rivals
+from models.evaluate import baselines, reference_codecs
 from models.evaluate.calibration import Point
 from models.evaluate.measure import SHUFFLED
 from models.evaluate.summary import Line
@@ -28,7 +28,7 @@ RATE = {
 PERCEPTION = ("lpips", "niqe_gap", "kid")
 _COLOURS = matplotlib.color_sequences["tab10"]
 _GREY = "0.55"
-_RIVALS = dict(zip(rivals.SETTINGS, (":", "--", "-"), strict=True))
+_RIVALS = dict(zip(reference_codecs.SETTINGS, (":", "--", "-"), strict=True))
 """Other codec -> its line's style."""
 _LABELS = 8
 """In a line above the plots of the rate."""
@@ -143,12 +143,12 @@ def _style(tier: str, lines: Sequence[Line]) -> dict[str, Any]:
     """Colours for tiers, grey lines for what only is there to compare with."""
     if tier in _RIVALS:
         return {"color": "0.7", "linestyle": _RIVALS[tier], "zorder": 1.2, "linewidth": 1.2}
-    if tier in (*nulls.NAMES, SHUFFLED):
-        marker = {nulls.NAMES[0]: "x", nulls.NAMES[1]: "+", SHUFFLED: "1"}[tier]
+    if tier in (*baselines.NAMES, SHUFFLED):
+        marker = {baselines.NAMES[0]: "x", baselines.NAMES[1]: "+", SHUFFLED: "1"}[tier]
         quiet = {"color": _GREY, "linestyle": ":", "zorder": 1.5}  # below the tiers
         return quiet | {"marker": marker, "markersize": 7}
     tiers = dict.fromkeys(line.tier for line in lines)
-    coloured = [t for t in tiers if t not in (*nulls.NAMES, SHUFFLED, *_RIVALS)]
+    coloured = [t for t in tiers if t not in (*baselines.NAMES, SHUFFLED, *_RIVALS)]
     colour = _COLOURS[coloured.index(tier) % len(_COLOURS)]
     return {"color": colour, "marker": "o", "markersize": 5.5, "linestyle": "-"}
 

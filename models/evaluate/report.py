@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from models.evaluate import nulls
-from models.evaluate.rivals import Gap
+from models.evaluate import baselines
+from models.evaluate.reference_codecs import Gap
 from models.evaluate.summary import Line
 
 Titles = Mapping[str, str]
@@ -72,7 +72,7 @@ def markdown(
 ) -> str:
     """The whole report; `images` are names of files beside it, `others` other codecs."""
     parts = [f"# Evaluation of decoder {decoder}\n", table(lines, FIGURES, False), _LEGEND]
-    parts += [_NULLS] if any(line.tier in nulls.NAMES for line in lines) else []
+    parts += [_NULLS] if any(line.tier in baselines.NAMES for line in lines) else []
     parts += [*_missed(lines), table(lines, JUDGED, True), table(lines, OTHER, False)]
     parts += ["## Other codecs\n", table(others, RIVALS, False)] if others else []
     parts += [_equal_rate(gaps)] if gaps else []
@@ -126,5 +126,5 @@ def _missed(lines: Sequence[Line]) -> list[str]:
         f"`{line.tier}` at quality {line.quality} is up to {line.figures['null_gap']:.2f} dB "
         "from the PSNR of `perceptual`: the nearest that could be had.\n"
         for line in lines
-        if line.figures.get("null_gap", 0) > nulls.TOLERANCE_DB
+        if line.figures.get("null_gap", 0) > baselines.TOLERANCE_DB
     ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from models.evaluate import bootstrap, kid, nulls
+from models.evaluate import baselines, bootstrap, kid
 from models.evaluate.bootstrap import Statistic
 from models.evaluate.measure import INSTANT, ORIGINAL, PERCEPTUAL, Row
 from models.evaluate.metrics import psnr
@@ -72,7 +72,7 @@ def summary(rows: Sequence[Row], features: Features | None = None) -> list[Line]
         for name in ("psnr", "lpips"):
             _add_spread(line, f"{name}_seeds", own, _OF_ROW[name])
         _compare(line, own, {r.picture: r for r in at_quality if r.tier == INSTANT})
-        if tier in nulls.NAMES:
+        if tier in baselines.NAMES:
             _add_gap(line, own, [r for r in at_quality if r.tier == PERCEPTUAL])
         _add_kid(line, features or {})
         lines.append(line)
@@ -96,7 +96,7 @@ def _compare(line: Line, own: Sequence[Row], msh: Mapping[str, Row]) -> None:
 def _add_gap(line: Line, own: Sequence[Row], perceptual: Sequence[Row]) -> None:
     """Largest distance of a null picture from the PSNR it should have, in dB."""
     target = {r.picture: r.mse for r in reversed(perceptual)}  # the first seed's stays
-    line.figures["null_gap"] = max(nulls.gap_db(r.mse, target[r.picture]) for r in own)
+    line.figures["null_gap"] = max(baselines.gap_db(r.mse, target[r.picture]) for r in own)
 
 
 def _add_kid(line: Line, features: Features) -> None:

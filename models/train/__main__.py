@@ -9,13 +9,13 @@ from typing import Any
 
 from models.errors import AfterimageError
 from models.train import bank
+from models.train.adapt import follow
 from models.train.config import RunConfig, add_options
 from models.train.decoder_config import DiffusionConfig, resolved
 from models.train.diffusion import DiffusionTask
-from models.train.follow import follow
+from models.train.distributed import Ranks
 from models.train.msh import MshConfig, MshTask, sized
 from models.train.photos import photographs
-from models.train.ranks import Ranks
 from models.train.run import Run, Task
 
 

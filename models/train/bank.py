@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.errors import PictureError, WeightsError
-from models.files import whole
-from models.msh import STRIDE_Y
+from models.files import atomic_write
+from models.geometry import STRIDE_Y
 from models.train.encoder import Encoder
 from models.train.photos import Draw, Ragged, open_picture, reduced
 
@@ -95,7 +95,7 @@ def build(
     todo = [v for v in wanted.values() if _codec_of(out / v.name) != encoder.weights_id]
     for variant in _told(todo):
         own = {k: v.cpu().contiguous() for k, v in encoder(variant.pixels()).items()}
-        with whole(out / variant.name) as part:
+        with atomic_write(out / variant.name) as part:
             save_file(own | {"bits": own["bits"][0]}, part, {"codec": encoder.weights_id})
 
 

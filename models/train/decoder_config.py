@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from models.presets import PRESETS
+from models.diffusion.presets import PRESETS
 from models.tiers import MAX_STEPS
 from models.train.config import RunConfig, Stage, option
 

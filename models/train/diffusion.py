@@ -16,18 +16,19 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models import checkpoint, schedule
+from models import checkpoint
+from models.diffusion import schedule
 from models.errors import WeightsError
-from models.files import whole
-from models.msh import STRIDE_Y
+from models.files import atomic_write
+from models.geometry import STRIDE_Y
 from models.train import losses, network, photos
 from models.train.bank import Bank, Batch
 from models.train.config import Stage
 from models.train.decoder_config import DiffusionConfig
 from models.train.discriminator import Discriminator, discriminator_loss, generator_loss
+from models.train.distributed import Ranks
 from models.train.losses import Denoise, Hybrid
 from models.train.lpips import Lpips
-from models.train.ranks import Ranks
 from models.train.run import Play, Step, cosine
 from models.train.soap import Soap
 
@@ -197,9 +198,7 @@ class DiffusionTask:
         t = losses.stratified(len(batch.x), generator)
         v, zero = self._denoising(batch, None, t, generator)
         denoise = self.network.given(batch, 1.0)
-        x0 = losses.rollout(
-            denoise, _noise(batch.x, generator), self.times, len(self.times)
-        )
+        x0 = losses.rollout(denoise, _noise(batch.x, generator), self.times, len(self.times))
         picture = self.network.picture(batch, x0).clamp(0, 1)
         return {"held_v": v, "held_v_zero": zero} | self._distances(picture, batch)
 
@@ -228,7 +227,7 @@ class DiffusionTask:
         net = self.network.net
         tensors = {k: v.half().cpu().contiguous() for k, v in net.state_dict().items()}
         metadata = {"config": json.dumps(asdict(net.config)), "train": json.dumps(card)}
-        with whole(Path(self.config.out) / "decoder.safetensors") as part:
+        with atomic_write(Path(self.config.out) / "decoder.safetensors") as part:
             save_file(tensors, part, metadata)
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from models.msh import STRIDE_Y
+from models.geometry import STRIDE_Y
 
 _LATENTS = 12
 """Channels that `y_hat` is reduced to before it is laid over the pixels (HiFiC's number)."""

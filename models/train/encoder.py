@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import checkpoint
+from models.codec.msh import MeanScaleHyperprior
 from models.errors import WeightsError
-from models.msh import STRIDE_Y, MeanScaleHyperprior
+from models.geometry import STRIDE_Y
 from models.train.entropy import gaussian_likelihood, tabled
 
 STRIDE_Z = 64

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from models import catalogue, checkpoint, presets, zoo
+from models import checkpoint
+from models.codec import catalogue, zoo
+from models.diffusion import presets
 from models.errors import WeightsError
 from models.train.widen import widened
 

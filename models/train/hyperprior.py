@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from models.msh import GDN, MeanScaleHyperprior
+from models.codec.msh import GDN, MeanScaleHyperprior
 from models.train.entropy import EntropyBottleneck, gaussian_likelihood, noisy, rounded, tabled
 
 ABOVE = 1 + 2.0**-10

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import schedule
-from models.sampler import ddim_step
+from models.diffusion import schedule
+from models.diffusion.sampler import ddim_step
 
 BITS = 1 / math.log(2)
 """Bits in a nat."""

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from models import checkpoint
 from models.errors import WeightsError
-from models.files import whole
+from models.files import atomic_write
 from models.train import photos
 from models.train.config import RunConfig, Stage, option
+from models.train.distributed import Ranks
 from models.train.hyperprior import Hyperprior
-from models.train.ranks import Ranks
 from models.train.run import Play, Step, cosine
 from models.train.soap import Soap
 
@@ -145,7 +145,7 @@ class MshTask:
         """`msh_q….safetensors`: float16, of CompressAI's names."""
         self._ship()
         tensors = {k: v.half().cpu().contiguous() for k, v in self.net.state_dict().items()}
-        with whole(Path(self.config.out) / f"msh_q{stage.name}.safetensors") as part:
+        with atomic_write(Path(self.config.out) / f"msh_q{stage.name}.safetensors") as part:
             save_file(tensors, part, {"train": json.dumps(card)})
 
     def _ship(self) -> None:

@@ -6,12 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from models.conditioner import Condition, Conditioner, Maps
-from models.presets import PRESETS, UNetConfig
-from models.realism import high_pass
+from models.diffusion.conditioner import Condition, Conditioner, Maps
+from models.diffusion.presets import PRESETS, UNetConfig
+from models.diffusion.realism import high_pass
+from models.diffusion.unet import UNet
 from models.train.bank import Bank, Batch
 from models.train.losses import Denoise
-from models.unet import UNet
 
 MEASURED = 100
 """Photographs of each quality that the residual's scale is measured on."""

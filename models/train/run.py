@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from models.errors import WeightsError
 from models.train import shards
 from models.train.config import RunConfig, Stage, card
-from models.train.ranks import Ranks
+from models.train.distributed import Ranks
 from models.train.report import Report
 
 LOOK_CUDA = 10

@@ -24,11 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.append(str(Path(__file__).parent))
 import machine
 
-from models import bitstream, checkpoint, codec, image, rans, zoo
-from models.codec import Codec
-from models.folded import Folded
-from models.msh import GDN
-from models.synthesis import Synthesis
+from models import checkpoint, geometry, image
+from models.codec import bitstream, codec, rans, zoo
+from models.codec.codec import Codec
+from models.codec.inference_synthesis import Folded
+from models.codec.msh import GDN
+from models.codec.synthesis import Synthesis
 from worker.settings import WorkerSettings, prepare_process
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
@@ -48,7 +49,7 @@ def one(weights: str, width: int, height: int, kept: Path) -> dict[str, Any]:
     b, exact = (bitstream.parse(data) for data in streams)
     kept.write_bytes(streams[1])
     reference = _reference(own)
-    shape = [side // 64 for side in bitstream.padded(height, width)]
+    shape = [side // 64 for side in geometry.padded(height, width)]
 
     def theirs() -> Tensor:
         made: Tensor = reference.decompress([[b.y_string], [b.z_string]], shape)["x_hat"]
@@ -123,7 +124,7 @@ def _interleaved(ways: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str
 def _stages(own: Codec, b: bitstream.Bitstream, rounds: int) -> dict[str, float]:
     """Milliseconds of the parts of ours, `float` profile."""
     h = own.hyperprior
-    size = bitstream.padded(b.height, b.width)
+    size = geometry.padded(b.height, b.width)
     contexts = np.broadcast_to(
         np.arange(own.net.N, dtype=np.int32)[:, None, None],
         (own.net.N, size[0] // 64, size[1] // 64),

@@ -16,8 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.append(str(Path(__file__).parent))
 import machine
 
-from models import codec, decoder, image, zoo
-from models.decoder import Decoder, Draft
+from models import image
+from models.codec import codec, zoo
+from models.diffusion import decoder
+from models.diffusion.decoder import Decoder, DiffusionInput
 from models.tiers import TIERS, Settings
 from worker.settings import WorkerSettings, prepare_process
 
@@ -57,15 +59,15 @@ def one(width: int, height: int) -> dict[str, Any]:
     return found
 
 
-def _draft(own: codec.Codec, width: int, height: int) -> Draft:
+def _draft(own: codec.Codec, width: int, height: int) -> DiffusionInput:
     photo = image.read(PHOTO.read_bytes(), 10**7)
     across = -(-width // photo.shape[1]), -(-height // photo.shape[0])
     pixels = np.tile(photo, (across[1], across[0], 1))[:height, :width].copy()
     latents = own.latents(own.encode(codec.to_tensor(pixels), "msh", "exact"))
-    return Draft(latents, own.synthesis(latents.y_hat), 2, 0)
+    return DiffusionInput(latents, own.synthesis(latents.y_hat), 2, 0)
 
 
-def _step_times(drawing: Decoder, draft: Draft, count: int) -> list[float]:
+def _step_times(drawing: Decoder, draft: DiffusionInput, count: int) -> list[float]:
     """Seconds of the maps and the first step together, then of each step."""
     marks = [time.perf_counter()]
     drawing.sample_batch(
@@ -74,7 +76,7 @@ def _step_times(drawing: Decoder, draft: Draft, count: int) -> list[float]:
     return [b - a for a, b in zip(marks, marks[1:], strict=False)]
 
 
-def _whole(drawing: Decoder, draft: Draft, tier: str) -> float:
+def _whole(drawing: Decoder, draft: DiffusionInput, tier: str) -> float:
     settings = TIERS[tier].settings
     assert settings is not None
     began = time.perf_counter()
@@ -82,7 +84,7 @@ def _whole(drawing: Decoder, draft: Draft, tier: str) -> float:
     return time.perf_counter() - began
 
 
-def _flops(drawing: Decoder, draft: Draft) -> float:
+def _flops(drawing: Decoder, draft: DiffusionInput) -> float:
     """Of one step: of two steps less those of one."""
     totals = []
     for count in (1, 2):
@@ -92,7 +94,7 @@ def _flops(drawing: Decoder, draft: Draft) -> float:
     return float(totals[1] - totals[0])
 
 
-def _openvino(drawing: Decoder, draft: Draft) -> float | None:
+def _openvino(drawing: Decoder, draft: DiffusionInput) -> float | None:
     """The same step in OpenVINO, where that is installed: what the choice of torch rests on."""
     try:
         import openvino

@@ -25,7 +25,8 @@ import httpx
 sys.path.append(str(Path(__file__).parent))
 import machine
 
-from models import bitstream, codec, image, zoo
+from models import image
+from models.codec import bitstream, codec, zoo
 from worker.settings import WorkerSettings, prepare_process
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
@@ -40,14 +41,14 @@ from fastapi import FastAPI, Request, Response
 from PIL import Image
 sys.path.append({bench!r})
 import decode as bench
-from models import bitstream
+from models.codec import bitstream
 own = bench._codec("shipped")
 net = bench._reference(own)
 app = FastAPI()
 
 def draw(data):
     b = bitstream.parse(data)
-    shape = [side // 64 for side in bitstream.padded(b.height, b.width)]
+    shape = [side // 64 for side in geometry.padded(b.height, b.width)]
     with torch.inference_mode():
         x = net.decompress([[b.y_string], [b.z_string]], shape)["x_hat"]
     x = (x[0, :, :b.height, :b.width] * 255).round().byte().permute(1, 2, 0).contiguous()

@@ -12,13 +12,14 @@ from pathlib import Path
 import redis
 import rq
 
-from models import bitstream, checkpoint
+from models import checkpoint
+from models.codec import bitstream
 from models.tiers import Settings
-from worker import embed
-from worker.jobs import Jobs
-from worker.records import Decode, JobState
+from worker.queue import private_redis
+from worker.queue.jobs import Jobs
+from worker.queue.records import Decode, JobState
+from worker.queue.store import Store, connect
 from worker.settings import WorkerSettings
-from worker.store import Store, connect
 
 
 def decode_of(data: bytes, settings: Settings, seed: int = 0, tier: str = "test") -> Decode:
@@ -49,7 +50,7 @@ class Server:
         self.folder, self.socket = folder, folder / "redis.sock"
         self.url = f"unix://{self.socket}"
         self.command = [
-            str(embed.find_server()), "--port", "0", "--unixsocket", str(self.socket), "--save", "",
+            str(private_redis.find_server()), "--port", "0", "--unixsocket", str(self.socket), "--save", "",
             "--dir", str(folder), "--logfile", str(folder / "log"), *options,
         ]  # fmt: skip
         self.start()
@@ -95,7 +96,7 @@ class Rig:
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.folder = folder
-        self.queue = Server(folder / "queue", embed._QUEUE)
+        self.queue = Server(folder / "queue", private_redis._QUEUE)
         self.cache = Server(folder / "cache", ())
         self.urls = {"REDIS_URL": self.queue.url, "CACHE_REDIS_URL": self.cache.url}
         own = {"AFTERIMAGE_CACHE_DIR": str(folder / "own"), "AFTERIMAGE_THREADS": "1"}

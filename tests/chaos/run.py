@@ -23,7 +23,8 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from models import bitstream, codec, image, zoo
+from models import image
+from models.codec import bitstream, codec, zoo
 from tests.bench import machine
 from tests.chaos.rig import Rig, Worker, rig, until
 from tests.conftest import Service, run_service
@@ -172,7 +173,7 @@ class Chaos(threading.Thread):
         """SIGTERM now and then, else SIGKILL; but twice over one bitstream would be its end."""
         alive = [w for w in self.own.workers if w.process.poll() is None]
         running = [self.own.jobs.record(name) for name in self.own.jobs.running]
-        marked = [s for s in running if s and self.own.jobs.deaths(s.decode.digest)]
+        marked = [s for s in running if s and self.own.jobs.crash_count(s.decode.digest)]
         victim: Worker = self.rng.choice(alive)
         if marked or self.rng.random() < 0.25:
             victim.process.terminate()

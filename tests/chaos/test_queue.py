@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from models import bitstream, codec, image
-from models.codec import Codec
+from models import image
+from models.codec import bitstream, codec
+from models.codec.codec import Codec
 from models.errors import Quarantined
 from models.tiers import Settings
 from tests.chaos.rig import Rig, Worker, rig, until
-from worker.jobs import QUARANTINED
+from worker.queue.jobs import QUARANTINED
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.chaos.rig import Rig, rig, until
 from tests.conftest import Service, run_service
-from worker import figures
+from worker.queue import counters
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]
 
@@ -61,7 +61,7 @@ def test_a_hundred_duplicates_at_two_processes_are_one_computation(
 ) -> None:
     clients = [service.client for service in two]
     asked = {"tier": "ddim-10", "steps": 20}
-    before = figures.read(own.store).get(figures.SUCCEEDED)
+    before = counters.read(own.store).get(counters.SUCCEEDED)
     made = clients[0].post("/v1/decodes", params=asked, content=small_msh)
     waited = clients[1].get(made.headers["location"], headers={"Prefer": "wait=6"})
     assert (waited.status_code, waited.json()["status"]) == (200, "queued")
@@ -82,7 +82,7 @@ def test_a_hundred_duplicates_at_two_processes_are_one_computation(
     again = clients[0].post("/v1/decodes", params=asked, content=small_msh)
     job = again.headers["location"].rpartition("/")[2]
     assert (own.state(job).attempts, own.commits(job)) == (1, 1)
-    after = figures.read(own.store).get(figures.SUCCEEDED)
+    after = counters.read(own.store).get(counters.SUCCEEDED)
     assert after - before == 1  # over all records of the job
 
 

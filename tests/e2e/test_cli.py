@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models import bitstream, image
-from service import cli
+from models import image
+from models.codec import bitstream
+from service.cli import main
 from tests.chaos.rig import until
 from tests.conftest import DATA, PHOTO, Service, psnr, run_service, wait_for
 
@@ -40,7 +41,7 @@ def afterimage(*args: object, cwd: Path | str = ".") -> subprocess.CompletedProc
         mock.patch.dict(os.environ),
     ):
         try:
-            code = cli.main([str(a) for a in args])
+            code = main.main([str(a) for a in args])
         except SystemExit as e:
             code = int(e.code or 0)
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())

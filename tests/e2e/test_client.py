@@ -10,7 +10,7 @@ import pytest
 
 from models import image
 from models.errors import Canceled
-from service.cli import main
+from service.cli.main import main
 from service.client import ApiError, AsyncClient, Client
 from tests.conftest import Service, run_service
 

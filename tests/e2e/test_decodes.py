@@ -19,9 +19,9 @@ from models import image
 from models.tiers import TIERS
 from tests.chaos.rig import until
 from tests.conftest import Service, psnr, wait_for
-from worker import costs, figures
-from worker.jobs import Jobs
-from worker.records import Decode, fresh
+from worker.queue import counters, estimates
+from worker.queue.jobs import Jobs
+from worker.queue.records import Decode, fresh
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
@@ -437,7 +437,7 @@ def test_a_long_queue_refuses_new_jobs_but_no_repeats(service: Service, stream: 
         client.delete(withdrawn)
         reaches(client, withdrawn, "canceled")
         first = submit(client, stream, **SLOW)
-        million = costs.Sums.of(1e6, 1.0)  # seconds a megapixel-step
+        million = estimates.Sums.of(1e6, 1.0)  # seconds a megapixel-step
         slow = json.dumps((*million.values, 0))
         try:
             for seed in (1, 2, 3):  # a job that ended before may still write over it
@@ -519,7 +519,7 @@ def test_models_and_limits_are_listed(client: httpx.Client) -> None:
 def test_many_duplicates_are_one_computation(service: Service, stream: bytes) -> None:
     client, asked = service.client, {"tier": "ddim-10", "seed": 3}
     with service.stores() as store:
-        before = figures.read(store).get(figures.SUCCEEDED)
+        before = counters.read(store).get(counters.SUCCEEDED)
     etags: list[str] = []
 
     def one() -> None:
@@ -537,4 +537,4 @@ def test_many_duplicates_are_one_computation(service: Service, stream: bytes) ->
     assert len(set(etags)) == 1
     assert client.get(submit(client, stream, **asked)).json()["attempts"] == 1
     with service.stores() as store:
-        assert figures.read(store).get(figures.SUCCEEDED) == before + 1
+        assert counters.read(store).get(counters.SUCCEEDED) == before + 1

@@ -21,7 +21,7 @@ def test_the_demo_prints_a_table_and_saves_pictures_side_by_side(
     exif[0x0112] = 6  # a photograph that a phone took upright
     Image.fromarray(small).save(tmp_path / "phone.jpg", exif=exif, quality=95)
     url = str(service.client.base_url)
-    command = [sys.executable, "-P", "-m", "service.demo", "phone.jpg", "--url", url]
+    command = [sys.executable, "-P", "-m", "service.cli.demo", "phone.jpg", "--url", url]
     for _ in range(2):  # the second time from the cache
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr

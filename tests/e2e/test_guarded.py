@@ -141,7 +141,7 @@ def test_a_link_shows_one_picture_to_whoever_holds_it(guarded: Service, small_ms
 def test_the_client_and_the_command_line_bring_their_key(
     guarded: Service, small_msh: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from service.cli import main
+    from service.cli.main import main
 
     url = str(guarded.client.base_url)
     with Client(url) as client, pytest.raises(ApiError) as refused:

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models import bitstream, image
+from models import image
+from models.codec import bitstream
 from tests.chaos.rig import until
 from tests.conftest import DATA, Service, psnr, wait_for
 

@@ -16,7 +16,7 @@ from playwright.sync_api import BrowserContext, Page, Request, Route, expect
 
 from models import image
 from models.image import Pixels
-from service.page import files
+from service.routes.page import files
 from tests.conftest import Service
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from compressai.models import MeanScaleHyperprior as Reference
 
-from models import bitstream, checkpoint, codec, image
+from models import checkpoint, image
+from models.codec import bitstream, codec
 from tests.conftest import DATA, run_service, wait_for
 from tests.e2e.test_cli import afterimage, read
 from tests.unit.test_zoo import compressed, random_codec

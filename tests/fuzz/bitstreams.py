@@ -32,10 +32,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 import mutate
 
-from models import bitstream, image, rans, recovery, zoo
-from models.codec import Codec
+from models import image
+from models.codec import bitstream, rans, recovery, zoo
+from models.codec.codec import Codec
+from models.codec.hyperprior import Hyperprior
 from models.errors import BitstreamError, ChecksumMismatch, PictureTooLarge, WrongWeights
-from models.hyperprior import Hyperprior
 from models.library import Library
 from worker.settings import WorkerSettings, prepare_process
 

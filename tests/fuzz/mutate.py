@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import google_crc32c
 import numpy as np
 
-from models import bitstream, codec
-from models.bitstream import Bitstream, Format, Profile
-from models.codec import Codec
+from models.codec import bitstream, codec
+from models.codec.bitstream import Bitstream, Format, Profile
+from models.codec.codec import Codec
+from models.codec.rans import Int32Array
 from models.image import Pixels
-from models.rans import Int32Array
 
 KINDS: tuple[tuple[Format, Profile], ...] = (
     ("msh", "exact"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.codec import Codec
+from models.codec.codec import Codec
 from models.image import Pixels
 from tests.fuzz import bitstreams
 from tests.fuzz.bitstreams import Fuzzer, mutate

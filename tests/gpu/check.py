@@ -23,12 +23,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import machine
 
-from models import codec, decoder, image, library, noise, zoo
-from models.decoder import Decoder, Draft
-from models.presets import PAPER
-from models.synthesis import Synthesis
+from models import image, library
+from models.codec import codec, zoo
+from models.codec.synthesis import Synthesis
+from models.diffusion import decoder, noise
+from models.diffusion.decoder import Decoder, DiffusionInput
+from models.diffusion.presets import PAPER
+from models.diffusion.unet import UNet
 from models.tiers import TIERS, Settings
-from models.unet import UNet
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
 PERCEPTUAL = Settings("ddim", 4, beta=1.0)
@@ -85,13 +87,13 @@ class Check:
             torch.cuda.synchronize()
 
 
-def draft(own: codec.Codec, width: int, height: int, seed: int = 0) -> Draft:
+def draft(own: codec.Codec, width: int, height: int, seed: int = 0) -> DiffusionInput:
     """A picture of this size made of the sample photograph."""
     photo = image.read(PHOTO.read_bytes(), 10**7)
     across = -(-height // photo.shape[0]), -(-width // photo.shape[1])
     pixels = np.tile(photo, (*across, 1))[:height, :width].copy()
     latents = own.latents(own.encode(codec.to_tensor(pixels), "msh", "exact"))
-    return Draft(latents, own.synthesis(latents.y_hat), 2, seed)
+    return DiffusionInput(latents, own.synthesis(latents.y_hat), 2, seed)
 
 
 def levels(a: Tensor, b: Tensor) -> tuple[float, float]:
@@ -144,7 +146,7 @@ def timings(check: Check, own: codec.Codec, there: Decoder, sizes: list[tuple[in
         def instant(b: Any = b) -> Tensor:
             return g_s(own.latents(b).y_hat)
 
-        def finished(b: Any = b, given: Draft = given) -> bytes:
+        def finished(b: Any = b, given: DiffusionInput = given) -> bytes:
             latents = own.latents(b)
             x = there.sample(latents, g_s(latents.y_hat), 2, Settings("ddim", 10), 0)
             return image.write(codec.to_pixels(x), "png")
@@ -158,7 +160,7 @@ def timings(check: Check, own: codec.Codec, there: Decoder, sizes: list[tuple[in
             if tier.settings is not None and (first or tier.settings.steps <= 100):
                 chosen = tier.settings
 
-                def whole(given: Draft = given, chosen: Settings = chosen) -> Tensor:
+                def whole(given: DiffusionInput = given, chosen: Settings = chosen) -> Tensor:
                     return there.sample_batch([given], chosen)
 
                 rounds = 3 if tier.settings.steps <= 10 else 1
@@ -173,7 +175,7 @@ def timings(check: Check, own: codec.Codec, there: Decoder, sizes: list[tuple[in
     print(f"      16 together: {rate:.1f} pictures/s of {REACH_PICTURES_S:g}")  # noqa: T201
 
 
-def step_ms(check: Check, drawing: Decoder, given: Draft) -> float:
+def step_ms(check: Check, drawing: Decoder, given: DiffusionInput) -> float:
     """One step: eight of them less four, so that what is done once drops out."""
     spent = [
         check.fastest(lambda n=n: drawing.sample_batch([given], Settings("ddim", n)), 2)  # type: ignore[misc]

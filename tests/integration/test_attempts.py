@@ -17,18 +17,19 @@ import torch
 from rq.timeouts import JobTimeoutException
 
 from models import image, library
-from models.bitstream import Bitstream
-from models.decoder import Draft
+from models.codec.bitstream import Bitstream
+from models.diffusion.decoder import DiffusionInput
 from models.library import Library
 from models.tiers import Settings
 from tests.chaos.rig import decode_of
-from worker import costs, figures, tasks
+from worker import tasks
 from worker.attempt import Attempt, LeaseLost
-from worker.jobs import DEATHS, LEASE_S, MAX_ATTEMPTS, QUARANTINED, Jobs
-from worker.keeper import Keeper
-from worker.records import JobState
+from worker.heartbeat import Keeper
+from worker.queue import counters, estimates
+from worker.queue.jobs import DEATHS, LEASE_S, MAX_ATTEMPTS, QUARANTINED, Jobs
+from worker.queue.records import JobState
+from worker.queue.store import RECORD_TTL_S, Store
 from worker.spool import Spool
-from worker.store import RECORD_TTL_S, Store
 from worker.tasks import Context
 
 pytestmark = pytest.mark.redis
@@ -117,11 +118,11 @@ def test_who_was_cut_off_may_still_commit_before_another_begins(
     late = begin(jobs, small_msh)
     silence(jobs, late)
     jobs.reap()
-    assert jobs.deaths(late.state.decode.digest) == 1
+    assert jobs.crash_count(late.state.decode.digest) == 1
     late.commit(b"late")
     assert state(jobs, late.id).status == "succeeded"
     assert jobs.queue.job_ids == []
-    assert jobs.deaths(late.state.decode.digest) == 0
+    assert jobs.crash_count(late.state.decode.digest) == 0
 
 
 def test_a_new_submission_outranks_every_attempt_at_the_old_one(
@@ -170,14 +171,14 @@ def test_the_log_says_why_a_job_ended_without_a_picture(
 
 def test_pictures_that_are_drawn_together_are_done_together(jobs: Jobs, small_msh: bytes) -> None:
     ids = [submit(jobs, small_msh, seed) for seed in range(3)]
-    costs.present(jobs)
-    costs.measured(jobs, 2.0, decode_of(small_msh, FAST).work)  # each, two seconds
+    estimates.present(jobs)
+    estimates.measured(jobs, 2.0, decode_of(small_msh, FAST).work)  # each, two seconds
     for job_id, owner in zip(ids, ("batch", "batch", "other"), strict=True):
         jobs.queue.remove(job_id)  # as RQ takes it
         assert Attempt.begin(jobs, job_id, owner) is not None
-    left = [costs.eta_s(jobs, state(jobs, job_id)) for job_id in ids]
+    left = [estimates.eta_s(jobs, state(jobs, job_id)) for job_id in ids]
     assert left == pytest.approx([4.0, 4.0, 2.0])
-    assert costs.backlog_s(jobs) == pytest.approx(4.0)  # of the one worker that says it lives
+    assert estimates.backlog_s(jobs) == pytest.approx(4.0)  # of the one worker that says it lives
 
 
 def test_a_keeper_that_slept_gives_the_others_time_to_speak(
@@ -202,7 +203,7 @@ def test_a_worker_that_falls_silent_over_several_jobs_is_one(jobs: Jobs, small_m
         assert attempt is not None
         silence(jobs, attempt)
     jobs.reap()
-    assert figures.read(jobs.store).get(figures.LEASES_LOST) == 2
+    assert counters.read(jobs.store).get(counters.LEASES_LOST) == 2
 
 
 def test_a_worker_whose_drawing_never_ends_falls_silent(
@@ -231,21 +232,21 @@ def test_a_worker_whose_drawing_never_ends_falls_silent(
 
 def test_jobs_that_nobody_waits_for_delay_no_other(jobs: Jobs, small_msh: bytes) -> None:
     first, second = (submit(jobs, small_msh, seed) for seed in range(2))
-    costs.measured(jobs, 2.0, decode_of(small_msh, FAST).work)
-    assert costs.eta_s(jobs, state(jobs, second)) == pytest.approx(4.0)
-    jobs.store.queue.zadd(jobs.interest(first), {"": jobs.now() - 1})  # its deadline has passed
-    assert costs.eta_s(jobs, state(jobs, second)) == pytest.approx(2.0)
-    assert costs.backlog_s(jobs) == pytest.approx(2.0)
+    estimates.measured(jobs, 2.0, decode_of(small_msh, FAST).work)
+    assert estimates.eta_s(jobs, state(jobs, second)) == pytest.approx(4.0)
+    jobs.store.queue.zadd(jobs.subscribers(first), {"": jobs.now() - 1})  # its deadline has passed
+    assert estimates.eta_s(jobs, state(jobs, second)) == pytest.approx(2.0)
+    assert estimates.backlog_s(jobs) == pytest.approx(2.0)
 
 
 def test_what_is_predicted_once_a_quick_worker_has_begun_counts(
     jobs: Jobs, small_msh: bytes
 ) -> None:
     attempt = begin(jobs, small_msh)
-    jobs.promise(attempt.id, 1000.0)
+    jobs.save_eta(attempt.id, 1000.0)
     attempt.commit(b"png")
     attempt.measured(1.0)
-    assert figures.read(jobs.store).get("eta_ratio:0.1") == 1
+    assert counters.read(jobs.store).get("eta_ratio:0.1") == 1
 
 
 def test_interest_ends_by_the_servers_clock(
@@ -254,7 +255,7 @@ def test_interest_ends_by_the_servers_clock(
     attempt = begin(jobs, small_msh)
     here = time.time()
     monkeypatch.setattr(time, "time", lambda: here + 7 * 24 * 3600)
-    assert jobs.wanted(attempt.id)
+    assert jobs.has_subscribers(attempt.id)
     assert attempt.look().wanted
 
 
@@ -266,21 +267,21 @@ def test_a_job_is_not_like_itself(jobs: Jobs, small_msh: bytes) -> None:
 
 
 def test_workers_that_are_gone_are_forgotten(jobs: Jobs) -> None:
-    for number in range(costs.REMEMBERED + 5):
-        costs.measured(jobs, 1.0, 1.0, f"worker-{-number}")
+    for number in range(estimates.REMEMBERED + 5):
+        estimates.measured(jobs, 1.0, 1.0, f"worker-{-number}")
     known = jobs.store.queue.hkeys(jobs.store.key("sums"))
-    last = (f"worker-{-number}".encode() for number in range(4, costs.REMEMBERED + 5))
+    last = (f"worker-{-number}".encode() for number in range(4, estimates.REMEMBERED + 5))
     assert set(known) == {*last}  # whatever their names
 
 
 def test_a_bitstream_that_was_drawn_is_not_to_blame(jobs: Jobs, small_msh: bytes) -> None:
     job_id = submit(jobs, small_msh)
     for end in (Attempt.blame, lambda attempt: attempt.commit(b"png")):
-        assert jobs.deaths(decode_of(small_msh, FAST).digest) == (end is not Attempt.blame)
+        assert jobs.crash_count(decode_of(small_msh, FAST).digest) == (end is not Attempt.blame)
         attempt = Attempt.begin(jobs, job_id)
         assert attempt is not None
         end(attempt)
-    assert jobs.deaths(decode_of(small_msh, FAST).digest) == 0
+    assert jobs.crash_count(decode_of(small_msh, FAST).digest) == 0
 
 
 def test_a_job_whose_workers_are_cut_off_again_and_again_is_given_up(
@@ -293,7 +294,7 @@ def test_a_job_whose_workers_are_cut_off_again_and_again_is_given_up(
         assert attempt is not None
         silence(jobs, attempt)
         jobs.reap()
-        jobs.absolve(attempt.state)
+        jobs.forgive_worker(attempt.state)
     assert (state(jobs, job_id).status, state(jobs, job_id).attempts) == ("failed", MAX_ATTEMPTS)
 
 
@@ -426,7 +427,7 @@ def test_one_of_several_is_canceled_at_once_and_who_comes_back_is_served(
             jobs.withdraw(first, "")
             jobs.withdraw(second, "")
         if len(seen) == 6:
-            jobs.hold(first, "", 60)
+            jobs.subscribe(first, "", 60)
         return forward(*given)
 
     monkeypatch.setattr(loaded.diffusion.net.denoiser, "forward", meanwhile)
@@ -472,7 +473,7 @@ def test_what_is_drawn_waits_for_its_store_as_long_as_it_takes(
     assert left == [0, 0, 0]
     assert 0 < until[0] - jobs.timeout_s <= tasks.LATE_S
     assert state(jobs, job_id).status == "succeeded"
-    assert costs.model(jobs) is None
+    assert estimates.model(jobs) is None
     assert not list(Context.spool.folder.glob("*.png"))
 
 
@@ -496,7 +497,7 @@ def test_one_bad_bitstream_fails_alone(
     jobs.queue.remove(good)
     draft = Library.draft
 
-    def drawn(own: Library, b: Bitstream, seed: int) -> Draft:
+    def drawn(own: Library, b: Bitstream, seed: int) -> DiffusionInput:
         if b.format == "compressai":
             raise RuntimeError("injected")
         return draft(own, b, seed)
@@ -533,7 +534,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, loaded: Library, error: Exception) 
 
 @pytest.fixture(scope="module")
 def large(loaded: Library, photo: image.Pixels) -> bytes:
-    from models import bitstream, codec
+    from models.codec import bitstream, codec
 
     cut = codec.to_tensor(photo[:512, :512].copy())
     return bitstream.serialize(loaded.find(2, "mse").encode(cut, "msh", "exact"))
@@ -570,7 +571,7 @@ def test_no_memory_at_all_ends_the_worker_and_leaves_the_job(
     assert Context.stopping
     assert len(asked) > 2
     assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
-    assert jobs.deaths(decode_of(large, FAST).digest) == 1
+    assert jobs.crash_count(decode_of(large, FAST).digest) == 1
 
 
 @pytest.mark.weights
@@ -605,7 +606,7 @@ def test_who_comes_while_a_worker_stops_is_served(jobs: Jobs, small_msh: bytes) 
     attempt = Attempt.begin(jobs, job_id)
     assert attempt is not None
     jobs.withdraw(job_id, "")
-    jobs.hold(job_id, "late", 60)
+    jobs.subscribe(job_id, "late", 60)
     attempt.stop()
     assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
     jobs.queue.remove(job_id)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from worker import embed
+from worker.queue import private_redis
 
 pytestmark = pytest.mark.redis
 
@@ -33,7 +33,7 @@ def test_the_sockets_are_private(redis_urls: tuple[str, str]) -> None:
 
 def test_queued_data_outlive_a_restart_and_pictures_do_not(tmp_path: Path) -> None:
     for round_ in range(2):
-        with embed.servers(tmp_path) as urls:
+        with private_redis.servers(tmp_path) as urls:
             queue, cache = (redis.Redis.from_url(u) for u in urls)
             if round_ == 0:
                 queue.set("a", "1")
@@ -46,7 +46,7 @@ def test_queued_data_outlive_a_restart_and_pictures_do_not(tmp_path: Path) -> No
 
 
 def test_two_services_over_one_folder_do_not_share_a_server(tmp_path: Path) -> None:
-    with embed.servers(tmp_path) as first, embed.servers(tmp_path) as second:
+    with private_redis.servers(tmp_path) as first, private_redis.servers(tmp_path) as second:
         assert first != second
         with redis.Redis.from_url(first[0]) as a, redis.Redis.from_url(second[0]) as b:
             a.set("a", "1")
@@ -58,8 +58,11 @@ def test_a_server_on_path_comes_first(tmp_path: Path, monkeypatch: pytest.Monkey
     fake.write_text("#!/bin/sh\nexit 3\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert embed.find_server() == fake
-    with pytest.raises(embed.NoRedis, match="did not start"), embed.servers(tmp_path):
+    assert private_redis.find_server() == fake
+    with (
+        pytest.raises(private_redis.NoRedis, match="did not start"),
+        private_redis.servers(tmp_path),
+    ):
         pass
 
 
@@ -71,20 +74,20 @@ def test_a_server_that_is_too_old_is_passed_by(
         (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}'\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert embed.find_server() == tmp_path / "valkey-server"
+    assert private_redis.find_server() == tmp_path / "valkey-server"
 
 
 def test_without_any_server_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(embed.NoRedis, match="REDIS_URL"):
-        embed.find_server()
+    with pytest.raises(private_redis.NoRedis, match="REDIS_URL"):
+        private_redis.find_server()
 
 
 def test_servers_die_with_a_killed_parent(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from worker import embed\n"
-        "with embed.servers(Path(sys.argv[1])) as urls:\n"
+        "import sys, time; from pathlib import Path; from worker.queue import private_redis\n"
+        "with private_redis.servers(Path(sys.argv[1])) as urls:\n"
         "    print(urls[0], flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

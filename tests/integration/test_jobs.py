@@ -15,16 +15,17 @@ import pytest
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from models import bitstream, checkpoint, image
+from models import checkpoint, image
+from models.codec import bitstream
 from models.tiers import TIERS, Settings
-from worker import events
 from worker.attempt import Attempt, LeaseLost
-from worker.jobs import BEAT_S, Jobs
-from worker.keeper import Keeper
-from worker.records import Decode, JobState
+from worker.heartbeat import Keeper
+from worker.queue import events
+from worker.queue.jobs import BEAT_S, Jobs
+from worker.queue.records import Decode, JobState
+from worker.queue.store import Store
+from worker.queue.urls import NoRedis
 from worker.spool import Spool
-from worker.store import Store
-from worker.urls import NoRedis
 
 pytestmark = pytest.mark.redis
 
@@ -138,12 +139,12 @@ def test_a_job_that_fell_between_queue_and_worker_is_found_and_queued_again(
 ) -> None:
     d = request_for(small_msh)
     jobs.submit(d, small_msh)
-    assert jobs.astray() == set()
+    assert jobs.missing() == set()
     jobs.queue.remove(d.id)  # a worker took it and died before it said so
-    assert jobs.astray() == {d.id}
+    assert jobs.missing() == {d.id}
     jobs.requeue({d.id})
     assert jobs.queue.job_ids == [d.id]
-    assert jobs.astray() == set()
+    assert jobs.missing() == set()
 
 
 def test_a_job_queued_again_after_a_failure_does_not_expire_with_it(
@@ -152,7 +153,7 @@ def test_a_job_queued_again_after_a_failure_does_not_expire_with_it(
     d = request_for(small_msh)
     jobs.submit(d, small_msh)
     jobs.store.queue.expire(f"rq:job:{d.id}", 60)  # as RQ does when a job raises
-    jobs.failed(d.id, "internal error")
+    jobs.fail_queued(d.id, "internal error")
     jobs.submit(d, small_msh)
     assert jobs.store.queue.ttl(f"rq:job:{d.id}") == -1
 
@@ -222,7 +223,7 @@ def test_a_failed_job_may_be_submitted_again(jobs: Jobs, small_msh: bytes) -> No
     d = request_for(small_msh)
     jobs.submit(d, small_msh)
     jobs.queue.empty()
-    jobs.failed(d.id, "broken")
+    jobs.fail_queued(d.id, "broken")
     state = jobs.get(d.id)
     assert state is not None and (state.status, state.error) == ("failed", "broken")
     assert jobs.submit(d, small_msh)[1]

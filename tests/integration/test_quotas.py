@@ -18,11 +18,11 @@ from service import quotas
 from service.auth import Caller
 from service.problems import TooManyRequests
 from service.quotas import JOB_TTL_S, SUBMIT_S, WINDOW_S, Quotas
-from worker import costs, embed
-from worker.jobs import Jobs
-from worker.records import Decode
+from worker.queue import estimates, private_redis
+from worker.queue.jobs import Jobs
+from worker.queue.records import Decode
+from worker.queue.store import Store, connect
 from worker.settings import WorkerSettings
-from worker.store import Store, connect
 
 pytestmark = pytest.mark.redis
 
@@ -162,7 +162,7 @@ def test_jobs_beyond_the_limit_are_refused_until_one_ends(counted: Quotas, jobs:
     counted.job(GALLERY, job_id(1))
     counted.job(PRESS, job_id(3))
 
-    jobs.failed(job_id(1), "broken")
+    jobs.fail_queued(job_id(1), "broken")
     counted.job(GALLERY, job_id(3))
     refused(lambda: counted.job(GALLERY, job_id(1)))
     counted.ended(GALLERY, job_id(2))
@@ -171,7 +171,7 @@ def test_jobs_beyond_the_limit_are_refused_until_one_ends(counted: Quotas, jobs:
 
 def test_a_job_that_is_not_submitted_yet_counts(counted: Quotas, jobs: Jobs) -> None:
     submit(jobs, 1)
-    jobs.failed(job_id(1), "broken")
+    jobs.fail_queued(job_id(1), "broken")
     counted.job(GALLERY, job_id(1))  # to be tried again
     counted.job(GALLERY, job_id(2))
     refused(lambda: counted.job(GALLERY, job_id(3)))
@@ -208,14 +208,14 @@ def test_retry_after_is_when_the_first_job_ends(counted: Quotas, jobs: Jobs, sto
         counted.job(GALLERY, job_id(seed))
         submit(jobs, seed)
     assert refused(lambda: counted.job(GALLERY, job_id(3)))["Retry-After"] == "5"  # none measured
-    costs.measured(jobs, 5.9, decode(1).work, "a worker")  # as much as each of them
+    estimates.measured(jobs, 5.9, decode(1).work, "a worker")  # as much as each of them
     assert refused(lambda: counted.job(GALLERY, job_id(3)))["Retry-After"] == "6"
 
 
 def test_without_redis_requests_pass_and_jobs_do_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with embed.servers(tmp_path) as (queue, _):
+    with private_redis.servers(tmp_path) as (queue, _):
         store = connect(WorkerSettings(REDIS_URL=queue))
         counted = Quotas(Jobs(store))
         for _ in range(3):

@@ -16,16 +16,16 @@ import redis
 import trustme
 from rq import SimpleWorker
 
-from models import bitstream
+from models.codec import bitstream
 from models.tiers import Settings
 from tests.chaos.rig import decode_of, until
 from tests.conftest import free_port
-from worker import costs, embed, urls
 from worker.attempt import Attempt
-from worker.jobs import Jobs
+from worker.queue import estimates, private_redis, urls
+from worker.queue.jobs import Jobs
+from worker.queue.store import Store, connect, streams
+from worker.queue.urls import NoRedis
 from worker.settings import WorkerSettings
-from worker.store import Store, connect, streams
-from worker.urls import NoRedis
 
 pytestmark = pytest.mark.redis
 
@@ -37,10 +37,17 @@ OPERATING = Path(__file__).parents[2] / "deploy/OPERATING.md"
 def server(folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """A server on a port of this machine."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [str(embed.find_server()), *options, "--bind", "127.0.0.1", "--dir", str(folder)]
+    command = [
+        str(private_redis.find_server()),
+        *options,
+        "--bind",
+        "127.0.0.1",
+        "--dir",
+        str(folder),
+    ]
     log = folder / "log"
     process = subprocess.Popen(
-        [*command, "--logfile", str(log)], preexec_fn=embed.die_with_parent
+        [*command, "--logfile", str(log)], preexec_fn=private_redis.die_with_parent
     )  # fmt: skip
     try:
         yield process
@@ -53,13 +60,13 @@ def life(store: Store, data: bytes) -> None:
     """All that API and workers do with a job."""
     jobs = Jobs(store)
     job_id = jobs.submit(decode_of(data, FAST), data, "somebody")[0].id
-    assert costs.backlog_s(jobs) == 0
+    assert estimates.backlog_s(jobs) == 0
     assert store.fullness() == 0
     jobs.queue.remove(job_id)
     attempt = Attempt.begin(jobs, job_id)
     assert attempt is not None
     attempt.beat()
-    costs.present(jobs)
+    estimates.present(jobs)
     assert attempt.look(1).wanted
     attempt.commit(b"picture")
     attempt.measured(1.0)

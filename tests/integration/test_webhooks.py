@@ -25,12 +25,13 @@ from standardwebhooks import Webhook, WebhookVerificationError
 from models.errors import ParameterError
 from models.tiers import Settings
 from tests.chaos.rig import until
-from worker import webhooks
-from worker.addresses import Resolver, resolve
-from worker.messages import DEAD_KEPT, Message, Messages
-from worker.records import Decode, JobState, Status
-from worker.store import Store
-from worker.webhooks import WebhookSettings
+from worker.queue import outbox
+from worker.queue.outbox import DEAD_KEPT, Message, Messages
+from worker.queue.records import Decode, JobState, Status
+from worker.queue.store import Store
+from worker.webhooks.sender import deliver_forever
+from worker.webhooks.settings import WebhookSettings, check_url
+from worker.webhooks.url_guard import Resolver, resolve
 
 pytestmark = pytest.mark.redis
 
@@ -135,8 +136,8 @@ def settings(receiver: Receiver, **changed: Any) -> WebhookSettings:
 
 def end_job(store: Store, *urls: str, job: str = "job") -> None:
     for url in urls:
-        webhooks.register(store, job, url)
-    webhooks.job_ended(store, job, "decode.succeeded", DATA)
+        outbox.register(store, job, url)
+    outbox.job_ended(store, job, "decode.succeeded", DATA)
 
 
 @contextlib.contextmanager
@@ -145,7 +146,7 @@ def delivering(
 ) -> Iterator[None]:
     stop = threading.Event()
     arguments = (store, settings, stop, resolver)
-    consumer = threading.Thread(target=webhooks.deliver_forever, args=arguments)
+    consumer = threading.Thread(target=deliver_forever, args=arguments)
     consumer.start()
     try:
         yield
@@ -193,7 +194,7 @@ def test_while_a_secret_changes_both_sign(store: Store, receiver: Receiver) -> N
 def test_several_urls_are_told_once_each(store: Store, receiver: Receiver) -> None:
     a, b = receiver.url() + "&a", receiver.url() + "&b"
     end_job(store, a, b, a)
-    webhooks.job_ended(store, "job", "decode.succeeded", DATA)
+    outbox.job_ended(store, "job", "decode.succeeded", DATA)
     deliver_all(store, settings(receiver))
     assert sorted(r.path[-2:] for r in receiver.requests) == ["&a", "&b"]
     assert len({r.id for r in receiver.requests}) == 2
@@ -205,29 +206,29 @@ def test_nothing_is_queued_for_a_job_that_nobody_asked_about(store: Store) -> No
 
 
 def test_a_message_is_a_part_of_the_transaction_that_ends_the_job(store: Store) -> None:
-    webhooks.register(store, "job", "https://a.example/")
+    outbox.register(store, "job", "https://a.example/")
     with store.queue.pipeline() as pipe:
         pipe.set("mark", 1, ex=60)
-        webhooks.job_ended(store, "job", "decode.failed", DATA, pipe)
+        outbox.job_ended(store, "job", "decode.failed", DATA, pipe)
         assert not store.queue.exists(Messages(store).due)
         pipe.execute()
     assert store.queue.exists("mark") and store.queue.zcard(Messages(store).due) == 1
 
 
 def test_a_job_has_so_many_webhooks_and_no_more(store: Store) -> None:
-    for i in range(webhooks.MAX_URLS):
-        webhooks.register(store, "job", f"https://a.example/{i}")
-    webhooks.register(store, "job", "https://a.example/0")
+    for i in range(outbox.MAX_URLS):
+        outbox.register(store, "job", f"https://a.example/{i}")
+    outbox.register(store, "job", "https://a.example/0")
     with pytest.raises(ParameterError, match="32"):
-        webhooks.register(store, "job", "https://a.example/more")
-    assert store.queue.scard("afterimage:webhooks:of:job") == webhooks.MAX_URLS
+        outbox.register(store, "job", "https://a.example/more")
+    assert store.queue.scard("afterimage:webhooks:of:job") == outbox.MAX_URLS
 
 
 @pytest.mark.parametrize("end", ["succeeded", "failed", "canceled"])
 def test_what_is_told_says_how_the_job_ended(end: Status) -> None:
     decode = Decode("ab" * 32, "perceptual", Settings("ddim", 4), 5, "c" * 16, "d" * 16, 2, 64, 32)
     error = "broken" if end == "failed" else ""
-    kind, data = webhooks.event(JobState(decode.id, end, decode, 4, 4, 1, 1.0, 2.0, 3.0, error))
+    kind, data = outbox.event(JobState(decode.id, end, decode, 4, 4, 1, 1.0, 2.0, 3.0, error))
     assert kind == f"decode.{end}"
     assert (data["id"], data["status"], data["tier"], data["seed"]) == (
         decode.id, end, "perceptual", 5
@@ -547,7 +548,7 @@ def test_a_name_that_was_public_when_given_and_is_private_now_is_not_sent_to(
     answers = iter([["93.184.216.34"], ["127.0.0.1"], ["93.184.216.34", "127.0.0.1"]])
     chosen = settings(receiver, webhook_retries_s=(0,))
     url = receiver.url("rebind.test", "https")
-    webhooks.check(url, chosen, lambda _host: next(answers))
+    check_url(url, chosen, lambda _host: next(answers))
     end_job(store, url)
     deliver_all(store, chosen, lambda _host: next(answers))
     assert receiver.requests == []
@@ -678,7 +679,7 @@ def test_logs_hold_no_secret_of_ours_or_of_the_receivers(
 
 def test_every_key_expires(store: Store, receiver: Receiver) -> None:
     receiver.answer = status(500)
-    webhooks.register(store, "waiting", receiver.url())
+    outbox.register(store, "waiting", receiver.url())
     end_job(store, receiver.url(), job="dead")
     deliver_all(store, settings(receiver, webhook_retries_s=()))
     end_job(store, receiver.url(), job="queued")
@@ -700,14 +701,14 @@ def test_a_message_that_expired_is_passed_over(store: Store) -> None:
 
 def test_webhooks_are_refused_where_nobody_can_sign_them() -> None:
     with pytest.raises(ParameterError, match="AFTERIMAGE_WEBHOOK_SECRET"):
-        webhooks.check("https://a.example/", WebhookSettings(webhook_secret=""))
+        check_url("https://a.example/", WebhookSettings(webhook_secret=""))
 
 
 def test_private_urls_are_refused_at_submission() -> None:
     chosen = WebhookSettings(webhook_secret=SECRET)
     for url in ("https://localhost/", "https://127.1/", "https://[::ffff:10.0.0.1]/"):
         with pytest.raises(ParameterError, match="webhook"):
-            webhooks.check(url, chosen)
+            check_url(url, chosen)
 
 
 @pytest.mark.parametrize("secret", ["plain", "whsec_", "whsec_c2hvcnQ=", "whsec_%%%", SECRET[6:]])

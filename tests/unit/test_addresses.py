@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from models.errors import ParameterError
-from worker import addresses
+from worker.webhooks import url_guard
 
 PUBLIC = "93.184.216.34"
 PUBLIC_6 = "2606:2800:220:1:248:1893:25c8:1946"
@@ -29,21 +29,21 @@ def answers(*found: str) -> Callable[[str], list[str]]:
 
 def refuse(url: str, text: str, *found: str, allow: frozenset[str] = frozenset()) -> None:
     with pytest.raises(ParameterError, match=text):
-        addresses.check(url, allow, answers(*(found or (PUBLIC,))))
+        url_guard.check(url, allow, answers(*(found or (PUBLIC,))))
 
 
 @pytest.mark.parametrize("address", PRIVATE)
 def test_what_is_not_global_unicast_is_not_public(address: str) -> None:
-    assert not addresses.public(address)
+    assert not url_guard.public(address)
 
 
 @pytest.mark.parametrize("address", [PUBLIC, PUBLIC_6, "8.8.8.8", "1.1.1.1", "2a00:1450::1"])
 def test_global_unicast_is_public(address: str) -> None:
-    assert addresses.public(address)
+    assert url_guard.public(address)
 
 
 def test_a_url_is_taken_apart_once_and_keeps_what_was_resolved() -> None:
-    target = addresses.check(
+    target = url_guard.check(
         "https://Hooks.Example.com:8443/a%20b?q=ü#end", resolver=answers(PUBLIC, PUBLIC_6, PUBLIC)
     )
     assert (target.scheme, target.host, target.port) == ("https", "hooks.example.com", 8443)
@@ -53,13 +53,13 @@ def test_a_url_is_taken_apart_once_and_keeps_what_was_resolved() -> None:
 
 
 def test_the_host_header_names_a_port_only_where_it_is_not_the_schemes() -> None:
-    assert addresses.check("https://a.example", resolver=answers(PUBLIC)).authority == "a.example"
-    six = addresses.check(f"https://[{PUBLIC_6}]:8443/", resolver=answers(PUBLIC_6))
+    assert url_guard.check("https://a.example", resolver=answers(PUBLIC)).authority == "a.example"
+    six = url_guard.check(f"https://[{PUBLIC_6}]:8443/", resolver=answers(PUBLIC_6))
     assert (six.host, six.authority) == (PUBLIC_6, f"[{PUBLIC_6}]:8443")
 
 
 def test_names_in_other_scripts_are_asked_for_in_ascii() -> None:
-    assert addresses.check("https://bücher.example/", resolver=answers(PUBLIC)).host == (
+    assert url_guard.check("https://bücher.example/", resolver=answers(PUBLIC)).host == (
         "xn--bcher-kva.example"
     )
 
@@ -72,7 +72,7 @@ def test_names_in_other_scripts_are_asked_for_in_ascii() -> None:
 )  # fmt: skip
 def test_every_spelling_of_a_private_address_is_refused_by_the_real_resolver(host: str) -> None:
     with pytest.raises(ParameterError, match="webhook"):
-        addresses.check(f"https://{host}/")
+        url_guard.check(f"https://{host}/")
 
 
 @pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f.1", "134744072", "1.2.3"])
@@ -90,7 +90,7 @@ def test_the_refusal_does_not_say_what_a_name_resolves_to() -> None:
     messages = []
     for found in (["10.0.0.1"], []):
         with pytest.raises(ParameterError) as e:
-            addresses.check("https://db.internal/", resolver=answers(*found))
+            url_guard.check("https://db.internal/", resolver=answers(*found))
         messages.append(str(e.value))
     assert messages[0] == messages[1]
     assert "10.0.0.1" not in messages[0]
@@ -102,12 +102,12 @@ def test_a_name_that_does_not_resolve_is_refused(error: Exception) -> None:
         raise error
 
     with pytest.raises(ParameterError, match="does not resolve"):
-        addresses.check("https://nowhere.example/", resolver=fail)
+        url_guard.check("https://nowhere.example/", resolver=fail)
 
 
 def test_names_under_invalid_do_not_resolve() -> None:
     with pytest.raises(ParameterError, match="does not resolve"):
-        addresses.check("https://nowhere.invalid/")
+        url_guard.check("https://nowhere.invalid/")
 
 
 def test_a_resolver_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,10 +117,10 @@ def test_a_resolver_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyP
         hung.wait(60)
         return []
 
-    monkeypatch.setattr(addresses, "RESOLVE_S", 0.1)
+    monkeypatch.setattr(url_guard, "RESOLVE_S", 0.1)
     monkeypatch.setattr("socket.getaddrinfo", hang)
     with pytest.raises(TimeoutError):
-        addresses.resolve("slow.example")
+        url_guard.resolve("slow.example")
     hung.set()
 
 
@@ -138,14 +138,14 @@ def test_ports_of_other_services_are_refused() -> None:
     for port in (22, 25, 80, 1023):
         refuse(f"https://a.example:{port}/", "not 443")
     for port in (443, 1024, 65535):
-        addresses.check(f"https://a.example:{port}/", resolver=answers(PUBLIC))
+        url_guard.check(f"https://a.example:{port}/", resolver=answers(PUBLIC))
     for port in (0, 65536, 99999):
         refuse(f"https://a.example:{port}/", "no port")
 
 
 def test_long_urls_are_refused() -> None:
-    url = "https://a.example/".ljust(addresses.MAX_URL, "x")
-    addresses.check(url, resolver=answers(PUBLIC))
+    url = "https://a.example/".ljust(url_guard.MAX_URL, "x")
+    url_guard.check(url, resolver=answers(PUBLIC))
     refuse(url + "x", "2049 characters")
 
 
@@ -165,7 +165,7 @@ def test_an_allowed_host_may_be_private_and_plain_and_on_any_port() -> None:
         "http://hooks.internal/", "https://hooks.internal:22/", "http://10.0.0.1:8080/",
         "http://[::1]/",
     ):  # fmt: skip
-        assert addresses.check(url, allow, answers("10.0.0.1")).addresses == ("10.0.0.1",)
+        assert url_guard.check(url, allow, answers("10.0.0.1")).addresses == ("10.0.0.1",)
 
 
 def test_what_is_only_like_an_allowed_host_is_not_allowed() -> None:

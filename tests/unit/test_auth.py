@@ -14,7 +14,7 @@ import httpx
 import pytest
 from fastapi import Depends, FastAPI
 
-from service import auth, links, problems
+from service import auth, problems, signed_urls
 from service.auth import Caller, Keys, require
 from service.keys import KeysError, digest
 
@@ -225,15 +225,17 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_a_link_opens_its_picture_and_nothing_else(file: Path) -> None:
     app = application(Keys.read(file), SECRET)
     later = int(time.time()) + 60
-    url = links.sign(SECRET, "/image", "realism=0.5", later)
+    url = signed_urls.sign(SECRET, "/image", "realism=0.5", later)
     assert ask(app, url).json() == "link:192.0.2.7 []"
     assert ask(app, url, "HEAD").status_code == 200
     assert ask(app, url, "POST").status_code == 401
     assert ask(app, url.replace("0.5", "0.6")).status_code == 401
     assert ask(app, url.replace("/image", "/decodes")).status_code == 401
-    assert ask(app, links.sign(SECRET, "/decodes", "", later)).status_code == 401  # takes no links
-    assert ask(app, links.sign(SECRET, "/image", "", later - 61)).status_code == 401
-    assert ask(app, links.sign(secrets.token_bytes(), "/image", "", later)).status_code == 401
+    assert (
+        ask(app, signed_urls.sign(SECRET, "/decodes", "", later)).status_code == 401
+    )  # takes no links
+    assert ask(app, signed_urls.sign(SECRET, "/image", "", later - 61)).status_code == 401
+    assert ask(app, signed_urls.sign(secrets.token_bytes(), "/image", "", later)).status_code == 401
     assert ask(application(Keys.read(file)), url).status_code == 401  # no secret, no links
     assert ask(app, url, X_API_Key="wrong").status_code == 401
     assert ask(app, url, X_API_Key=TOKEN).json() == "gallery ['decode']"

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models import bitstream
-from models.bitstream import Bitstream
+from models import geometry
+from models.codec import bitstream
+from models.codec.bitstream import Bitstream
 from models.errors import (
     BitstreamError,
     ChecksumMismatch,
@@ -132,7 +133,7 @@ def test_any_bytes_are_a_bitstream_that_serialises_to_them_or_a_clear_error(data
         assert len(str(e)) > 10
     else:
         assert bitstream.serialize(b) == data
-        assert 0 < b.height * b.width <= bitstream.MAX_PIXELS
+        assert 0 < b.height * b.width <= geometry.MAX_PIXELS
 
 
 @given(st.integers(1, 8), st.sampled_from(bitstream.METRICS), st.integers(1, 4096),

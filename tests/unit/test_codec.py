@@ -9,10 +9,11 @@ import pytest
 import torch
 from compressai.models import MeanScaleHyperprior as Reference
 
-from models import bitstream, checkpoint, codec, rans, zoo
-from models.codec import Codec
+from models import checkpoint, geometry
+from models.codec import bitstream, codec, rans, zoo
+from models.codec.codec import Codec
+from models.codec.hyperprior import Hyperprior
 from models.errors import BitstreamError, ChecksumMismatch, WeightsError, WrongWeights
-from models.hyperprior import Hyperprior
 from models.image import Pixels
 from tests.conftest import psnr
 
@@ -148,7 +149,7 @@ def test_a_flipped_bit_passes_only_where_an_encoder_would_have_written_it(
 ) -> None:
     """Every bit of y: what passes is another stream of the encoder, about one symbol away."""
     b, h = bitstream.parse(small_compressai), shipped.hyperprior
-    rows, columns = bitstream.padded(b.height, b.width)
+    rows, columns = geometry.padded(b.height, b.width)
     channel = np.arange(128, dtype=np.int32)[:, None, None]
     contexts = np.broadcast_to(channel, (128, rows // 64, columns // 64))
     z_symbols = rans.decode(b.z_string, contexts, h.z_tables)

@@ -3,8 +3,8 @@
 import pytest
 
 from models.tiers import Settings
-from worker.costs import FADE, Sums
-from worker.records import Decode
+from worker.queue.estimates import FADE, Sums
+from worker.queue.records import Decode
 
 
 def fitted(*measured: tuple[float, float]) -> Sums:

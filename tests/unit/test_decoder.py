@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models import bitstream, checkpoint, codec, decoder, image, tiles
-from models.codec import Codec
-from models.decoder import Decoder, Draft
+from models import checkpoint, image, tiles
+from models.codec import bitstream, codec
+from models.codec.codec import Codec
+from models.codec.hyperprior import Latents
+from models.diffusion import decoder
+from models.diffusion.decoder import Decoder, DiffusionInput
+from models.diffusion.presets import PAPER
+from models.diffusion.unet import UNet
 from models.errors import Canceled, WeightsError, WrongWeights
-from models.hyperprior import Latents
-from models.presets import PAPER
 from models.tiers import Settings
-from models.unet import UNet
 
 FAST = Settings("ddim", 2)
 
@@ -84,13 +86,13 @@ def test_a_batch_gives_the_pictures_that_each_request_gives_alone(
     latents, x_hat = decoded
     flipped = Latents(latents.y_hat.flip(3), latents.symbols, latents.bits[:, ::-1].copy())
     settings = Settings("ddpm", 3)
-    drafts = [Draft(latents, x_hat, 2, 5), Draft(flipped, x_hat.flip(3), 1, 6)]
+    drafts = [DiffusionInput(latents, x_hat, 2, 5), DiffusionInput(flipped, x_hat.flip(3), 1, 6)]
     together = tiny_decoder.sample_batch(drafts, settings)
     for i, d in enumerate(drafts):
         alone = tiny_decoder.sample(d.latents, d.x_hat, d.quality, settings, d.seed)
         assert torch.allclose(together[i : i + 1], alone, atol=1e-5)
     with pytest.raises(ValueError, match="one shape"):
-        other = Draft(latents, x_hat[:, :, :64], 2, 5)
+        other = DiffusionInput(latents, x_hat[:, :, :64], 2, 5)
         tiny_decoder.sample_batch([drafts[0], other], settings)
 
 
@@ -132,7 +134,7 @@ def test_latents_of_other_codecs_are_hidden(
 def test_a_batch_may_show_some_latents_and_hide_others(
     tiny_decoder: Decoder, decoded: tuple[Latents, Tensor]
 ) -> None:
-    drafts = [Draft(*decoded, 2, 5), Draft(*decoded, 2, 5, shown=False)]
+    drafts = [DiffusionInput(*decoded, 2, 5), DiffusionInput(*decoded, 2, 5, shown=False)]
     settings = Settings("ddim", 2, guidance=1.5)
     together = tiny_decoder.sample_batch(drafts, settings)
     for i, d in enumerate(drafts):
@@ -172,7 +174,7 @@ def test_a_picture_in_windows_is_the_whole_picture(
     monkeypatch.setattr(decoder, "OVERLAP", 6)
     monkeypatch.setattr(decoder, "LEAST_WINDOW", 320)
     assert len(list(tiles.windows(16, 24, 320, 6))) > 1
-    draft = Draft(latents, x_hat, 2, 0)
+    draft = DiffusionInput(latents, x_hat, 2, 0)
     tiled = tiny_decoder.sample_batch([draft], Settings("ddpm", 3), window=320)
     assert not torch.equal(whole, tiled)
     assert torch.allclose(whole, tiled, atol=1e-5)
@@ -184,7 +186,7 @@ def test_many_pictures_together_are_not_cut_into_windows_that_are_all_overlap(
     shown = codec.to_tensor(photo[:320, :384].copy())
     latents = shipped.latents(shipped.encode(shown, "msh", "exact"))
     x_hat, calls = shipped.synthesis(latents.y_hat), []
-    drafts = [Draft(latents, x_hat, 2, seed) for seed in range(8)]
+    drafts = [DiffusionInput(latents, x_hat, 2, seed) for seed in range(8)]
     tiny_decoder.sample_batch(
         drafts, Settings("ddim", 2), on_tile=lambda: calls.append(1), window=800
     )
@@ -204,7 +206,7 @@ def test_windows_of_the_shipped_weights_leave_no_seams(
     whole = own.sample(latents, x_hat, 2, settings, 0)
     seams = [w.kept[2] * 16 for w in tiles.windows(24, 32, 24 * 19, decoder.OVERLAP) if w.kept[2]]
     assert seams
-    tiled = own.sample_batch([Draft(latents, x_hat, 2, 0)], settings, window=24 * 19)
+    tiled = own.sample_batch([DiffusionInput(latents, x_hat, 2, 0)], settings, window=24 * 19)
     assert not torch.equal(whole, tiled)
     assert float((tiled - whole).abs().max()) * 255 < 0.1
 

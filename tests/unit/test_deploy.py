@@ -21,11 +21,11 @@ from pydantic_settings import BaseSettings
 
 from service import metrics
 from service.app import create_app
-from service.cli import _parser
+from service.cli.main import _parser
 from service.settings import ServiceSettings
-from worker.jobs import Jobs
-from worker.store import Store
-from worker.webhooks import WebhookSettings
+from worker.queue.jobs import Jobs
+from worker.queue.store import Store
+from worker.webhooks.settings import WebhookSettings
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

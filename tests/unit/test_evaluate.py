@@ -16,16 +16,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models import bitstream, checkpoint, codec, decoder, image, library, schedule, zoo
-from models.decoder import Draft
+from models import checkpoint, image, library
+from models.codec import bitstream, codec, zoo
+from models.codec.hyperprior import Latents
+from models.diffusion import decoder, schedule
+from models.diffusion.decoder import DiffusionInput
+from models.diffusion.sampler import Estimate
 from models.evaluate import __main__ as evaluate
-from models.evaluate import calibration, nulls, plots, report, rivals
+from models.evaluate import baselines, calibration, plots, reference_codecs, report
+from models.evaluate.contact_sheet import CUT, SCALE, Crops, Sheet, corner
+from models.evaluate.decode_cache import code_digest
 from models.evaluate.measure import Row
 from models.evaluate.metrics import LpipsAlex, mse, psnr
-from models.evaluate.sheet import CUT, SCALE, Crops, Sheet, corner
 from models.evaluate.summary import Line, summary
-from models.hyperprior import Latents
-from models.sampler import Estimate
 from models.tiers import TIERS
 
 
@@ -110,7 +113,7 @@ def test_kid_is_of_the_tiers_own_features() -> None:
 
 def lines() -> list[Line]:
     """Three qualities of five tiers, two of them null rows."""
-    tiers = ("instant", "perceptual", "ddim-10", *nulls.NAMES)
+    tiers = ("instant", "perceptual", "ddim-10", *baselines.NAMES)
     out = []
     for quality in (1, 2, 3):
         for i, tier in enumerate(tiers):
@@ -145,24 +148,30 @@ def test_plots_are_drawn_for_any_number_of_qualities(tmp_path: Path) -> None:
 
 def test_the_gap_between_codecs_is_at_equal_rate_where_both_have_one() -> None:
     above = [(0.1, 28.0), (0.2, 30.0), (0.4, 32.0)]  # 2 dB for twice the rate
-    assert rivals.gap(above, [(bpp / 2, db - 3) for bpp, db in above]) == pytest.approx(1.0)
-    assert rivals.gap(above, [(0.2, 29.0), (0.8, 35.0)]) == pytest.approx(0.5)  # 1 to 0 dB
-    assert rivals.gap([(0.2, 30.5)], above) == pytest.approx(0.5)
-    assert rivals.gap(above, [(0.5, 20.0), (0.6, 21.0)]) is None
-    assert rivals.gap(above, []) is None
+    assert reference_codecs.gap(above, [(bpp / 2, db - 3) for bpp, db in above]) == pytest.approx(
+        1.0
+    )
+    assert reference_codecs.gap(above, [(0.2, 29.0), (0.8, 35.0)]) == pytest.approx(
+        0.5
+    )  # 1 to 0 dB
+    assert reference_codecs.gap([(0.2, 30.5)], above) == pytest.approx(0.5)
+    assert reference_codecs.gap(above, [(0.5, 20.0), (0.6, 21.0)]) is None
+    assert reference_codecs.gap(above, []) is None
 
 
 def test_other_codecs_stand_beside_the_tiers(tmp_path: Path) -> None:
     figures = {"bpp": 0.2, "psnr": 28.0, "kid": 0.04}
     others = [Line(5, "webp", 24, figures), Line(10, "webp", 24, figures | {"bpp": 0.3})]
-    gaps = rivals.gaps(lines(), others)
+    gaps = reference_codecs.gaps(lines(), others)
     assert {g.tier: round(g.db, 6) for g in gaps if g.rival == "webp"}["instant"] > 1
     text = report.markdown(lines(), "abcd", [], others, gaps)
     assert "| 5 | webp | 24 | 0.2000 | 28.00 | 0.04000 |" in text
     assert "| PSNR at equal rate, dB | over webp |" in text
     assert f"| instant | {gaps[0].db:+.2f} |" in text
     fewer = [replace(line, pictures=3) if line.tier == "ddim-10" else line for line in lines()]
-    assert {g.tier for g in rivals.gaps(fewer, others)} == {g.tier for g in gaps} - {"ddim-10"}
+    assert {g.tier for g in reference_codecs.gaps(fewer, others)} == {g.tier for g in gaps} - {
+        "ddim-10"
+    }
     plots.rate(lines(), tmp_path / "with.png", others)
     plots.rate(lines(), tmp_path / "without.png")
     assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
@@ -194,7 +203,7 @@ def test_calibration_finds_the_posteriors_variance_and_overconfidence() -> None:
 def test_the_shipped_denoiser_errs_as_much_as_it_says(photo: image.Pixels) -> None:
     own, drawing, x = zoo.load(2), decoder.load(), codec.to_tensor(photo)
     latents = own.latents(bitstream.parse(bitstream.serialize(own.encode(x, "msh", "exact"))))
-    whole = Draft(latents, own.synthesis(latents.y_hat), 2, seed=0)
+    whole = DiffusionInput(latents, own.synthesis(latents.y_hat), 2, seed=0)
     part = calibration.middle(whole, x)
     assert part is not None
     draft, near = part
@@ -211,7 +220,7 @@ def test_calibration_looks_at_no_picture_below_64_pixels() -> None:
     latents = Latents(
         torch.zeros(1, 4, 4, 4), np.zeros((4, 4, 4), np.int32), np.zeros((4, 4), np.float32)
     )
-    draft = Draft(latents, torch.zeros(1, 3, 64, 64), 2, seed=0)
+    draft = DiffusionInput(latents, torch.zeros(1, 3, 64, 64), 2, seed=0)
     assert calibration.middle(draft, torch.zeros(1, 3, 63, 64)) is None
     assert calibration.middle(draft, torch.zeros(1, 3, 64, 64)) is not None
 
@@ -240,14 +249,14 @@ def degraded(photo: image.Pixels) -> tuple[Tensor, Tensor]:
         return codec.to_tensor(photo[:256, :384].copy()), codec.to_tensor(np.array(decoded))
 
 
-@pytest.mark.parametrize("name", nulls.NAMES)
+@pytest.mark.parametrize("name", baselines.NAMES)
 @pytest.mark.parametrize("loss", [0.1, 0.5, 2.0])
 def test_null_pictures_lose_as_much_psnr_as_asked(
     degraded: tuple[Tensor, Tensor], name: str, loss: float
 ) -> None:
     x, msh = degraded
     target = mse(msh, x) * 10 ** (loss / 10)
-    picture = nulls.null(name, msh, x, target)
+    picture = baselines.null(name, msh, x, target)
     assert psnr(mse(msh, x)) - psnr(mse(picture, x)) == pytest.approx(loss, abs=0.02)
     torch.testing.assert_close(picture * 255, (picture * 255).round(), atol=1e-3, rtol=0)
 
@@ -256,10 +265,12 @@ def test_null_pictures_that_cannot_reach_the_psnr_come_as_near_as_they_can(
     degraded: tuple[Tensor, Tensor],
 ) -> None:
     x, msh = degraded
-    better = nulls.null(nulls.NOISE, msh, x, mse(msh, x) / 2)
+    better = baselines.null(baselines.NOISE, msh, x, mse(msh, x) / 2)
     torch.testing.assert_close(better, msh)
     flat = torch.full_like(x, 0.5)  # nothing to sharpen
-    torch.testing.assert_close(nulls.null(nulls.UNSHARP, flat, x, 0.5), flat, atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        baselines.null(baselines.UNSHARP, flat, x, 0.5), flat, atol=2e-3, rtol=0
+    )
 
 
 def test_the_cut_is_where_two_pictures_differ_most() -> None:
@@ -347,7 +358,7 @@ def test_a_pass_writes_figures_from_real_bytes(
     command("--qualities", "2", "--tiers", *tiers, "--seeds", "0", "1", "--rivals", "webp")
     document = json.loads((tmp_path / "out/evaluation.json").read_text())
     by_tier = {line["tier"]: line for line in document["summary"]}
-    assert list(by_tier) == [*tiers, *nulls.NAMES]
+    assert list(by_tier) == [*tiers, *baselines.NAMES]
     instant, drawn = by_tier["instant"], by_tier["perceptual"]
     assert instant["psnr"] > 28
     assert instant["bpp"] > 0.1
@@ -357,15 +368,15 @@ def test_a_pass_writes_figures_from_real_bytes(
     assert drawn["shift_max"] < 0.5
     assert {"ms_ssim", "nlpd", "gmsd", "niqe", "niqe_gap", "kid"} <= drawn.keys()
     webp = document["others"]
-    assert [line["quality"] for line in webp] == list(rivals.SETTINGS["webp"])
+    assert [line["quality"] for line in webp] == list(reference_codecs.SETTINGS["webp"])
     assert all(a["bpp"] < b["bpp"] and a["psnr"] < b["psnr"] for a, b in pairwise(webp))
     assert {"lpips", "ms_ssim", "niqe_gap", "kid"} <= webp[0].keys()
     own = [r for r in document["rows"] if r["tier"] != "webp"]
     assert len(own) == 3 * (1 + 2 + 2)
     too_small = own[-1]
     assert (too_small["picture"], too_small["ms_ssim"], too_small["niqe"]) == ("c.png", None, None)
-    for name in nulls.NAMES:
-        assert by_tier[name]["null_gap"] < nulls.TOLERANCE_DB
+    for name in baselines.NAMES:
+        assert by_tier[name]["null_gap"] < baselines.TOLERANCE_DB
     assert "| 2 | perceptual | 3 |" in (tmp_path / "out/evaluation.md").read_text()
     assert document["decoder"] == decoder.load().weights_id
     (points,) = document["calibration"].values()
@@ -409,7 +420,7 @@ def test_what_was_drawn_is_taken_up_again_unless_it_was_of_other_bytes(
     assert before.items() <= after.items()
     assert {("a.png", "ddim-10", 0), ("b.png", "perceptual", 0)} <= after.keys()
     assert ("b.png", "ddim-10", 0) not in after
-    assert plotted == [{"instant", "ddim-10"}, {"instant", "perceptual", *nulls.NAMES}]
+    assert plotted == [{"instant", "ddim-10"}, {"instant", "perceptual", *baselines.NAMES}]
 
     (tmp_path / "in/a.png").write_bytes(image.write(photo[100:196, :128].copy(), "png"))
     drawn.clear()
@@ -456,3 +467,10 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(command: Command, tmp_path
         command("--decoder", str(file))
     with pytest.raises(SystemExit, match="not readable as weights"):
         command("--qualities", "2", "--dists", str(file))
+
+
+def test_rewording_the_code_keeps_drawn_pictures_and_changing_it_does_not() -> None:
+    source = 'import a\n\ndef f(x):\n    """Twice."""\n    return 2 * x  # why\n'
+    reworded = 'from b import a\n\n\ndef f(x):\n    """Double of x."""\n    return 2 * x\n'
+    assert code_digest(reworded) == code_digest(source)
+    assert code_digest(source.replace("2 * x", "3 * x")) != code_digest(source)

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from models.files import whole
+from models.files import atomic_write
 
 
 def test_a_file_is_replaced_at_once_when_it_is_whole(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     file.write_text("old")
-    with whole(file) as part:
+    with atomic_write(file) as part:
         part.write_text("new")
         assert file.read_text() == "old"
     assert file.read_text() == "new"
@@ -20,7 +20,7 @@ def test_a_file_is_replaced_at_once_when_it_is_whole(tmp_path: Path) -> None:
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     file.write_text("old")
-    with pytest.raises(OSError, match="full"), whole(file) as part:
+    with pytest.raises(OSError, match="full"), atomic_write(file) as part:
         part.write_text("ne")
         raise OSError("the disk is full")
     assert file.read_text() == "old"

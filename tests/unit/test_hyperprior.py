@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from models import bitstream, codec
-from models import exact as exact_profile
-from models.codec import Codec
+from models.codec import bitstream, codec
+from models.codec import exact as exact_profile
+from models.codec.codec import Codec
+from models.codec.exact import ExactHyperSynthesis
 from models.errors import LengthMismatch
-from models.exact import ExactHyperSynthesis
 from models.image import Pixels
 
 pytestmark = pytest.mark.weights
@@ -25,7 +25,7 @@ import hashlib, sys
 from pathlib import Path
 import numpy as np
 import torch
-from models import bitstream, zoo
+from models.codec import bitstream, zoo
 own = zoo.load(2)
 found = own.latents(bitstream.parse(Path(sys.argv[1]).read_bytes()))
 z = torch.from_numpy(np.load(sys.argv[2]))

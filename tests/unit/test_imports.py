@@ -1,39 +1,138 @@
-"""Imports run one way: service -> worker -> models."""
+"""The structure of the source: which way imports run, sizes of modules and functions."""
 
 import ast
+import graphlib
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
-FORBIDDEN = {"models": {"worker", "service"}, "worker": {"service"}, "service": set[str]()}
-STARRED = {
-    "worker.costs", "worker.embed", "worker.events", "worker.figures", "worker.jobs", "worker.logs",
-    "worker.records", "worker.settings", "worker.store", "worker.tracing", "worker.urls",
-    "worker.webhooks",
-}  # fmt: skip
-"""What the service may import of the worker."""
-NO_TORCH = (*STARRED, "models.errors", "models.bitstream", "models.tiers")
+PACKAGES = ("models", "worker", "service")
+"""Lowest first: a package imports only those before it."""
+SERVICE_MAY_USE = (
+    "worker.queue",
+    "worker.telemetry",
+    "worker.settings",
+    "worker.webhooks.settings",
+)
+"""All that the service imports of the worker."""
+NO_TORCH = (
+    "models.errors", "models.geometry", "models.tiers", "models.codec.bitstream",
+    "worker.settings", "worker.queue.counters", "worker.queue.estimates", "worker.queue.events",
+    "worker.queue.jobs", "worker.queue.outbox", "worker.queue.private_redis",
+    "worker.queue.records", "worker.queue.store", "worker.queue.urls", "worker.telemetry.logs",
+    "worker.telemetry.tracing", "worker.webhooks.sender", "worker.webhooks.settings",
+    "service.cli.main", "service.client",
+)  # fmt: skip
+MAX_MODULE_LINES, MAX_MEDIAN_LINES = 400, 120
+MAX_FUNCTION_LINES, MAX_BRANCHES = 50, 12
+BRANCHES = (
+    ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.BoolOp,
+    ast.comprehension, ast.match_case, ast.Assert,
+)  # fmt: skip
 
 
-def test_imports_run_one_way() -> None:
-    for package, forbidden in FORBIDDEN.items():
-        for file in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
-                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-                if isinstance(node, ast.ImportFrom):
-                    names = [f"{node.module}.{a.name}" for a in node.names]
-                for name in names:
-                    assert name.split(".")[0] not in forbidden, f"{file} imports {name}"
-                    if package == "service" and name.startswith("worker"):
-                        assert ".".join(name.split(".")[:2]) in STARRED, f"{file} imports {name}"
-                    inside = file.is_relative_to(ROOT / "models/train")
-                    assert inside or not name.startswith("models.train"), f"{file} imports {name}"
+def modules() -> dict[str, ast.Module]:
+    """Name -> source of every module of the three packages; a package is `name.__init__`."""
+    return {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts): ast.parse(file.read_text("utf-8"))
+        for package in PACKAGES
+        for file in (ROOT / package).rglob("*.py")
+    }
 
 
-def test_the_contract_needs_no_torch_and_the_service_no_compressai() -> None:
-    code = (
-        f"import sys, {', '.join(NO_TORCH)}; assert 'torch' not in sys.modules, 'torch';"
-        "import service.app, worker.tasks; assert 'compressai' not in sys.modules, 'compressai'"
-    )
+TREES = modules()
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Our modules that `tree` imports, within functions and for types too."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            if name.split(".")[0] in PACKAGES:
+                yield next(
+                    found
+                    for found in (name, name.rpartition(".")[0], f"{name}.__init__",
+                                  f"{name.rpartition('.')[0]}.__init__")
+                    if found in TREES
+                )  # fmt: skip
+
+
+GRAPH = {name: set(imports(tree)) - {name} for name, tree in TREES.items()}
+
+
+def unit(module: str) -> str:
+    """The innermost package of a module; a module directly in a top-level package is a unit."""
+    parts = module.split(".")
+    return ".".join(parts[:2])
+
+
+def assert_no_circle(graph: dict[str, set[str]]) -> None:
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as e:
+        pytest.fail(f"imports run in a circle: {' -> '.join(reversed(e.args[1]))}")
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert_no_circle(GRAPH)
+
+
+def test_no_packages_import_each_other_in_a_circle() -> None:
+    units: dict[str, set[str]] = {}
+    for module, imported in GRAPH.items():
+        own = unit(module)
+        units.setdefault(own, set()).update({unit(name) for name in imported} - {own})
+    assert_no_circle(units)
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_a_module_imports_only_what_its_place_allows(module: str) -> None:
+    top = module.split(".")[0]
+    for name in GRAPH[module]:
+        assert PACKAGES.index(name.split(".")[0]) <= PACKAGES.index(top), name
+        if top == "service" and name.startswith("worker."):
+            assert name.startswith(SERVICE_MAY_USE), name
+        if module.startswith("service.routes."):
+            assert not name.startswith("service.routes."), f"a route imports the route {name}"
+        if not module.startswith("models.train."):
+            assert not name.startswith("models.train."), name
+
+
+def test_what_a_process_without_a_model_imports_stays_free_of_torch() -> None:
+    code = f"import sys, {', '.join(NO_TORCH)}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_api_and_the_worker_need_no_compressai() -> None:
+    code = "import sys, service.app, worker.tasks; assert 'compressai' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_modules_are_short() -> None:
+    lines = {
+        file: len(file.read_text("utf-8").splitlines())
+        for package in PACKAGES
+        for file in (ROOT / package).rglob("*.py")
+        if file.name != "__init__.py"
+    }
+    assert not {file for file, count in lines.items() if count > MAX_MODULE_LINES}
+    assert statistics.median(lines.values()) <= MAX_MEDIAN_LINES
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_functions_are_short_and_have_few_branches(module: str) -> None:
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            branches = sum(isinstance(inner, BRANCHES) for inner in ast.walk(node))
+            assert lines <= MAX_FUNCTION_LINES, f"{node.name}: {lines} lines"
+            assert branches <= MAX_BRANCHES, f"{node.name}: {branches} branches"

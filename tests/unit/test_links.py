@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.links import sign, valid
+from service.signed_urls import sign, valid
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 PATH, QUERY, UNTIL = "/v1/decodes/3f2b/image", "realism=0.5&min_tier=", 2_000_000_000

@@ -12,7 +12,7 @@ from datetime import datetime
 import pytest
 
 from models.errors import AfterimageError
-from worker import logs
+from worker.telemetry import logs
 
 Write = Callable[[bool], tuple[logging.Logger, io.StringIO]]
 
@@ -140,7 +140,7 @@ def test_an_unknown_format_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_that_set_up_logging_writes_nothing_else_to_stderr() -> None:
     code = """
 import logging, warnings, httpx
-from worker import logs
+from worker.telemetry import logs
 import uvicorn
 uvicorn.Config("x:y")  # configures its loggers
 logs.setup("INFO")

@@ -15,7 +15,8 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 from torchmetrics.image.kid import poly_mmd
 from torchvision.models import alexnet, vgg16
 
-from models import codec, image
+from models import image
+from models.codec import codec
 from models.errors import WeightsError
 from models.evaluate import bootstrap, kid, metrics
 from models.evaluate import nlpd as nlpd_module

@@ -13,13 +13,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from models.tiers import Settings
 from service import metrics
 from service.requests import Requests
+from service.routes import metrics as metrics_page
 from tests.conftest import free_port
-from worker import costs, figures
 from worker.attempt import Attempt
-from worker.jobs import Jobs
-from worker.records import Decode
+from worker.queue import counters, estimates
+from worker.queue.jobs import Jobs
+from worker.queue.records import Decode
+from worker.queue.store import Store, connect
 from worker.settings import WorkerSettings
-from worker.store import Store, connect
 
 SETTINGS = Settings(sampler="ddim", steps=4, eta=0.0, gamma=1.0)
 
@@ -30,7 +31,7 @@ def decode(seed: int) -> Decode:
 
 def application(jobs: Jobs) -> FastAPI:
     made = FastAPI()
-    made.include_router(metrics.router)
+    made.include_router(metrics_page.router)
     made.add_api_route("/v1/things/{id}", lambda id: id)
     made.add_middleware(Requests)
     made.state.own = SimpleNamespace(jobs=jobs)
@@ -71,7 +72,7 @@ def scrape(store: Store) -> dict[str, Metric]:
 
 def test_every_metric_is_named_typed_and_explained(store: Store) -> None:
     jobs = Jobs(store)
-    figures.measured(store, "w", 1.0, 1.0)
+    counters.measured(store, "w", 1.0, 1.0)
     app = application(jobs)
     get(app, "/v1/things/1")
     found = {
@@ -153,7 +154,7 @@ def test_the_queue_is_asked_at_every_scrape(store: Store) -> None:
     assert value(empty, "afterimage_queue_depth") == 0
     assert value(empty, "afterimage_queue_oldest_age_seconds") == 0
     assert value(empty, "afterimage_workers") == 0
-    costs.present(jobs)
+    estimates.present(jobs)
     for seed in range(3):
         jobs.submit(decode(seed), b"bitstream")
     store.queue.hset(jobs.key(decode(1).id), "created", str(time.time() - 100))
@@ -182,21 +183,21 @@ def test_a_queued_job_without_a_record_breaks_nothing(store: Store) -> None:
 
 def test_what_workers_add_is_shown(store: Store) -> None:
     with store.queue.pipeline() as pipe:
-        figures.add(store, pipe, figures.LEASES_LOST)
-        figures.add(store, pipe, figures.SUCCEEDED, 2)
-        figures.add(store, pipe, figures.FAILED)
+        counters.add(store, pipe, counters.LEASES_LOST)
+        counters.add(store, pipe, counters.SUCCEEDED, 2)
+        counters.add(store, pipe, counters.FAILED)
         pipe.execute()
     found = scrape(store)
     assert value(found, "afterimage_leases_lost_total") == 1
     ended = {s: value(found, "afterimage_jobs_ended_total", status=s)
              for s in ("succeeded", "failed", "canceled")}  # fmt: skip
     assert ended == {"succeeded": 2, "failed": 1, "canceled": 0}
-    assert 0 < store.queue.ttl(figures.key(store))
+    assert 0 < store.queue.ttl(counters.key(store))
 
 
 def test_the_etas_error_is_a_histogram(store: Store) -> None:
     for measured_s, predicted_s in [(9, 10), (10, 10), (30, 10), (1000, 10), (5, 0)]:
-        figures.predicted(store, measured_s, predicted_s)  # the last predicted nothing
+        counters.predicted(store, measured_s, predicted_s)  # the last predicted nothing
     found = scrape(store)
     name = "afterimage_eta_error_ratio"
     counts = {le: value(found, f"{name}_bucket", le=le) for le in ("0.75", "0.9", "1.0", "4.0")}
@@ -206,9 +207,9 @@ def test_the_etas_error_is_a_histogram(store: Store) -> None:
 
 
 def test_the_models_cost_is_shown_by_worker(store: Store) -> None:
-    figures.measured(store, "host-1", 3.0, 2.0)
-    figures.measured(store, "host-1", 1.0, 2.0)
-    figures.measured(store, 'odd:"\n', 5.0, 1.0)
+    counters.measured(store, "host-1", 3.0, 2.0)
+    counters.measured(store, "host-1", 1.0, 2.0)
+    counters.measured(store, 'odd:"\n', 5.0, 1.0)
     found = scrape(store)
     name = "afterimage_model_seconds_per_megapixel_step"
     assert value(found, name, worker="host-1") == 1.0
@@ -220,11 +221,11 @@ def test_the_models_cost_is_shown_by_worker(store: Store) -> None:
 def test_workers_that_are_long_gone_are_forgotten(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figures.measured(store, "old", 1.0, 1.0)
-    monkeypatch.setattr(figures, "WORKER_TTL_S", 0.05)
+    counters.measured(store, "old", 1.0, 1.0)
+    monkeypatch.setattr(counters, "WORKER_TTL_S", 0.05)
     time.sleep(0.1)
-    figures.measured(store, "new", 1.0, 1.0)
-    assert list(figures.read(store).model) == ["new"]
+    counters.measured(store, "new", 1.0, 1.0)
+    assert list(counters.read(store).model) == ["new"]
 
 
 def away() -> Store:
@@ -242,8 +243,8 @@ def test_with_redis_away_the_processs_own_metrics_remain() -> None:
 
 
 def test_with_redis_away_a_workers_figures_are_lost_silently() -> None:
-    figures.measured(away(), "w", 1.0, 1.0)
-    figures.predicted(away(), 1.0, 1.0)
+    counters.measured(away(), "w", 1.0, 1.0)
+    counters.predicted(away(), 1.0, 1.0)
 
 
 def test_the_page_has_a_port_of_its_own_and_gives_it_back(store: Store) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models import noise
+from models.diffusion import noise
 
 
 def test_philox_gives_the_published_words() -> None:

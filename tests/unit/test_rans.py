@@ -8,7 +8,7 @@ from compressai import ans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import rans
+from models.codec import rans
 from models.errors import BitstreamError, CorruptStream, DesynchronisedStream
 
 

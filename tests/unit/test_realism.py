@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models import realism
+from models.diffusion import realism
 from models.errors import ParameterError
 
 

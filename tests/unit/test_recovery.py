@@ -15,9 +15,10 @@ import pytest
 import torch
 from compressai.models import MeanScaleHyperprior as Reference
 
-from models import bitstream, checkpoint, codec, rans, recovery
-from models.bitstream import Bitstream
-from models.codec import Codec
+from models import checkpoint
+from models.codec import bitstream, codec, rans, recovery
+from models.codec.bitstream import Bitstream
+from models.codec.codec import Codec
 from models.errors import BitstreamError
 from models.image import Pixels
 from tests.conftest import psnr
@@ -268,7 +269,7 @@ def test_a_process_that_stands_still_is_ended(
 def test_a_fork_leaves_the_process_to_its_parent() -> None:
     """Neither its pipe nor a lock that another thread held comes along."""
     script = (
-        "import os, torch; from models import recovery; h = recovery.HELPER;"
+        "import os, torch; from models.codec import recovery; h = recovery.HELPER;"
         "ask = 'key', torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1)), torch.zeros(1, 2, 1, 1);"
         "h.evaluate(*ask, 'one thread'); pipe = f'/proc/self/fd/{h._running.connection.fileno()}';"
         "h._lock.acquire(); child = os.fork();"
@@ -282,7 +283,7 @@ def test_a_fork_leaves_the_process_to_its_parent() -> None:
 
 def test_the_process_ends_with_its_parent() -> None:
     script = (
-        "import os, torch; from models import recovery; net = torch.nn.Sequential(torch.nn.Conv2d("
+        "import os, torch; from models.codec import recovery; net = torch.nn.Sequential(torch.nn.Conv2d("
         "2, 2, 1)); recovery.HELPER.evaluate('key', net, torch.zeros(1, 2, 1, 1), 'one thread');"
         "print(recovery.HELPER.pid, flush=True); os.kill(os.getpid(), 9)"
     )

@@ -19,7 +19,7 @@ from starlette.responses import PlainTextResponse
 
 from service import metrics, requests
 from service.requests import Requests
-from worker import logs, tracing
+from worker.telemetry import logs, tracing
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 JOB = "3f" * 16

@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models import noise, sampler, schedule
+from models.diffusion import noise, sampler, schedule
+from models.diffusion.sampler import Estimate, Noise
 from models.errors import Canceled
-from models.sampler import Estimate, Noise
 from models.tiers import Settings
 
 MEAN, DEVIATION = 0.4, 0.7

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from models import schedule
-from models.schedule import Continuous, Discrete
+from models.diffusion import schedule
+from models.diffusion.schedule import Continuous, Discrete
 
 
 def test_the_continuous_process_begins_with_pure_noise_and_ends_with_the_picture() -> None:

@@ -10,7 +10,7 @@ from worker.settings import without_collections
 
 SHOW = """
 from service.settings import ServiceSettings
-from worker.webhooks import WebhookSettings
+from worker.webhooks.settings import WebhookSettings
 s = ServiceSettings()
 print(s.redis_url, s.cache_redis_url, s.link_secret.get_secret_value(), WebhookSettings().secrets)
 """

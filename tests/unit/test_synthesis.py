@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import codec, synthesis, tiles
-from models.codec import Codec
-from models.folded import Folded, live
+from models import tiles
+from models.codec import codec, synthesis
+from models.codec.codec import Codec
+from models.codec.inference_synthesis import Folded, live
+from models.codec.msh import GDN, MeanScaleHyperprior
+from models.codec.synthesis import Synthesis
 from models.image import Pixels
-from models.msh import GDN, MeanScaleHyperprior
-from models.synthesis import Synthesis
 from tests.conftest import psnr
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from models import decoder, tiles
-from models.msh import MeanScaleHyperprior
+from models import tiles
+from models.codec.msh import MeanScaleHyperprior
+from models.diffusion import decoder
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from worker import tracing
+from worker.telemetry import tracing
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
@@ -100,7 +100,7 @@ def test_a_job_in_a_worker_continues_the_requests_trace(receiver: Receiver) -> N
         carried = tracing.inject()
     tracing.shutdown()
     _run(
-        "import json, os\nfrom worker import tracing\ntracing.setup('afterimage-worker')\n"
+        "import json, os\nfrom worker.telemetry import tracing\ntracing.setup('afterimage-worker')\n"
         "carried = json.loads(os.environ['CARRIED'])\n"
         "with tracing.extract(carried), tracing.span('job', 'consumer'), tracing.span('sample'):\n"
         "    pass\n",  # and the process's end sends them
@@ -151,7 +151,7 @@ def test_a_collector_that_is_away_disturbs_nobody(monkeypatch: pytest.MonkeyPatc
 
 def test_unconfigured_nothing_is_imported_and_spans_are_null() -> None:
     done = _run(
-        "import sys\nfrom worker import tracing\ntracing.setup('x')\n"
+        "import sys\nfrom worker.telemetry import tracing\ntracing.setup('x')\n"
         "with tracing.extract({}), tracing.span('a', size=1): tracing.annotate('b', size=2)\n"
         "print(tracing.inject(), [m for m in sys.modules if m.startswith('opentelemetry')])"
     )
@@ -169,7 +169,7 @@ def test_what_turns_it_off_wins(monkeypatch: pytest.MonkeyPatch, off: dict[str, 
 def test_configured_but_not_installed_is_told_in_one_line() -> None:
     done = _run(
         "import sys; sys.modules['opentelemetry'] = None\n"
-        "from worker import logs, tracing\nlogs.setup('INFO', json=False)\ntracing.setup('x')\n"
+        "from worker.telemetry import logs, tracing\nlogs.setup('INFO', json=False)\ntracing.setup('x')\n"
         "with tracing.span('a'): pass",
         OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9",
     )
@@ -191,7 +191,9 @@ def test_an_unknown_exporter_is_told(
 
 def test_the_console_exporter_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console")
-    done = _run("from worker import tracing\ntracing.setup('x')\nwith tracing.span('seen'): pass")
+    done = _run(
+        "from worker.telemetry import tracing\ntracing.setup('x')\nwith tracing.span('seen'): pass"
+    )
     assert '"name": "seen"' in done.stdout
 
 

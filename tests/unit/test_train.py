@@ -21,20 +21,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models import checkpoint, decoder, image, library, zoo
-from models.conditioner import PerQuality
+from models import checkpoint, image, library
+from models.codec import zoo
+from models.diffusion import decoder
+from models.diffusion.conditioner import PerQuality
+from models.diffusion.presets import COMPACT, PAPER
+from models.diffusion.unet import UNet
 from models.errors import WeightsError
-from models.presets import COMPACT, PAPER
 from models.train import __main__ as cli
 from models.train import bank, export, network
+from models.train.adapt import fit, follow, turned
 from models.train.config import Stage, add_options
 from models.train.decoder_config import DiffusionConfig, resolved
 from models.train.diffusion import DiffusionTask
-from models.train.follow import fit, follow, turned
+from models.train.distributed import Ranks
 from models.train.photos import photographs
-from models.train.ranks import Ranks
 from models.train.run import Run
-from models.unet import UNet
 from tests.chaos.rig import until
 
 CPU = Ranks(0, 1, torch.device("cpu"))

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from models import codec, image, zoo
+from models import image
+from models.codec import codec, zoo
 from models.errors import PictureError, WeightsError
 from models.train import bank, photos
 from models.train.encoder import Encoder

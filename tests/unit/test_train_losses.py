@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models import image, schedule
+from models import image
+from models.diffusion import schedule
 from models.errors import WeightsError
 from models.train import losses
 from models.train.lpips import Lpips

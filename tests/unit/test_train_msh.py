@@ -18,13 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models import checkpoint, codec, image, zoo
+from models import checkpoint, image
+from models.codec import codec, zoo
 from models.errors import WeightsError
 from models.train.config import Stage
+from models.train.distributed import Ranks
 from models.train.entropy import EntropyBottleneck, gaussian_likelihood
 from models.train.hyperprior import Hyperprior
 from models.train.msh import LAMBDA, MshConfig, MshTask, sized
-from models.train.ranks import Ranks
 from models.train.run import Run
 from models.train.widen import widened
 from tests.chaos.rig import until

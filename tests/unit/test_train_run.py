@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from models.errors import WeightsError
 from models.train import shards
 from models.train.config import RunConfig, Stage
-from models.train.ranks import Ranks
+from models.train.distributed import Ranks
 from models.train.run import Play, Run, Step, cosine
 from models.train.soap import Soap
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import presets
-from models.conditioner import Condition, Maps, PerQuality
-from models.presets import COMPACT, FINE, PAPER, PRESETS, UNetConfig
-from models.unet import UNet
+from models.diffusion import presets
+from models.diffusion.conditioner import Condition, Maps, PerQuality
+from models.diffusion.presets import COMPACT, FINE, PAPER, PRESETS, UNetConfig
+from models.diffusion.unet import UNet
 
 TINY_PAPER = replace(
     PAPER, widths=(32, 32, 64, 64, 64), condition=(32, 32, 32, 64), embedding=64, latents=16

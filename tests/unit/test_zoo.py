@@ -17,10 +17,12 @@ from compressai.zoo import image as published
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models import bitstream, catalogue, checkpoint, codec, decoder, interchange, library, zoo
-from models.bitstream import Bitstream
-from models.codec import Codec
-from models.decoder import Decoder
+from models import checkpoint, library
+from models.codec import bitstream, catalogue, codec, interchange, zoo
+from models.codec.bitstream import Bitstream
+from models.codec.codec import Codec
+from models.diffusion import decoder
+from models.diffusion.decoder import Decoder
 from models.errors import ParameterError, WeightsError, WrongWeights
 from models.image import Pixels
 from models.library import Library

@@ -1,0 +1,1 @@
+"""Bitstreams, latents and the codec's own picture."""

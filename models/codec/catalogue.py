@@ -1,0 +1,140 @@
+"""Which weights are installed: the shipped ones, and those in a folder of the user's."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from models import checkpoint
+from models.checkpoint import Entry
+from models.codec.bitstream import Metric
+from models.errors import WrongWeights
+from models.files import atomic_write
+
+MANIFEST = "manifest.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """An entry of a folder's manifest."""
+
+    entry: Entry
+    folder: Path
+
+
+def imported(folder: Path | None) -> list[Installed]:
+    """What the user's folder holds, the last import first; nothing where there is no folder.
+
+    Raises `WeightsError` for a manifest that cannot be read.
+    """
+    if folder is None or not (folder / MANIFEST).exists():
+        return []
+    return [Installed(e, folder) for e in reversed(checkpoint.manifest(folder))]
+
+
+def shipped() -> list[Installed]:
+    """What `models/weights/` holds."""
+    return [Installed(e, checkpoint.WEIGHTS) for e in checkpoint.manifest()]
+
+
+def find(
+    rows: Sequence[Installed], quality: int, metric: Metric, weights_id: str = ""
+) -> Installed | None:
+    """The first codec of this quality and metric, and of these weights where they are named."""
+    for row in rows:
+        e = row.entry
+        if (e.kind, e.quality, e.metric) == ("codec", quality, metric):
+            if weights_id in {"", e.weights_id}:
+                return row
+    return None
+
+
+def wrong_weights(quality: int, metric: Metric, weights_id: str = "") -> WrongWeights:
+    """What to raise where `find` finds nothing."""
+    if weights_id:
+        return WrongWeights(
+            f"coded with weights {weights_id}; they are not installed as quality {quality}, "
+            f"metric {metric}"
+        )
+    return WrongWeights(f"no weights for quality {quality}, metric {metric} are installed")
+
+
+def install(
+    tensors: dict[str, Tensor],
+    name: str,
+    folder: Path,
+    row: Mapping[str, str | int],
+    metadata: dict[str, str] | None = None,
+    replaces: Sequence[str] = ("kind", "quality", "metric"),
+) -> Entry:
+    """Write `name`.safetensors and name it last in the folder's manifest, each atomically.
+
+    `row` holds `kind` and what else an `Entry` has; entries that agree in all fields of `replaces`
+    are dropped from the manifest.
+    """
+    data = save(tensors, metadata)
+    own: dict[str, str | int] = {
+        "name": name,
+        "file": f"{name}.safetensors",
+        "sha256": sha256(data).hexdigest(),
+        "weights_id": checkpoint.weights_id(tensors),
+    }
+    entry = Entry(**(own | dict(row)))  # type: ignore[arg-type]
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        _replace(folder / entry.file, data)
+        others = [e for e in _entries(folder) if not _agree(e, entry, replaces)]
+        _write(folder, [*others, entry])
+    return entry
+
+
+def remove(row: Installed) -> None:
+    """Take an entry out of its folder's manifest, and its file away."""
+    with _locked(row.folder):
+        _write(row.folder, [e for e in _entries(row.folder) if e != row.entry])
+        (row.folder / row.entry.file).unlink(missing_ok=True)
+
+
+def _entries(folder: Path) -> list[Entry]:
+    return checkpoint.manifest(folder) if (folder / MANIFEST).exists() else []
+
+
+def _agree(a: Entry, b: Entry, names: Sequence[str]) -> bool:
+    return all(getattr(a, name) == getattr(b, name) for name in names)
+
+
+def _write(folder: Path, entries: Sequence[Entry]) -> None:
+    rows = ({k: v for k, v in asdict(e).items() if v} for e in entries)
+    texts = ("\n".join(f"{k} = {_toml(v)}" for k, v in row.items()) for row in rows)
+    blocks = [f"[[weights]]\n{text}\n" for text in texts] or ["weights = []\n"]
+    _replace(folder / MANIFEST, "\n".join(blocks).encode())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    with atomic_write(path) as part:
+        part.write_bytes(data)
+
+
+def _toml(value: str | int) -> str:
+    if isinstance(value, int):
+        return str(value)
+    # JSON's strings are TOML's, but for what cannot be printed
+    return json.dumps("".join(c if c.isprintable() else "?" for c in value), ensure_ascii=False)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time reads the manifest and replaces it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

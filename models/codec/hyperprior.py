@@ -1,0 +1,170 @@
+"""Entropy coded strings to latents and back: the one place where `y_hat` comes from.
+
+The hyperprior decides which CDF decodes which symbol, so encoder and decoder must agree on it to
+the last bit. Two profiles: `float` computes `h_s` in float32 as CompressAI does on a CPU, and where
+that fails as other machines may have done; `exact` computes it in integers (held in float64, every
+sum below 2^53), so that the result cannot depend on thread layout, backend or machine.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models import tiles
+from models.codec import rans, recovery
+from models.codec.exact import ExactHyperSynthesis
+from models.codec.msh import MeanScaleHyperprior
+from models.errors import CorruptStream, DesynchronisedStream, LengthMismatch
+from models.geometry import STRIDE_Z
+
+SCALE_MIN = 0.11
+"""Lower bound of a latent's scale, the first entry of CompressAI's scale table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """What entropy decoding yields.
+
+    `symbols` (M, h, w) int32 are what was coded; `y_hat` (1, M, h, w) float32 is their sum with the
+    means; `bits` (h, w) float32 is what each position cost, summed over channels; `arithmetic` is
+    how `h_s` was computed: "exact", "float", or one of `recovery.ARITHMETICS`.
+    """
+
+    y_hat: Tensor
+    symbols: rans.Int32Array
+    bits: NDArray[np.float32]
+    arithmetic: str = ""
+
+
+class Hyperprior:
+    """Codes `y` and `z` with the tables of one set of weights."""
+
+    def __init__(
+        self,
+        net: MeanScaleHyperprior,
+        z_tables: rans.Tables,
+        y_tables: rans.Tables,
+        medians: Tensor,
+        scale_table: Tensor,
+    ) -> None:
+        self.net = net
+        self.z_tables = z_tables
+        self.y_tables = y_tables
+        self.medians = medians.reshape(1, -1, 1, 1)
+        self.scale_table = scale_table
+        self._exact = ExactHyperSynthesis(net.h_s, net.M, scale_table)
+
+    def encode(self, x: Tensor, profile: str) -> tuple[bytes, bytes, Latents]:
+        """`x` (1, 3, H, W) in [0, 1], sides multiples of 64 -> y string, z string, latents.
+
+        Raises `ValueError` for other shapes.
+        """
+        if x.shape[0] != 1 or x.shape[2] % STRIDE_Z or x.shape[3] % STRIDE_Z:
+            raise ValueError(f"{tuple(x.shape)}: one picture with sides that divide by {STRIDE_Z}")
+        with torch.inference_mode():
+            y = tiles.analyse(self.net.g_a, x, self.net.M)
+            z = self.net.h_a(y)
+            z_symbols = torch.round(z - self.medians)[0].to(torch.int32).numpy()
+            z_string = rans.encode(z_symbols, _channels(z_symbols.shape), self.z_tables)
+            indexes, means = self._prior(z_symbols, profile)
+            symbols = torch.round(y - means)[0].to(torch.int32).numpy()
+        y_string = rans.encode(symbols, indexes, self.y_tables)
+        return y_string, z_string, self._latents(symbols, indexes, means, profile)
+
+    def decode(
+        self, y_string: bytes, z_string: bytes, size: tuple[int, int], profile: str
+    ) -> Latents:
+        """Strings of a picture of padded `size` (H, W) -> latents.
+
+        Raises `CorruptStream` or `DesynchronisedStream`, `LengthMismatch` for sizes that are no
+        multiple of 64.
+        """
+        if size[0] % STRIDE_Z or size[1] % STRIDE_Z:
+            raise LengthMismatch(f"padded size {size} is no multiple of {STRIDE_Z}")
+        rans.words_of(y_string)  # what decodes under no arithmetic is worth no `h_s`
+        shape = (self.net.N, size[0] // STRIDE_Z, size[1] // STRIDE_Z)
+        z_symbols = rans.decode(z_string, _channels(shape), self.z_tables)
+        with torch.inference_mode():
+            indexes, means = self._prior(z_symbols, profile)
+        try:
+            symbols = rans.decode(y_string, indexes, self.y_tables)
+        except (CorruptStream, DesynchronisedStream) as e:  # out of step looks like either
+            if profile == "exact":
+                raise
+            return self._recover(y_string, z_symbols, indexes, e)
+        return self._latents(symbols, indexes, means, profile)
+
+    def _recover(
+        self,
+        y_string: bytes,
+        z_symbols: rans.Int32Array,
+        indexes: rans.Int32Array,
+        failure: CorruptStream | DesynchronisedStream,
+    ) -> Latents:
+        """Latents by the first arithmetic whose contexts decode the y string; else `failure`."""
+        seen = {_fingerprint(indexes)}
+        try:
+            for arithmetic, indexes, means in self._priors(z_symbols):
+                if _fingerprint(indexes) in seen:
+                    continue
+                seen.add(_fingerprint(indexes))
+                try:
+                    symbols = rans.decode(y_string, indexes, self.y_tables)
+                except (CorruptStream, DesynchronisedStream):
+                    continue
+                return self._latents(symbols, indexes, means, arithmetic)
+        except recovery.Unavailable as e:
+            raise type(failure)(f"{failure}; the process for other arithmetics: {e}") from e
+        raise failure
+
+    def _priors(self, z_symbols: rans.Int32Array) -> Iterator[tuple[str, rans.Int32Array, Tensor]]:
+        z_hat = self._z_hat(z_symbols)
+        for arithmetic in recovery.ARITHMETICS:
+            scales_hat, means_hat = recovery.HELPER.evaluate(
+                self._key, self.net.h_s, z_hat, arithmetic
+            )
+            yield arithmetic, self._indexes(scales_hat), means_hat
+
+    def _prior(self, z_symbols: rans.Int32Array, profile: str) -> tuple[rans.Int32Array, Tensor]:
+        """`z` symbols (N, h, w) -> contexts (M, 4h, 4w) and means (1, M, 4h, 4w)."""
+        if profile == "exact":
+            return self._exact(torch.from_numpy(z_symbols)[None], self.medians)
+        scales_hat, means_hat = self.net.h_s(self._z_hat(z_symbols)).chunk(2, 1)
+        return self._indexes(scales_hat), means_hat
+
+    def _z_hat(self, z_symbols: rans.Int32Array) -> Tensor:
+        return torch.from_numpy(z_symbols)[None].float() + self.medians
+
+    def _indexes(self, scales_hat: Tensor) -> rans.Int32Array:
+        indexes = torch.bucketize(scales_hat.clamp(min=SCALE_MIN), self.scale_table[:-1])
+        return indexes[0].to(torch.int32).numpy()
+
+    @cached_property
+    def _key(self) -> str:
+        h = hashlib.sha256()
+        for t in self.net.h_s.state_dict().values():
+            h.update(t.numpy().tobytes())
+        return h.hexdigest()
+
+    def _latents(
+        self, symbols: rans.Int32Array, indexes: rans.Int32Array, means: Tensor, arithmetic: str
+    ) -> Latents:
+        y_hat = torch.from_numpy(symbols)[None].float() + means
+        bits = rans.bits(symbols, indexes, self.y_tables).sum(0, dtype=np.float32)
+        return Latents(y_hat, symbols, bits, arithmetic)
+
+
+def _channels(shape: tuple[int, ...]) -> rans.Int32Array:
+    """Contexts of `z`: a symbol's context is its channel."""
+    channel = np.arange(shape[0], dtype=np.int32)[:, None, None]
+    return np.ascontiguousarray(np.broadcast_to(channel, shape))
+
+
+def _fingerprint(indexes: rans.Int32Array) -> bytes:
+    return hashlib.sha256(indexes.tobytes()).digest()

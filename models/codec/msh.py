@@ -1,0 +1,70 @@
+"""The mean-scale hyperprior's four transforms (Minnen 2018), as in CompressAI's `mbt2018-mean`.
+
+Parameter names are CompressAI's, so that its checkpoints load as they are; the entropy model's
+parameters are no part of the network here (`models.codec.hyperprior` runs from their CDF tables).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GDN(nn.Module):
+    """x / sqrt(beta + gamma x²), or times for the inverse (Ballé 2016).
+
+    `beta` (C,) and `gamma` (C, C) are stored as square roots plus CompressAI's pedestal.
+    """
+
+    PEDESTAL = 2.0**-36
+    BETA_MIN = 1e-6
+
+    def __init__(self, channels: int, inverse: bool = False) -> None:
+        super().__init__()
+        self.inverse = inverse
+        self.beta = nn.Parameter(torch.sqrt(torch.ones(channels) + self.PEDESTAL))
+        self.gamma = nn.Parameter(torch.sqrt(0.1 * torch.eye(channels) + self.PEDESTAL))
+
+    def worked_out(self) -> tuple[Tensor, Tensor]:
+        """beta (C,) and gamma (C, C, 1, 1) as they are multiplied with."""
+        beta = self.beta.clamp(min=(self.BETA_MIN + self.PEDESTAL) ** 0.5) ** 2 - self.PEDESTAL
+        gamma = self.gamma.clamp(min=self.PEDESTAL**0.5) ** 2 - self.PEDESTAL
+        return beta, gamma[:, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        beta, gamma = self.worked_out()
+        norm = F.conv2d(x * x, gamma, beta)
+        return x * (norm.sqrt() if self.inverse else norm.rsqrt())
+
+
+def _conv(i: int, o: int, kernel: int = 5, stride: int = 2) -> nn.Conv2d:
+    return nn.Conv2d(i, o, kernel, stride, kernel // 2)
+
+
+def _deconv(i: int, o: int, kernel: int = 5, stride: int = 2) -> nn.ConvTranspose2d:
+    return nn.ConvTranspose2d(i, o, kernel, stride, kernel // 2, stride - 1)
+
+
+class MeanScaleHyperprior(nn.Module):
+    """`g_a`, `g_s`, `h_a`, `h_s` with `N` hidden and `M` latent channels (128, 192 to quality 4).
+
+    `g_a`: x (B, 3, H, W) in [0, 1] -> y (B, M, H/16, W/16); `h_a`: y -> z (B, N, H/64, W/64);
+    `h_s`: z_hat -> scales and means (B, 2M, H/16, W/16); `g_s`: y_hat -> x_hat (B, 3, H, W).
+    """
+
+    def __init__(self, N: int = 128, M: int = 192) -> None:
+        super().__init__()
+        self.N, self.M = N, M
+        self.g_a = nn.Sequential(
+            _conv(3, N), GDN(N), _conv(N, N), GDN(N), _conv(N, N), GDN(N), _conv(N, M)
+        )
+        self.g_s = nn.Sequential(
+            _deconv(M, N), GDN(N, True), _deconv(N, N), GDN(N, True), _deconv(N, N), GDN(N, True),
+            _deconv(N, 3),
+        )  # fmt: skip
+        self.h_a = nn.Sequential(
+            _conv(M, N, 3, 1), nn.LeakyReLU(), _conv(N, N), nn.LeakyReLU(), _conv(N, N)
+        )
+        self.h_s = nn.Sequential(
+            _deconv(N, M), nn.LeakyReLU(), _deconv(M, M * 3 // 2), nn.LeakyReLU(),
+            _conv(M * 3 // 2, M * 2, 3, 1),
+        )  # fmt: skip

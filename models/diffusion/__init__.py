@@ -1,0 +1,1 @@
+"""From latents to the picture that the diffusion decoder draws."""

@@ -1,0 +1,142 @@
+"""The conditional U-Net over a shared latent space: one class, two presets.
+
+A conditioner turns a picture's latents into maps once; the denoiser reads them at every step.
+`paper` is the network of Mari & Milani: g_s,dec, and Ho et al.'s U-Net in the form of Nichol &
+Dhariwal. `compact` has neither attention nor a norm over space, so that what a pixel becomes
+depends on a bounded neighbourhood.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.diffusion.blocks import Block, Enlarge, Fold, Smooth, Unfold, blocks, norm, zeros
+from models.diffusion.conditioner import Conditioner, LatentSynthesis, Maps
+from models.diffusion.presets import UNetConfig
+
+
+class Denoiser(nn.Module):
+    """x_t and the maps -> what the preset predicts.
+
+    `paper` hands every map across by concatenation, `compact` one per level by addition.
+    """
+
+    def __init__(self, c: UNetConfig) -> None:
+        super().__init__()
+        e, fine = c.embedding, c.widths[0]
+        self.patch, self.concat = c.patch, c.preset == "paper"
+        self.unmapped = len(c.widths) - len(c.condition) if not self.concat else 0
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", _frequencies(c.preset), persistent=False)
+        waves = 2 * len(self.frequencies)
+        self.time = nn.Sequential(nn.Linear(waves, e), nn.SiLU(), nn.Linear(e, e))
+        self.quality = nn.Embedding(c.qualities + 1, e) if c.qualities else None
+        self.beta = nn.Parameter(torch.zeros(e)) if c.qualities else None
+        self.inward = nn.Conv2d(3 * c.patch**2, fine, 3, padding=1)
+        self.enter, self.leave = nn.ModuleList([nn.Identity()]), nn.ModuleList([nn.Identity()])
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        kept = [self._way_down(level, c) for level in range(len(c.widths))]
+        self.middle = nn.ModuleList()
+        if self.concat:
+            coarse = c.widths[-1]
+            self.middle.extend(Block(coarse, coarse, c, attention) for attention in (True, False))
+        for level in range(len(c.widths)):
+            self._way_up(level, kept[level], c)
+        self.norm = norm(c.preset, fine)
+        out = (6 if c.learned_variance else 3) * c.patch**2
+        self.outward = zeros(nn.Conv2d(fine, out, 3, padding=1))
+        self.smooth = Smooth(fine, c.patch, c.smooth) if c.smooth else None
+
+    def _way_down(self, level: int, c: UNetConfig) -> list[int]:
+        """Add the level's blocks; the channels of what it hands across."""
+        width, before = c.widths[level], c.widths[max(level - 1, 0)]
+        if level:
+            down = nn.Conv2d(before, before, 3, 2, 1) if self.concat else Fold(before, width)
+            self.enter.append(down)
+        first = width
+        if self.concat:
+            first = before + (c.condition[level] if level < len(c.condition) else 0)
+        inputs = [first] + [width] * (c.down[level] - 1)
+        attends = level in c.attention
+        self.down.append(nn.ModuleList(Block(i, width, c, attends) for i in inputs))
+        return [before] + [width] * c.down[level] if self.concat else [0]
+
+    def _way_up(self, level: int, kept: list[int], c: UNetConfig) -> None:
+        width, coarser = c.widths[level], c.widths[min(level + 1, len(c.widths) - 1)]
+        inputs = [width] * c.up[level]
+        if self.concat:
+            inputs[0] = coarser
+            inputs = [i + k for i, k in zip(inputs, reversed(kept), strict=True)]
+        attends = level in c.attention
+        self.up.append(nn.ModuleList(Block(i, width, c, attends) for i in inputs))
+        if level:
+            finer = c.widths[level - 1]
+            self.leave.append(Enlarge(width) if self.concat else Unfold(width, finer))
+
+    def forward(self, x_t: Tensor, t: Tensor, maps: Maps, quality: Tensor, beta: Tensor) -> Tensor:
+        """`x_t` (B, 3, H, W), sides multiples of `stride`; `t`, `quality`, `beta` (B,).
+
+        (B, 3, H, W): v or epsilon; (B, 6, H, W) where the variance is learned.
+        """
+        emb = self._embed(t, quality, beta)
+        h = self.inward(F.pixel_unshuffle(x_t, self.patch))
+        across: list[list[Tensor]] = []
+        for level, enter in enumerate(self.enter):
+            h = enter(h)
+            kept = [h]
+            if self.unmapped <= level < self.unmapped + len(maps):
+                h = self._join(h, maps[level - self.unmapped])
+            for block in blocks(self.down[level]):
+                h = block(h, emb)
+                kept.append(h)
+            across.append(kept if self.concat else kept[-1:])
+        for block in self.middle:
+            h = block(h, emb)
+        for level in reversed(range(len(self.up))):
+            for block in blocks(self.up[level]):
+                if across[level]:
+                    h = self._join(h, across[level].pop())
+                h = block(h, emb)
+            h = self.leave[level](h)
+        h = F.silu(self.norm(h))
+        out = F.pixel_shuffle(self.outward(h), self.patch)
+        return self.smooth(out, h, x_t) if self.smooth is not None else out
+
+    def _embed(self, t: Tensor, quality: Tensor, beta: Tensor) -> Tensor:
+        angles = t[:, None] * self.frequencies
+        emb: Tensor = self.time(torch.cat([angles.sin(), angles.cos()], 1))
+        if self.quality is not None and self.beta is not None:
+            emb = emb + self.quality(quality) + beta[:, None] * self.beta
+        return F.silu(emb)
+
+    def _join(self, h: Tensor, other: Tensor) -> Tensor:
+        return torch.cat([h, other], 1) if self.concat else h + other
+
+
+class UNet(nn.Module):
+    """Conditioner and denoiser of one configuration.
+
+    `scales` (qualities + 1,) is the residual's standard deviation per quality: x0 of a residual is
+    in its units.
+    """
+
+    def __init__(self, c: UNetConfig) -> None:
+        super().__init__()
+        self.config: UNetConfig = c
+        self.scales: Tensor
+        self.register_buffer("scales", torch.ones(c.qualities + 1))
+        self.conditioner = LatentSynthesis(c) if c.preset == "paper" else Conditioner(c)
+        self.denoiser = Denoiser(c)
+
+
+def _frequencies(preset: str) -> Tensor:
+    """Angular frequencies of the 64 waves of t in [0, 1].
+
+    `paper`: Ho et al.'s for index t · 3999; `compact`: from a quarter of a wave to sixteen.
+    """
+    i = torch.arange(64, dtype=torch.float64)
+    if preset == "paper":
+        return (3999 * torch.exp(-math.log(10000) * i / 64)).float()
+    return (math.pi * 2 ** (-1 + 6 * i / 63)).float()

@@ -1,0 +1,38 @@
+"""The page at `/`: static files, under a policy that lets nothing come from elsewhere."""
+
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; worker-src 'self'; "
+    "style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # asked for each time, sent again where it has changed
+}
+
+
+class Files(StaticFiles):
+    """The document and what it names: style, scripts, samples."""
+
+    def __init__(self) -> None:
+        super().__init__(directory=Path(__file__).parents[1] / "web")
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        answer = await super().get_response(path, scope)
+        answer.headers.update(HEADERS)
+        return answer
+
+
+files = Files()
+router = APIRouter()
+
+
+@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+async def page(request: Request) -> Response:
+    """The document."""
+    return await files.get_response("index.html", request.scope)

@@ -1,0 +1,1 @@
+"""Jobs, their records and events in Redis: shared by the API and the workers."""

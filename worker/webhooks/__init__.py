@@ -1,0 +1,1 @@
+"""Webhooks: who may receive them, and the process that sends them."""

@@ -1,0 +1,74 @@
+"""Settings of webhooks, and which URLs a client may register."""
+
+from base64 import b64decode
+from typing import Annotated
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from models.errors import ParameterError
+from worker.settings import secrets_dir
+from worker.webhooks import url_guard
+
+
+class WebhookSettings(BaseSettings):
+    """Who signs, who may be told, and when it is tried again."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="AFTERIMAGE_",
+        extra="ignore",
+        hide_input_in_errors=True,
+        secrets_dir=secrets_dir(),
+    )
+
+    webhook_secret: SecretStr = Field(
+        SecretStr(""), description="whsec_ and base64 of 24 to 64 bytes; to change it: new and old"
+    )
+    webhook_allow: str = Field(
+        "", description="hosts, or host:port, that may be private or http, with commas between"
+    )
+    webhook_retries_s: tuple[Annotated[float, Field(ge=0, le=86400)], ...] = Field(
+        (5, 30, 120, 600, 3600, 4 * 3600, 12 * 3600),
+        description="longest wait after the 1st, 2nd, … failure; after one more it is given up",
+    )
+    webhook_timeout_s: float = Field(10, gt=0, le=60, description="of one attempt")
+    webhook_threads: int = Field(4, ge=1, le=64, description="attempts at once, per consumer")
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _is_secret(cls, value: SecretStr) -> SecretStr:
+        for secret in value.get_secret_value().split():
+            try:
+                size = len(b64decode(secret.removeprefix("whsec_"), validate=True))
+            except ValueError:
+                size = 0
+            if not secret.startswith("whsec_") or not 24 <= size <= 64:
+                raise ValueError("it must be whsec_ and base64 of 24 to 64 bytes")
+        return value
+
+    @property
+    def secrets(self) -> list[str]:
+        """Each of them signs; a receiver may know any."""
+        return self.webhook_secret.get_secret_value().split()
+
+    @property
+    def allow(self) -> frozenset[str]:
+        """The entries of `webhook_allow`."""
+        return frozenset(self.webhook_allow.lower().replace(",", " ").split())
+
+    @property
+    def lease_s(self) -> float:
+        """How long a consumer may keep a message; its attempt ends well before that."""
+        return 2 * self.webhook_timeout_s + url_guard.RESOLVE_S
+
+
+def check_url(
+    url: str, settings: WebhookSettings, resolver: url_guard.Resolver = url_guard.resolve
+) -> None:
+    """Whether a client may name this URL; that is asked again at every attempt.
+
+    Raises `ParameterError`. Waits for the resolver, up to `url_guard.RESOLVE_S`.
+    """
+    if not settings.secrets:
+        raise ParameterError("webhook: none are sent here, for want of AFTERIMAGE_WEBHOOK_SECRET")
+    url_guard.check(url, settings.allow, resolver)
