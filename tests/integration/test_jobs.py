@@ -245,17 +245,17 @@ def test_who_joins_while_another_withdraws_keeps_the_job(
 ) -> None:
     d = request_for(small_msh)
     jobs.submit(d, small_msh, "first")
-    wanted, asked = Jobs.wanted, 0
+    has_subscribers, asked = Jobs.has_subscribers, 0
 
     def joined(own: Jobs, job_id: str) -> bool:
         nonlocal asked
         asked += 1
-        found = wanted(own, job_id)
+        found = has_subscribers(own, job_id)
         if asked == 1:
             own.submit(d, small_msh, "second")
         return found
 
-    monkeypatch.setattr(Jobs, "wanted", joined)
+    monkeypatch.setattr(Jobs, "has_subscribers", joined)
     assert jobs.withdraw(d.id, "first")
     state = jobs.get(d.id)
     assert state is not None and state.status == "queued"
