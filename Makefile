@@ -1,4 +1,4 @@
-# Each target creates the environment it needs in .venv; none needs root.
+# Each target creates the environment that it needs in .venv. None needs root.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
