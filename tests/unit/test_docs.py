@@ -18,7 +18,8 @@ from worker.queue.records import Decode
 ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "deploy/OPERATING.md",
-    "docs/measurements.md", "docs/training.md",
+    "docs/measurements.md", "docs/training.md", "models/weights/compact.md",
+    "models/weights/msh.md",
 )  # fmt: skip
 MAX_ROW = 100
 """Characters in a row of README's tables, so that they fit on a screen."""
