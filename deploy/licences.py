@@ -34,14 +34,18 @@ def main() -> None:
         rows.append(f"| {name} | {version} | {licence(name)} |")
     weights = [f"| {e.file} | {e.weights_id} | Apache-2.0 |" for e in checkpoint.manifest()]
     print(  # noqa: T201
-        "# Licences\n\nAfterimage is under Apache-2.0. The packages in its image, with the licences that "
-        "their metadata state:\n\n| package | version | licence |\n|---|---|---|",
+        "# Licences\n\n"
+        "Afterimage is under Apache-2.0. The packages in its image, with the licences that their "
+        "metadata state:\n\n"
+        "| package | version | licence |\n|---|---|---|",
         *rows,
-        "\nThe weights were trained for this project; their model cards are in `models/weights/`:\n\n"
+        "\nThe weights were trained for this project; their model cards are in "
+        "`models/weights/`:\n\n"
         "| file | id | licence |\n|---|---|---|",
         *weights,
         "\nThe sample photographs of the web page (`service/web/samples`) are from Kodak: free for "
-        "unrestricted use.\n\nThe pristine model of NIQE is from the University of Texas at Austin: "
+        "unrestricted use.\n\n"
+        "The pristine model of NIQE is from the University of Texas at Austin: "
         "`models/evaluate/niqe_pristine.LICENSE`.",
         sep="\n",
     )
