@@ -18,7 +18,7 @@ from worker.queue.records import Decode
 ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "deploy/OPERATING.md",
-    "docs/measurements.md", "docs/training.md", "models/weights/compact.md",
+    "tests/bench/README.md", "models/train/README.md", "models/weights/compact.md",
     "models/weights/msh.md",
 )  # fmt: skip
 MAX_ROW = 100

@@ -108,7 +108,7 @@ def test_cards_name_their_weights(entry: checkpoint.Entry) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/measurements.md", "tests/bench/results/evaluation/evaluation.md"]
+    "page", ["README.md", "tests/bench/README.md", "tests/bench/results/evaluation/evaluation.md"]
 )
 def test_the_images_of_a_page_exist(page: str) -> None:
     file = ROOT / page
