@@ -28,7 +28,7 @@ entry: by then the job was submitted, even if the clocks of hosts differ by less
 PAUSE_S = 5.0
 """How long requests are not counted after a Redis error, so that they do not all wait for it."""
 WARN_S = 60.0
-"""Seconds between two log lines about that."""
+"""Minimum seconds between two log lines about a Redis error."""
 
 _ADD_JOB = """
 redis.call('zremrangebyscore', KEYS[1], '-inf', ARGV[2])

@@ -40,7 +40,7 @@ class Services:
 
 
 def load(settings: ServiceSettings, connected: Store, keys: Keys | None) -> Services:
-    """Load and warm up the codecs, and build the services; this takes seconds.
+    """Load and warm up the codecs, which takes seconds, and build the services.
 
     Raises `WeightsError` if weights are missing or altered.
     """

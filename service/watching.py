@@ -98,9 +98,9 @@ async def events(
 ) -> AsyncIterator[Event]:
     """Yield the events of a job that follow event `after`, until the job has ended.
 
-    Also stops when the reader is `disconnected` or the server stops. A `caller` keeps its
-    subscription and gets previews. If the events have expired, the last one is built from the
-    job's record.
+    Also stops when the reader is `disconnected` or the server stops. With `caller`, each read
+    extends the caller's subscription and keeps previews coming. If the events have expired, the
+    last one is built from the job's record.
     """
     block_ms = None  # the first read returns at once
     while not services.closing.is_set() and not await disconnected():
@@ -129,7 +129,7 @@ def _keep_watching(services: Services, id: str, caller: str) -> None:
 async def _read_events(
     services: Services, id: str, after: str, block_ms: int | None
 ) -> list[Event]:
-    """Events after `after`; with `block_ms`, waits so long for the first of them."""
+    """Return the events after `after`; wait up to `block_ms` for the first, None: do not wait."""
     key = job_events.key(services.store, id)
     streams: list[Any] = await services.streams.xread({key: after}, block=block_ms)  # type: ignore[assignment]
     return [Event.of(entry) for _, entries in streams for entry in entries]

@@ -165,7 +165,7 @@ def test_the_queue_is_read_at_every_scrape(store: Store) -> None:
     assert value(families, "afterimage_queue_oldest_age_seconds") == pytest.approx(100, abs=5)
     assert value(families, "afterimage_jobs_running") == 1
     assert value(families, "afterimage_workers") == 1
-    before = store.queue.config_get("maxmemory")["maxmemory"]
+    before = store.queue.config_get("maxmemory")["maxmemory"] or "0"
     try:
         store.queue.config_set("maxmemory", 2 * store.queue.info("memory")["used_memory"])
         half = value(scrape(store), "afterimage_queue_memory_ratio")
