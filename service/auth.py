@@ -13,7 +13,7 @@ from service.keys import SCOPES, Key, KeysError, Scope
 from service.problems import Forbidden, Unauthorized
 
 CHECK_S = 1.0
-"""Seconds between two checks of the key file for changes: a removed key may work this much longer."""
+"""Seconds between two checks of the key file: a removed key may work this much longer."""
 
 log = logging.getLogger(__name__)
 
