@@ -24,8 +24,8 @@ oldest, since requeued jobs go to the front."""
 class QueueCollector(Collector):
     """Reads Redis at every scrape.
 
-    While the queue's Redis is down, only `afterimage_redis_up` 0 is exported; while only the cache
-    is down, it is 0 beside all other metrics.
+    `afterimage_redis_up` is 0 while a store is down: the queue's, and then no other metric is
+    exported, or only the cache's, and then the others remain.
     """
 
     def __init__(self, jobs: Jobs) -> None:

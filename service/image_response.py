@@ -32,7 +32,7 @@ def picture(
 ) -> Response:
     """Return 200 with a picture file, 304 if the client has it, or 206 with a part of it.
 
-    `decode` describes a finished picture; None stands for an instant picture. Only GET and HEAD
+    `decode` describes a finished picture; None for an instant picture. Only GET and HEAD
     may be conditional, only GET may ask for a range. Raises `RangeNotSatisfiable`.
     """
     etag = f'"{hashlib.sha256(data).hexdigest()}"'
