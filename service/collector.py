@@ -59,13 +59,13 @@ def _waiting(jobs: Jobs) -> Iterator[Metric]:
         "afterimage_queue_oldest_age_seconds", "Seconds since the oldest of them was queued.", age
     )
     yield GaugeMetricFamily("afterimage_jobs_running", "Jobs that workers have begun.", running)
-    workers = len(estimates.alive(jobs))
+    workers = len(estimates.live_workers(jobs))
     yield GaugeMetricFamily("afterimage_workers", "Workers that live, busy or idle.", workers)
     memory = "Share of its maxmemory that the queue's Redis uses; 0 where it has none."
     yield GaugeMetricFamily("afterimage_queue_memory_ratio", memory, jobs.store.fullness())
 
 
-def _figures(sums: counters.Figures) -> Iterator[Metric]:
+def _figures(sums: counters.Counters) -> Iterator[Metric]:
     ended = CounterMetricFamily("afterimage_jobs_ended", "Jobs that ended.", labels=("status",))
     for name in (counters.SUCCEEDED, counters.FAILED, counters.CANCELED):
         ended.add_metric([name.partition(":")[2]], sums.get(name))
@@ -75,7 +75,7 @@ def _figures(sums: counters.Figures) -> Iterator[Metric]:
     buckets, total = sums.eta_ratios
     error = "Measured over predicted time of a job (ratio; 1 is exact)."
     yield HistogramMetricFamily("afterimage_eta_error_ratio", error, buckets, total)
-    yield from _model(sums.model)
+    yield from _model(sums.model_time)
 
 
 def _model(workers: Mapping[str, tuple[float, float]]) -> Iterator[Metric]:

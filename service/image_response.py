@@ -13,7 +13,7 @@ from fastapi import Request, Response
 from models.image import MEDIA_TYPES, OutputFormat
 from service import signed_urls
 from service.problems import RangeNotSatisfiable
-from worker.queue.records import Decode
+from worker.queue.records import DecodeRequest
 
 DRAFT_CACHE = "max-age=0, stale-while-revalidate=60"
 FINAL_S = 31_536_000
@@ -25,7 +25,7 @@ def picture(
     request: Request,
     data: bytes,
     format: OutputFormat,
-    decode: Decode | None,
+    decode: DecodeRequest | None,
     headers: Mapping[str, str] | None = None,
     status: int = 200,
 ) -> Response:
@@ -57,7 +57,7 @@ def picture(
     return Response(data, status, own, MEDIA_TYPES[format])
 
 
-def drawn(decode: Decode) -> dict[str, str]:
+def drawn(decode: DecodeRequest) -> dict[str, str]:
     """That it is synthesised, and how: a dictionary of RFC 9651, the seed as a string."""
     facts = asdict(decode.settings) | {
         "seed": str(decode.seed), "codec": decode.codec, "decoder": decode.decoder

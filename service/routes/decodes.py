@@ -32,8 +32,8 @@ from service.negotiate import Preferences
 from service.problems import Conflict, IdMismatch, KeyReused, QueueFull
 from service.routes import pictures, progress
 from worker.queue import estimates, outbox
-from worker.queue.jobs import HOLD_S, MAX_HOLD_S
-from worker.queue.records import ENDED, Decode
+from worker.queue.jobs import MAX_SUBSCRIPTION_S, SUBSCRIPTION_S
+from worker.queue.records import ENDED, DecodeRequest
 from worker.webhooks.settings import check_url
 
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
@@ -107,10 +107,10 @@ async def asked(
         int,
         Query(
             ge=1,
-            le=MAX_HOLD_S,
+            le=MAX_SUBSCRIPTION_S,
             description="How long the picture is wanted; questions about it renew that.",
         ),
-    ] = HOLD_S,
+    ] = SUBSCRIPTION_S,
     webhook: Annotated[
         list[str] | None,
         Query(
@@ -245,7 +245,7 @@ class _Submission:
     own: State
     request: Request
     sent: Given
-    decode: Decode
+    decode: DecodeRequest
     what: Asked
     format: OutputFormat
     prefer: Preferences
@@ -300,7 +300,9 @@ class _Submission:
             self.own.quotas.job(self.caller, self.decode.id)
             jobs, data = self.own.jobs, self.sent.data
             self._register()  # before the job, whose end could be missed
-            hold_s = MAX_HOLD_S if self.what.webhooks else self.what.hold_s  # nobody need ask
+            hold_s = (
+                MAX_SUBSCRIPTION_S if self.what.webhooks else self.what.hold_s
+            )  # nobody need ask
             state, made = jobs.submit(self.decode, data, self.caller.name, hold_s)
             if made:  # a run before may just have ended, and told them
                 self._register()
@@ -326,14 +328,16 @@ class _Submission:
         self._register()
         outbox.job_ended(self.own.store, state.id, *outbox.event(state))
 
-    def _picture(self, file: bytes, drawn: Decode | None, headers: dict[str, str]) -> Response:
+    def _picture(
+        self, file: bytes, drawn: DecodeRequest | None, headers: dict[str, str]
+    ) -> Response:
         return image_response.picture(self.request, file, self.format, drawn, headers)
 
 
-def _decode(own: State, sent: Given, what: Asked, settings: Settings) -> Decode:
+def _decode(own: State, sent: Given, what: Asked, settings: Settings) -> DecodeRequest:
     """The job that is asked for. Raises `ParameterError` where it is more than one may ask for."""
     b = sent.bitstream
-    wanted = Decode(
+    wanted = DecodeRequest(
         sent.digest, what.tier.name, settings, what.seed, own.library.codec_id(b),
         own.decoder_weights, b.quality, b.width, b.height,
     )  # fmt: skip

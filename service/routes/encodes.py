@@ -96,5 +96,5 @@ async def inspect(own: Own, caller: Decoding, data: Body) -> schemas.Inspection:
     except WrongWeights:
         decodable = False
     with contextlib.suppress(RedisError):  # without the queue, nothing is known of workers
-        cost = await anyio.to_thread.run_sync(estimates.model, own.jobs)
+        cost = await anyio.to_thread.run_sync(estimates.cost_model, own.jobs)
     return schemas.Inspection.of(b, len(data), decodable, own.instant.megapixel_s, cost)

@@ -20,7 +20,7 @@ from service.deps import Accepted, JobId, Own, Preferred, State, Viewing, one_of
 from service.instant import Drawn
 from service.problems import Conflict, JobNotFound, PictureGone
 from service.routes import progress
-from worker.queue.records import Decode, JobState
+from worker.queue.records import DecodeRequest, JobState
 from worker.queue.store import RedisError
 
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
@@ -104,7 +104,7 @@ async def preview(own: Own, caller: Viewing, id: JobId) -> Response:
 
 
 async def finished(
-    own: State, decode: Decode, format: OutputFormat, alpha: float = 1.0
+    own: State, decode: DecodeRequest, format: OutputFormat, alpha: float = 1.0
 ) -> bytes | None:
     """The finished picture's file at realism `alpha`, where it is kept."""
     png = await anyio.to_thread.run_sync(own.store.picture, decode.id)
@@ -125,7 +125,7 @@ async def finished(
     return (await own.instant.once((decode.id, format, alpha), remake)).file
 
 
-async def draft(own: State, decode: Decode, b: Bitstream, format: OutputFormat) -> Drawn:
+async def draft(own: State, decode: DecodeRequest, b: Bitstream, format: OutputFormat) -> Drawn:
     """The instant picture, from the cache or computed and kept there; without one, computed."""
     name = decode.digest, decode.codec, format
     with contextlib.suppress(RedisError):
@@ -138,7 +138,7 @@ async def draft(own: State, decode: Decode, b: Bitstream, format: OutputFormat) 
     return drawn
 
 
-async def _bitstream(own: State, decode: Decode) -> Bitstream:
+async def _bitstream(own: State, decode: DecodeRequest) -> Bitstream:
     data = await anyio.to_thread.run_sync(own.store.bitstream, decode.digest)
     if data is None:
         raise JobNotFound(f"the bitstream of decode {decode.id} is no longer kept")
@@ -148,7 +148,7 @@ async def _bitstream(own: State, decode: Decode) -> Bitstream:
     return b
 
 
-def _rank(decode: Decode) -> int:
+def _rank(decode: DecodeRequest) -> int:
     """Of the best tier that has the decode's settings: one may be asked for by another's name."""
     same = (t.name for t in tiers.TIERS.values() if t.settings == decode.settings)
     return max(_RANKS[name] for name in (decode.tier, *same))

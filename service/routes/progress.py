@@ -17,7 +17,7 @@ from service.deps import Decoding, JobId, Own, Preferred, State
 from service.problems import Busy, Conflict, JobNotFound, PictureGone, QueueFull
 from worker.queue import estimates, events
 from worker.queue.events import Event
-from worker.queue.jobs import POLL_HOLD_S
+from worker.queue.jobs import POLL_SUBSCRIPTION_S
 from worker.queue.records import ENDED, JobState
 from worker.queue.store import BLOCK_S, RedisError
 
@@ -152,7 +152,7 @@ async def look(own: State, id: str, caller: str) -> JobState:
     def ask() -> JobState:
         state = _find(own, id)
         if state.status not in ENDED:
-            own.jobs.renew(id, caller, POLL_HOLD_S)
+            own.jobs.renew(id, caller, POLL_SUBSCRIPTION_S)
         return state
 
     return await anyio.to_thread.run_sync(ask)
@@ -169,8 +169,8 @@ async def until_ended(own: State, request: Request, id: str, seconds: float) -> 
 def view(own: State, id: str) -> schemas.Decode:
     """The public view of a job. Raises `JobNotFound`."""
     state = _find(own, id)
-    position = own.jobs.position(id) if state.status == "queued" else None
-    return schemas.Decode.of(state, position, estimates.eta_s(own.jobs, state))
+    position = own.jobs.position(state)
+    return schemas.Decode.of(state, position, estimates.eta_s(own.jobs, state, position))
 
 
 async def _here() -> bool:
@@ -193,7 +193,7 @@ async def _events(
     while not own.closing.is_set() and not await gone():
         if caller is not None:
             await anyio.to_thread.run_sync(own.jobs.watch, id)
-            await anyio.to_thread.run_sync(own.jobs.renew, id, caller, POLL_HOLD_S)
+            await anyio.to_thread.run_sync(own.jobs.renew, id, caller, POLL_SUBSCRIPTION_S)
         found: list[Any] = await own.streams.xread({name: after}, block=block_ms)  # type: ignore[assignment]
         block_ms = BLOCK_S * 1000
         told = [Event.of(entry) for _, entries in found for entry in entries]

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,15 @@ from models.diffusion.decoder import DiffusionInput
 from models.library import Library
 from models.tiers import Settings
 from tests.chaos.rig import decode_of
-from worker import tasks
+from worker import context, tasks
 from worker.attempt import Attempt, LeaseLost
-from worker.heartbeat import Keeper
+from worker.context import WorkerContext
+from worker.heartbeat import Heartbeat
 from worker.queue import counters, estimates
-from worker.queue.jobs import DEATHS, LEASE_S, MAX_ATTEMPTS, QUARANTINED, Jobs
+from worker.queue.jobs import LEASE_S, MAX_ATTEMPTS, MAX_CRASHES, QUARANTINED, Jobs
 from worker.queue.records import JobState
 from worker.queue.store import RECORD_TTL_S, Store
 from worker.spool import Spool
-from worker.tasks import Context
 
 pytestmark = pytest.mark.redis
 
@@ -95,13 +94,13 @@ def test_who_lost_the_lease_writes_nothing(jobs: Jobs, small_msh: bytes) -> None
     assert fresh is not None and fresh.state.fence > stale.state.fence
     leased = jobs.store.queue.zscore(jobs.leases, stale.id)
     for write in (
-        lambda: stale.look(1), lambda: stale.commit(b"stale"), lambda: stale.fail("stale"),
-        stale.stop, stale.put_back, stale.blame,
+        lambda: stale.poll(1), lambda: stale.commit(b"stale"), lambda: stale.fail("stale"),
+        stale.cancel, stale.put_back, stale.record_crash,
     ):  # fmt: skip
         with pytest.raises(LeaseLost):
             write()
     time.sleep(0.01)
-    stale.beat()
+    stale.renew_lease()
     assert jobs.store.queue.zscore(jobs.leases, stale.id) == leased
     assert jobs.store.picture(stale.id) is None
     fresh.commit(b"fresh")
@@ -139,7 +138,7 @@ def test_a_new_submission_outranks_every_attempt_at_the_old_one(
 def test_deaths_count_against_the_bitstream_whatever_is_asked_of_it(
     jobs: Jobs, small_msh: bytes
 ) -> None:
-    for seed in range(DEATHS):
+    for seed in range(MAX_CRASHES):
         attempt = begin(jobs, small_msh, seed)
         silence(jobs, attempt)
         jobs.reap()
@@ -158,10 +157,10 @@ def test_the_log_says_why_a_job_ended_without_a_picture(
     failed.fail("it took longer than 3600 s")
     canceled = begin(jobs, small_msh, seed=1)
     jobs.withdraw(canceled.id, "")
-    assert canceled.stop()
-    for seed in range(2, 2 + DEATHS):
+    assert canceled.cancel()
+    for seed in range(2, 2 + MAX_CRASHES):
         buried = begin(jobs, small_msh, seed)
-        buried.blame()
+        buried.record_crash()
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
         ("WARNING", f"job {failed.id} failed: it took longer than 3600 s"),
         ("INFO", f"job {canceled.id} canceled"),
@@ -171,8 +170,8 @@ def test_the_log_says_why_a_job_ended_without_a_picture(
 
 def test_pictures_that_are_drawn_together_are_done_together(jobs: Jobs, small_msh: bytes) -> None:
     ids = [submit(jobs, small_msh, seed) for seed in range(3)]
-    estimates.present(jobs)
-    estimates.measured(jobs, 2.0, decode_of(small_msh, FAST).work)  # each, two seconds
+    estimates.mark_alive(jobs)
+    estimates.record_duration(jobs, 2.0, decode_of(small_msh, FAST).work)  # each, two seconds
     for job_id, owner in zip(ids, ("batch", "batch", "other"), strict=True):
         jobs.queue.remove(job_id)  # as RQ takes it
         assert Attempt.begin(jobs, job_id, owner) is not None
@@ -186,12 +185,12 @@ def test_a_keeper_that_slept_gives_the_others_time_to_speak(
 ) -> None:
     attempt = begin(jobs, small_msh)
     silence(jobs, attempt)
-    keeper = Keeper(jobs, Spool(tmp_path), tmp_path / "alive")
-    keeper._trust_from, keeper._last = 0.0, jobs.now() - LEASE_S - 1
-    keeper._beat()
+    heartbeat = Heartbeat(jobs, Spool(tmp_path), tmp_path / "alive")
+    heartbeat._reap_from, heartbeat._last_beat = 0.0, jobs.now() - LEASE_S - 1
+    heartbeat._beat()
     assert state(jobs, attempt.id).status == "running"
-    keeper._trust_from = 0.0
-    keeper._beat()
+    heartbeat._reap_from = 0.0
+    heartbeat._beat()
     assert state(jobs, attempt.id).status == "queued"
 
 
@@ -212,27 +211,27 @@ def test_a_worker_whose_drawing_never_ends_falls_silent(
     """Also to who probes its process: no signal reaches it."""
     attempt = begin(jobs, small_msh)
     silence(jobs, attempt)
-    keeper = Keeper(jobs, Spool(tmp_path), tmp_path / "alive")
-    keeper.attempts = [attempt]
-    keeper.stopped.set()  # one turn
-    keeper.until = time.monotonic()
-    keeper.run()
-    assert not keeper.file.exists()
+    heartbeat = Heartbeat(jobs, Spool(tmp_path), tmp_path / "alive")
+    heartbeat.attempts = [attempt]
+    heartbeat.stopped.set()  # one turn
+    heartbeat.deadline = time.monotonic()
+    heartbeat.run()
+    assert not heartbeat.file.exists()
     jobs.reap()
     assert state(jobs, attempt.id).status == "queued"
-    keeper.until = time.monotonic() + 60
+    heartbeat.deadline = time.monotonic() + 60
     again = Attempt.begin(jobs, attempt.id)
     assert again is not None
     silence(jobs, again)
-    keeper.attempts = [again]
-    keeper.run()
+    heartbeat.attempts = [again]
+    heartbeat.run()
     jobs.reap()
     assert state(jobs, attempt.id).status == "running"
 
 
 def test_jobs_that_nobody_waits_for_delay_no_other(jobs: Jobs, small_msh: bytes) -> None:
     first, second = (submit(jobs, small_msh, seed) for seed in range(2))
-    estimates.measured(jobs, 2.0, decode_of(small_msh, FAST).work)
+    estimates.record_duration(jobs, 2.0, decode_of(small_msh, FAST).work)
     assert estimates.eta_s(jobs, state(jobs, second)) == pytest.approx(4.0)
     jobs.store.queue.zadd(jobs.subscribers(first), {"": jobs.now() - 1})  # its deadline has passed
     assert estimates.eta_s(jobs, state(jobs, second)) == pytest.approx(2.0)
@@ -245,7 +244,7 @@ def test_what_is_predicted_once_a_quick_worker_has_begun_counts(
     attempt = begin(jobs, small_msh)
     jobs.save_eta(attempt.id, 1000.0)
     attempt.commit(b"png")
-    attempt.measured(1.0)
+    attempt.record_duration(1.0)
     assert counters.read(jobs.store).get("eta_ratio:0.1") == 1
 
 
@@ -256,28 +255,30 @@ def test_interest_ends_by_the_servers_clock(
     here = time.time()
     monkeypatch.setattr(time, "time", lambda: here + 7 * 24 * 3600)
     assert jobs.has_subscribers(attempt.id)
-    assert attempt.look().wanted
+    assert attempt.poll().subscribed
 
 
 def test_a_job_is_not_like_itself(jobs: Jobs, small_msh: bytes) -> None:
-    """Where a keeper queued it again while its worker was about to begin it."""
+    """Where a heartbeat queued it again while its worker was about to begin it."""
     job_id = submit(jobs, small_msh)
-    assert jobs.claim_alike(state(jobs, job_id), 4) == []
+    assert jobs.claim_similar(state(jobs, job_id), 4) == []
     assert jobs.queue.job_ids == [job_id]
 
 
 def test_workers_that_are_gone_are_forgotten(jobs: Jobs) -> None:
-    for number in range(estimates.REMEMBERED + 5):
-        estimates.measured(jobs, 1.0, 1.0, f"worker-{-number}")
+    for number in range(estimates.MAX_DEAD_WORKERS + 5):
+        estimates.record_duration(jobs, 1.0, 1.0, f"worker-{-number}")
     known = jobs.store.queue.hkeys(jobs.store.key("sums"))
-    last = (f"worker-{-number}".encode() for number in range(4, estimates.REMEMBERED + 5))
+    last = (f"worker-{-number}".encode() for number in range(4, estimates.MAX_DEAD_WORKERS + 5))
     assert set(known) == {*last}  # whatever their names
 
 
 def test_a_bitstream_that_was_drawn_is_not_to_blame(jobs: Jobs, small_msh: bytes) -> None:
     job_id = submit(jobs, small_msh)
-    for end in (Attempt.blame, lambda attempt: attempt.commit(b"png")):
-        assert jobs.crash_count(decode_of(small_msh, FAST).digest) == (end is not Attempt.blame)
+    for end in (Attempt.record_crash, lambda attempt: attempt.commit(b"png")):
+        assert jobs.crash_count(decode_of(small_msh, FAST).digest) == (
+            end is not Attempt.record_crash
+        )
         attempt = Attempt.begin(jobs, job_id)
         assert attempt is not None
         end(attempt)
@@ -313,12 +314,12 @@ def test_a_kept_picture_is_handed_over_by_whoever_finds_it(
 ) -> None:
     spool = Spool(tmp_path)
     gone, late = begin(jobs, small_msh), begin(jobs, small_msh, 1)
-    spool.keep(gone, b"kept")
-    spool.keep(late, b"too late")
+    spool.save(gone, b"kept")
+    spool.save(late, b"too late")
     late.fail("another end")
-    spool.hand_over(jobs, busy={gone.id})
+    spool.commit_all(jobs, exclude={gone.id})
     assert [file.name[:32] for file in tmp_path.glob("*.png")] == [gone.id]
-    spool.hand_over(jobs)
+    spool.commit_all(jobs)
     assert jobs.store.picture(gone.id) == b"kept"
     assert state(jobs, gone.id).status == "succeeded"
     assert (state(jobs, late.id).status, jobs.store.picture(late.id)) == ("failed", None)
@@ -331,7 +332,7 @@ def test_kept_pictures_of_stores_that_are_gone_are_removed(tmp_path: Path) -> No
         file = tmp_path / name / f"{'0' * 32}.1.png"
         file.write_bytes(b"kept")
         os.utime(file, (time.time() - age_s,) * 2)
-    Spool.forget(tmp_path)
+    Spool.remove_expired(tmp_path)
     assert [file.parent.name for file in tmp_path.rglob("*.png")] == ["new"]
 
 
@@ -341,17 +342,15 @@ def loaded() -> Library:
 
 
 @pytest.fixture
-def context(
+def worker(
     jobs: Jobs, loaded: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    """This process as a worker."""
-    own: dict[str, Any] = {
-        "jobs": jobs, "library": loaded, "spool": Spool(tmp_path), "max_pixels": 10**6,
-        "keeper": Keeper(jobs, Spool(tmp_path), tmp_path), "stopping": False, "afterwards": [],
-    }  # fmt: skip
-    for name, value in own.items():
-        monkeypatch.setattr(Context, name, value, raising=False)
-    yield
+) -> WorkerContext:
+    """The context that makes this process a worker."""
+    spool = Spool(tmp_path)
+    heartbeat = Heartbeat(jobs, spool, tmp_path)
+    worker = WorkerContext(jobs, loaded, heartbeat, spool, max_pixels=10**6)
+    monkeypatch.setattr(context, "_current", worker)
+    return worker
 
 
 def pictures(jobs: Jobs, ids: list[str]) -> list[image.Pixels]:
@@ -364,7 +363,7 @@ def pictures(jobs: Jobs, ids: list[str]) -> list[image.Pixels]:
 
 @pytest.mark.weights
 def test_jobs_of_one_shape_are_drawn_together_as_each_alone(
-    context: None,
+    worker: WorkerContext,
     jobs: Jobs,
     small_msh: bytes,
     small_compressai: bytes,
@@ -381,7 +380,7 @@ def test_jobs_of_one_shape_are_drawn_together_as_each_alone(
         jobs.queue.remove(ids[0])  # as RQ takes it
         return [*ids, other]
 
-    monkeypatch.setattr(Context, "batch", 4)
+    worker.batch = 4
     *ids, other = submitted()
     tasks.enhance(ids[0])
     together = pictures(jobs, ids)
@@ -390,7 +389,7 @@ def test_jobs_of_one_shape_are_drawn_together_as_each_alone(
 
     jobs.store.queue.flushall()
     jobs.store.cache.flushall()
-    monkeypatch.setattr(Context, "batch", 1)
+    worker.batch = 1
     submitted()
     for job_id in ids:
         tasks.enhance(job_id)
@@ -400,9 +399,9 @@ def test_jobs_of_one_shape_are_drawn_together_as_each_alone(
 
 @pytest.mark.weights
 def test_a_cpu_draws_no_more_together_than_fits_into_a_window(
-    context: None, jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+    worker: WorkerContext, jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Context, "batch", 4)
+    worker.batch = 4
     monkeypatch.setattr(tasks, "WINDOW", 2 * 12 * 8 + 1)  # 150×100 pixels have 12×8 positions
     ids = [submit(jobs, small_msh, seed) for seed in range(4)]
     jobs.queue.remove(ids[0])
@@ -413,9 +412,13 @@ def test_a_cpu_draws_no_more_together_than_fits_into_a_window(
 
 @pytest.mark.weights
 def test_one_of_several_is_canceled_at_once_and_who_comes_back_is_served(
-    context: None, jobs: Jobs, loaded: Library, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+    worker: WorkerContext,
+    jobs: Jobs,
+    loaded: Library,
+    small_msh: bytes,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Context, "batch", 3)
+    worker.batch = 3
     settings, forward = Settings("ddim", 8), loaded.diffusion.net.denoiser.forward
     first, second, third = (submit(jobs, small_msh, seed, settings) for seed in range(3))
     jobs.queue.remove(first)  # as RQ takes it
@@ -432,7 +435,7 @@ def test_one_of_several_is_canceled_at_once_and_who_comes_back_is_served(
 
     monkeypatch.setattr(loaded.diffusion.net.denoiser, "forward", meanwhile)
     tasks.enhance(first)
-    tasks.settle()
+    worker.run_deferred()
     assert seen[2] == ("running", "running", "running")
     assert seen[4] == ("running", "canceled", "running")
     assert len(pictures(jobs, [first, third])) == 2
@@ -442,14 +445,14 @@ def test_one_of_several_is_canceled_at_once_and_who_comes_back_is_served(
 @pytest.mark.weights
 @pytest.mark.parametrize("disk", ["good", "full"])
 def test_what_is_drawn_waits_for_its_store_as_long_as_it_takes(
-    context: None, jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch, disk: str
+    worker: WorkerContext, jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch, disk: str
 ) -> None:
     """The time limits are of drawing, and the wait is no part of what drawing costs."""
     put, left = Store.put_picture, []
     draw, until = tasks._draw, []
 
     def drawn(*given: Any) -> None:
-        until.append(Context.keeper.until - time.monotonic())
+        until.append(worker.heartbeat.deadline - time.monotonic())
         draw(*given)
 
     def full(*_: Any) -> Path:
@@ -457,7 +460,7 @@ def test_what_is_drawn_waits_for_its_store_as_long_as_it_takes(
 
     def away(own: Store, *given: Any) -> None:
         left.append(signal.alarm(0))
-        assert Context.keeper.until == math.inf
+        assert worker.heartbeat.deadline == math.inf
         if len(left) < 3:
             raise redis.ConnectionError("injected")
         put(own, *given)
@@ -465,21 +468,21 @@ def test_what_is_drawn_waits_for_its_store_as_long_as_it_takes(
     monkeypatch.setattr(Store, "put_picture", away)
     monkeypatch.setattr(tasks, "_draw", drawn)
     if disk == "full":
-        monkeypatch.setattr(Spool, "keep", full)
+        monkeypatch.setattr(Spool, "save", full)
     job_id = submit(jobs, small_msh)
     signal.alarm(600)
     tasks.enhance(job_id)
-    tasks.settle()
+    worker.run_deferred()
     assert left == [0, 0, 0]
     assert 0 < until[0] - jobs.timeout_s <= tasks.LATE_S
     assert state(jobs, job_id).status == "succeeded"
-    assert estimates.model(jobs) is None
-    assert not list(Context.spool.folder.glob("*.png"))
+    assert estimates.cost_model(jobs) is None
+    assert not list(worker.spool.folder.glob("*.png"))
 
 
 @pytest.mark.weights
 def test_one_bad_bitstream_fails_alone(
-    context: None,
+    worker: WorkerContext,
     jobs: Jobs,
     small_msh: bytes,
     small_compressai: bytes,
@@ -487,7 +490,7 @@ def test_one_bad_bitstream_fails_alone(
 ) -> None:
     bad = bytearray(small_compressai)
     bad[-100] ^= 255
-    monkeypatch.setattr(Context, "batch", 4)
+    worker.batch = 4
     good, broken = submit(jobs, small_msh), submit(jobs, bytes(bad))
     jobs.queue.remove(good)
     tasks.enhance(good)
@@ -542,10 +545,14 @@ def large(loaded: Library, photo: image.Pixels) -> bytes:
 
 @pytest.mark.weights
 def test_short_memory_makes_smaller_tiles(
-    context: None, jobs: Jobs, loaded: Library, large: bytes, monkeypatch: pytest.MonkeyPatch
+    worker: WorkerContext,
+    jobs: Jobs,
+    loaded: Library,
+    large: bytes,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("worker.drawing.WINDOW", 1024)
-    monkeypatch.setattr("worker.drawing.SMALLEST", 128)
+    monkeypatch.setattr("worker.drawing.MIN_WINDOW", 128)
     job_id = submit(jobs, large)
     tasks.enhance(job_id)
     (whole,) = pictures(jobs, [job_id])
@@ -556,19 +563,23 @@ def test_short_memory_makes_smaller_tiles(
     assert asked[0] == 512 * 512 and max(asked[-4:]) <= 400 * 400
     (tiled,) = pictures(jobs, [job_id])
     assert np.abs(whole.astype(int) - tiled).max() <= 1
-    assert not Context.stopping
+    assert not worker.stopping
 
 
 @pytest.mark.weights
 def test_no_memory_at_all_ends_the_worker_and_leaves_the_job(
-    context: None, jobs: Jobs, loaded: Library, large: bytes, monkeypatch: pytest.MonkeyPatch
+    worker: WorkerContext,
+    jobs: Jobs,
+    loaded: Library,
+    large: bytes,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = short_of_memory(monkeypatch, loaded, 0)
     job_id = submit(jobs, large)
     jobs.queue.remove(job_id)
     tasks.enhance(job_id)
-    tasks.settle()
-    assert Context.stopping
+    worker.run_deferred()
+    assert worker.stopping
     assert len(asked) > 2
     assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
     assert jobs.crash_count(decode_of(large, FAST).digest) == 1
@@ -576,28 +587,36 @@ def test_no_memory_at_all_ends_the_worker_and_leaves_the_job(
 
 @pytest.mark.weights
 def test_a_device_that_fails_at_everything_ends_the_worker_and_leaves_the_job(
-    context: None, jobs: Jobs, loaded: Library, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+    worker: WorkerContext,
+    jobs: Jobs,
+    loaded: Library,
+    small_msh: bytes,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lost = RuntimeError("CUDA error: an illegal memory access was encountered")
     failing(monkeypatch, loaded, lost)
     job_id = submit(jobs, small_msh)
     jobs.queue.remove(job_id)
     tasks.enhance(job_id)
-    tasks.settle()
-    assert Context.stopping
+    worker.run_deferred()
+    assert worker.stopping
     assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
 
 
 @pytest.mark.weights
 def test_a_job_that_takes_too_long_fails_and_the_worker_goes_on(
-    context: None, jobs: Jobs, loaded: Library, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+    worker: WorkerContext,
+    jobs: Jobs,
+    loaded: Library,
+    small_msh: bytes,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     failing(monkeypatch, loaded, JobTimeoutException("as RQ's timer does"))
     job_id = submit(jobs, small_msh)
     tasks.enhance(job_id)
     ended = state(jobs, job_id)
-    assert (ended.status, ended.error) == ("failed", "it took longer than 3600 s")
-    assert not Context.stopping
+    assert (ended.status, ended.error) == ("failed", "timed out after 3600 s")
+    assert not worker.stopping
 
 
 def test_who_comes_while_a_worker_stops_is_served(jobs: Jobs, small_msh: bytes) -> None:
@@ -607,16 +626,20 @@ def test_who_comes_while_a_worker_stops_is_served(jobs: Jobs, small_msh: bytes) 
     assert attempt is not None
     jobs.withdraw(job_id, "")
     jobs.subscribe(job_id, "late", 60)
-    attempt.stop()
+    attempt.cancel()
     assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
     jobs.queue.remove(job_id)
-    jobs.drop(job_id)  # the same of one that was not begun
+    jobs.cancel_unless_subscribed(job_id)  # the same of one that was not begun
     assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
 
 
 @pytest.mark.weights
 def test_what_is_canceled_keeps_its_best_preview(
-    context: None, jobs: Jobs, loaded: Library, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+    worker: WorkerContext,
+    jobs: Jobs,
+    loaded: Library,
+    small_msh: bytes,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job_id = submit(jobs, small_msh, 0, Settings("ddim", 50))
     calls: list[int] = []
@@ -630,7 +653,7 @@ def test_what_is_canceled_keeps_its_best_preview(
 
     monkeypatch.setattr(loaded.diffusion.net.denoiser, "forward", withdrawing)
     tasks.enhance(job_id)
-    tasks.settle()
+    worker.run_deferred()
     assert (state(jobs, job_id).status, len(calls)) == ("canceled", 5)
     preview = jobs.store.preview(job_id)
     assert preview is not None
@@ -652,6 +675,6 @@ def test_an_answer_that_is_lost_on_its_way_loses_no_job(
     monkeypatch.setattr(Jobs, "change", broken)
     attempt = Attempt.begin(jobs, job_id)
     assert attempt is not None
-    assert attempt.look(1).wanted
+    assert attempt.poll(1).subscribed
     assert state(jobs, job_id).attempts == 1
     assert Attempt.begin(jobs, job_id) is None

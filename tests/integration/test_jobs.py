@@ -19,10 +19,10 @@ from models import checkpoint, image
 from models.codec import bitstream
 from models.tiers import TIERS, Settings
 from worker.attempt import Attempt, LeaseLost
-from worker.heartbeat import Keeper
+from worker.heartbeat import Heartbeat
 from worker.queue import events
-from worker.queue.jobs import BEAT_S, Jobs
-from worker.queue.records import Decode, JobState
+from worker.queue.jobs import HEARTBEAT_S, Jobs
+from worker.queue.records import DecodeRequest, JobState
 from worker.queue.store import Store
 from worker.queue.urls import NoRedis
 from worker.spool import Spool
@@ -32,10 +32,10 @@ pytestmark = pytest.mark.redis
 FAST = Settings("ddim", 2, beta=1.0)
 
 
-def request_for(data: bytes, seed: int = 0, tier: str = "perceptual") -> Decode:
+def request_for(data: bytes, seed: int = 0, tier: str = "perceptual") -> DecodeRequest:
     b = bitstream.parse(data)
     ids = {e.kind: e.weights_id for e in checkpoint.manifest() if e.quality in {0, b.quality}}
-    return Decode(bitstream.digest(data), tier, FAST, seed, ids["codec"], ids["decoder"],
+    return DecodeRequest(bitstream.digest(data), tier, FAST, seed, ids["codec"], ids["decoder"],
                   b.quality, b.width, b.height)  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_the_id_is_the_content(small_msh: bytes) -> None:
 
 
 def test_the_id_follows_the_published_recipe() -> None:
-    d = Decode("ab" * 32, "ddim-10", Settings("ddim", 10), 5, "c" * 16, "d" * 16, 2, 64, 64)
+    d = DecodeRequest("ab" * 32, "ddim-10", Settings("ddim", 10), 5, "c" * 16, "d" * 16, 2, 64, 64)
     import hashlib
 
     settings = '{"beta":0.0,"eta":0.0,"gamma":1.0,"guidance":1.0,"sampler":"ddim","steps":10}'
@@ -100,7 +100,7 @@ def test_a_new_job_is_queued_once(jobs: Jobs, small_msh: bytes) -> None:
     assert first == again
     assert (first.status, first.step, first.total) == ("queued", 0, 2)
     assert jobs.queue.job_ids == [d.id]
-    assert jobs.position(d.id) == 0
+    assert jobs.position(first) == 0
     assert jobs.store.bitstream(d.digest) == small_msh
 
 
@@ -165,7 +165,7 @@ def test_a_record_lost_while_its_job_ran_is_no_record(jobs: Jobs, small_msh: byt
     assert attempt is not None
     jobs.store.queue.flushall()
     with pytest.raises(LeaseLost):
-        attempt.look(1)
+        attempt.poll(1)
     assert jobs.get(d.id) is None
     assert jobs.submit(d, small_msh)[1]
 
@@ -180,17 +180,17 @@ def test_a_full_queue_store_does_not_stop_the_keeper(
     before = jobs.store.queue.config_get("maxmemory")["maxmemory"]
     jobs.store.queue.config_set("maxmemory", "1")
     try:
-        keeper = Keeper(jobs, Spool(tmp_path), tmp_path / "alive")
-        keeper.attempts = [attempt]
-        keeper.start()
-        time.sleep(BEAT_S + 1)
-        assert keeper.is_alive()
+        heartbeat = Heartbeat(jobs, Spool(tmp_path), tmp_path / "alive")
+        heartbeat.attempts = [attempt]
+        heartbeat.start()
+        time.sleep(HEARTBEAT_S + 1)
+        assert heartbeat.is_alive()
         (alive,) = (tmp_path / "alive").iterdir()  # what probes look at
-        assert time.time() - alive.stat().st_mtime < BEAT_S + 1
+        assert time.time() - alive.stat().st_mtime < HEARTBEAT_S + 1
     finally:
         jobs.store.queue.config_set("maxmemory", before)
-        keeper.stopped.set()
-        keeper.join()
+        heartbeat.stopped.set()
+        heartbeat.join()
     assert not alive.exists()
 
 

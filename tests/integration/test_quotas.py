@@ -20,7 +20,7 @@ from service.problems import TooManyRequests
 from service.quotas import JOB_TTL_S, SUBMIT_S, WINDOW_S, Quotas
 from worker.queue import estimates, private_redis
 from worker.queue.jobs import Jobs
-from worker.queue.records import Decode
+from worker.queue.records import DecodeRequest
 from worker.queue.store import Store, connect
 from worker.settings import WorkerSettings
 
@@ -59,9 +59,9 @@ def refused(ask: Callable[[], object]) -> dict[str, str]:
     return caught.value.headers
 
 
-def decode(seed: int) -> Decode:
+def decode(seed: int) -> DecodeRequest:
     settings = Settings("ddim", 10, beta=1.0)
-    return Decode("00" * 32, "perceptual", settings, seed, "c", "d", 2, 1000, 1000)
+    return DecodeRequest("00" * 32, "perceptual", settings, seed, "c", "d", 2, 1000, 1000)
 
 
 def job_id(seed: int) -> str:
@@ -208,7 +208,7 @@ def test_retry_after_is_when_the_first_job_ends(counted: Quotas, jobs: Jobs, sto
         counted.job(GALLERY, job_id(seed))
         submit(jobs, seed)
     assert refused(lambda: counted.job(GALLERY, job_id(3)))["Retry-After"] == "5"  # none measured
-    estimates.measured(jobs, 5.9, decode(1).work, "a worker")  # as much as each of them
+    estimates.record_duration(jobs, 5.9, decode(1).work, "a worker")  # as much as each of them
     assert refused(lambda: counted.job(GALLERY, job_id(3)))["Retry-After"] == "6"
 
 

@@ -65,11 +65,11 @@ def life(store: Store, data: bytes) -> None:
     jobs.queue.remove(job_id)
     attempt = Attempt.begin(jobs, job_id)
     assert attempt is not None
-    attempt.beat()
-    estimates.present(jobs)
-    assert attempt.look(1).wanted
+    attempt.renew_lease()
+    estimates.mark_alive(jobs)
+    assert attempt.poll(1).subscribed
     attempt.commit(b"picture")
-    attempt.measured(1.0)
+    attempt.record_duration(1.0)
     jobs.reap()
     state = jobs.get(job_id)
     assert state is not None and state.status == "succeeded"

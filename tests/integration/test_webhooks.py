@@ -26,8 +26,8 @@ from models.errors import ParameterError
 from models.tiers import Settings
 from tests.chaos.rig import until
 from worker.queue import outbox
-from worker.queue.outbox import DEAD_KEPT, Message, Messages
-from worker.queue.records import Decode, JobState, Status
+from worker.queue.outbox import MAX_DEAD, Message, Outbox
+from worker.queue.records import DecodeRequest, JobState, Status
 from worker.queue.store import Store
 from worker.webhooks.sender import deliver_forever
 from worker.webhooks.settings import WebhookSettings, check_url
@@ -158,11 +158,11 @@ def delivering(
 def deliver_all(store: Store, settings: WebhookSettings, resolver: Resolver = resolve) -> None:
     """Until nothing waits."""
     with delivering(store, settings, resolver):
-        until(lambda: not store.queue.exists(Messages(store).due), "all are sent")
+        until(lambda: not store.queue.exists(Outbox(store).due), "all are sent")
 
 
 def dead(store: Store) -> list[dict[str, Any]]:
-    found: list[bytes] = store.queue.lrange(Messages(store).dead, 0, -1)  # type: ignore[assignment]
+    found: list[bytes] = store.queue.lrange(Outbox(store).dead, 0, -1)  # type: ignore[assignment]
     return [json.loads(x) for x in found]
 
 
@@ -210,9 +210,9 @@ def test_a_message_is_a_part_of_the_transaction_that_ends_the_job(store: Store) 
     with store.queue.pipeline() as pipe:
         pipe.set("mark", 1, ex=60)
         outbox.job_ended(store, "job", "decode.failed", DATA, pipe)
-        assert not store.queue.exists(Messages(store).due)
+        assert not store.queue.exists(Outbox(store).due)
         pipe.execute()
-    assert store.queue.exists("mark") and store.queue.zcard(Messages(store).due) == 1
+    assert store.queue.exists("mark") and store.queue.zcard(Outbox(store).due) == 1
 
 
 def test_a_job_has_so_many_webhooks_and_no_more(store: Store) -> None:
@@ -226,7 +226,9 @@ def test_a_job_has_so_many_webhooks_and_no_more(store: Store) -> None:
 
 @pytest.mark.parametrize("end", ["succeeded", "failed", "canceled"])
 def test_what_is_told_says_how_the_job_ended(end: Status) -> None:
-    decode = Decode("ab" * 32, "perceptual", Settings("ddim", 4), 5, "c" * 16, "d" * 16, 2, 64, 32)
+    decode = DecodeRequest(
+        "ab" * 32, "perceptual", Settings("ddim", 4), 5, "c" * 16, "d" * 16, 2, 64, 32
+    )
     error = "broken" if end == "failed" else ""
     kind, data = outbox.event(JobState(decode.id, end, decode, 4, 4, 1, 1.0, 2.0, 3.0, error))
     assert kind == f"decode.{end}"
@@ -253,7 +255,7 @@ def test_attempts_are_counted_and_put_off(store: Store, receiver: Receiver) -> N
     end_job(store, receiver.url())
     with delivering(store, settings(receiver, webhook_retries_s=(0, 86400, 86400))):
         until(lambda: len(receiver.requests) == 2, "a second attempt")
-        queue = Messages(store)
+        queue = Outbox(store)
         [(name, due)] = store.queue.zrange(queue.due, 0, -1, withscores=True)
         key = queue.key(name.decode())
         until(
@@ -271,17 +273,17 @@ def test_what_never_succeeds_is_kept_among_the_dead(store: Store, receiver: Rece
     assert len(receiver.requests) == 3
     [last] = dead(store)
     assert (last["id"], last["attempts"]) == (receiver.requests[0].id, 3)
-    assert (last["error"], last["job"]) == ("it answered 500", "job")
+    assert (last["error"], last["job"]) == ("status 500", "job")
     assert json.loads(last["body"])["data"] == DATA
 
 
 def test_the_dead_are_bounded(store: Store) -> None:
-    queue = Messages(store)
-    store.queue.rpush(queue.dead, *(["{}"] * DEAD_KEPT))
+    queue = Outbox(store)
+    store.queue.rpush(queue.dead, *(["{}"] * MAX_DEAD))
     end_job(store, "https://a.example/")
     message = queue.claim(10)
-    assert message is not None and queue.give_up(message, "it answered 500")
-    assert store.queue.llen(queue.dead) == DEAD_KEPT
+    assert message is not None and queue.give_up(message, "status 500")
+    assert store.queue.llen(queue.dead) == MAX_DEAD
     assert dead(store)[0]["id"] == message.id
 
 
@@ -290,7 +292,7 @@ def test_a_receiver_that_is_gone_is_not_asked_again(store: Store, receiver: Rece
     end_job(store, receiver.url())
     deliver_all(store, settings(receiver))
     assert len(receiver.requests) == 1
-    assert dead(store)[0]["error"] == "it answered 410"
+    assert dead(store)[0]["error"] == "status 410"
 
 
 def test_redirects_are_not_followed(store: Store, receiver: Receiver) -> None:
@@ -300,7 +302,7 @@ def test_redirects_are_not_followed(store: Store, receiver: Receiver) -> None:
         allowed = f"{receiver.host},{elsewhere.host}"
         deliver_all(store, settings(receiver, webhook_allow=allowed, webhook_retries_s=()))
         assert (len(receiver.requests), elsewhere.requests) == (1, [])
-    assert dead(store)[0]["error"] == "it answered 307"
+    assert dead(store)[0]["error"] == "status 307"
 
 
 @pytest.mark.parametrize("as_date", [False, True])
@@ -320,13 +322,13 @@ def test_a_receiver_may_put_us_off(
 def test_a_receiver_may_not_put_us_off_for_ever(store: Store, receiver: Receiver) -> None:
     receiver.answer = status(503, {"Retry-After": "9" * 50})
     end_job(store, receiver.url())
-    queue = Messages(store)
+    queue = Outbox(store)
     with delivering(store, settings(receiver)):
         until(lambda: _due_in(store, queue) > 600, "it is put off")
     assert _due_in(store, queue) <= 3600
 
 
-def _due_in(store: Store, queue: Messages) -> float:
+def _due_in(store: Store, queue: Outbox) -> float:
     return max(score for _, score in store.queue.zrange(queue.due, 0, -1, withscores=True)) - (
         time.time()
     )
@@ -566,20 +568,20 @@ def test_consumers_share_the_work_and_send_nothing_twice(store: Store, receiver:
     for i in range(60):
         end_job(store, receiver.url(), job=f"job-{i}")
     with delivering(store, settings(receiver)), delivering(store, settings(receiver)):
-        until(lambda: not store.queue.exists(Messages(store).due), "all are sent")
+        until(lambda: not store.queue.exists(Outbox(store).due), "all are sent")
     assert len(receiver.requests) == 60
     assert len({r.id for r in receiver.requests}) == 60
 
 
 def test_who_lost_its_lease_notes_nothing(store: Store) -> None:
-    queue = Messages(store)
+    queue = Outbox(store)
     end_job(store, "https://a.example/")
     late = queue.claim(2)  # long enough on a busy machine
     assert late is not None and queue.claim(10) is None
     time.sleep(2.1)
     now = queue.claim(10)
     assert now is not None and (now.id, now.attempts) == (late.id, 2)
-    assert not queue.put_off(late, 0) and not queue.give_up(late, "") and not queue.delivered(late)
+    assert not queue.retry_in(late, 0) and not queue.give_up(late, "") and not queue.delivered(late)
     assert queue.delivered(now)
     assert store.queue.keys("*") == []
 
@@ -620,7 +622,7 @@ def test_what_a_killed_consumer_held_is_sent_by_another(
         until(lambda: len(receiver.requests) == 2, "a second attempt")
     held.set()
     assert len({r.id for r in receiver.requests}) == 1
-    assert not store.queue.exists(Messages(store).due)
+    assert not store.queue.exists(Outbox(store).due)
 
 
 def _wait(event: threading.Event) -> None:
@@ -640,7 +642,7 @@ def test_a_consumer_that_is_stopped_finishes_what_it_began_and_logs_no_secret(
     with consumer(redis_urls[0], receiver) as process:
         _, told = process.communicate(timeout=60)
         assert process.returncode == 0
-    assert not store.queue.exists(Messages(store).due)
+    assert not store.queue.exists(Outbox(store).due)
     assert "delivered at attempt 1" in told and "job" in told
     for secret in (SECRET, SECRET[6:], "s3cret-of-receiver", "v1,"):
         assert secret not in told
@@ -671,7 +673,7 @@ def test_logs_hold_no_secret_of_ours_or_of_the_receivers(
     receiver.answer = in_turn(500, 200)
     end_job(store, receiver.url())
     deliver_all(store, settings(receiver))
-    assert "attempt 1 failed: it answered 500" in caplog.text
+    assert "attempt 1 failed: status 500" in caplog.text
     signature = receiver.requests[0].headers["webhook-signature"]
     for secret in (SECRET, SECRET[6:], "s3cret-of-receiver", signature):
         assert secret not in caplog.text
@@ -689,7 +691,7 @@ def test_every_key_expires(store: Store, receiver: Receiver) -> None:
 
 
 def test_a_message_that_expired_is_passed_over(store: Store) -> None:
-    queue = Messages(store)
+    queue = Outbox(store)
     end_job(store, "https://a.example/1", job="1")
     end_job(store, "https://a.example/2", job="2")
     first: list[bytes] = store.queue.zrange(queue.due, 0, 0)  # type: ignore[assignment]

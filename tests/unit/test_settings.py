@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from worker.settings import without_collections
+from worker.settings import without_garbage_collection
 
 SHOW = """
 from service.settings import ServiceSettings
@@ -35,7 +35,7 @@ def test_secrets_may_be_files_and_the_environment_comes_first(tmp_path: Path) ->
 
 def test_what_is_loaded_is_not_searched_for_garbage() -> None:
     before = gc.get_freeze_count()
-    with without_collections():
+    with without_garbage_collection():
         assert not gc.isenabled()
         loaded = [{} for _ in range(1000)]  # type: ignore[var-annotated]
     assert gc.isenabled()
