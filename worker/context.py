@@ -65,16 +65,16 @@ class WorkerContext:
         finally:
             self._interruptible = False
 
-    def interrupt(self, deadline_s: float) -> float | None:
-        """Raise `ShutdownRequested` if the main thread is in an `interruptible` block.
+    def interrupt(self, limit_s: float) -> float | None:
+        """Raise `ShutdownRequested` in an `interruptible` block; called by signal handlers.
 
-        If the batch is expected to finish within `deadline_s`, returns the expected time instead.
+        If the batch will be done within `limit_s`, returns the remaining seconds instead. Returns
         None outside of such blocks.
         """
         if not self._interruptible:
             return None
         remaining = self.remaining_s()
-        if remaining is None or remaining > deadline_s:
+        if remaining is None or remaining > limit_s:
             self._interruptible = False  # a second signal must not interrupt the clean-up
             raise ShutdownRequested
         return remaining

@@ -232,9 +232,8 @@ def test_jobs_without_subscribers_do_not_count_in_etas(jobs: Jobs, small_msh: by
     first, second = (submit(jobs, small_msh, seed) for seed in range(2))
     estimates.record_duration(jobs, 2.0, decode_of(small_msh, FAST).work)
     assert estimates.eta_s(jobs, state(jobs, second)) == pytest.approx(4.0)
-    jobs.store.queue.zadd(
-        jobs.subscribers(first), {"": jobs.now() - 1}
-    )  # its subscription has ended
+    ended = jobs.now() - 1
+    jobs.store.queue.zadd(jobs.subscribers(first), {"": ended})
     assert estimates.eta_s(jobs, state(jobs, second)) == pytest.approx(2.0)
     assert estimates.backlog_s(jobs) == pytest.approx(2.0)
 
