@@ -92,7 +92,7 @@ def _load(settings: WorkerSettings) -> "WorkerContext":
 
 
 def _serve(worker: "WorkerContext", redis_url: str) -> int:
-    """Send heartbeats and run jobs until the process is told to exit; returns its exit status."""
+    """Send heartbeats and run jobs until a signal to exit; returns the exit status."""
     from worker.rq_worker import serve
 
     worker.heartbeat.start()

@@ -110,7 +110,7 @@ class DecodeWorker(SimpleWorker):
     def _install_signal_handlers(self) -> None:
         for number in SHUTDOWN_SIGNALS:
             signal.signal(number, self._shut_down)
-        self._stop_requested = self.context.stopping  # signaled before this worker was made
+        self._stop_requested = self.context.stopping  # a signal may precede this worker
 
     def _shut_down(self, _number: int, _frame: FrameType | None) -> None:
         """The signal handler."""

@@ -57,7 +57,7 @@ def enhance(job_id: str) -> None:
 
 
 def _batch_size(worker: WorkerContext, decode: DecodeRequest) -> int:
-    """Largest batch for such a picture: on a CPU, as many as fit into one window."""
+    """Largest batch of pictures of this size; on a CPU as many as fit into one window."""
     if worker.library.diffusion.device.type == "cuda":
         return worker.batch
     height, width = geometry.padded(decode.height, decode.width)

@@ -67,7 +67,10 @@ def add(store: Store, pipe: Pipeline, name: str, value: float = 1.0) -> None:
 
 
 def add_eta_ratio(store: Store, measured_s: float, predicted_s: float) -> None:
-    """Count a job in the histogram of measured over predicted time; none predicted: 0 or less."""
+    """Count a job in the histogram of measured over predicted time.
+
+    A prediction of 0 or less means that there was none: nothing is counted.
+    """
     if predicted_s <= 0:
         return
     ratio = measured_s / predicted_s

@@ -108,7 +108,7 @@ class Jobs:
         return state
 
     def record(self, job_id: str) -> JobState | None:
-        """Like `get`, but without a look whether the picture is still kept."""
+        """Like `get`, but never `expired`: the cache is not asked for the picture."""
         row: dict[bytes, bytes] = self.store.queue.hgetall(self.key(job_id))  # type: ignore[assignment]
         return JobState.of(job_id, row)
 
