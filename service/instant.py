@@ -11,12 +11,10 @@ from typing import TypeVar
 
 import anyio
 from cachetools import LRUCache
-from torch import Tensor
 
 from models import geometry, image
-from models.codec import codec
 from models.codec.bitstream import Bitstream
-from models.image import OutputFormat, Pixels
+from models.image import OutputFormat
 from models.library import Library
 from service import metrics
 from service.problems import Busy, DeadlineExceeded
@@ -115,21 +113,18 @@ class Instant:
             self._seconds += 0.1 * (time.perf_counter() - began - self._seconds)
 
     def _draw(self, b: Bitstream, format: OutputFormat, asked: float) -> Drawn:
-        marks = [asked, time.perf_counter()]
-        used = self.library.codec(b)
-        latents = used.latents(b)
-        marks.append(time.perf_counter())
-        x_hat = used.synthesis(latents.y_hat)
-        marks.append(time.perf_counter())
-        file = image.write(_pixels(x_hat, b), format)
-        marks.append(time.perf_counter())
-        names = ("queue", "entropy", "g_s", "encode")
-        spans = zip(names, marks, marks[1:], strict=False)
-        stages = {name: (y - x) * 1e3 for name, x, y in spans}
+        ends: dict[str, float] = {}
+
+        def on_stage(stage: str) -> None:
+            ends[stage] = time.perf_counter()
+
+        on_stage("queue")
+        pixels = self.library.codec(b).decode(b, on_stage)
+        file = image.write(pixels, format)
+        on_stage("encode")
+        began = (asked, *ends.values())
+        spans = zip(ends.items(), began, strict=False)
+        stages = {name: (end - start) * 1e3 for (name, end), start in spans}
         metrics.stages(stages)
         self._learn(sum(ms for name, ms in stages.items() if name != "queue"), b)
         return Drawn(file, stages)
-
-
-def _pixels(x_hat: Tensor, b: Bitstream) -> Pixels:
-    return codec.to_pixels(codec.crop(x_hat, b.height, b.width))

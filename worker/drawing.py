@@ -128,7 +128,7 @@ class Drawing:
 def file(d: Decode, x: Tensor, format: image.OutputFormat) -> bytes:
     """The file of what was drawn, `x` (1, 3, H, W) with its padding, which says what it is."""
     text = provenance(d.tier, d.settings, d.seed, d.codec, d.decoder)
-    return image.write(codec.to_pixels(codec.crop(x, d.height, d.width)), format, text)
+    return image.write(codec.crop_to_pixels(x, d.height, d.width), format, text)
 
 
 def short_of_memory(e: Exception) -> bool:

@@ -196,7 +196,7 @@ def _draft(attempt: Attempt) -> DiffusionInput | None:
             raise WrongWeights(
                 "it was queued for other weights than this worker has; send it again"
             )
-        return library.draft(b, decode.seed)
+        return library.diffusion_input(b, decode.seed)
     except AfterimageError as e:
         _fail([attempt], str(e))
     except JobTimeoutException:

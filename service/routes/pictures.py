@@ -9,9 +9,8 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from models import image, tiers
-from models.codec import bitstream, codec
+from models.codec import bitstream
 from models.codec.bitstream import Bitstream
-from models.diffusion import realism
 from models.errors import ParameterError, WrongWeights
 from models.image import OutputFormat
 from models.library import provenance
@@ -115,8 +114,7 @@ async def finished(
     def remake() -> Drawn:
         pixels = image.read(png, own.settings.max_pixels)
         if b is not None:
-            x_hat = codec.crop(own.library.instant(b)[1], b.height, b.width)
-            pixels = codec.to_pixels(realism.mix(x_hat, codec.to_tensor(pixels), alpha))
+            pixels = own.library.at_realism(b, pixels, alpha)
         text = provenance(
             decode.tier, decode.settings, decode.seed, decode.codec, decode.decoder, alpha
         )

@@ -35,7 +35,7 @@ import mutate
 from models import image
 from models.codec import bitstream, rans, recovery, zoo
 from models.codec.codec import Codec
-from models.codec.hyperprior import Hyperprior
+from models.codec.hyperprior import LatentCoder
 from models.errors import BitstreamError, ChecksumMismatch, PictureTooLarge, WrongWeights
 from models.library import Library
 from worker.settings import WorkerSettings, prepare_process
@@ -64,10 +64,10 @@ STAGES = (
 COLUMNS = (".msh", ".msh, recomputed", "CompressAI")
 
 
-class Remembered(Hyperprior):
+class Remembered(LatentCoder):
     """Remembers `h_s` for the seeds' z, and how far the last decode came."""
 
-    def __init__(self, own: Hyperprior) -> None:
+    def __init__(self, own: LatentCoder) -> None:
         super().__init__(own.net, own.z_tables, own.y_tables, own.medians, own.scale_table)
         self.priors: dict[tuple[bytes, str], tuple[rans.Int32Array, Tensor]] = {}
         self.recovered: dict[bytes, list[tuple[str, rans.Int32Array, Tensor]]] = {}
@@ -133,7 +133,7 @@ def judge(codecs: Library, m: mutate.Mutant, fresh: bool) -> tuple[str, int]:
         return "header", 0
     try:
         own = codecs.codec(b)
-        hyperprior = own.hyperprior
+        hyperprior = own.latent_coder
         assert isinstance(hyperprior, Remembered)
         hyperprior.fresh, hyperprior.z_symbols = fresh, None
         latents = own.latents(b)
@@ -172,12 +172,12 @@ class Fuzzer:
     """Inputs by number: the same seed and number give the same input."""
 
     def __init__(self, codecs: dict[int, Codec], seeds: list[mutate.Seed], seed: int) -> None:
-        own = {q: replace(c, hyperprior=Remembered(c.hyperprior)) for q, c in codecs.items()}
+        own = {q: replace(c, latent_coder=Remembered(c.latent_coder)) for q, c in codecs.items()}
         self.library = Library({(q, "mse"): c for q, c in own.items()}, None)
         self.seeds, self.seed = seeds, seed
         self.small = seeds[0].symbols.size < 10**5
         for s in seeds if self.small else ():
-            h = own[s.parsed.quality].hyperprior
+            h = own[s.parsed.quality].latent_coder
             assert isinstance(h, Remembered)
             own[s.parsed.quality].latents(s.parsed)
             assert h.z_symbols is not None
@@ -263,7 +263,7 @@ def _watch(child: int, shared: Shared) -> str:
 
 def _memory() -> tuple[int, int]:
     """Resident bytes of this process and of its helper."""
-    return _resident(os.getpid()), _resident(recovery.HELPER.pid)
+    return _resident(os.getpid()), _resident(recovery.PROCESS.pid)
 
 
 def _resident(pid: int | None) -> int:

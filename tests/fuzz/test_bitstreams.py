@@ -74,7 +74,7 @@ def test_bytes_that_are_not_the_encoders_would_be_noticed(fuzzer: Fuzzer) -> Non
     seed = next(s for s in fuzzer.seeds if s.parsed.format == "compressai")
     own = fuzzer.library.codec(seed.parsed)
     found = own.latents(seed.parsed)
-    h = own.hyperprior
+    h = own.latent_coder
     assert isinstance(h, bitstreams.Remembered)
     assert bitstreams.canonical(own, seed.parsed, h, found.arithmetic)
     longer = replace(seed.parsed, z_string=seed.parsed.z_string + bytes(4))

@@ -12,7 +12,7 @@ from compressai.models import MeanScaleHyperprior as Reference
 from models import checkpoint, geometry
 from models.codec import bitstream, codec, rans, zoo
 from models.codec.codec import Codec
-from models.codec.hyperprior import Hyperprior
+from models.codec.hyperprior import LatentCoder
 from models.errors import BitstreamError, ChecksumMismatch, WeightsError, WrongWeights
 from models.image import Pixels
 from tests.conftest import psnr
@@ -70,17 +70,17 @@ def test_exact_latents_do_not_depend_on_threads_or_on_neighbours(
     """Bit equality over threads, and against another order of sums: one batch of two pictures."""
     x = codec.to_tensor(photo)
     b = shipped.encode(x, "msh", "exact")
-    exact = shipped.hyperprior._exact
-    z = torch.round(shipped.net.h_a(shipped.net.g_a(codec.pad(x))) - shipped.hyperprior.medians)
+    exact = shipped.latent_coder._exact
+    z = torch.round(shipped.net.h_a(shipped.net.g_a(codec.pad(x))) - shipped.latent_coder.medians)
     threads = torch.get_num_threads()
     try:
         found = []
         for n in (1, 2):
             torch.set_num_threads(n)
             found.append(shipped.latents(b).y_hat)
-            whole = exact(z.int(), shipped.hyperprior.medians)[1]
-            part = exact(z[..., :6].int(), shipped.hyperprior.medians)[1]
-            flipped = exact(torch.cat([z.flip(0), z]).int(), shipped.hyperprior.medians)[1][1:]
+            whole = exact(z.int(), shipped.latent_coder.medians)[1]
+            part = exact(z[..., :6].int(), shipped.latent_coder.medians)[1]
+            flipped = exact(torch.cat([z.flip(0), z]).int(), shipped.latent_coder.medians)[1][1:]
             assert torch.equal(whole, flipped)
             assert torch.equal(whole[..., :16], part[..., :16])
     finally:
@@ -94,19 +94,19 @@ def test_a_stream_of_another_arithmetic_is_decoded_by_trying_others(
     """A machine whose float32 puts one index across a table's edge still decodes the stream."""
     b = shipped.encode(codec.to_tensor(small), "compressai", "float")
     expected = shipped.latents(b).symbols
-    prior = Hyperprior._prior
+    prior = LatentCoder._prior
     rng = random.Random(0)
     for _ in range(10):
         at = tuple(rng.randrange(n) for n in expected.shape)
 
-        def other(self: Hyperprior, z: rans.Int32Array, arithmetic: str, at=at):  # type: ignore[no-untyped-def]
+        def other(self: LatentCoder, z: rans.Int32Array, arithmetic: str, at=at):  # type: ignore[no-untyped-def]
             indexes, means = prior(self, z, arithmetic)
             if arithmetic == "float":
                 indexes = indexes.copy()
                 indexes[at] += 1 if indexes[at] < 32 else -1
             return indexes, means
 
-        monkeypatch.setattr(Hyperprior, "_prior", other)
+        monkeypatch.setattr(LatentCoder, "_prior", other)
         assert np.array_equal(shipped.latents(b).symbols, expected)
 
 
@@ -148,7 +148,7 @@ def test_a_flipped_bit_passes_only_where_an_encoder_would_have_written_it(
     shipped: Codec, small_compressai: bytes
 ) -> None:
     """Every bit of y: what passes is another stream of the encoder, about one symbol away."""
-    b, h = bitstream.parse(small_compressai), shipped.hyperprior
+    b, h = bitstream.parse(small_compressai), shipped.latent_coder
     rows, columns = geometry.padded(b.height, b.width)
     channel = np.arange(128, dtype=np.int32)[:, None, None]
     contexts = np.broadcast_to(channel, (128, rows // 64, columns // 64))

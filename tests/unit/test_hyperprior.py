@@ -29,9 +29,9 @@ from models.codec import bitstream, zoo
 own = zoo.load(2)
 found = own.latents(bitstream.parse(Path(sys.argv[1]).read_bytes()))
 z = torch.from_numpy(np.load(sys.argv[2]))
-indexes, means = own.hyperprior._exact(z, own.hyperprior.medians)
+indexes, means = own.latent_coder._exact(z, own.latent_coder.medians)
 digest = hashlib.sha256(indexes.tobytes() + means.numpy().tobytes() + found.y_hat.numpy().tobytes())
-plain = own.hyperprior._prior(z[0].numpy(), "float")[1].numpy().tobytes()
+plain = own.latent_coder._prior(z[0].numpy(), "float")[1].numpy().tobytes()
 print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), digest.hexdigest(),
       hashlib.sha256(plain).hexdigest())
 """
@@ -45,7 +45,7 @@ def symbols(*shape: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def exact(shipped: Codec) -> ExactHyperSynthesis:
-    return shipped.hyperprior._exact
+    return shipped.latent_coder._exact
 
 
 def same(a: tuple[np.ndarray, torch.Tensor], b: tuple[np.ndarray, torch.Tensor]) -> bool:  # type: ignore[type-arg]
@@ -58,7 +58,7 @@ def test_threads_change_nothing(shipped: Codec, exact: ExactHyperSynthesis) -> N
         found = []
         for n in (1, 2):
             torch.set_num_threads(n)
-            found.append(exact(z, shipped.hyperprior.medians))
+            found.append(exact(z, shipped.latent_coder.medians))
     finally:
         torch.set_num_threads(before)
     assert same(*found)
@@ -74,8 +74,8 @@ def test_the_order_of_sums_changes_nothing(shipped: Codec, exact: ExactHyperSynt
     second.weight.data = second.weight.data.flip(0, 1)
     second.bias.data = second.bias.data.flip(0)
     third.weight.data = third.weight.data.flip(1)
-    other = ExactHyperSynthesis(reverse, 192, shipped.hyperprior.scale_table)
-    medians = shipped.hyperprior.medians
+    other = ExactHyperSynthesis(reverse, 192, shipped.latent_coder.scale_table)
+    medians = shipped.latent_coder.medians
     assert same(exact(z, medians), other(z.flip(1), medians.flip(1)))
 
 
@@ -88,9 +88,9 @@ def test_layers_share_weights_that_are_large(shipped: Codec, layer: int, factor:
         h_s[layer].bias.mul_(factor)
         for later in range(layer + 2, 6, 2):  # hidden channels as large as before
             h_s[later].weight.div_(factor)
-    z, medians = symbols(1, 128, 4, 4).clamp(-1, 1), shipped.hyperprior.medians
+    z, medians = symbols(1, 128, 4, 4).clamp(-1, 1), shipped.latent_coder.medians
     z *= symbols(1, 128, 4, 4).abs() > 2
-    _, means = ExactHyperSynthesis(h_s, 192, shipped.hyperprior.scale_table)(z, medians)
+    _, means = ExactHyperSynthesis(h_s, 192, shipped.latent_coder.scale_table)(z, medians)
     expected = h_s(z + medians).chunk(2, 1)[1]
     assert expected.abs().max() > 3
     torch.testing.assert_close(means, expected, atol=1e-2 * factor, rtol=1e-3)
@@ -102,11 +102,11 @@ def test_weights_beyond_any_share_are_refused(shipped: Codec, layer: int) -> Non
     with torch.no_grad():
         h_s[layer].weight.mul_(2.0**12)
     with pytest.raises(ValueError, match="too large for exact sums"):
-        ExactHyperSynthesis(h_s, 192, shipped.hyperprior.scale_table)
+        ExactHyperSynthesis(h_s, 192, shipped.latent_coder.scale_table)
 
 
 def test_memory_layout_changes_nothing(shipped: Codec, exact: ExactHyperSynthesis) -> None:
-    z, medians = symbols(1, 128, 6, 7), shipped.hyperprior.medians
+    z, medians = symbols(1, 128, 6, 7), shipped.latent_coder.medians
     other = copy.deepcopy(exact)
     other.layers.to(memory_format=torch.channels_last)
     expected = exact(z, medians)
@@ -117,7 +117,7 @@ def test_memory_layout_changes_nothing(shipped: Codec, exact: ExactHyperSynthesi
 
 
 def test_onednn_changes_nothing(shipped: Codec, exact: ExactHyperSynthesis) -> None:
-    z, medians = symbols(1, 128, 6, 7), shipped.hyperprior.medians
+    z, medians = symbols(1, 128, 6, 7), shipped.latent_coder.medians
     found = []
     try:
         for enabled in (True, False):
@@ -129,14 +129,14 @@ def test_onednn_changes_nothing(shipped: Codec, exact: ExactHyperSynthesis) -> N
 
 
 def test_neighbours_in_a_batch_change_nothing(shipped: Codec, exact: ExactHyperSynthesis) -> None:
-    z, medians = symbols(3, 128, 4, 5), shipped.hyperprior.medians
+    z, medians = symbols(3, 128, 4, 5), shipped.latent_coder.medians
     together = exact(z, medians)[1]
     for i in range(3):
         assert torch.equal(together[i], exact(z[i : i + 1], medians)[1][0])
 
 
 def test_a_cut_is_the_same_as_the_whole(shipped: Codec, exact: ExactHyperSynthesis) -> None:
-    z, medians = symbols(1, 128, 9, 8), shipped.hyperprior.medians
+    z, medians = symbols(1, 128, 9, 8), shipped.latent_coder.medians
     whole = exact(z, medians)
     cut = exact(z[:, :, 1:8, 2:], medians)
     margin = 8  # `h_s` reaches less than 2 positions of z
@@ -149,7 +149,7 @@ def test_a_cut_is_the_same_as_the_whole(shipped: Codec, exact: ExactHyperSynthes
 def test_strips_change_nothing(
     shipped: Codec, exact: ExactHyperSynthesis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    z, medians = symbols(1, 128, 9, 8), shipped.hyperprior.medians
+    z, medians = symbols(1, 128, 9, 8), shipped.latent_coder.medians
     whole = exact(z, medians)
     for positions in (1, 40, 100):
         monkeypatch.setattr(exact_profile, "STRIP", positions)
@@ -161,7 +161,7 @@ def test_any_z_whatever_stays_within_exact_sums(shipped: Codec, exact: ExactHype
     z = symbols(1, 128, 2, 2).sign() * (2**30 - 1)
     x = torch.full_like(z, ExactHyperSynthesis.LIMIT, dtype=torch.float64) * z.sign()
     assert torch.equal(
-        exact(z, torch.zeros_like(shipped.hyperprior.medians))[1], _integers(exact, x)
+        exact(z, torch.zeros_like(shipped.latent_coder.medians))[1], _integers(exact, x)
     )
 
 
@@ -220,11 +220,11 @@ def test_other_instruction_sets_change_nothing(
 @pytest.mark.parametrize("size", [(64, 65), (100, 128)])
 def test_sizes_that_are_not_padded_are_refused(shipped: Codec, size: tuple[int, int]) -> None:
     with pytest.raises(LengthMismatch):
-        shipped.hyperprior.decode(bytes(8), bytes(8), size, "exact")
+        shipped.latent_coder.decode(bytes(8), bytes(8), size, "exact")
 
 
 def test_weights_too_large_for_exact_sums_are_refused(shipped: Codec) -> None:
     h_s = copy.deepcopy(shipped.net.h_s)
     h_s[2].weight.data *= 1e4
     with pytest.raises(ValueError, match="exact sums"):
-        ExactHyperSynthesis(h_s, 192, shipped.hyperprior.scale_table)
+        ExactHyperSynthesis(h_s, 192, shipped.latent_coder.scale_table)

@@ -327,7 +327,7 @@ def test_tiles_whose_sides_readers_may_take_for_others_are_refused(
     small: image.Pixels, kind: int, count: int
 ) -> None:
     """Text times a length was as much memory; what Pillow skips libtiff reads."""
-    with pytest.raises(PictureError, match="tiles' sides are no numbers"):
+    with pytest.raises(PictureError, match="tile sides are not integers"):
         image.read(tiled(small, False, kind, count), 10**6)
 
 

@@ -32,8 +32,8 @@ def picture(photo: Pixels) -> Pixels:
 
 
 @pytest.fixture
-def helper() -> Iterator[recovery.Helper]:
-    made = recovery.Helper()
+def helper() -> Iterator[recovery.RecoveryProcess]:
+    made = recovery.RecoveryProcess()
     yield made
     made.close()
 
@@ -47,7 +47,7 @@ def made_elsewhere(
     in a hundred. An encoder is free to choose z; here it nudges some symbols until it finds one
     where the first `channels` differ: what follows is garbled.
     """
-    h, rng = own.hyperprior, np.random.default_rng(0)
+    h, rng = own.latent_coder, np.random.default_rng(0)
     h_s = recovery.prepare(own.net.h_s, arithmetic)
     with torch.inference_mode():
         y = own.net.g_a(codec.to_tensor(picture))
@@ -159,13 +159,13 @@ def test_this_process_keeps_its_settings(
 
 
 def test_threads_share_one_process(shipped: Codec, foreign: tuple[Bitstream, torch.Tensor]) -> None:
-    recovery.HELPER.close()
+    recovery.PROCESS.close()
     b, y_hat = foreign
     found, pids = [], set()
 
     def decode() -> None:
         found.append(shipped.latents(b).y_hat)
-        pids.add(recovery.HELPER.pid)
+        pids.add(recovery.PROCESS.pid)
 
     threads = [threading.Thread(target=decode) for _ in range(4)]
     for t in threads:
@@ -179,32 +179,34 @@ def test_threads_share_one_process(shipped: Codec, foreign: tuple[Bitstream, tor
 def test_no_process_is_started_for_a_z_string_that_is_wrong(
     shipped: Codec, foreign: tuple[Bitstream, torch.Tensor]
 ) -> None:
-    recovery.HELPER.close()
+    recovery.PROCESS.close()
     b = foreign[0]
     with pytest.raises(BitstreamError):
         shipped.latents(replace(b, z_string=bytes(reversed(b.z_string))))
-    assert recovery.HELPER.pid is None
+    assert recovery.PROCESS.pid is None
 
 
 @pytest.mark.parametrize("damage", [lambda s: s[:-1], lambda s: bytes(8) + s[8:]])
 def test_no_process_is_started_for_a_y_string_that_no_arithmetic_decodes(
     shipped: Codec, foreign: tuple[Bitstream, torch.Tensor], damage: Callable[[bytes], bytes]
 ) -> None:
-    recovery.HELPER.close()
+    recovery.PROCESS.close()
     b = foreign[0]
     with pytest.raises(BitstreamError):
         shipped.latents(replace(b, y_string=damage(b.y_string)))
-    assert recovery.HELPER.pid is None
+    assert recovery.PROCESS.pid is None
 
 
 def test_no_process_is_started_for_the_exact_profile(shipped: Codec, small_msh: bytes) -> None:
-    recovery.HELPER.close()
+    recovery.PROCESS.close()
     with pytest.raises(BitstreamError):
         shipped.latents(garbage(bitstream.parse(small_msh)))
-    assert recovery.HELPER.pid is None
+    assert recovery.PROCESS.pid is None
 
 
-def test_a_process_that_has_ended_is_started_again(shipped: Codec, helper: recovery.Helper) -> None:
+def test_a_process_that_has_ended_is_started_again(
+    shipped: Codec, helper: recovery.RecoveryProcess
+) -> None:
     z_hat = torch.zeros(1, 128, 1, 1)
     first = helper.evaluate("key", shipped.net.h_s, z_hat, "float64")
     pid = helper.pid
@@ -215,14 +217,16 @@ def test_a_process_that_has_ended_is_started_again(shipped: Codec, helper: recov
     assert all(map(torch.equal, first, again))
 
 
-def test_a_process_that_dies_at_work_is_an_error(shipped: Codec, helper: recovery.Helper) -> None:
+def test_a_process_that_dies_at_work_is_an_error(
+    shipped: Codec, helper: recovery.RecoveryProcess
+) -> None:
     with pytest.raises(recovery.Unavailable, match="ended"):
         helper.evaluate("key", shipped.net.h_s, torch.zeros(1, 128, 1, 1), "abacus")
     assert helper.pid is None
 
 
 def test_an_interrupted_question_leaves_no_answer_behind(
-    shipped: Codec, helper: recovery.Helper
+    shipped: Codec, helper: recovery.RecoveryProcess
 ) -> None:
     def interrupt(*_: object) -> None:
         raise RuntimeError("out of time")
@@ -245,16 +249,16 @@ def test_an_interrupted_question_leaves_no_answer_behind(
 def test_slowness_is_a_bitstream_error_and_ends_the_process(
     shipped: Codec, foreign: tuple[Bitstream, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recovery.HELPER.close()
-    monkeypatch.setattr(recovery.HELPER, "timeout", 1e-3)
+    recovery.PROCESS.close()
+    monkeypatch.setattr(recovery.PROCESS, "timeout", 1e-3)
     with pytest.raises(BitstreamError, match="longer than"):
         shipped.latents(foreign[0])
-    assert recovery.HELPER.pid is None
+    assert recovery.PROCESS.pid is None
 
 
 @pytest.mark.parametrize("key", ["key", "another"])  # whose weights do not fit into the pipe
 def test_a_process_that_stands_still_is_ended(
-    shipped: Codec, helper: recovery.Helper, key: str
+    shipped: Codec, helper: recovery.RecoveryProcess, key: str
 ) -> None:
     z_hat = torch.zeros(1, 128, 1, 1)
     helper.evaluate("key", shipped.net.h_s, z_hat, "float64")
@@ -269,9 +273,9 @@ def test_a_process_that_stands_still_is_ended(
 def test_a_fork_leaves_the_process_to_its_parent() -> None:
     """Neither its pipe nor a lock that another thread held comes along."""
     script = (
-        "import os, torch; from models.codec import recovery; h = recovery.HELPER;"
+        "import os, torch; from models.codec import recovery; h = recovery.PROCESS;"
         "ask = 'key', torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1)), torch.zeros(1, 2, 1, 1);"
-        "h.evaluate(*ask, 'one thread'); pipe = f'/proc/self/fd/{h._running.connection.fileno()}';"
+        "h.evaluate(*ask, 'one thread'); pipe = f'/proc/self/fd/{h._child.connection.fileno()}';"
         "h._lock.acquire(); child = os.fork();"
         "child or os._exit(h.pid is not None or os.path.exists(pipe) or h._lock.locked());"
         "print(os.waitpid(child, 0)[1], end=' '); h._lock.release(); pid = h.pid;"
@@ -284,8 +288,8 @@ def test_a_fork_leaves_the_process_to_its_parent() -> None:
 def test_the_process_ends_with_its_parent() -> None:
     script = (
         "import os, torch; from models.codec import recovery; net = torch.nn.Sequential(torch.nn.Conv2d("
-        "2, 2, 1)); recovery.HELPER.evaluate('key', net, torch.zeros(1, 2, 1, 1), 'one thread');"
-        "print(recovery.HELPER.pid, flush=True); os.kill(os.getpid(), 9)"
+        "2, 2, 1)); recovery.PROCESS.evaluate('key', net, torch.zeros(1, 2, 1, 1), 'one thread');"
+        "print(recovery.PROCESS.pid, flush=True); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, text=True)
     status = Path(f"/proc/{int(done.stdout)}/stat")

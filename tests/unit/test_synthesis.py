@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models import tiles
 from models.codec import codec, synthesis
 from models.codec.codec import Codec
-from models.codec.inference_synthesis import Folded, live
+from models.codec.inference_synthesis import InferenceSynthesis, used_channels
 from models.codec.msh import GDN, MeanScaleHyperprior
 from models.codec.synthesis import Synthesis
 from models.image import Pixels
@@ -63,7 +63,7 @@ def test_channels_that_do_not_reach_the_picture_are_left_out(
     g_s: nn.Sequential, backend: synthesis.Backend
 ) -> None:
     g_s = with_idle_channels(g_s)
-    assert [int(mask.sum()) for mask in live(g_s)] == [9, 8, 8, 7, 7, 5, 5, 3]
+    assert [int(mask.sum()) for mask in used_channels(g_s)] == [9, 8, 8, 7, 7, 5, 5, 3]
     whole = g_s(latents(12, 5, 6)).clamp(0, 1)
     assert float(whole.std()) > 0.01
     made = Synthesis(g_s, 12, backend=backend)(latents(12, 5, 6))
@@ -79,8 +79,8 @@ def test_a_network_that_reads_nothing_still_draws_its_bias(g_s: nn.Sequential) -
 
 @pytest.mark.weights
 def test_the_shipped_codec_needs_half_of_its_channels(shipped: Codec) -> None:
-    net = Folded(shipped.net.g_s)
-    assert (len(net.read), net.tail[1].conv.in_channels) == (128, 64)
+    net = InferenceSynthesis(shipped.net.g_s)
+    assert (len(net.channels), net.tail[1].conv.in_channels) == (128, 64)
     y_hat = latents(192, 8, 12) / 5
     made = Synthesis(shipped.net.g_s, 192)(y_hat)
     assert (made - shipped.net.g_s(y_hat).clamp(0, 1)).abs().max() < 1e-5

@@ -92,7 +92,7 @@ def test_streams_of_the_original_encoder_decode_with_its_checkpoint(
 ) -> None:
     own = library.load(with_decoder=False, folder=folder)
     b, theirs = compressed(foreign, small, 5)
-    latents, ours = own.instant(b)
+    latents, ours = own.codec(b).reconstruct(b)
     assert (ours - theirs).abs().max() < 1e-4
     assert len(np.unique(latents.symbols)) > 8
 
@@ -120,7 +120,7 @@ def test_tables_are_made_where_there_are_none(tmp_path: Path, parameters: State)
     save_file(parameters, tmp_path / "a.safetensors")
     entry = interchange.install(tmp_path / "a.safetensors", 2, "ms-ssim", tmp_path)
     made, shipped = checkpoint.load(entry, tmp_path), zoo.load(2)
-    tables = shipped.hyperprior.y_tables
+    tables = shipped.latent_coder.y_tables
     assert np.array_equal(made["gaussian_conditional._quantized_cdf"].numpy(), tables.cdf)
     assert (entry.quality, entry.metric, entry.source) == (2, "ms-ssim", "a.safetensors")
 
@@ -148,7 +148,7 @@ def test_the_id_does_not_depend_on_the_form_of_the_checkpoint(
     torch.save(oldest_names(state), tmp_path / "oldest.pth.tar")
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "a.safetensors")
     for name in ("old.pth", "oldest.pth.tar", "a.safetensors"):
-        tensors = interchange.checked(interchange.read(tmp_path / name), 5)
+        tensors = interchange.validate(interchange.read(tmp_path / name), 5)
         assert checkpoint.weights_id(tensors) == entry.weights_id, name
 
 
@@ -176,20 +176,20 @@ def with_tensor(name: str, value: Tensor) -> Callable[[State], object]:
             r"g_s.0.weight has the shape \(320, 192, 5, 5\); quality 2 \(N = 128, M = 192\) has "
             r"\(192, 128, 5, 5\)",
         ),
-        (with_tensor("context_prediction.bias", torch.zeros(3)), "context_prediction.bias is no"),
+        (with_tensor("context_prediction.bias", torch.zeros(3)), "context_prediction.bias is not"),
         (with_tensor("h_a.0.bias", torch.full((128,), torch.nan)), "h_a.0.bias holds"),
         (with_tensor("h_a.0.bias", torch.zeros(128, dtype=torch.int32)), "h_a.0.bias holds"),
         (
             with_tensor("entropy_bottleneck._offset", torch.zeros(128, dtype=torch.int32)),
             "_quantized_cdf is missing, while entropy_bottleneck._offset",
         ),
-        (lambda state: [state], "but a list"),
-        (lambda state: {"net": state}, "'net' is no plain tensor"),
-        (with_tensor("h_a.0.bias", torch.zeros(128).to_sparse()), "'h_a.0.bias' is no plain"),
-        (with_tensor("h_a.0.bias", torch.zeros(128, device="meta")), "'h_a.0.bias' is no plain"),
-        (with_tensor("h_a.0.bias", torch.zeros(1).expand(10**13)), "'h_a.0.bias' is no plain"),
-        (lambda state: {"state_dict": 3}, "but a int"),
-        (lambda state: state | {"x": Harm()}, "tensors alone"),
+        (lambda state: [state], "holds a list"),
+        (lambda state: {"net": state}, "'net' is not a plain tensor"),
+        (with_tensor("h_a.0.bias", torch.zeros(128).to_sparse()), "'h_a.0.bias' is not a plain"),
+        (with_tensor("h_a.0.bias", torch.zeros(128, device="meta")), "'h_a.0.bias' is not a plain"),
+        (with_tensor("h_a.0.bias", torch.zeros(1).expand(10**13)), "'h_a.0.bias' is not a plain"),
+        (lambda state: {"state_dict": 3}, "holds a int"),
+        (lambda state: state | {"x": Harm()}, "tensors only"),
     ],
 )
 def test_what_is_wrong_with_a_checkpoint_is_named(
@@ -206,7 +206,7 @@ def test_what_is_wrong_with_a_checkpoint_is_named(
 @pytest.mark.parametrize("data", [b"", b"hello", bytes(1000), pickle.dumps(Harm())])
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(WeightsError, match="tensors alone"):
+    with pytest.raises(WeightsError, match="tensors only"):
         interchange.install(tmp_path / name, 2, "mse", tmp_path / "own")
 
 
@@ -324,9 +324,9 @@ def test_streams_find_their_own_weights(
         made = own.find(2, "mse", weights_id).encode(codec.to_tensor(small), "msh", "exact")
         b = bitstream.parse(bitstream.serialize(made))
         assert b.weights_id == weights_id == own.codec_id(b)
-        own.instant(b)
+        own.codec(b).reconstruct(b)
     b, theirs = compressed(nets[1], small, 2)
-    assert (own.instant(b)[1] - theirs).abs().max() < 1e-4
+    assert (own.codec(b).reconstruct(b)[1] - theirs).abs().max() < 1e-4
 
 
 def test_weights_that_are_not_installed_are_named(folder: Path, small_msh: bytes) -> None:
@@ -347,7 +347,7 @@ def test_weights_that_are_not_installed_are_named(folder: Path, small_msh: bytes
 def test_imports_are_loaded_when_they_are_needed_and_few_are_kept(
     rivals: tuple[Path, list[Reference]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(zoo, "KEPT", 1)
+    monkeypatch.setattr(zoo, "MAX_LOADED", 1)
     rows = [*catalogue.imported(rivals[0]), *catalogue.imported(folder)]
     imports = zoo.Imports(rows)
     found = [imports.find(r.entry.quality, "mse", r.entry.weights_id) for r in rows]
@@ -365,14 +365,14 @@ def test_the_diffusion_decoder_is_not_shown_latents_of_imports(
     imports = zoo.Imports(catalogue.imported(folder))
     own = Library({(2, "mse"): shipped}, tiny_decoder, imports)
     b, _ = compressed(foreign, small, 5)
-    latents, x_hat = own.instant(b)
+    latents, x_hat = own.codec(b).reconstruct(b)
     assert latents.y_hat.shape[1] == 320
     hidden = tiny_decoder.sample(latents, x_hat, 5, FAST, 3, shown=False)
     drawn = codec.to_pixels(codec.crop(hidden, b.height, b.width))
     assert np.array_equal(own.perceptual(b, FAST, 3), drawn)
 
     b = shipped.encode(codec.to_tensor(small), "msh", "exact")
-    seen = tiny_decoder.sample(*own.instant(b), 2, FAST, 3)
+    seen = tiny_decoder.sample(*own.codec(b).reconstruct(b), 2, FAST, 3)
     drawn = codec.to_pixels(codec.crop(seen, b.height, b.width))
     assert np.array_equal(own.perceptual(b, FAST, 3), drawn)
 
