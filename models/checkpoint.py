@@ -86,9 +86,9 @@ def load_with_metadata(
             f"{path}: not the file in the manifest (SHA-256 differs); install or import it again"
         )
     tensors, metadata = _parse(data, path)
-    if (found := weights_id(tensors)) != entry.weights_id:
+    if (actual := weights_id(tensors)) != entry.weights_id:
         raise WeightsError(
-            f"{path}: its weights id is {found}, in the manifest {entry.weights_id}; "
+            f"{path}: its weights id is {actual}, in the manifest {entry.weights_id}; "
             "install or import it again"
         )
     return tensors, metadata

@@ -61,13 +61,13 @@ Time in ms and size in KiB, on one thread, for three pictures: an instant one of
 perceptual one of 768×512, and an instant one of 3840×2160. For comparison, `g_s` takes 200 ms for
 768×512.
 
-    format  these options                    another option  its time and size
-    png   19, 400 | 23, 533 |  397, 11445   level 1, no Z_RLE    20, 466 |  26, 624 |  428, 11893
+          with these options                other options
+    png   19,  400 | 23,  533 | 397, 11445  level 1, no Z_RLE    20, 466 |  26, 624 |  428, 11893
                                             level 6 (default)    88, 399 | 140, 547 | 1833, 10995
-    webp  13, 357 |  7, 524 |  333,  8408   quality 80 (default) 148, 285 | 111, 467 | 4878,  7518
-    avif  21,  53 | 24,  74 |  711,  1760   speed 6 (default)   154,  47 | 209,  69 | 4385,  1641
-    jpeg   1, 109 |  1, 136 |   29,  3067   progressive           7, 104 |   8, 127 |  196,  2882
-    npy    0, 1152 | 0, 1152 |   3, 24300
+    webp  13,  357 |  7,  524 | 333,  8408  quality 80 (default) 148, 285 | 111, 467 | 4878, 7518
+    avif  21,   53 | 24,   74 | 711,  1760  speed 6 (default)    154, 47 |  209,  69 | 4385, 1641
+    jpeg   1,  109 |  1,  136 |  29,  3067  progressive          7, 104 |    8, 127 |  196,  2882
+    npy    0, 1152 |  0, 1152 |   3, 24300
 
 PNG with Z_HUFFMAN_ONLY takes a tenth less time, but flat pictures get larger. JPEG and AVIF are
 lossy: 47.6 and 45.6 dB PSNR to the instant picture."""

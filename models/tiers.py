@@ -21,9 +21,7 @@ class Settings:
     eta: float = 0.0  # 0: deterministic; 1: the DDPM posterior's variance
     gamma: float = 1.0  # scale of the initial noise
     beta: float = 0.0  # 0: a sample of the posterior; 1: the few-step perceptual decoder
-    guidance: float = (
-        1.0  # autoguidance by the network without latents; 1: off, else twice the cost
-    )
+    guidance: float = 1.0  # scale of autoguidance; 1: off, otherwise a step costs two calls
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MAX_STEPS:

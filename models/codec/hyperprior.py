@@ -129,7 +129,7 @@ class LatentCoder:
                     continue
                 return self._latents(symbols, indexes, means, arithmetic)
         except recovery.Unavailable as e:
-            raise type(failure)(f"{failure}; other arithmetics were not tried: {e}") from e
+            raise type(failure)(f"{failure}; recovery with other arithmetics failed: {e}") from e
         raise failure
 
     def _priors(self, z_symbols: rans.Int32Array) -> Iterator[tuple[str, rans.Int32Array, Tensor]]:
