@@ -34,6 +34,7 @@ _FILTERS = (1, 3, 3, 3, 3, 1)
 """Layer widths of the factorised prior of z (the network for its cumulative distribution)."""
 _OLD_NAME = re.compile(r"^(entropy_bottleneck)\._(matri|bias|factor)(?:x|ces\.|es\.|s\.)?(\d)$")
 _NEW_NAME = {"matri": "matrices", "bias": "biases", "factor": "factors"}
+"""Parameters of the prior of z: names in older CompressAI versions -> current names."""
 
 
 def channels(quality: int) -> tuple[int, int]:
