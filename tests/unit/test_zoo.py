@@ -388,6 +388,14 @@ def test_the_shipped_diffusion_decoder_works_with_an_imported_codec(
     assert installed.perceptual(b, Settings("ddim", 1), 0).shape == small.shape
 
 
+def test_realism_mixes_the_instant_and_the_finished_picture(shipped: Codec, small: Pixels) -> None:
+    installed = Library({(2, "mse"): shipped}, None)
+    b = shipped.encode(codec.to_tensor(small), "msh", "exact")
+    finished = small[::-1].copy()
+    assert np.array_equal(installed.at_realism(b, finished, 1), finished)
+    assert np.array_equal(installed.at_realism(b, finished, 0), shipped.decode(b))
+
+
 def test_removing_weights_deletes_their_entry_and_file(tmp_path: Path, folder: Path) -> None:
     copy = tmp_path / "imported"
     shutil.copytree(folder, copy)
