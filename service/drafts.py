@@ -5,9 +5,8 @@ import contextlib
 import anyio.to_thread
 
 from models import image
-from models.codec import bitstream, codec
+from models.codec import bitstream
 from models.codec.bitstream import Bitstream
-from models.diffusion import realism
 from models.errors import WrongWeights
 from models.image import OutputFormat
 from models.library import provenance
@@ -34,8 +33,7 @@ async def finished_picture(
     def convert() -> PictureFile:
         pixels = image.read(png, services.settings.max_pixels)
         if b is not None:
-            x_hat = codec.crop(services.library.instant(b)[1], b.height, b.width)
-            pixels = codec.to_pixels(realism.mix(x_hat, codec.to_tensor(pixels), alpha))
+            pixels = services.library.at_realism(b, pixels, alpha)
         metadata = provenance(
             decode.tier, decode.settings, decode.seed, decode.codec, decode.decoder, alpha
         )

@@ -11,12 +11,10 @@ from typing import TypeVar
 
 import anyio
 from cachetools import LRUCache
-from torch import Tensor
 
 from models import geometry, image
-from models.codec import codec
 from models.codec.bitstream import Bitstream
-from models.image import OutputFormat, Pixels
+from models.image import OutputFormat
 from models.library import Library
 from service import metrics
 from service.problems import Busy, DeadlineExceeded
@@ -122,21 +120,18 @@ class InstantDecoder:
             self._mean_s += 0.1 * (time.perf_counter() - began - self._mean_s)
 
     def _decode(self, b: Bitstream, format: OutputFormat, requested_at: float) -> PictureFile:
-        marks = [requested_at, time.perf_counter()]
-        used = self.library.codec(b)
-        latents = used.latents(b)
-        marks.append(time.perf_counter())
-        x_hat = used.synthesis(latents.y_hat)
-        marks.append(time.perf_counter())
-        data = image.write(_pixels(x_hat, b), format)
-        marks.append(time.perf_counter())
-        names = ("queue", "entropy", "g_s", "encode")
-        spans = zip(names, marks, marks[1:], strict=False)
-        stages_ms = {name: (end - start) * 1e3 for name, start, end in spans}
+        ends: dict[str, float] = {}
+
+        def on_stage(stage: str) -> None:
+            ends[stage] = time.perf_counter()
+
+        on_stage("queue")
+        pixels = self.library.codec(b).decode(b, on_stage)
+        data = image.write(pixels, format)
+        on_stage("encode")
+        starts = (requested_at, *ends.values())
+        spans = zip(ends.items(), starts, strict=False)
+        stages_ms = {name: (end - start) * 1e3 for (name, end), start in spans}
         metrics.stages(stages_ms)
         self._update_megapixel_s(sum(ms for name, ms in stages_ms.items() if name != "queue"), b)
         return PictureFile(data, stages_ms)
-
-
-def _pixels(x_hat: Tensor, b: Bitstream) -> Pixels:
-    return codec.to_pixels(codec.crop(x_hat, b.height, b.width))

@@ -136,8 +136,8 @@ class Drawing:
 def encode(decode: DecodeRequest, x: Tensor, format: image.OutputFormat) -> bytes:
     """The picture file of `x` (1, 3, H, W) in [0, 1], padded, with its provenance as metadata."""
     text = provenance(decode.tier, decode.settings, decode.seed, decode.codec, decode.decoder)
-    cropped = codec.crop(x, decode.height, decode.width)
-    return image.write(codec.to_pixels(cropped), format, text)
+    pixels = codec.crop_to_pixels(x, decode.height, decode.width)
+    return image.write(pixels, format, text)
 
 
 def is_out_of_memory(e: Exception) -> bool:

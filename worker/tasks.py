@@ -170,7 +170,7 @@ def _input(worker: WorkerContext, attempt: Attempt) -> DiffusionInput | None:
                 "the job was queued for other weights than this worker has; send the bitstream "
                 "again"
             )
-        return library.draft(b, decode.seed)
+        return library.diffusion_input(b, decode.seed)
     except AfterimageError as e:
         _fail([attempt], str(e))
     except JobTimeoutException:

@@ -168,11 +168,10 @@ class Evaluation:
         x = codec.to_tensor(pixels)
         data = bitstream.serialize(self.codec.encode(x, "msh", "exact"))
         began = time.perf_counter()
-        latents = self.codec.latents(bitstream.parse(data))
-        x_hat = self.codec.synthesis(latents.y_hat)
+        latents, x_hat = self.codec.reconstruct(bitstream.parse(data))
         seconds = time.perf_counter() - began
         bpp = 8 * len(data) / (height * width)
-        msh = codec.to_tensor(codec.to_pixels(codec.crop(x_hat, height, width)))
+        msh = codec.to_tensor(codec.crop_to_pixels(x_hat, height, width))
         return _Source(
             path.name, x, bitstream.digest(data), bpp, niqe(pixels), latents, x_hat,
             hashlib.sha256(x_hat.numpy().tobytes()).hexdigest()[:16], msh, seconds,
@@ -188,7 +187,7 @@ class Evaluation:
         drawn = self.decoder.sample(
             latents, source.x_hat, quality, settings, seed, shown=self.shown
         )
-        pixels = codec.to_pixels(codec.crop(drawn, *source.x.shape[2:]))
+        pixels = codec.crop_to_pixels(drawn, *source.x.shape[2:])
         decode = Decode(pixels, time.perf_counter() - began)
         self.kept.put(quality, source.name, draw, self._origin(source, draw), decode)
         return decode

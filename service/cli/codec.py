@@ -97,7 +97,7 @@ def _decode(args: argparse.Namespace) -> int:
         from tqdm import tqdm
 
         from models import image, library
-        from models.codec import bitstream, codec
+        from models.codec import bitstream
 
     own = ServiceSettings()
     loaded = library.load(own.threads, settings is not None, own.weights_dir)
@@ -106,7 +106,7 @@ def _decode(args: argparse.Namespace) -> int:
         b = bitstream.parse(source.read_bytes(), own.max_pixels)
         text: dict[str, str] = {}
         if settings is None:
-            pixels = codec.to_pixels(codec.crop(loaded.instant(b)[1], b.height, b.width))
+            pixels = loaded.codec(b).decode(b)
         else:
             with tqdm(
                 total=settings.steps, desc=source.name, unit="step", leave=False, disable=None

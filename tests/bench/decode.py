@@ -27,7 +27,7 @@ import machine
 from models import checkpoint, geometry, image
 from models.codec import bitstream, codec, rans, zoo
 from models.codec.codec import Codec
-from models.codec.inference_synthesis import Folded
+from models.codec.inference_synthesis import InferenceSynthesis
 from models.codec.msh import GDN
 from models.codec.synthesis import Synthesis
 from worker.settings import WorkerSettings, prepare_process
@@ -57,8 +57,8 @@ def one(weights: str, width: int, height: int, kept: Path) -> dict[str, Any]:
 
     ways: dict[str, Callable[[], Tensor]] = {
         "compressai": theirs,
-        "float": lambda: own.synthesis(own.latents(b).y_hat),
-        "exact": lambda: own.synthesis(own.latents(exact).y_hat),
+        "float": lambda: own.reconstruct(b)[1],
+        "exact": lambda: own.reconstruct(exact)[1],
     }
     with torch.inference_mode():
         pictures = {name: way() for name, way in ways.items()}  # compiled and warm
@@ -66,7 +66,7 @@ def one(weights: str, width: int, height: int, kept: Path) -> dict[str, Any]:
         stages = _stages(own, b, 5 if width < 1000 else 2)
     rate = machine.gflops()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        Folded(own.net.g_s)(own.latents(b).y_hat)  # windows' overlaps count as loss
+        InferenceSynthesis(own.net.g_s)(own.latents(b).y_hat)  # windows' overlaps count as loss
     g_s_gflops = counter.get_total_flops() / stages["g_s"] / 1e6
     return {
         "weights": weights,
@@ -84,7 +84,7 @@ def one(weights: str, width: int, height: int, kept: Path) -> dict[str, Any]:
 def alone(weights: str, kept: Path) -> dict[str, Any]:
     """The memory of a process that only decodes."""
     own = _codec(weights)
-    own.synthesis(own.latents(bitstream.parse(kept.read_bytes())).y_hat)
+    own.reconstruct(bitstream.parse(kept.read_bytes()))
     return {"peak_mib": machine.peak_mib()}
 
 
@@ -102,7 +102,7 @@ def _codec(weights: str) -> Codec:
 def _reference(own: Codec) -> Any:
     entry = next(e for e in checkpoint.manifest() if e.quality == QUALITY)
     weights = {k: v.float() for k, v in checkpoint.load(entry).items() if v.is_floating_point()}
-    reference = zoo.reference(own.net.N, own.net.M)
+    reference = zoo.compressai_model(own.net.N, own.net.M)
     reference.update()
     reference.load_state_dict({**reference.state_dict(), **weights})
     reference.g_s.load_state_dict(own.net.g_s.state_dict(), strict=False)
@@ -123,7 +123,7 @@ def _interleaved(ways: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str
 
 def _stages(own: Codec, b: bitstream.Bitstream, rounds: int) -> dict[str, float]:
     """Milliseconds of the parts of ours, `float` profile."""
-    h = own.hyperprior
+    h = own.latent_coder
     size = geometry.padded(b.height, b.width)
     contexts = np.broadcast_to(
         np.arange(own.net.N, dtype=np.int32)[:, None, None],

@@ -55,7 +55,7 @@ def test_large_photographs_are_reduced(tmp_path: Path) -> None:
 def test_the_bits_and_latents_are_those_of_the_real_encoder(photo: image.Pixels) -> None:
     pixels = photo[100:356, 200:456].copy()
     real = zoo.load(2)
-    *_, latents = real.hyperprior.encode(codec.to_tensor(pixels), "exact")
+    *_, latents = real.latent_coder.encode(codec.to_tensor(pixels), "exact")
     ours = Encoder.load(2, None, CPU)(torch.from_numpy(pixels).permute(2, 0, 1))
     assert float(ours["bits"].sum()) == pytest.approx(float(latents.bits.sum()), rel=0.02)
     difference = (ours["y_hat"].float() - latents.y_hat[0]).abs()

@@ -100,7 +100,7 @@ def coded(tensors: dict[str, Tensor], quality: int, file: Path) -> tuple[float, 
     """bpp and PSNR of a real encode, from its strings."""
     real = zoo.from_tensors(tensors, quality)
     x = codec.to_tensor(image.read(file.read_bytes(), 10**6))
-    y_string, z_string, latents = real.hyperprior.encode(x, "exact")
+    y_string, z_string, latents = real.latent_coder.encode(x, "exact")
     mse = float((real.synthesis(latents.y_hat) - x).square().mean())
     return 8 * (len(y_string) + len(z_string)) / x[0, 0].numel(), -10 * math.log10(mse)
 
