@@ -84,8 +84,8 @@ class Library:
         latents, x_hat = self.instant(b)
         shipped = {own.weights_id for own in self.codecs.values()}
         learned = self.decoder.codecs if self.decoder else None
-        shown = self.codec_id(b) in (shipped if learned is None else learned)
-        return DiffusionInput(latents, x_hat, b.quality, seed, shown)
+        latents_visible = self.codec_id(b) in (shipped if learned is None else learned)
+        return DiffusionInput(latents, x_hat, b.quality, seed, latents_visible)
 
     @property
     def diffusion(self) -> Decoder:

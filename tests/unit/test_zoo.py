@@ -367,7 +367,7 @@ def test_the_diffusion_decoder_is_not_shown_latents_of_imports(
     b, _ = compressed(foreign, small, 5)
     latents, x_hat = own.instant(b)
     assert latents.y_hat.shape[1] == 320
-    hidden = tiny_decoder.sample(latents, x_hat, 5, FAST, 3, shown=False)
+    hidden = tiny_decoder.sample(latents, x_hat, 5, FAST, 3, latents_visible=False)
     drawn = codec.to_pixels(codec.crop(hidden, b.height, b.width))
     assert np.array_equal(own.perceptual(b, FAST, 3), drawn)
 
