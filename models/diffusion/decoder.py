@@ -77,7 +77,7 @@ class Decoder:
         """The forward process that the network was trained with."""
         return schedule.discrete() if self.config.preset == "paper" else schedule.Continuous()
 
-    def nearest(self, quality: int) -> int:
+    def nearest_quality(self, quality: int) -> int:
         """The trained quality closest to `quality`."""
         scales = enumerate(self.net.scales.tolist())
         trained = [q for q, scale in scales if q and scale != 1]  # training measures a scale
@@ -119,8 +119,8 @@ class Decoder:
         """
         shapes = {item.x_hat.shape for item in inputs}
         if len(shapes) != 1:
-            found = sorted(map(tuple, shapes))
-            raise ValueError(f"a batch needs pictures of one shape; these have {found}")
+            several = sorted(map(tuple, shapes))
+            raise ValueError(f"a batch needs pictures of one shape; these have {several}")
         if self.config.preset == "paper" and not all(item.latents_visible for item in inputs):
             raise WrongWeights("this diffusion decoder needs latents of the codec it belongs to")
         with torch.inference_mode():
@@ -145,7 +145,7 @@ class Decoder:
         """x0 for the original picture `x` (1, 3, H, W) in [0, 1], of the same shape as `x_hat`."""
         if self.config.target == "image":
             return x * 2 - 1
-        scale = float(self.net.scales[self.nearest(item.quality)])
+        scale = float(self.net.scales[self.nearest_quality(item.quality)])
         return high_pass(x - item.x_hat) / scale
 
 
@@ -285,7 +285,7 @@ def _condition(decoder: Decoder, inputs: Sequence[DiffusionInput], beta: float) 
     device = decoder.device
     y_hat = torch.cat([_visible_latents(item, decoder.config.latents) for item in inputs])
     bits = torch.stack([torch.from_numpy(item.latents.bits)[None] for item in inputs])
-    qualities = [decoder.nearest(item.quality) for item in inputs]
+    qualities = [decoder.nearest_quality(item.quality) for item in inputs]
     return Condition(
         x_hat=torch.cat([item.x_hat for item in inputs]).to(device),
         y_hat=y_hat.to(device),

@@ -1,4 +1,4 @@
-"""Distances between pictures. Networks are loaded from local files where these are given."""
+"""Distances between pictures: MSE, PSNR, MS-SSIM, GMSD and LPIPS."""
 
 import math
 import pickle

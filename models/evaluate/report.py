@@ -51,7 +51,7 @@ OTHER_CODECS: Titles = {
 """Columns of the table of other codecs."""
 _LEGEND = """\
 Values are means over the pictures; brackets hold 95 % confidence intervals from a bootstrap over
-pictures. The plots leave out tiers that were drawn for fewer pictures than the others.
+pictures. The plots leave out tiers that were measured on fewer pictures than the others.
 
 - PSNR (dB) and MS-SSIM: higher is better. LPIPS, DISTS, NLPD and GMSD: lower is better.
 - NIQE: best when close to the NIQE of the original. NIQE gap: the absolute difference of the two.

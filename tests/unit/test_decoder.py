@@ -151,7 +151,7 @@ def test_an_untrained_quality_is_replaced_by_the_nearest_trained_one(
     net.scales.fill_(1)
     net.scales[2:4] = torch.tensor([0.03, 0.02])
     partly_trained = Decoder("0" * 16, net)
-    assert [partly_trained.nearest(q) for q in range(1, 9)] == [2, 2, 3, 3, 3, 3, 3, 3]
+    assert [partly_trained.nearest_quality(q) for q in range(1, 9)] == [2, 2, 3, 3, 3, 3, 3, 3]
     at_2, at_3, at_8 = (partly_trained.sample(*decoded, q, FAST, 0) for q in (2, 3, 8))
     assert torch.equal(at_8, at_3)
     assert not torch.equal(at_2, at_3)
@@ -160,7 +160,7 @@ def test_an_untrained_quality_is_replaced_by_the_nearest_trained_one(
 @pytest.mark.weights
 def test_the_shipped_decoder_was_trained_with_the_shipped_qualities() -> None:
     shipped = decoder.load()
-    assert [shipped.nearest(q) for q in range(1, 9)] == [1, 2, 3, 3, 3, 3, 3, 3]
+    assert [shipped.nearest_quality(q) for q in range(1, 9)] == [1, 2, 3, 3, 3, 3, 3, 3]
 
 
 def test_windows_give_the_same_picture_as_one_call(

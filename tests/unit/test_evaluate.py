@@ -55,9 +55,8 @@ def test_the_summary_compares_with_the_instant_picture() -> None:
     assert instant["lpips"] == pytest.approx(0.15)
     assert drawn["psnr_loss"] == pytest.approx(10 * math.log10(2))
     assert drawn["seeds_ratio"] == pytest.approx(0.5)
-    assert drawn["lpips_ratio"] == pytest.approx(
-        1
-    )  # each picture has the same weight, whatever its number of seeds
+    # each picture has the same weight, whatever its number of seeds
+    assert drawn["lpips_ratio"] == pytest.approx(1)
     assert (drawn["worse_lpips"], drawn["shift_max"]) == (1, 0.2)
 
 
@@ -150,15 +149,13 @@ def test_plots_are_drawn_for_any_number_of_qualities(tmp_path: Path) -> None:
 
 def test_the_gap_between_codecs_is_averaged_over_the_rates_of_both() -> None:
     above = [(0.1, 28.0), (0.2, 30.0), (0.4, 32.0)]  # 2 dB for twice the rate
-    assert reference_codecs.gap(above, [(bpp / 2, db - 3) for bpp, db in above]) == pytest.approx(
-        1.0
-    )
-    assert reference_codecs.gap(above, [(0.2, 29.0), (0.8, 35.0)]) == pytest.approx(
-        0.5
-    )  # 1 to 0 dB
-    assert reference_codecs.gap([(0.2, 30.5)], above) == pytest.approx(0.5)
-    assert reference_codecs.gap(above, [(0.5, 20.0), (0.6, 21.0)]) is None
-    assert reference_codecs.gap(above, []) is None
+    gap = reference_codecs.gap
+    assert gap(above, [(bpp / 2, db - 3) for bpp, db in above]) == pytest.approx(1.0)
+    # from 1 dB at the lower rate to 0 dB at the higher
+    assert gap(above, [(0.2, 29.0), (0.8, 35.0)]) == pytest.approx(0.5)
+    assert gap([(0.2, 30.5)], above) == pytest.approx(0.5)
+    assert gap(above, [(0.5, 20.0), (0.6, 21.0)]) is None
+    assert gap(above, []) is None
 
 
 def test_other_codecs_are_in_the_report_and_the_plot(tmp_path: Path) -> None:
@@ -314,9 +311,8 @@ def test_the_best_and_the_worst_crops_are_found(tmp_path: Path, lpips_file: Path
         x = torch.from_numpy(rng.random((1, 3, 2 * CROP, 2 * CROP + 9))).float()
         blurred = torch.full_like(x, 0.5)
         drawn = blurred.clone()
-        drawn[:, :, :CROP, CROP : 2 * CROP] = x[
-            :, :, :CROP, CROP : 2 * CROP
-        ]  # equal to the original
+        perfect = (..., slice(CROP), slice(CROP, 2 * CROP))
+        drawn[perfect] = x[perfect]
         instant = blurred.clone()
         if name == "b":
             instant[:, :, CROP:, :CROP] = x[
@@ -436,11 +432,8 @@ def test_cached_decodes_are_reused_unless_the_bitstream_changed(
     (tmp_path / "in/a.png").write_bytes(image.write(photo[100:196, :128].copy(), "png"))
     drawn.clear()
     command("--qualities", "2", "--tiers", "perceptual", "--seeds", "0", "1")
-    assert sorted(seed for _, seed in drawn) == [
-        0,
-        1,
-        1,
-    ]  # seed 0 of the unchanged picture is cached
+    # seed 0 of the unchanged picture is cached
+    assert sorted(seed for _, seed in drawn) == [0, 1, 1]
     assert ("a.png", "ddim-10", 0) not in rows()
     assert rows()["b.png", "perceptual", 0] == after["b.png", "perceptual", 0]
     assert (decodes / "b.png/perceptual.seed1.png").exists()
