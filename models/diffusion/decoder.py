@@ -112,10 +112,10 @@ class Decoder:
     ) -> Tensor:
         """Draw pictures of equal shape in one batch: (B, 3, H, W) in [0, 1].
 
-        Each picture is the same as if it were drawn alone. `window` limits the latent positions per
-        network call (on a GPU: per picture), and thereby memory; below `LEAST_WINDOW` it has no
-        effect. Raises `ValueError` if shapes differ or visible latents have a wrong number of
-        channels, `WrongWeights` if the paper's network, which reads nothing else, gets hidden ones.
+        The result for each picture is the same as in a batch of one. `window` limits the latent
+        positions per network call (on a GPU: per picture), and thereby memory; values below
+        `LEAST_WINDOW` have no effect. Raises `ValueError` if shapes differ or visible latents have
+        a wrong number of channels, `WrongWeights` if latents are hidden from the paper's network.
         """
         shapes = {item.x_hat.shape for item in inputs}
         if len(shapes) != 1:
