@@ -103,7 +103,7 @@ def test_the_model_card_shows_the_evaluations_second_table() -> None:
 
 
 @pytest.mark.parametrize("entry", checkpoint.manifest(), ids=lambda e: e.name)
-def test_cards_name_their_weights(entry: checkpoint.Entry) -> None:
+def test_model_cards_contain_the_weights_id(entry: checkpoint.Entry) -> None:
     assert f"`{entry.weights_id}`" in (checkpoint.WEIGHTS / entry.card).read_text()
 
 

@@ -167,13 +167,13 @@ def test_exported_weights_load_by_the_manifest(
     assert [e.card for e in checkpoint.manifest(folder)] == ["", "compact.md"]
     own = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load(folder))
     b = own.codecs[1, "mse"].encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
-    assert own.diffusion_input(b, 0).shown
+    assert own.diffusion_input(b, 0).latents_visible
     state = zoo.compressai_model(128, 192).state_dict()
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "other")
     export.codec(tmp_path / "other", 1, folder)  # the decoder has not followed
     own = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load(folder))
     b = own.codecs[1, "mse"].encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
-    assert not own.diffusion_input(b, 0).shown
+    assert not own.diffusion_input(b, 0).latents_visible
 
 
 def test_an_exported_decoder_replaces_the_one_before(tmp_path: Path) -> None:

@@ -369,7 +369,7 @@ def test_latents_of_imported_codecs_are_hidden_from_the_diffusion_decoder(
     b, _ = compressed(foreign, small, 5)
     latents, x_hat = installed.codec(b).reconstruct(b)
     assert latents.y_hat.shape[1] == 320
-    hidden = tiny_decoder.sample(latents, x_hat, 5, FAST, 3, shown=False)
+    hidden = tiny_decoder.sample(latents, x_hat, 5, FAST, 3, latents_visible=False)
     expected = codec.crop_to_pixels(hidden, b.height, b.width)
     assert np.array_equal(installed.perceptual(b, FAST, 3), expected)
 
