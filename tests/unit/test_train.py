@@ -30,16 +30,15 @@ from models.diffusion.unet import UNet
 from models.errors import WeightsError
 from models.train import __main__ as cli
 from models.train import bank, export, network
-from models.train.adapt import fit, follow, turned
 from models.train.config import Stage, add_options
-from models.train.decoder_config import DiffusionConfig, resolved
+from models.train.decoder_config import DiffusionConfig, resolve
 from models.train.diffusion import DiffusionTask
-from models.train.distributed import Ranks
+from models.train.distributed import ProcessGroup
 from models.train.photos import photographs
 from models.train.run import Run
 from tests.chaos.rig import until
 
-CPU = Ranks(0, 1, torch.device("cpu"))
+CPU = ProcessGroup(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCKED = (
     "compressai", "torchvision", "numba", "google_crc32c", "tqdm", "tensorboard", "lpips",
@@ -83,14 +82,14 @@ def config(
             "plan": (Stage("phase1", 0.03), Stage("phase2", 0.04)), "lpips": str(lpips_file),
             "batch": 4, "crop": 64, "widths": (16, 24, 32),
         }  # fmt: skip
-        return resolved(DiffusionConfig(**(values | changed)))
+        return resolve(DiffusionConfig(**(values | changed)))
 
     return make
 
 
 def trained(config: DiffusionConfig) -> Run:
     run = Run(DiffusionTask(config, CPU), config, CPU)
-    assert run.go()
+    assert run.train()
     return run
 
 
@@ -127,7 +126,7 @@ def test_a_run_learns_both_phases_and_leaves_loadable_weights(
     task = DiffusionTask(own, CPU)
     before = {k: v.clone() for k, v in task.net.state_dict().items()}
     judge = [p.detach().clone() for p in task.modules["discriminator"].parameters()]
-    assert Run(task, own, CPU).go()
+    assert Run(task, own, CPU).train()
     after = task.net.state_dict()
     assert any(not torch.equal(after[k], v) for k, v in before.items())
     pairs = zip(judge, task.modules["discriminator"].parameters(), strict=True)
@@ -231,7 +230,7 @@ def test_a_network_of_nan_falls_back_to_the_average(
     run = Run(task, own, CPU)
     with torch.no_grad():
         task.net.denoiser.outward.bias.fill_(float("nan"))
-    assert run.go()
+    assert run.train()
     assert run.progress.steps > 0
     assert all(bool(torch.isfinite(p).all()) for p in task.net.parameters())
 
@@ -351,7 +350,7 @@ def test_bfloat16_leaves_the_latents_path_exact(config: Callable[..., DiffusionC
     conditioner = task.net.conditioner
     conditioner.latents.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
     conditioner.picture.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
-    out = task.network.given(batch, 0.0)(torch.randn_like(batch.x), torch.rand(2))
+    out = task.network.denoiser_for(batch, 0.0)(torch.randn_like(batch.x), torch.rand(2))
     assert seen == [torch.bfloat16, torch.float32]
     assert out.dtype == torch.float32
 
@@ -376,7 +375,7 @@ def test_options_that_contradict_each_other_are_named(
 
 def test_a_preset_has_a_plan_of_its_own() -> None:
     def plan(**options: str) -> list[str]:
-        return [s.name for s in resolved(DiffusionConfig(photos="in", out="out", **options)).plan]
+        return [s.name for s in resolve(DiffusionConfig(photos="in", out="out", **options)).plan]
 
     assert plan() == ["phase1", "phase2"]
     assert plan(preset="paper") == ["phase1"]
@@ -433,7 +432,7 @@ def test_every_option_has_help_and_reads_what_it_says() -> None:
     assert read.bf16 is False
     assert read.batch == 8
     with pytest.raises(argparse.ArgumentTypeError, match="not NAME:MINUTES"):
-        Stage.plan("phase1:soon")
+        Stage.parse_plan("phase1:soon")
 
 
 ALONE = f"""

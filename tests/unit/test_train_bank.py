@@ -13,7 +13,7 @@ from models.codec import codec, zoo
 from models.errors import PictureError, WeightsError
 from models.train import bank, photos
 from models.train.encoder import Encoder
-from models.train.photos import Draw, Ragged
+from models.train.photos import CropSampler, Ragged
 
 CPU = torch.device("cpu")
 
@@ -88,7 +88,7 @@ def test_crops_of_all_tensors_belong_together() -> None:
 
 
 def test_photographs_are_drawn_by_their_area_and_everywhere() -> None:
-    draw = Draw([(4, 4), (4, 8), (2, 90)], CPU)
+    draw = CropSampler([(4, 4), (4, 8), (2, 90)], CPU)
     which, top, left = draw.corners(4000, 3, torch.Generator().manual_seed(0))
     assert float((which == 1).float().mean()) == pytest.approx(2 / 3, abs=0.03)
     assert set(top.tolist()) == {0, 1}

@@ -13,7 +13,7 @@ from models import image
 from models.diffusion import schedule
 from models.errors import WeightsError
 from models.train import losses
-from models.train.lpips import Lpips
+from models.train.lpips import LpipsLoss
 
 
 def test_predicting_zero_costs_what_the_log_says_it_costs() -> None:
@@ -133,11 +133,13 @@ def test_lpips_equals_the_package(name: str, photo: image.Pixels, tmp_path: Path
     b = (a + 0.1 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
     with torch.no_grad():
         expected = float(net(a, b, normalize=True))
-    assert float(Lpips(tmp_path / "lpips.safetensors")(a, b)) == pytest.approx(expected, rel=1e-3)
+    assert float(LpipsLoss(tmp_path / "lpips.safetensors")(a, b)) == pytest.approx(
+        expected, rel=1e-3
+    )
     assert expected > 0
 
 
 def test_a_file_without_lpips_is_refused(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(WeightsError, match="no LPIPS weights"):
-        Lpips(tmp_path / "other.safetensors")
+        LpipsLoss(tmp_path / "other.safetensors")

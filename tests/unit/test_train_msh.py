@@ -22,15 +22,15 @@ from models import checkpoint, image
 from models.codec import codec, zoo
 from models.errors import WeightsError
 from models.train.config import Stage
-from models.train.distributed import Ranks
+from models.train.distributed import ProcessGroup
 from models.train.entropy import EntropyBottleneck, gaussian_likelihood
-from models.train.hyperprior import Hyperprior
-from models.train.msh import LAMBDA, MshConfig, MshTask, sized
+from models.train.hyperprior import TrainableHyperprior
+from models.train.msh import LAMBDA, MshConfig, MshTask, with_init_sizes
 from models.train.run import Run
-from models.train.widen import widened
+from models.train.widen import widen
 from tests.chaos.rig import until
 
-CPU = Ranks(0, 1, torch.device("cpu"))
+CPU = ProcessGroup(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -50,7 +50,7 @@ def config(tmp_path: Path, photos: Path) -> Callable[..., MshConfig]:
             "photos": str(photos), "out": str(tmp_path / "run"), "N": 12, "M": 16, "batch": 4,
             "crop": 64, "plan": (Stage("3", 0.07), Stage("2", 0.03)), "log_s": 0.5,
         }  # fmt: skip
-        return sized(MshConfig(**(values | changed)))
+        return with_init_sizes(MshConfig(**(values | changed)))
 
     return make
 
@@ -63,7 +63,7 @@ def test_a_short_run_lowers_the_loss_and_its_weights_code_as_the_log_says(
     config: Callable[..., MshConfig], photos: Path
 ) -> None:
     own = config(plan=(Stage("3", 0.14), Stage("2", 0.03)))
-    assert Run(MshTask(own, CPU), own, CPU).go()
+    assert Run(MshTask(own, CPU), own, CPU).train()
     losses = [row["loss"] for row in log(own) if "loss" in row and row["stage"] == "3"]
     assert losses[-1] < 0.9 * losses[0]  # the run is seconds, of whatever the machine has left
     held = {row["stage"]: row for row in log(own) if "held_bpp" in row}
@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_also_on_another_machine(
     killed = run.progress.steps
     assert killed > 0
     assert 0 < run.progress.spent < 7
-    assert run.go()
+    assert run.train()
     assert run.progress.steps > killed
     assert log(moved)[0]["step"] == killed
     assert (elsewhere / "msh_q3.safetensors").exists()
@@ -148,7 +148,7 @@ def test_the_tail_of_a_stage_trains_the_hyperprior_alone(config: Callable[..., M
 
 def test_rescaled_latents_give_the_same_picture() -> None:
     torch.manual_seed(0)
-    net = Hyperprior(8, 12).eval()
+    net = TrainableHyperprior(8, 12).eval()
     x = torch.rand(1, 3, 64, 64)
     y, z, made = net.g_a(x), net.h_a(net.g_a(x)), net.g_s(net.g_a(x))
     prior = net.h_s(z)
@@ -168,7 +168,7 @@ def test_densities_are_those_of_compressai() -> None:
     torch.manual_seed(0)
     ours, theirs = EntropyBottleneck(4), Bottleneck(4)
     theirs.load_state_dict({**theirs.state_dict(), **ours.state_dict()})
-    ours.settle()
+    ours.update_quantiles()
     theirs.update(force=True, update_quantiles=True)
     torch.testing.assert_close(ours.quantiles, theirs.quantiles, rtol=1e-3, atol=2e-3)
     z = torch.randint(-3, 4, (2, 4, 5, 5)).float() + ours.medians
@@ -184,7 +184,7 @@ def test_densities_are_those_of_compressai() -> None:
 
 
 def test_gdn_never_leaves_the_range_where_it_learns() -> None:
-    net = Hyperprior(8, 12)
+    net = TrainableHyperprior(8, 12)
     with torch.no_grad():
         net.g_a[1].gamma.fill_(-1)
     net.project()
@@ -221,13 +221,13 @@ def test_a_widened_codec_computes_the_same_and_its_live_channels_can_learn(
     photo: image.Pixels, alive: bool
 ) -> None:
     torch.manual_seed(0)
-    small, x = Hyperprior(8, 12), codec.to_tensor(photo[:128, :192])
+    small, x = TrainableHyperprior(8, 12), codec.to_tensor(photo[:128, :192])
     small.rescale(40)  # latents that are not all zero
-    small.entropy_bottleneck.settle()
+    small.entropy_bottleneck.update_quantiles()
     with torch.no_grad():
         small.g_s[1].gamma.add_(0.01)  # channels that normalise each other
-        wide = Hyperprior(12, 20)
-        wide.load_state_dict(widened(small.state_dict(), 12, 20, alive))
+        wide = TrainableHyperprior(12, 20)
+        wide.load_state_dict(widen(small.state_dict(), 12, 20, alive))
         y, bits, x_hat = small.g_a(x), *small.eval()(x)
         wide_y, wide_bits, wide_x_hat = wide.g_a(x), *wide.eval()(x)
     assert y.abs().max() > 1
@@ -245,5 +245,5 @@ def test_a_widened_codec_computes_the_same_and_its_live_channels_can_learn(
 
 
 def test_a_codec_is_not_narrowed() -> None:
-    with pytest.raises(WeightsError, match="8 and 12 channels cannot be widened to 8 and 10"):
-        widened(Hyperprior(8, 12).state_dict(), 8, 10)
+    with pytest.raises(WeightsError, match="8 and 12 channels cannot be widen to 8 and 10"):
+        widen(TrainableHyperprior(8, 12).state_dict(), 8, 10)
