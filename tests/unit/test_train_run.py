@@ -303,7 +303,7 @@ def test_tensorboard_has_the_curves_of_the_log(config: RunConfig) -> None:
     assert len(events.Scalars("held out/held_weight")) == 1
 
 
-def test_two_ranks_end_with_equal_checkpoint(tmp_path: Path) -> None:
+def test_two_ranks_end_with_equal_weights(tmp_path: Path) -> None:
     """Runs this file in two processes with `torchrun`; see `_rank` below."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
