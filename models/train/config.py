@@ -63,7 +63,10 @@ class RunConfig:
         "", "folder for checkpoints, log and weights; use the same one to resume", required=True
     )
     plan: tuple[Stage, ...] = option(
-        (), "stages: NAME:MINUTES or NAME:Nsteps, separated by commas", type=Stage.parse_plan
+        (),
+        "stages: NAME:MINUTES or NAME:Nsteps, separated by commas",
+        type=Stage.parse_plan,
+        metavar="NAME:LENGTH,…",
     )
     init: str = option("", "safetensors file with the weights to start from")
     optimiser: str = option(

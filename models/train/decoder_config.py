@@ -30,6 +30,7 @@ class DiffusionConfig(RunConfig):
         "stages phase1 and phase2, each with minutes or steps, such as phase1:30,phase2:200steps "
         "(default: phase1:60,phase2:45; paper: phase1:60)",
         type=Stage.parse_plan,
+        metavar="NAME:LENGTH,…",
     )
     preset: str = option("compact", "network and loss", choices=tuple(PRESETS))
     widths: tuple[int, ...] = option((), "channels per level, instead of the preset's")

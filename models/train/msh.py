@@ -47,6 +47,7 @@ class MshConfig(RunConfig):
         "stages QUALITY:MINUTES or QUALITY:Nsteps, separated by commas; each starts from the "
         "previous one's weights (default: 3:11,2:7,1:4)",
         type=Stage.parse_plan,
+        metavar="NAME:LENGTH,…",
     )
     origin: int = option(0, "quality of --init's weights; 0: that of the first stage")
     N: int = option(128, "hidden channels, if there is no --init")
