@@ -240,7 +240,7 @@ def test_a_network_with_nan_is_restored_from_the_average(
     task = DiffusionTask(settings, CPU)
     run = Run(task, settings, CPU)
     with torch.no_grad():
-        task.net.denoiser.outward.bias.fill_(float("nan"))
+        task.net.get_parameter("denoiser.outward.bias").fill_(float("nan"))
     assert run.train()
     assert run.progress.steps > 0
     assert all(bool(torch.isfinite(p).all()) for p in task.net.parameters())
@@ -361,8 +361,12 @@ def test_with_bfloat16_the_branch_of_the_latents_stays_in_float32(
     batch = task.bank.batch(2, 64, torch.Generator().manual_seed(0))
     dtypes: list[torch.dtype] = []
     conditioner = task.net.conditioner
-    conditioner.latents.register_forward_hook(lambda m, i, o: dtypes.append(o.dtype))
-    conditioner.picture.register_forward_hook(lambda m, i, o: dtypes.append(o.dtype))
+    conditioner.get_submodule("latents").register_forward_hook(
+        lambda m, i, o: dtypes.append(o.dtype)
+    )
+    conditioner.get_submodule("picture").register_forward_hook(
+        lambda m, i, o: dtypes.append(o.dtype)
+    )
     out = task.network.denoiser_for(batch, 0.0)(torch.randn_like(batch.x), torch.rand(2))
     assert dtypes == [torch.bfloat16, torch.float32]
     assert out.dtype == torch.float32
@@ -387,7 +391,7 @@ def test_wrong_options_are_named_in_the_error(
 
 
 def test_each_preset_has_a_default_plan() -> None:
-    def plan(**options: str) -> list[str]:
+    def plan(**options: Any) -> list[str]:
         return [s.name for s in resolve(DiffusionConfig(photos="in", out="out", **options)).plan]
 
     assert plan() == ["phase1", "phase2"]

@@ -41,7 +41,8 @@ def test_soap_learns_faster_than_adam_if_channels_are_correlated() -> None:
 
         def loss(x: Tensor, net: nn.Conv2d = net) -> Tensor:
             x = torch.einsum("bchw,cd->bdhw", x, mix)
-            return (net(x) - teacher(x)).square().mean()
+            error: Tensor = net(x) - teacher(x)
+            return error.square().mean()
 
         last[name] = list(steps(kind(net.parameters(), lr=3e-3), loss, 150))[-1]
     assert last["soap"] < 0.5 * last["adam"]
@@ -65,7 +66,8 @@ def test_updates_do_not_depend_on_the_basis_of_the_channels() -> None:
             x = torch.einsum("bchw,cd->bdhw", x, mix)
             output = net(torch.einsum("bchw,cd->bdhw", x, right)) if rotated else net(x)
             output = torch.einsum("po,bphw->bohw", left, output) if rotated else output
-            return (output - target).square().mean()
+            error: Tensor = output - target
+            return error.square().mean()
 
         losses.append(list(steps(Soap([net.weight], lr=3e-3), loss, 30)))
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
