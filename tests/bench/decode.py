@@ -66,7 +66,9 @@ def measure(weights: str, width: int, height: int, file: Path) -> dict[str, Any]
         stages = _stages(ours, b, 5 if width < 1000 else 2)
     rate = machine.gflops()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        Folded(ours.net.g_s)(ours.latents(b).y_hat)  # without overlaps: useful FLOPs only
+        InferenceSynthesis(ours.net.g_s)(
+            ours.latents(b).y_hat
+        )  # without overlaps: useful FLOPs only
     g_s_gflops = counter.get_total_flops() / stages["g_s"] / 1e6
     return {
         "weights": weights,
@@ -127,7 +129,7 @@ def _interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 def _stages(ours: Codec, b: bitstream.Bitstream, rounds: int) -> dict[str, float]:
     """Milliseconds of each stage of our decoder, `float` profile."""
-    h = ours.hyperprior
+    h = ours.latent_coder
     size = geometry.padded(b.height, b.width)
     contexts = np.broadcast_to(
         np.arange(ours.net.N, dtype=np.int32)[:, None, None],
