@@ -226,7 +226,7 @@ def test_jpeg_and_webp_of_the_same_size_are_made_by_the_browser(opened: Page) ->
         expect(row).not_to_contain_text("…", timeout=SLOW)
     sizes = {n: int(r.inner_text().split("\t")[1].replace(",", "")) for n, r in rows.items()}
     assert 0.9 * sizes["Bitstream"] < sizes["WebP"] <= sizes["Bitstream"]
-    assert "its smallest" in rows["JPEG"].inner_text() or sizes["JPEG"] <= sizes["Bitstream"]
+    assert "lowest quality" in rows["JPEG"].inner_text() or sizes["JPEG"] <= sizes["Bitstream"]
     original = only(opened, "left", "original")
     webp = only(opened, "left", "webp")
     error = np.abs(webp.astype(int) - original).mean()
@@ -249,7 +249,7 @@ def test_the_draft_is_there_at_once_and_the_final_picture_takes_its_place(
     opened.locator("[data-do=one]").click()
     opened.locator("#split").fill("0")
     draft = screen(opened)
-    expect(opened.locator("#times")).to_contain_text("drawn:", timeout=SLOW)
+    expect(opened.locator("#times")).to_contain_text("final:", timeout=SLOW)
     expect(opened.locator("#ring")).to_be_hidden()
     opened.wait_for_timeout(400)
     after = screen(opened)
@@ -291,16 +291,16 @@ def test_a_place_in_the_queue_is_shown_and_a_job_is_cancelled(
     )
     opened.locator("[name=seed]").fill("78")
     choose(opened, small_file)
-    expect(opened.locator("#stand")).to_have_text(re.compile("before it|next in the queue"))
+    expect(opened.locator("#stand")).to_have_text(re.compile("(ahead|next) in the queue"))
     opened.locator("#cancel").click()
-    expect(opened.locator("#problem")).to_contain_text("Withdrawn", timeout=SLOW)
+    expect(opened.locator("#problem")).to_contain_text("Cancelled", timeout=SLOW)
     state = service.client.get(f"/v1/decodes/{job(opened)}").json()
     assert state["status"] == "canceled"
     service.client.delete(f"/v1/decodes/{blocker.json()['id']}")
     opened.locator("#retry").click()
     drawn(opened)
     expect(opened.locator("#problem")).to_be_hidden()
-    expect(opened.locator("#times")).to_contain_text("drawn")
+    expect(opened.locator("#times")).to_contain_text("final")
 
 
 def test_a_link_opened_elsewhere_finds_the_same_job(
@@ -762,7 +762,7 @@ def test_what_has_the_focus_is_seen(opened: Page, small_file: Path) -> None:
 def test_with_reduced_motion_nothing_fades(opened: Page, small_file: Path) -> None:
     opened.locator("[name=seed]").fill("32")
     choose(opened, small_file)
-    expect(opened.locator("#times")).to_contain_text("drawn:", timeout=SLOW)
+    expect(opened.locator("#times")).to_contain_text("final:", timeout=SLOW)
     first = screen(opened)
     opened.wait_for_timeout(400)
     np.testing.assert_array_equal(screen(opened), first)
