@@ -72,15 +72,17 @@ def test_several_inputs_are_written_to_a_folder(tmp_path: Path, small: image.Pix
     done = afterimage("encode", *sources, "-o", tmp_path / "out", "--format", "compressai")
     assert done.returncode == 1
     assert "three.png" in done.stderr
-    made = sorted((tmp_path / "out").iterdir())
-    assert [p.name for p in made] == ["one.bin", "two.bin"]
-    assert bitstream.parse(made[0].read_bytes()).format == "compressai"
+    bitstreams = sorted((tmp_path / "out").iterdir())
+    assert [p.name for p in bitstreams] == ["one.bin", "two.bin"]
+    assert bitstream.parse(bitstreams[0].read_bytes()).format == "compressai"
 
-    done = afterimage("decode", *made, "-o", tmp_path / "pictures", "--tier", "perceptual")
+    done = afterimage("decode", *bitstreams, "-o", tmp_path / "pictures", "--tier", "perceptual")
     assert done.returncode == 0, done.stderr
     one, two = (read(tmp_path / f"pictures/{name}.png") for name in ("one", "two"))
     assert np.array_equal(one, two)
-    afterimage("decode", made[0], "-o", tmp_path / "other.png", "--tier", "perceptual", "--seed", 9)
+    afterimage(
+        "decode", bitstreams[0], "-o", tmp_path / "other.png", "--tier", "perceptual", "--seed", 9
+    )
     assert not np.array_equal(one, read(tmp_path / "other.png"))
 
 

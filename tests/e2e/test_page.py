@@ -100,9 +100,9 @@ def api_image(service: Service, id: str, **params: Any) -> Pixels:
 
 def requests(page: Page) -> list[Request]:
     """List that collects the page's requests from now on."""
-    made: list[Request] = []
-    page.on("request", lambda request: made.append(request))
-    return made
+    sent: list[Request] = []
+    page.on("request", lambda request: sent.append(request))
+    return sent
 
 
 # Files
@@ -141,10 +141,10 @@ def transfer(page: Page, file: Path, kind: str) -> None:
             const data = new DataTransfer();
             const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
             data.items.add(new File([bytes], name, { type: "image/png" }));
-            const made = kind === "drop"
+            const event = kind === "drop"
                 ? new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true })
                 : new ClipboardEvent("paste", { clipboardData: data, bubbles: true });
-            document.body.dispatchEvent(made);
+            document.body.dispatchEvent(event);
         }""",
         [base64.b64encode(file.read_bytes()).decode(), file.name, kind],
     )
@@ -153,9 +153,9 @@ def transfer(page: Page, file: Path, kind: str) -> None:
 def test_a_bitstream_is_decoded_without_encoding(
     opened: Page, service: Service, small_file: Path
 ) -> None:
-    asked = requests(opened)
+    sent = requests(opened)
     draw(opened, small_file)
-    assert not any("/v1/encodes" in r.url for r in asked)
+    assert not any("/v1/encodes" in r.url for r in sent)
     expect(opened.locator("#qualities")).to_be_hidden()
     expect(opened.locator("#rows")).not_to_contain_text("JPEG")
     expected = api_image(service, job(opened), min_tier="perceptual")
@@ -185,7 +185,7 @@ def test_changing_the_tier_while_a_quality_is_encoded_keeps_the_quality(
     draw(opened, small_png)
     late = Late(opened, "**/v1/encodes?quality=3")
     opened.locator("#qualities label", has_text="3").click()
-    late.asked()
+    late.wait()
     opened.locator("[name=tier]").select_option("ddim-10")
     late.go_on()
     expect(opened.locator("#right")).to_have_text("DDIM-10", timeout=SLOW)
@@ -202,7 +202,7 @@ class Late:
         self.page, self.pattern, self.routes = page, pattern, list[Route]()
         page.route(pattern, lambda route: self.routes.append(route))
 
-    def asked(self) -> None:
+    def wait(self) -> None:
         """Wait for the first request."""
         while not self.routes:
             self.page.wait_for_timeout(20)
@@ -245,8 +245,8 @@ def test_the_draft_is_shown_first_and_then_replaced_by_the_final_picture(
     opened.locator("[name=seed]").fill("31")
     opened.locator("[data-sample=girl]").click()
     expect(opened.locator("#times")).to_contain_text(re.compile(r"Instant: \d+ ms"), timeout=SLOW)
-    shown = opened.evaluate("performance.getEntriesByName('draft').map((e) => e.duration)")
-    assert len(shown) == 1
+    draft_ms = opened.evaluate("performance.getEntriesByName('draft').map((e) => e.duration)")
+    assert len(draft_ms) == 1
     expect(opened.locator("#ring")).to_be_visible()
     opened.locator("[data-do=one]").click()
     opened.locator("#split").fill("0")
@@ -315,14 +315,14 @@ def test_a_copied_link_opens_the_same_decode(
     expect(opened.locator("#link")).to_have_text("Copied")
     assert opened.evaluate("() => navigator.clipboard.readText()") == opened.url
     for other in (context.new_page(), opened):  # elsewhere, and again
-        asked = requests(other)
+        sent = requests(other)
         if other is opened:
             other.reload()
         else:
             other.goto(opened.url)
         expect(other.locator("#right")).to_have_text("Perceptual")
         np.testing.assert_array_equal(only(other, "right", "drawn"), expected)
-        assert not any(r.method == "POST" for r in asked)
+        assert not any(r.method == "POST" for r in sent)
         assert job(other) == id
         expect(other.locator("[name=tier]")).to_be_disabled()
         expect(other.locator("[name=seed]")).to_have_value("5")
@@ -347,7 +347,7 @@ def test_a_decode_that_is_replaced_before_its_response_is_cancelled(
     opened.locator("[name=tier]").select_option("ddpm-1000")
     late = Late(opened, "**/v1/decodes?*")
     choose(opened, small_file)
-    late.asked()
+    late.wait()
     opened.locator("[name=tier]").evaluate("e => e.value = 'perceptual'")
     choose(opened, small_png)
     with opened.expect_response(re.compile("tier=ddpm-1000")) as answer:
@@ -379,7 +379,7 @@ def test_the_old_picture_is_removed_when_another_file_is_opened(
     draw(opened, small_png)
     late = Late(opened, "**/v1/decodes?*")
     choose(opened, small_file)
-    late.asked()
+    late.wait()
     expect(opened.locator("#file")).to_have_text("small.msh")
     assert np.ptp(screen(opened).reshape(-1, 3), axis=0).max() == 0
     late.go_on()
@@ -544,12 +544,12 @@ def test_realism_is_mixed_in_the_browser_without_a_request(
 ) -> None:
     draw(opened, small_file)
     only(opened, "right", "drawn")
-    asked = requests(opened)
+    sent = requests(opened)
     opened.locator("[name=realism]").fill("40")
     expect(opened.locator("#right")).to_have_text("Perceptual at 40 %")
     expect(opened.locator("#percent")).to_have_text("40 %")
     mixed = screen(opened)
-    assert [r.url for r in asked if "readyz" not in r.url] == []
+    assert [r.url for r in sent if "readyz" not in r.url] == []
     expected = api_image(service, job(opened), min_tier="perceptual", realism=0.4)
     assert np.abs(centre(mixed, expected).astype(int) - expected).max() <= 2
 
@@ -594,10 +594,10 @@ def test_errors_are_shown_with_the_api_s_title_and_detail(
     text = tmp_path / "text.png"
     text.write_bytes(b"no picture")
     for file, path in ((broken, "decodes"), (wide, "encodes"), (text, "encodes")):
-        told = service.client.post(f"/v1/{path}", content=file.read_bytes()).json()
+        problem = service.client.post(f"/v1/{path}", content=file.read_bytes()).json()
         choose(opened, file)
         expect(opened.locator("#problem")).to_have_attribute("role", "alert")
-        expect(opened.locator("#problem p")).to_have_text(f"{told['title']} {told['detail']}")
+        expect(opened.locator("#problem p")).to_have_text(f"{problem['title']} {problem['detail']}")
         expect(opened.locator("#retry")).to_be_hidden()
         opened.locator("#dismiss").press("Enter")
         expect(opened.locator("#problem")).to_be_hidden()
@@ -653,7 +653,7 @@ def test_the_second_of_two_quick_samples_is_shown(opened: Page) -> None:
     both = [Late(opened, f"**/samples/{name}.webp") for name in ("parrots", "girl")]
     for name, late in zip(("parrots", "girl"), both, strict=True):
         opened.locator(f"[data-sample={name}]").click()
-        late.asked()
+        late.wait()
     expect(opened.locator("#ring")).to_be_visible()
     expect(opened.locator("#cancel")).to_be_hidden()  # nothing is drawn yet
     for late in both:
@@ -671,11 +671,11 @@ def test_the_second_of_two_quick_files_is_shown(
         (tmp_path / f"{name}.png").write_bytes(image.write(pixels, "png"))
     opened.evaluate(
         """() => {
-          const made = createImageBitmap;
+          const original = createImageBitmap;
           let calls = 0;
-          window.createImageBitmap = async (...given) => {
+          window.createImageBitmap = async (...args) => {
             if ((calls += 1) === 1) await new Promise((done) => setTimeout(done, 1500));
-            return made(...given);
+            return original(...args);
           };
         }"""
     )
@@ -720,8 +720,8 @@ def test_the_page_is_accessible_in_both_colour_schemes_from_360_pixels_to_4k(
     axe = Axe()
 
     def check() -> None:
-        found = axe.run(opened, options={"resultTypes": ["violations"]}).response["violations"]
-        assert [(v["id"], [n["target"] for n in v["nodes"]]) for v in found] == []
+        violations = axe.run(opened, options={"resultTypes": ["violations"]}).response["violations"]
+        assert [(v["id"], [n["target"] for n in v["nodes"]]) for v in violations] == []
         wide = opened.evaluate("document.documentElement.scrollWidth")
         assert wide <= size[0]
 

@@ -28,12 +28,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, net: Reference) -> Path:
     root = tmp_path_factory.mktemp("import")
     torch.save({"state_dict": net.state_dict()}, root / "mine.pth.tar")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(root / "own"))
+        patch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(root / "weights"))
         done = afterimage("weights", "import", root / "mine.pth.tar", "-q", 5, "-m", "ms-ssim")
     assert (done.returncode, done.stderr) == (0, "")
-    (entry,) = checkpoint.manifest(root / "own")
+    (entry,) = checkpoint.manifest(root / "weights")
     assert done.stdout == f"{entry.weights_id} is installed as quality 5, metric ms-ssim\n"
-    return root / "own"
+    return root / "weights"
 
 
 @pytest.fixture
@@ -63,8 +63,8 @@ def test_encode_and_decode_use_imported_weights(
     assert done.returncode == 0
     b = bitstream.parse((tmp_path / "a.msh").read_bytes())
     assert (b.quality, b.metric, b.weights_id) == (5, "ms-ssim", imported)
-    asked = ("--tier", "perceptual", "--steps", 1)
-    done = afterimage("decode", tmp_path / "a.msh", "-o", tmp_path / "b.webp", *asked)
+    options = ("--tier", "perceptual", "--steps", 1)
+    done = afterimage("decode", tmp_path / "a.msh", "-o", tmp_path / "b.webp", *options)
     assert done.returncode == 0
     assert read(tmp_path / "b.webp").shape == small.shape
     assert b"synthesised detail" in (tmp_path / "b.webp").read_bytes()
@@ -90,18 +90,18 @@ def test_the_service_serves_imported_weights(
     expected = codec.to_pixels(codec.crop(theirs.clamp(0, 1), b.height, b.width)).astype(int)
     with run_service(tmp_path) as service:
         client = service.client
-        asked = {"tier": "perceptual", "steps": 1}
-        draft = client.post("/v1/decodes", params=asked, content=bytes(data))
+        params = {"tier": "perceptual", "steps": 1}
+        draft = client.post("/v1/decodes", params=params, content=bytes(data))
         assert np.abs(image.read(draft.content, 10**6) - expected).max() <= 1
         state = wait_for(client, draft.headers["location"])
         assert (state["status"], state["codec_weights"]) == ("succeeded", imported)
 
-        asked = {"quality": "5", "metric": "ms-ssim"}
+        params = {"quality": "5", "metric": "ms-ssim"}
         picture = image.write(small, "png")
-        made = client.post("/v1/encodes", params=asked, content=picture)
-        assert bitstream.parse(made.content).weights_id == imported
-        found = client.post("/v1/inspect", content=made.content).json()
-        assert (found["weights_id"], found["decodable"]) == (imported, True)
+        encoded = client.post("/v1/encodes", params=params, content=picture)
+        assert bitstream.parse(encoded.content).weights_id == imported
+        header = client.post("/v1/inspect", content=encoded.content).json()
+        assert (header["weights_id"], header["decodable"]) == (imported, True)
         assert client.post("/v1/decodes", content=small_msh).status_code == 200
         missing = client.post("/v1/encodes", params={"quality": "6"}, content=picture)
         assert missing.status_code == 422
@@ -111,14 +111,14 @@ def test_the_service_serves_imported_weights(
 def test_a_failed_download_is_an_error_of_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(tmp_path / "weights"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
     done = afterimage("weights", "import", "zoo", "--quality", 4, "--metric", "ms-ssim")
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("afterimage: mbt2018-mean-ms-ssim-4-")
     assert "cannot be downloaded from CompressAI's zoo" in line
-    assert not (tmp_path / "own").exists()
+    assert not (tmp_path / "weights").exists()
 
 
 @pytest.mark.parametrize(
