@@ -68,7 +68,7 @@ def measure(weights: str, width: int, height: int, file: Path) -> dict[str, Any]
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         InferenceSynthesis(ours.net.g_s)(
             ours.latents(b).y_hat
-        )  # without overlaps: useful FLOPs only
+        )  # useful FLOPs, no overlaps
     g_s_gflops = counter.get_total_flops() / stages["g_s"] / 1e6
     return {
         "weights": weights,

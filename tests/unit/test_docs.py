@@ -13,7 +13,7 @@ from models import checkpoint
 from models.codec import bitstream
 from models.tiers import TIERS
 from service.cli.main import _parser
-from worker.queue.records import Decode
+from worker.queue.records import DecodeRequest
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
@@ -97,7 +97,7 @@ def test_the_readmes_example_shows_the_id_that_the_service_computes() -> None:
     settings = TIERS["perceptual"].settings
     assert settings is not None
     (decoder,) = (e.weights_id for e in checkpoint.manifest() if e.kind == "decoder")
-    decode = Decode(
+    decode = DecodeRequest(
         bitstream.digest(data), "perceptual", settings, 0, b.weights_id, decoder, b.quality,
         b.width, b.height,
     )  # fmt: skip
