@@ -87,6 +87,12 @@ def config(
     return make
 
 
+@pytest.fixture
+def few_held_out_crops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validate on 8 crops instead of 64, for tests that do not compare the held-out losses."""
+    monkeypatch.setattr("models.train.diffusion.JUDGED", 8)
+
+
 def trained(config: DiffusionConfig) -> Run:
     run = Run(DiffusionTask(config, CPU), config, CPU)
     assert run.train()
@@ -117,6 +123,7 @@ def test_40_steps_on_20_photographs_beat_predicting_zero(
     assert max(p.stat().st_size for p in Path(settings.out).glob("checkpoint/*")) <= 16 << 20
 
 
+@pytest.mark.usefixtures("few_held_out_crops")
 def test_a_decoder_with_one_call_gets_perceptual_losses_at_that_call(
     config: Callable[..., DiffusionConfig],
 ) -> None:
@@ -126,6 +133,7 @@ def test_a_decoder_with_one_call_gets_perceptual_losses_at_that_call(
     assert len(rows) == 3 and all(row["lpips"] > 0 and row["spectrum"] > 0 for row in rows)
 
 
+@pytest.mark.usefixtures("few_held_out_crops")
 def test_a_run_trains_both_phases_and_exports_weights_with_a_card(
     config: Callable[..., DiffusionConfig], tmp_path: Path
 ) -> None:
@@ -233,6 +241,7 @@ def test_a_killed_run_resumes_from_its_checkpoint_in_any_folder(
     assert killed.spent < stopped.spent < 60
 
 
+@pytest.mark.usefixtures("few_held_out_crops")
 def test_a_network_with_nan_is_restored_from_the_average(
     config: Callable[..., DiffusionConfig],
 ) -> None:
