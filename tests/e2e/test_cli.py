@@ -19,8 +19,9 @@ from PIL import Image
 from models import image
 from models.codec import bitstream
 from service.cli import main
-from tests.chaos.rig import until
-from tests.conftest import DATA, PHOTO, Service, psnr, run_service, wait_for
+from tests.support.data import DATA, PHOTO, psnr
+from tests.support.service import Service, run_service
+from tests.support.waiting import until, wait_for
 
 pytestmark = pytest.mark.weights
 

@@ -9,8 +9,9 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from service.client import ApiError, Client
-from tests.conftest import Service, wait_for
-from tests.e2e.conftest import TOKENS
+from tests.support.api_keys import TOKENS
+from tests.support.service import Service
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 

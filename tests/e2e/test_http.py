@@ -19,8 +19,9 @@ from PIL import Image
 
 from models import image
 from models.codec import bitstream
-from tests.chaos.rig import until
-from tests.conftest import DATA, Service, psnr, wait_for
+from tests.support.data import DATA, psnr
+from tests.support.service import Service
+from tests.support.waiting import until, wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 

@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from models import image
 from service.app import create_app
 from service.settings import ServiceSettings
-from tests.chaos.rig import until
-from tests.conftest import Service, free_port, wait_for
+from tests.support.service import Service, free_port
+from tests.support.waiting import until, wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 

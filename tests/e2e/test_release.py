@@ -13,7 +13,7 @@ import pytest
 
 from models import checkpoint
 from service import __version__
-from tests.conftest import run_service
+from tests.support.service import run_service
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 

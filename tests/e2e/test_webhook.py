@@ -9,8 +9,9 @@ import httpx
 import pytest
 from standardwebhooks import Webhook
 
-from tests.conftest import WEBHOOK_SECRET, Service, wait_for
-from tests.e2e.conftest import TOKENS
+from tests.support.api_keys import TOKENS
+from tests.support.service import WEBHOOK_SECRET, Service
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 

@@ -21,7 +21,7 @@ from models.codec.bitstream import Bitstream
 from models.diffusion.decoder import DiffusionInput
 from models.library import Library
 from models.tiers import Settings
-from tests.chaos.rig import decode_of
+from tests.support.jobs import FAST, decode_of
 from worker import tasks
 from worker.attempt import Attempt, LeaseLost
 from worker.heartbeat import Keeper
@@ -33,8 +33,6 @@ from worker.spool import Spool
 from worker.tasks import Context
 
 pytestmark = pytest.mark.redis
-
-FAST = Settings("ddim", 2, beta=1.0)
 
 
 @pytest.fixture

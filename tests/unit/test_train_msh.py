@@ -28,7 +28,7 @@ from models.train.hyperprior import Hyperprior
 from models.train.msh import LAMBDA, MshConfig, MshTask, sized
 from models.train.run import Run
 from models.train.widen import widened
-from tests.chaos.rig import until
+from tests.support.waiting import until
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,4 +1,4 @@
-"""Real stores and real workers that can be killed, stopped and started again."""
+"""Redis servers and worker processes that a test can kill, stop and start again."""
 
 import contextlib
 import os
@@ -6,52 +6,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import redis
 import rq
 
-from models import checkpoint
-from models.codec import bitstream
 from models.tiers import Settings
+from tests.support.jobs import decode_of
+from tests.support.waiting import until
 from worker.queue import private_redis
 from worker.queue.jobs import Jobs
-from worker.queue.records import Decode, JobState
+from worker.queue.records import JobState
 from worker.queue.store import Store, connect
 from worker.settings import WorkerSettings
 
 
-def decode_of(data: bytes, settings: Settings, seed: int = 0, tier: str = "test") -> Decode:
-    """The job that asks for this picture."""
-    b = bitstream.parse(data)
-    ids = {e.kind: e.weights_id for e in checkpoint.manifest() if e.quality in {0, b.quality}}
-    return Decode(bitstream.digest(data), tier, settings, seed, ids["codec"], ids["decoder"],
-                  b.quality, b.width, b.height)  # fmt: skip
-
-
-def until(true: Callable[[], object], what: str, seconds: float = 60) -> float:
-    """Wait until something holds, whatever the stores do meanwhile; how long that took."""
-    began = time.monotonic()
-    while True:
-        with contextlib.suppress(redis.RedisError):
-            if true():
-                return time.monotonic() - began
-        if time.monotonic() - began > seconds:
-            raise TimeoutError(f"{what}: not within {seconds} s")
-        time.sleep(0.01)
-
-
 class Server:
-    """A Redis server whose data outlive it."""
+    """A Redis server on a unix socket; its data are on disk and outlive the process."""
 
     def __init__(self, folder: Path, options: tuple[str, ...]) -> None:
         folder.mkdir(parents=True)
         self.folder, self.socket = folder, folder / "redis.sock"
         self.url = f"unix://{self.socket}"
         self.command = [
-            str(private_redis.find_server()), "--port", "0", "--unixsocket", str(self.socket), "--save", "",
-            "--dir", str(folder), "--logfile", str(folder / "log"), *options,
+            str(private_redis.find_server()), "--port", "0", "--unixsocket", str(self.socket),
+            "--save", "", "--dir", str(folder), "--logfile", str(folder / "log"), *options,
         ]  # fmt: skip
         self.start()
 
@@ -67,7 +47,7 @@ class Server:
 
 
 class Worker:
-    """A worker process; its log is `log`."""
+    """A worker process that writes its log to the file `log`."""
 
     def __init__(self, rig: "Rig", name: str) -> None:
         self.log = rig.folder / f"{name}.log"
@@ -92,15 +72,15 @@ class Worker:
 
 
 class Rig:
-    """Two stores, and the workers that a test starts."""
+    """A queue server, a cache server, and the workers that a test starts."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.folder = folder
         self.queue = Server(folder / "queue", private_redis._QUEUE)
         self.cache = Server(folder / "cache", ())
         self.urls = {"REDIS_URL": self.queue.url, "CACHE_REDIS_URL": self.cache.url}
-        own = {"AFTERIMAGE_CACHE_DIR": str(folder / "own"), "AFTERIMAGE_THREADS": "1"}
-        self.environment = os.environ | self.urls | own | environment
+        settings = {"AFTERIMAGE_CACHE_DIR": str(folder / "own"), "AFTERIMAGE_THREADS": "1"}
+        self.environment = os.environ | self.urls | settings | environment
         self.store: Store = connect(WorkerSettings(**self.urls))  # type: ignore[arg-type]
         self.jobs = Jobs(self.store)
         self.workers: list[Worker] = []
@@ -113,34 +93,34 @@ class Rig:
         return [worker for worker in self.workers if worker.process.poll() is None]
 
     def one(self) -> Worker:
-        """A living worker; a new one, once it is ready, where there is none."""
+        """A worker that runs; if there is none, start one and wait until it is ready."""
         return next(iter(self.alive()), None) or self.worker().ready()
 
     def drawing(self, job_id: str) -> Worker:
-        """The living worker that has this job."""
+        """The worker that draws this job."""
         registered = rq.Worker.all(self.store.queue)
         pids = {w.pid for w in registered if w.get_current_job_id() == job_id}
-        (found,) = (worker for worker in self.alive() if worker.process.pid in pids)
-        return found
+        (worker,) = (worker for worker in self.alive() if worker.process.pid in pids)
+        return worker
 
     def start_queue(self) -> None:
-        """After its death: the same data again."""
+        """Start the killed queue server again with the same data."""
         self.queue.start()
-        self.store.queue.connection_pool.disconnect()  # ours would each fail once
+        self.store.queue.connection_pool.disconnect()  # the old connections would each fail once
 
     def restart_queue(self, away_s: float) -> None:
-        """SIGKILL, nothing for so long, and a new start."""
+        """Kill the queue server, and start it again after `away_s` seconds."""
         self.queue.kill()
         time.sleep(away_s)
         self.start_queue()
 
     def submit(self, data: bytes, settings: Settings, seed: int = 0) -> str:
-        return self.jobs.submit(decode_of(data, settings, seed), data)[0].id
+        return self.jobs.submit(decode_of(data, settings, seed, "test"), data)[0].id
 
     def state(self, job_id: str) -> JobState:
-        found = self.jobs.get(job_id)
-        assert found is not None
-        return found
+        state = self.jobs.get(job_id)
+        assert state is not None
+        return state
 
     def ended(self, job_id: str, seconds: float = 60) -> JobState:
         until(lambda: self.state(job_id).status not in {"queued", "running"}, "the end", seconds)
@@ -155,12 +135,12 @@ class Rig:
 
 @contextlib.contextmanager
 def rig(folder: Path, **environment: str) -> Iterator[Rig]:
-    made = Rig(folder, **environment)
+    running = Rig(folder, **environment)
     try:
-        yield made
+        yield running
     finally:
-        for worker in made.workers:
+        for worker in running.workers:
             worker.kill()
-        made.store.close()
-        for server in (made.queue, made.cache):
+        running.store.close()
+        for server in (running.queue, running.cache):
             server.kill()
