@@ -12,12 +12,13 @@ import pytest
 from models.errors import AfterimageError
 from service import keys
 from service.auth import Caller, Keys
+from service.cli import keys as keys_cli
 from service.keys import KeysError
 
 
 def run(*args: object) -> int:
     parser = argparse.ArgumentParser()
-    keys.add(parser)
+    keys_cli.add(parser)
     parsed = parser.parse_args(list(map(str, args)))
     code: int = parsed.run(parsed)
     return code
