@@ -29,7 +29,7 @@ demo: $(READY) ## encode a photograph, decode it at every quality, save a compar
 	@$(BIN)/python -P -m service.cli.demo $(PHOTO) $(if $(URL),--url $(URL))
 
 test: $(READY) browser ## run all tests, in two processes; lists the slowest
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations=25
 
 browser: $(READY) ## install Chromium for the tests of the page: Debian's as root, else Playwright's
 	-@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \

@@ -14,6 +14,7 @@ from models.codec.codec import Codec
 from models.diffusion.decoder import Decoder
 from models.diffusion.presets import COMPACT
 from models.diffusion.unet import UNet
+from tests.support import scheduling
 from tests.support.data import PHOTO
 from tests.support.service import WEBHOOK_SECRET, Service, connected, free_port, run_service
 from worker.queue import private_redis
@@ -28,30 +29,16 @@ LIMITS = {
 }
 """Of the services that tests share."""
 
-SHARED = ("service", "guarded")
-"""Session fixtures that start processes: all their tests run in one process of pytest-xdist."""
-FIRST = (*SHARED, "tests/chaos/", "tests/e2e/", "tests/unit/test_train", "tests/integration/")
-"""Groups that take longest begin first, so that no process is left with a long one at the end."""
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take longest."""
+    items.sort(key=lambda item: scheduling.rank(item.nodeid))  # stable: files stay together
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give each test its group for `--dist loadgroup`: a shared service, else the test's file."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    groups = {item: _group(item) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: _rank(groups[item]))  # stable: tests of a file stay together
-
-
-def _group(item: pytest.Item) -> str:
-    fixtures = getattr(item, "fixturenames", ())
-    return next((name for name in SHARED if name in fixtures), item.location[0])
-
-
-def _rank(group: str) -> int:
-    return next((i for i, prefix in enumerate(FIRST) if group.startswith(prefix)), len(FIRST))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Keep the tests of each file, and of each shared service, in one process."""
+    return scheduling.scheduler(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

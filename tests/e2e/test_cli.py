@@ -20,7 +20,7 @@ from models import image
 from models.codec import bitstream
 from service.cli import main
 from tests.support.data import DATA, PHOTO, psnr
-from tests.support.service import Service, run_service
+from tests.support.service import Service, children, run_service
 from tests.support.waiting import until, wait_for
 
 pytestmark = pytest.mark.weights
@@ -180,10 +180,6 @@ def test_a_folder_called_worker_does_not_shadow_ours(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def children(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def stopped(service: Service, by: signal.Signals) -> None:
     """End it; its exit status is 0, and no child outlives it."""
     left = children(service.process.pid)
@@ -210,19 +206,3 @@ def test_a_stopped_service_leaves_nothing_behind_and_keeps_its_queue(
     with run_service(tmp_path) as second:
         assert wait_for(second.client, location)["status"] == "succeeded"
         stopped(second, signal.SIGTERM)
-
-
-@pytest.mark.redis
-def test_the_job_of_a_killed_worker_runs_again(service: Service, small_msh: bytes) -> None:
-    asked = {"tier": "ddpm-1000", "steps": 60}
-    answer = service.client.post("/v1/decodes", params=asked, content=small_msh)
-    location = answer.headers["location"]
-    (worker,) = (
-        pid for pid in children(service.process.pid)
-        if b"worker.main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    )  # fmt: skip
-    until(lambda: service.client.get(location).json()["step"] >= 2, "the second step")
-    os.kill(worker, signal.SIGKILL)
-    state = wait_for(service.client, location)
-    assert (state["status"], state["attempts"], state["step"]) == ("succeeded", 2, 60)
-    assert "starting another" in service.log.read_text()

@@ -381,6 +381,13 @@ def test_unknown_paths_and_methods_are_problems(service: Service) -> None:
     }
 
 
+def test_without_named_origins_no_other_page_may_call_the_api(service: Service) -> None:
+    headers = {"Origin": "https://gallery.example", "Access-Control-Request-Method": "POST"}
+    headers["Access-Control-Request-Headers"] = "x-api-key, prefer"
+    answer = service.client.options("/v1/decodes", headers=headers)
+    assert "access-control-allow-origin" not in answer.headers
+
+
 def test_probes_answer(service: Service) -> None:
     answer = service.client.get("/livez")
     assert answer.json()["status"] == "ok"

@@ -52,6 +52,11 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def children(pid: int) -> list[int]:
+    """Process ids of the children that a process's main thread has started."""
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 @contextlib.contextmanager
 def run_service(folder: Path, *options: str, **environment: str) -> Iterator[Service]:
     """Run `afterimage serve` on a free port until the block ends.
