@@ -14,7 +14,7 @@ from models.codec.codec import Codec
 from models.diffusion.decoder import Decoder
 from models.diffusion.presets import COMPACT
 from models.diffusion.unet import UNet
-from tests.support import scheduling
+from tests.support import scheduling, weights
 from tests.support.data import PHOTO
 from tests.support.service import WEBHOOK_SECRET, Service, connected, free_port, run_service
 from worker.queue import private_redis
@@ -50,10 +50,24 @@ def no_own_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Services with cache folders of their own share what numba compiled: 15 s for each else."""
+def compiled_once(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Let all processes of all runs share what numba compiled: 4 s of each first process else.
+
+    numba compiles again what belongs to another version of the source, of itself or of the CPU.
+    """
+    cache = getattr(pytestconfig, "cache", None)  # none with `-p no:cacheprovider`
+    folder = cache.mkdir("numba") if cache else tmp_path_factory.getbasetemp() / "numba"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NUMBA_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "numba"))
+        patch.setenv("NUMBA_CACHE_DIR", str(folder))
+        yield
+
+
+@pytest.fixture
+def loaded_once() -> Iterator[None]:
+    """The command line and the API in this process use weights that were loaded before."""
+    with weights.loaded_once():
         yield
 
 

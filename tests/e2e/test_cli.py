@@ -23,7 +23,7 @@ from tests.support.data import DATA, PHOTO, psnr
 from tests.support.service import Service, children, run_service
 from tests.support.waiting import until, wait_for
 
-pytestmark = pytest.mark.weights
+pytestmark = [pytest.mark.weights, pytest.mark.usefixtures("loaded_once")]
 
 
 def typed(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from service.cli.main import main
 from service.client import ApiError, AsyncClient, Client
 from tests.support.service import Service, run_service
 
-pytestmark = [pytest.mark.redis, pytest.mark.weights]
+pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.usefixtures("loaded_once")]
 
 
 @pytest.fixture

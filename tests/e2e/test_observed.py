@@ -15,7 +15,7 @@ from service.settings import ServiceSettings
 from tests.support.service import Service, free_port
 from tests.support.waiting import until, wait_for
 
-pytestmark = [pytest.mark.redis, pytest.mark.weights]
+pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.usefixtures("loaded_once")]
 
 
 def samples(service: Service) -> dict[str, float]:

@@ -68,7 +68,7 @@ def test_the_wheel_serves_from_an_empty_folder(
     asked = [sys.executable, "-P", "-c", "import service; print(service.__file__)"]
     where = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     assert where == str(installed / "service/__init__.py")
-    with run_service(cache) as service:
+    with run_service(cache, "--workers", "0") as service:
         assert service.client.get("/openapi.json").json()["info"]["version"] == __version__
         for path in ("/", "/web/main.js", "/web/samples/parrots.webp"):
             assert service.client.get(path).is_success

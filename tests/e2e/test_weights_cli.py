@@ -15,7 +15,7 @@ from tests.support.service import run_service
 from tests.support.waiting import wait_for
 from tests.unit.test_zoo import compressed, random_codec
 
-pytestmark = pytest.mark.weights
+pytestmark = [pytest.mark.weights, pytest.mark.usefixtures("loaded_once")]
 
 
 @pytest.fixture(scope="module")
