@@ -1,4 +1,4 @@
-# Each target creates the environment it needs in .venv; none needs root.
+# Each target creates the environment that it needs in .venv. None needs root.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -40,6 +40,16 @@ check: $(READY) ## lint, formatting and types
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+
+.PHONY: coverage docs hooks
+coverage: $(READY) browser ## run all tests and report which lines they cover; fails below the floor
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --cov --cov-report=term
+
+docs: $(READY) ## update the tables of environment variables in deploy/OPERATING.md
+	@$(BIN)/python -P deploy/variables.py
+
+hooks: $(READY) ## run ruff and mypy before each git commit
+	@$(BIN)/pre-commit install
 
 bench: $(READY) $(if $(filter decode diffusion http,$(PART)),,browser) ## time and memory, against CompressAI in one process (PART=decode, diffusion, http or page)
 	@for part in $(or $(PART),decode diffusion http page); do $(BIN)/python -P tests/bench/$$part.py || exit; done

@@ -31,29 +31,41 @@ class WorkerSettings(BaseSettings):
         env_prefix="AFTERIMAGE_", extra="ignore", secrets_dir=secrets_dir()
     )
 
-    redis_url: str = Field("", validation_alias="REDIS_URL")
-    cache_redis_url: str = Field("", validation_alias="CACHE_REDIS_URL")
-    prefix: str = "afterimage"
-    cache_dir: Path = Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    ) / "afterimage"  # fmt: skip
-    weights_dir: Path = Path(
-        os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
-    ) / "afterimage/weights"  # fmt: skip
-    """The user's own weights, beside the shipped ones; read when a process starts."""
-    threads: int = Field(0, ge=0, description="CPU threads of a process; 0: torch's own choice")
+    redis_url: str = Field(
+        "",
+        validation_alias="REDIS_URL",
+        description="Redis of the queue; if unset, `serve` starts a private one",
+    )
+    cache_redis_url: str = Field(
+        "",
+        validation_alias="CACHE_REDIS_URL",
+        description="Redis of the pictures; if unset, the queue's",
+    )
+    prefix: str = Field("afterimage", description="prefix of all Redis keys except RQ's")
+    cache_dir: Path = Field(
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afterimage",
+        description="compiled code, the private Redis, pictures waiting for Redis",
+    )
+    weights_dir: Path = Field(
+        Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share")
+        / "afterimage/weights",
+        description="imported codec weights; read at start",
+    )
+    threads: int = Field(0, ge=0, description="CPU threads per process; 0: torch's choice")
     gs_precision: Literal["f32", "bf16"] = Field(
-        "f32", description="of instant pictures on a CPU; bf16 takes half the time where it has it"
+        "f32", description="instant pictures on a CPU; `bf16`: half the time, if supported"
     )
-    grace_s: float = Field(
-        30, ge=0, description="what a worker that is to end may still take for its job"
-    )
+    grace_s: float = Field(30, ge=0, description="seconds that a job may still run after SIGTERM")
     batch: int = Field(
         0, ge=0, le=64, description="pictures of one shape drawn together; 0: 8 on CUDA, else 1"
     )
-    nice: int = Field(10, ge=0, le=19, description="priority of workers below the API's")
-    max_pixels: int = Field(MAX_PIXELS, ge=1, description="largest picture, declared or real")
-    job_timeout_s: int = Field(3600, ge=1)
+    nice: int = Field(
+        10, ge=0, le=19, description="niceness of workers, so that the API comes first"
+    )
+    max_pixels: int = Field(
+        MAX_PIXELS, ge=1, description="largest picture, by its header and as decoded"
+    )
+    job_timeout_s: int = Field(3600, ge=1, description="longest run of one job, in seconds")
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def _serve(args: argparse.Namespace) -> int:
                 say(f"Afterimage is ready at http://{args.host}:{args.port}  (Ctrl-C stops it)")
 
         async def shutdown(self, sockets=None):  # type: ignore[no-untyped-def]
-            app.state.own.closing.set()
+            app.state.services.closing.set()
             await super().shutdown(sockets)
 
     with contextlib.ExitStack() as stack:

@@ -60,7 +60,7 @@ def test_the_page_asks_for_a_key(guarded: Service, small_msh: bytes, page: Page)
     expect(page.locator("[name=tier]")).to_have_value("perceptual")
     coded = {"name": "small.msh", "mimeType": "", "buffer": small_msh}
     page.set_input_files("#chosen", files=[coded])  # type: ignore[list-item]
-    for key, said in (("", "neither an API key"), ("wrong", "the API key is not valid")):
+    for key, said in (("", "no API key and no valid"), ("wrong", "the API key is not valid")):
         if key:
             page.get_by_label("API key").fill(key)
             page.keyboard.press("Enter")

@@ -40,19 +40,20 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_version_is_said_in_one_place() -> None:
     said = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert __version__ == version("afterimage") == said
-    assert re.search(
-        rf"^## (Unreleased|{re.escape(said)}\b)", (ROOT / "CHANGELOG.md").read_text(), re.M
-    )
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(rf"^## \[{re.escape(said)}\] - ", changes, re.M)
 
 
 def test_the_wheel_has_the_weights_and_nothing_of_the_tests(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"models/weights/{e.file}" for e in checkpoint.manifest()} <= set(names)
+    assert {f"{package}/py.typed" for package in ("models", "service", "worker")} <= set(names)
     assert not [n for n in names if n.startswith(("tests/", "models/train/weights/"))]
     (sdist,) = built.glob("*.tar.gz")
     inside = {n.partition("/")[2] for n in tarfile.open(sdist).getnames()}
-    assert {"LICENSE", "README.md", "CHANGELOG.md", "Dockerfile", "deploy/compose.yaml"} <= inside
+    pages = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "models/train/README.md"}
+    assert {"LICENSE", "Dockerfile", "deploy/compose.yaml", *pages} <= inside
 
 
 def test_the_wheel_serves_from_an_empty_folder(

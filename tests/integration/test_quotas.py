@@ -165,7 +165,7 @@ def test_jobs_beyond_the_limit_are_refused_until_one_ends(counted: Quotas, jobs:
     jobs.fail_queued(job_id(1), "broken")
     counted.job(GALLERY, job_id(3))
     refused(lambda: counted.job(GALLERY, job_id(1)))
-    counted.ended(GALLERY, job_id(2))
+    counted.release_job(GALLERY, job_id(2))
     counted.job(GALLERY, job_id(1))
 
 
@@ -225,7 +225,7 @@ def test_without_redis_requests_pass_and_jobs_do_not(
         for _ in range(5):
             assert counted.request(GALLERY) == {}
     assert [r.getMessage().split(":")[0] for r in caplog.records] == [
-        "requests are not counted, Redis is away"
+        "requests are not counted while Redis is unavailable"
     ]
     with pytest.raises(redis.RedisError):
         counted.job(GALLERY, "one")

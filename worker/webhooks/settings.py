@@ -22,17 +22,22 @@ class WebhookSettings(BaseSettings):
     )
 
     webhook_secret: SecretStr = Field(
-        SecretStr(""), description="whsec_ and base64 of 24 to 64 bytes; to change it: new and old"
+        SecretStr(""),
+        description="signs webhooks: `whsec_` and base64 of 24 to 64 bytes; to rotate: `NEW OLD`",
     )
     webhook_allow: str = Field(
-        "", description="hosts, or host:port, that may be private or http, with commas between"
+        "", description="hosts, or host:port, with commas: may be private or plain http"
     )
     webhook_retries_s: tuple[Annotated[float, Field(ge=0, le=86400)], ...] = Field(
         (5, 30, 120, 600, 3600, 4 * 3600, 12 * 3600),
-        description="longest wait after the 1st, 2nd, … failure; after one more it is given up",
+        description="JSON list: longest waits after the 1st, 2nd, … failure, in seconds",
     )
-    webhook_timeout_s: float = Field(10, gt=0, le=60, description="of one attempt")
-    webhook_threads: int = Field(4, ge=1, le=64, description="attempts at once, per consumer")
+    webhook_timeout_s: float = Field(
+        10, gt=0, le=60, description="timeout of one attempt, in seconds"
+    )
+    webhook_threads: int = Field(
+        4, ge=1, le=64, description="deliveries at once per sender process"
+    )
 
     @field_validator("webhook_secret")
     @classmethod
