@@ -43,7 +43,7 @@ check: $(READY) ## lint, formatting and types
 
 .PHONY: coverage docs hooks
 coverage: $(READY) browser ## run all tests and report which lines they cover; fails below the floor
-	@OMP_NUM_THREADS=1 $(BIN)/pytest --cov --cov-report=term
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov --cov-report=term
 
 docs: $(READY) ## update the tables of environment variables in deploy/OPERATING.md
 	@$(BIN)/python -P deploy/variables.py
