@@ -52,7 +52,13 @@ def test_the_wheel_has_the_weights_and_nothing_of_the_tests(built: Path) -> None
     assert not [n for n in names if n.startswith(("tests/", "models/train/weights/"))]
     (sdist,) = built.glob("*.tar.gz")
     inside = {n.partition("/")[2] for n in tarfile.open(sdist).getnames()}
-    pages = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "models/train/README.md"}
+    pages = {
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "models/train/README.md",
+    }
     assert {"LICENSE", "Dockerfile", "deploy/compose.yaml", *pages} <= inside
 
 
