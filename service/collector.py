@@ -64,13 +64,13 @@ def _queue(jobs: Jobs) -> Iterator[Metric]:
         age,
     )
     yield GaugeMetricFamily("afterimage_jobs_running", "Jobs being run by workers.", running)
-    workers = len(estimates.alive(jobs))
+    workers = len(estimates.live_workers(jobs))
     yield GaugeMetricFamily("afterimage_workers", "Live workers, busy or idle.", workers)
     memory = "Used fraction of the maxmemory of the queue's Redis; 0 without maxmemory."
     yield GaugeMetricFamily("afterimage_queue_memory_ratio", memory, jobs.store.fullness())
 
 
-def _counters(sums: counters.Figures) -> Iterator[Metric]:
+def _counters(sums: counters.Counters) -> Iterator[Metric]:
     ended = CounterMetricFamily("afterimage_jobs_ended", "Jobs that ended.", labels=("status",))
     for name in (counters.SUCCEEDED, counters.FAILED, counters.CANCELED):
         ended.add_metric([name.partition(":")[2]], sums.get(name))
@@ -80,7 +80,7 @@ def _counters(sums: counters.Figures) -> Iterator[Metric]:
     buckets, total = sums.eta_ratios
     text = "Measured duration of a job divided by the predicted duration; 1 is exact."
     yield HistogramMetricFamily("afterimage_eta_error_ratio", text, buckets, total)
-    yield from _model(sums.model)
+    yield from _model(sums.model_time)
 
 
 def _model(workers: Mapping[str, tuple[float, float]]) -> Iterator[Metric]:

@@ -14,12 +14,12 @@ from models.library import provenance
 from service.instant import PictureFile
 from service.problems import JobNotFound
 from service.services import Services
-from worker.queue.records import Decode
+from worker.queue.records import DecodeRequest
 from worker.queue.store import RedisError
 
 
 async def finished_picture(
-    services: Services, decode: Decode, format: OutputFormat, alpha: float = 1.0
+    services: Services, decode: DecodeRequest, format: OutputFormat, alpha: float = 1.0
 ) -> bytes | None:
     """Return the finished picture as a file at realism `alpha`, or None if it is not in the cache.
 
@@ -45,7 +45,7 @@ async def finished_picture(
 
 
 async def draft(
-    services: Services, decode: Decode, b: Bitstream, format: OutputFormat
+    services: Services, decode: DecodeRequest, b: Bitstream, format: OutputFormat
 ) -> PictureFile:
     """Return the instant picture, from the Redis cache if it is there.
 
@@ -62,7 +62,7 @@ async def draft(
     return picture
 
 
-async def stored_bitstream(services: Services, decode: Decode) -> Bitstream:
+async def stored_bitstream(services: Services, decode: DecodeRequest) -> Bitstream:
     """Return the submitted bitstream of a decode.
 
     Raises `JobNotFound` if it has expired, `WrongWeights` if its codec is no longer installed.

@@ -14,7 +14,7 @@ from models.image import MEDIA_TYPES, OutputFormat
 from service import signed_urls
 from service.problems import RangeNotSatisfiable
 from service.services import Services
-from worker.queue.records import Decode
+from worker.queue.records import DecodeRequest
 
 DRAFT_CACHE = "max-age=0, stale-while-revalidate=60"
 FINAL_S = 31_536_000
@@ -27,7 +27,7 @@ def picture(
     request: Request,
     data: bytes,
     format: OutputFormat,
-    decode: Decode | None,
+    decode: DecodeRequest | None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """Return 200 with a picture file, 304 if the client has it, or 206 with a part of it.
@@ -57,7 +57,7 @@ def picture(
     return Response(data, status, fields, MEDIA_TYPES[format])
 
 
-def provenance_headers(decode: Decode) -> dict[str, str]:
+def provenance_headers(decode: DecodeRequest) -> dict[str, str]:
     """Headers that mark a picture as synthesised and list its settings.
 
     The settings are an RFC 9651 dictionary; the seed is a string, since it may exceed the range of

@@ -12,8 +12,8 @@ from models.image import MEDIA_TYPES
 from service import problems
 from service.negotiate import MAX_WAIT_S
 from service.settings import ServiceSettings
-from worker.queue.estimates import Cost as CostModel
-from worker.queue.jobs import MAX_HOLD_S
+from worker.queue.estimates import CostModel
+from worker.queue.jobs import MAX_SUBSCRIPTION_S
 from worker.queue.records import JobState, Status
 
 
@@ -328,7 +328,7 @@ class Limits(BaseModel):
         """Return the limits that these settings set."""
         return cls(
             bytes=s.max_bytes, pixels=s.max_pixels, megapixel_steps=s.max_megapixel_steps,
-            steps=tiers.MAX_STEPS, wait_s=MAX_WAIT_S, deadline_s=MAX_HOLD_S,
+            steps=tiers.MAX_STEPS, wait_s=MAX_WAIT_S, deadline_s=MAX_SUBSCRIPTION_S,
             request_timeout_s=s.request_timeout_s,
         )  # fmt: skip
 

@@ -19,8 +19,8 @@ from service.negotiate import Preferences
 from service.problems import KeyReused
 from service.services import Services
 from worker.queue import estimates, outbox
-from worker.queue.jobs import MAX_HOLD_S
-from worker.queue.records import ENDED, Decode, JobState
+from worker.queue.jobs import MAX_SUBSCRIPTION_S
+from worker.queue.records import ENDED, DecodeRequest, JobState
 from worker.webhooks.settings import check_url
 
 IDEMPOTENCY_TTL_S = 24 * 3600
@@ -63,7 +63,7 @@ class Submission:
     services: Services
     request: Request
     upload: ParsedBitstream
-    decode: Decode
+    decode: DecodeRequest
     params: DecodeParams
     format: OutputFormat
     prefer: Preferences
@@ -133,8 +133,10 @@ class Submission:
         self.services.quotas.job(self.caller, self.decode.id)
         self._register_webhooks()  # before queueing, so that the end of the job is not missed
         # a caller with webhooks has no reason to poll, so it stays subscribed
-        hold_s = MAX_HOLD_S if self.params.webhooks else self.params.deadline_s
-        state, created = jobs.submit(self.decode, self.upload.data, self.caller.name, hold_s)
+        subscription_s = MAX_SUBSCRIPTION_S if self.params.webhooks else self.params.deadline_s
+        state, created = jobs.submit(
+            self.decode, self.upload.data, self.caller.name, subscription_s
+        )
         if created:  # an earlier run may have ended in between and consumed the registrations
             self._register_webhooks()
         if self.params.webhooks and state.status in ENDED:
@@ -156,7 +158,9 @@ class Submission:
         self._register_webhooks()
         outbox.job_ended(self.services.store, state.id, *outbox.event(state))
 
-    def _picture(self, file: bytes, decode: Decode | None, headers: dict[str, str]) -> Response:
+    def _picture(
+        self, file: bytes, decode: DecodeRequest | None, headers: dict[str, str]
+    ) -> Response:
         return image_response.picture(
             self.services, self.request, file, self.format, decode, headers
         )
@@ -164,14 +168,14 @@ class Submission:
 
 def build_decode(
     services: Services, upload: ParsedBitstream, params: DecodeParams, settings: Settings
-) -> Decode:
+) -> DecodeRequest:
     """Return the decode that a request describes.
 
     Raises `ParameterError` if it exceeds `max_megapixel_steps`, `WrongWeights` if the bitstream's
     codec is not installed.
     """
     b = upload.bitstream
-    decode = Decode(
+    decode = DecodeRequest(
         upload.digest, params.tier.name, settings, params.seed, services.library.codec_id(b),
         services.decoder_id, b.quality, b.width, b.height,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from service.services import Services
 from worker.queue import estimates
 from worker.queue import events as job_events
 from worker.queue.events import Event
-from worker.queue.jobs import POLL_HOLD_S
+from worker.queue.jobs import POLL_SUBSCRIPTION_S
 from worker.queue.records import ENDED, JobState
 from worker.queue.store import BLOCK_S
 
@@ -42,7 +42,7 @@ async def load(services: Services, id: str, caller: str) -> JobState:
 def renew(services: Services, state: JobState, caller: str) -> None:
     """Extend the caller's subscription to a job that has not ended."""
     if state.status not in ENDED:
-        services.jobs.renew(state.id, caller, POLL_HOLD_S)
+        services.jobs.renew(state.id, caller, POLL_SUBSCRIPTION_S)
 
 
 def check_kept(state: JobState) -> None:
@@ -54,9 +54,9 @@ def check_kept(state: JobState) -> None:
 
 def view(services: Services, state: JobState, eta_s: float | None = None) -> schemas.Decode:
     """Return the public view of a job; `eta_s` is computed unless it is given."""
-    position = services.jobs.position(state.id) if state.status == "queued" else None
+    position = services.jobs.position(state)
     if eta_s is None:
-        eta_s = estimates.eta_s(services.jobs, state)
+        eta_s = estimates.eta_s(services.jobs, state, position)
     return schemas.Decode.of(state, position, eta_s)
 
 
@@ -123,7 +123,7 @@ async def events(
 
 def _keep_watching(services: Services, id: str, caller: str) -> None:
     services.jobs.watch(id)
-    services.jobs.renew(id, caller, POLL_HOLD_S)
+    services.jobs.renew(id, caller, POLL_SUBSCRIPTION_S)
 
 
 async def _read_events(

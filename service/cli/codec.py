@@ -13,7 +13,7 @@ from models.files import atomic_write
 from models.tiers import TIERS, Sampler, check_realism, check_seed, find, vary
 from service.cli.terminal import complain
 from service.settings import ServiceSettings
-from worker.settings import without_collections
+from worker.settings import without_garbage_collection
 
 if TYPE_CHECKING:  # it brings Pillow
     from models.image import OutputFormat
@@ -57,7 +57,7 @@ def _files(command: argparse.ArgumentParser) -> None:
 
 
 def _encode(args: argparse.Namespace) -> int:
-    with without_collections():
+    with without_garbage_collection():
         import torch
 
         from models import image
@@ -92,7 +92,7 @@ def _decode(args: argparse.Namespace) -> int:
         asked = {"seed": seed, "realism": alpha, **{n: getattr(args, n) for n in names}}
         return _each(targets, partial(_decode_there, args.url, args.tier, asked, targets))
 
-    with without_collections():
+    with without_garbage_collection():
         from torch import Tensor
         from tqdm import tqdm
 

@@ -11,7 +11,7 @@ from typing import Any
 from service.cli.supervisor import COURIER, WORKER, running
 from service.cli.terminal import complain, say
 from service.settings import ServiceSettings
-from worker.settings import without_collections
+from worker.settings import without_garbage_collection
 
 STALLED_S = 10
 """How long requests may take to finish when the service stops."""
@@ -60,7 +60,7 @@ def _serve(args: argparse.Namespace) -> int:
             connected.check()
         connected.close()
     loading = contextlib.ExitStack()
-    loading.enter_context(without_collections())
+    loading.enter_context(without_garbage_collection())
 
     import uvicorn
 

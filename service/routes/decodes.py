@@ -21,7 +21,7 @@ from service.deps import (
 )
 from service.problems import Conflict, IdMismatch, KeyReused, QueueFull
 from service.submission import DecodeParams, ParsedBitstream, Submission
-from worker.queue.jobs import HOLD_S, MAX_HOLD_S
+from worker.queue.jobs import MAX_SUBSCRIPTION_S, SUBSCRIPTION_S
 
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
 
@@ -79,10 +79,10 @@ async def decode_params(
         int,
         Query(
             ge=1,
-            le=MAX_HOLD_S,
+            le=MAX_SUBSCRIPTION_S,
             description="Seconds after which the job is canceled unless its state is requested.",
         ),
-    ] = HOLD_S,
+    ] = SUBSCRIPTION_S,
     webhook: Annotated[
         list[str] | None,
         Query(

@@ -100,5 +100,5 @@ async def inspect(
     except WrongWeights:
         decodable = False
     with contextlib.suppress(RedisError):  # without Redis, costs of diffusion tiers are unknown
-        cost = await anyio.to_thread.run_sync(estimates.model, services.jobs)
+        cost = await anyio.to_thread.run_sync(estimates.cost_model, services.jobs)
     return schemas.Inspection.of(b, len(data), decodable, services.instant.megapixel_s, cost)

@@ -17,7 +17,7 @@ from service.deps import (
     tier_query,
 )
 from service.problems import Conflict, JobNotFound, PictureGone
-from worker.queue.records import Decode
+from worker.queue.records import DecodeRequest
 
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
 
@@ -100,7 +100,7 @@ async def preview(services: ServicesDep, caller: ImageCaller, id: JobId) -> Resp
     return Response(file, 200, headers, "image/webp")
 
 
-def _rank(decode: Decode) -> int:
+def _rank(decode: DecodeRequest) -> int:
     """The rank of the best tier with the decode's settings, which may not be the tier it names."""
     same = (t.name for t in tiers.TIERS.values() if t.settings == decode.settings)
     return max(_RANKS[name] for name in (decode.tier, *same))

@@ -3,7 +3,7 @@
 from models import checkpoint
 from models.codec import bitstream
 from models.tiers import Settings
-from worker.queue.records import Decode
+from worker.queue.records import DecodeRequest
 
 FAST = Settings("ddim", 2, beta=1.0)
 """Two steps: the quickest drawing that a job can ask for and that reports progress."""
@@ -11,9 +11,9 @@ FAST = Settings("ddim", 2, beta=1.0)
 
 def decode_of(
     data: bytes, settings: Settings = FAST, seed: int = 0, tier: str = "perceptual"
-) -> Decode:
+) -> DecodeRequest:
     """A decode of the bitstream `data` with the shipped weights."""
     b = bitstream.parse(data)
     ids = {e.kind: e.weights_id for e in checkpoint.manifest() if e.quality in {0, b.quality}}
-    return Decode(bitstream.digest(data), tier, settings, seed, ids["codec"], ids["decoder"],
+    return DecodeRequest(bitstream.digest(data), tier, settings, seed, ids["codec"], ids["decoder"],
                   b.quality, b.width, b.height)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Redis servers and worker processes that a test can kill, stop and start again."""
+"""Redis servers and worker processes that tests kill, stop and start again."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ from worker.settings import WorkerSettings
 
 
 class Server:
-    """A Redis server on a unix socket; its data are on disk and outlive the process."""
+    """A Redis server whose data survive a kill."""
 
     def __init__(self, folder: Path, options: tuple[str, ...]) -> None:
         folder.mkdir(parents=True)
@@ -36,7 +36,7 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        # not `die_with_parent`: to the kernel the parent is the thread, and that may end before
+        # not `die_with_parent`: the kernel's parent is the thread, which may end earlier
         self.process = subprocess.Popen(self.command)
         with redis.Redis(unix_socket_path=str(self.socket)) as client:
             until(client.ping, "the server starts")
@@ -47,7 +47,7 @@ class Server:
 
 
 class Worker:
-    """A worker process that writes its log to the file `log`."""
+    """A worker process that logs to the file `log`."""
 
     def __init__(self, rig: "Rig", name: str) -> None:
         self.log = rig.folder / f"{name}.log"
@@ -66,13 +66,13 @@ class Worker:
         self.process.wait()
 
     def terminate(self, seconds: float = 60) -> int:
-        """SIGTERM; the exit status."""
+        """Send SIGTERM; returns the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
 
 
 class Rig:
-    """A queue server, a cache server, and the workers that a test starts."""
+    """Two Redis servers, and the workers that a test starts."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.folder = folder
@@ -93,23 +93,23 @@ class Rig:
         return [worker for worker in self.workers if worker.process.poll() is None]
 
     def one(self) -> Worker:
-        """A worker that runs; if there is none, start one and wait until it is ready."""
+        """A live worker; if there is none, a new one that is ready."""
         return next(iter(self.alive()), None) or self.worker().ready()
 
     def drawing(self, job_id: str) -> Worker:
-        """The worker that draws this job."""
+        """The live worker that runs this job."""
         registered = rq.Worker.all(self.store.queue)
         pids = {w.pid for w in registered if w.get_current_job_id() == job_id}
         (worker,) = (worker for worker in self.alive() if worker.process.pid in pids)
         return worker
 
     def start_queue(self) -> None:
-        """Start the killed queue server again with the same data."""
+        """Start the killed queue server again, with its data."""
         self.queue.start()
-        self.store.queue.connection_pool.disconnect()  # the old connections would each fail once
+        self.store.queue.connection_pool.disconnect()  # stale connections would fail once each
 
     def restart_queue(self, away_s: float) -> None:
-        """Kill the queue server, and start it again after `away_s` seconds."""
+        """Kill the queue server, and start it again `away_s` later."""
         self.queue.kill()
         time.sleep(away_s)
         self.start_queue()
@@ -135,12 +135,12 @@ class Rig:
 
 @contextlib.contextmanager
 def rig(folder: Path, **environment: str) -> Iterator[Rig]:
-    running = Rig(folder, **environment)
+    made = Rig(folder, **environment)
     try:
-        yield running
+        yield made
     finally:
-        for worker in running.workers:
+        for worker in made.workers:
             worker.kill()
-        running.store.close()
-        for server in (running.queue, running.cache):
+        made.store.close()
+        for server in (made.queue, made.cache):
             server.kill()

@@ -18,15 +18,15 @@ from tests.support.service import free_port
 from worker.attempt import Attempt
 from worker.queue import counters, estimates
 from worker.queue.jobs import Jobs
-from worker.queue.records import Decode
+from worker.queue.records import DecodeRequest
 from worker.queue.store import Store, connect
 from worker.settings import WorkerSettings
 
 SETTINGS = Settings(sampler="ddim", steps=4, eta=0.0, gamma=1.0)
 
 
-def decode(seed: int) -> Decode:
-    return Decode("d" * 64, "fast", SETTINGS, seed, "c" * 16, "e" * 16, 2, 64, 64)
+def decode(seed: int) -> DecodeRequest:
+    return DecodeRequest("d" * 64, "fast", SETTINGS, seed, "c" * 16, "e" * 16, 2, 64, 64)
 
 
 def application(jobs: Jobs) -> FastAPI:
@@ -72,7 +72,7 @@ def scrape(store: Store) -> dict[str, Metric]:
 
 def test_every_metric_has_a_name_a_type_and_a_help_text(store: Store) -> None:
     jobs = Jobs(store)
-    counters.measured(store, "w", 1.0, 1.0)
+    counters.add_model_time(store, "w", 1.0, 1.0)
     app = application(jobs)
     get(app, "/v1/things/1")
     families = {
@@ -154,7 +154,7 @@ def test_the_queue_is_read_at_every_scrape(store: Store) -> None:
     assert value(empty, "afterimage_queue_depth") == 0
     assert value(empty, "afterimage_queue_oldest_age_seconds") == 0
     assert value(empty, "afterimage_workers") == 0
-    estimates.present(jobs)
+    estimates.mark_alive(jobs)
     for seed in range(3):
         jobs.submit(decode(seed), b"bitstream")
     store.queue.hset(jobs.key(decode(1).id), "created", str(time.time() - 100))
@@ -197,7 +197,7 @@ def test_counters_of_workers_are_exported(store: Store) -> None:
 
 def test_the_error_of_predicted_times_is_a_histogram(store: Store) -> None:
     for measured_s, predicted_s in [(9, 10), (10, 10), (30, 10), (1000, 10), (5, 0)]:
-        counters.predicted(store, measured_s, predicted_s)  # the last job had no prediction
+        counters.add_eta_ratio(store, measured_s, predicted_s)  # the last job had no prediction
     families = scrape(store)
     name = "afterimage_eta_error_ratio"
     counts = {le: value(families, f"{name}_bucket", le=le) for le in ("0.75", "0.9", "1.0", "4.0")}
@@ -207,9 +207,9 @@ def test_the_error_of_predicted_times_is_a_histogram(store: Store) -> None:
 
 
 def test_the_cost_of_the_model_is_exported_for_each_worker(store: Store) -> None:
-    counters.measured(store, "host-1", 3.0, 2.0)
-    counters.measured(store, "host-1", 1.0, 2.0)
-    counters.measured(store, 'odd:"\n', 5.0, 1.0)
+    counters.add_model_time(store, "host-1", 3.0, 2.0)
+    counters.add_model_time(store, "host-1", 1.0, 2.0)
+    counters.add_model_time(store, 'odd:"\n', 5.0, 1.0)
     families = scrape(store)
     name = "afterimage_model_seconds_per_megapixel_step"
     assert value(families, name, worker="host-1") == 1.0
@@ -219,11 +219,11 @@ def test_the_cost_of_the_model_is_exported_for_each_worker(store: Store) -> None
 
 
 def test_counters_of_workers_expire(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    counters.measured(store, "old", 1.0, 1.0)
+    counters.add_model_time(store, "old", 1.0, 1.0)
     monkeypatch.setattr(counters, "WORKER_TTL_S", 0.05)
     time.sleep(0.1)
-    counters.measured(store, "new", 1.0, 1.0)
-    assert list(counters.read(store).model) == ["new"]
+    counters.add_model_time(store, "new", 1.0, 1.0)
+    assert list(counters.read(store).model_time) == ["new"]
 
 
 def unreachable() -> Store:
@@ -241,8 +241,8 @@ def test_without_redis_the_metrics_of_the_process_remain() -> None:
 
 
 def test_without_redis_counters_of_workers_are_dropped_without_an_error() -> None:
-    counters.measured(unreachable(), "w", 1.0, 1.0)
-    counters.predicted(unreachable(), 1.0, 1.0)
+    counters.add_model_time(unreachable(), "w", 1.0, 1.0)
+    counters.add_eta_ratio(unreachable(), 1.0, 1.0)
 
 
 def test_the_separate_port_is_released_when_the_server_stops(store: Store) -> None:

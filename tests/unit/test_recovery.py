@@ -283,7 +283,8 @@ def test_a_fork_leaves_the_process_to_its_parent() -> None:
 
 def test_the_process_ends_with_its_parent() -> None:
     script = (
-        "import os, torch; from models.codec import recovery; net = torch.nn.Sequential(torch.nn.Conv2d("
+        "import os, torch; from models.codec import recovery;"
+        "net = torch.nn.Sequential(torch.nn.Conv2d("
         "2, 2, 1)); recovery.HELPER.evaluate('key', net, torch.zeros(1, 2, 1, 1), 'one thread');"
         "print(recovery.HELPER.pid, flush=True); os.kill(os.getpid(), 9)"
     )

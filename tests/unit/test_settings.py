@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from worker.settings import without_collections
+from worker.settings import without_garbage_collection
 
 SHOW = """
 from service.settings import ServiceSettings
@@ -35,7 +35,7 @@ def test_secrets_are_read_from_files_unless_the_environment_sets_them(tmp_path: 
 
 def test_objects_created_while_loading_are_exempt_from_garbage_collection() -> None:
     before = gc.get_freeze_count()
-    with without_collections():
+    with without_garbage_collection():
         assert not gc.isenabled()
         loaded = [{} for _ in range(1000)]  # type: ignore[var-annotated]
     assert gc.isenabled()
