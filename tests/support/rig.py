@@ -130,7 +130,7 @@ class Rig:
         until(lambda: self.state(job_id).step >= step, f"step {step}")
 
     def commits(self, job_id: str) -> int:
-        return int(self.store.queue.hget(self.jobs.key(job_id), "commits") or 0)  # type: ignore[arg-type]
+        return int(self.store.queue.hget(self.jobs.key(job_id), "commits") or 0)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ class Service:
 @contextlib.contextmanager
 def connected(queue: str, cache: str) -> Iterator[Store]:
     """Connections to the stores at these URLs."""
-    store = connect(WorkerSettings(REDIS_URL=queue, CACHE_REDIS_URL=cache))  # type: ignore[call-arg]
+    store = connect(WorkerSettings(REDIS_URL=queue, CACHE_REDIS_URL=cache))
     try:
         yield store
     finally:
