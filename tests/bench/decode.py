@@ -66,9 +66,7 @@ def measure(weights: str, width: int, height: int, file: Path) -> dict[str, Any]
         stages = _stages(ours, b, 5 if width < 1000 else 2)
     rate = machine.gflops()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        InferenceSynthesis(ours.net.g_s)(
-            ours.latents(b).y_hat
-        )  # useful FLOPs, no overlaps
+        InferenceSynthesis(ours.net.g_s)(ours.latents(b).y_hat)  # useful FLOPs, no overlaps
     g_s_gflops = counter.get_total_flops() / stages["g_s"] / 1e6
     return {
         "weights": weights,

@@ -20,8 +20,9 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.bench import machine
-from tests.conftest import PHOTO, run_service
-from tests.e2e.conftest import launch
+from tests.support.browser import launch
+from tests.support.data import PHOTO
+from tests.support.service import run_service
 
 SIZES = ((768, 512), (4000, 3000))
 VIEWS = ((1280, 800), (2560, 1440))

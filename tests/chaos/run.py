@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from models import image
 from models.codec import bitstream, codec, zoo
 from tests.bench import machine
-from tests.chaos.rig import Rig, Worker, rig, until
-from tests.conftest import Service, run_service
+from tests.support.rig import Rig, Worker, rig
+from tests.support.service import Service, run_service
+from tests.support.waiting import until
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
 WORKERS = 3

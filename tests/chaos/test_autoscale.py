@@ -15,8 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from models.tiers import Settings
 from service import metrics
-from tests.chaos.rig import Rig, Worker, rig, until
-from tests.conftest import free_port
+from tests.support.rig import Rig, Worker, rig
+from tests.support.service import free_port
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]
 

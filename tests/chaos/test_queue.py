@@ -11,7 +11,8 @@ from models.codec import bitstream, codec
 from models.codec.codec import Codec
 from models.errors import Quarantined
 from models.tiers import Settings
-from tests.chaos.rig import Rig, Worker, rig, until
+from tests.support.rig import Rig, Worker, rig
+from tests.support.waiting import until
 from worker.queue.jobs import QUARANTINED
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.chaos.rig import Rig, rig, until
-from tests.conftest import Service, run_service
+from tests.support.rig import Rig, rig
+from tests.support.service import Service, run_service
+from tests.support.waiting import until
 from worker.queue import counters
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]

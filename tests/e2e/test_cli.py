@@ -19,10 +19,11 @@ from PIL import Image
 from models import image
 from models.codec import bitstream
 from service.cli import main
-from tests.chaos.rig import until
-from tests.conftest import DATA, PHOTO, Service, psnr, run_service, wait_for
+from tests.support.data import DATA, PHOTO, psnr
+from tests.support.service import Service, children, run_service
+from tests.support.waiting import until, wait_for
 
-pytestmark = pytest.mark.weights
+pytestmark = [pytest.mark.weights, pytest.mark.usefixtures("loaded_once")]
 
 
 def run_process(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -180,10 +181,6 @@ def test_packages_in_the_current_directory_are_not_imported(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
 
 
-def children(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def stop(service: Service, by: signal.Signals) -> None:
     """Send a signal; the exit status must be 0, and all child processes must exit."""
     left = children(service.process.pid)
@@ -214,19 +211,3 @@ def test_a_stopped_service_leaves_no_process_and_keeps_its_queue(
     with run_service(tmp_path) as second:
         assert wait_for(second.client, location)["status"] == "succeeded"
         stop(second, signal.SIGTERM)
-
-
-@pytest.mark.redis
-def test_the_job_of_a_killed_worker_runs_again(service: Service, small_msh: bytes) -> None:
-    params = {"tier": "ddpm-1000", "steps": 60}
-    answer = service.client.post("/v1/decodes", params=params, content=small_msh)
-    location = answer.headers["location"]
-    (worker,) = (
-        pid for pid in children(service.process.pid)
-        if b"worker.main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    )  # fmt: skip
-    until(lambda: service.client.get(location).json()["step"] >= 2, "the second step")
-    os.kill(worker, signal.SIGKILL)
-    state = wait_for(service.client, location)
-    assert (state["status"], state["attempts"], state["step"]) == ("succeeded", 2, 60)
-    assert "worker.main exited with status -9; restarting" in service.log.read_text()

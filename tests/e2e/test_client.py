@@ -12,9 +12,9 @@ from models import image
 from models.errors import Canceled
 from service.cli.main import main
 from service.client import ApiError, AsyncClient, Client
-from tests.conftest import Service, run_service
+from tests.support.service import Service, run_service
 
-pytestmark = [pytest.mark.redis, pytest.mark.weights]
+pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.usefixtures("loaded_once")]
 
 
 @pytest.fixture

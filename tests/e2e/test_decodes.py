@@ -17,8 +17,9 @@ from PIL import ExifTags, Image
 
 from models import image
 from models.tiers import TIERS
-from tests.chaos.rig import until
-from tests.conftest import Service, psnr, wait_for
+from tests.support.data import psnr
+from tests.support.service import Service
+from tests.support.waiting import until, wait_for
 from worker.queue import counters, estimates
 from worker.queue.jobs import Jobs
 from worker.queue.records import DecodeRequest, JobState

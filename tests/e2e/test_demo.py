@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from models import image
-from tests.conftest import Service
+from tests.support.service import Service
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 

@@ -17,7 +17,7 @@ from playwright.sync_api import BrowserContext, Page, Request, Route, expect
 from models import image
 from models.image import Pixels
 from service.routes.page import files
-from tests.conftest import Service
+from tests.support.service import Service
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 

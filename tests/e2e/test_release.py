@@ -13,7 +13,7 @@ import pytest
 
 from models import checkpoint
 from service import __version__
-from tests.conftest import run_service
+from tests.support.service import run_service
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
@@ -75,7 +75,7 @@ def test_the_wheel_serves_from_an_empty_folder(
     asked = [sys.executable, "-P", "-c", "import service; print(service.__file__)"]
     where = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     assert where == str(installed / "service/__init__.py")
-    with run_service(cache) as service:
+    with run_service(cache, "--workers", "0") as service:
         assert service.client.get("/openapi.json").json()["info"]["version"] == __version__
         for path in ("/", "/web/main.js", "/web/samples/parrots.webp"):
             assert service.client.get(path).is_success

@@ -9,11 +9,13 @@ from compressai.models import MeanScaleHyperprior as Reference
 
 from models import checkpoint, image
 from models.codec import bitstream, codec
-from tests.conftest import DATA, run_service, wait_for
 from tests.e2e.test_cli import afterimage, read
+from tests.support.data import DATA
+from tests.support.service import run_service
+from tests.support.waiting import wait_for
 from tests.unit.test_zoo import compressed, random_codec
 
-pytestmark = pytest.mark.weights
+pytestmark = [pytest.mark.weights, pytest.mark.usefixtures("loaded_once")]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from models.codec.bitstream import Bitstream
 from models.diffusion.decoder import DiffusionInput
 from models.library import Library
 from models.tiers import Settings
-from tests.chaos.rig import decode_of
+from tests.support.jobs import FAST, decode_of
 from worker import context, tasks
 from worker.attempt import Attempt, LeaseLost
 from worker.context import WorkerContext
@@ -32,8 +32,6 @@ from worker.queue.store import RECORD_TTL_S, Store
 from worker.spool import Spool
 
 pytestmark = pytest.mark.redis
-
-FAST = Settings("ddim", 2, beta=1.0)
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import pytest
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from models import checkpoint, image
-from models.codec import bitstream
+from models import image
 from models.tiers import TIERS, Settings
+from tests.support.jobs import decode_of
 from worker.attempt import Attempt, LeaseLost
 from worker.heartbeat import Heartbeat
 from worker.queue import events
@@ -28,15 +28,6 @@ from worker.queue.urls import NoRedis
 from worker.spool import Spool
 
 pytestmark = pytest.mark.redis
-
-FAST = Settings("ddim", 2, beta=1.0)
-
-
-def request_for(data: bytes, seed: int = 0, tier: str = "perceptual") -> DecodeRequest:
-    b = bitstream.parse(data)
-    ids = {e.kind: e.weights_id for e in checkpoint.manifest() if e.quality in {0, b.quality}}
-    return DecodeRequest(bitstream.digest(data), tier, FAST, seed, ids["codec"], ids["decoder"],
-                  b.quality, b.width, b.height)  # fmt: skip
 
 
 @pytest.fixture
@@ -69,10 +60,10 @@ def ended(jobs: Jobs, job_id: str, seconds: float = 120) -> JobState:
 
 
 def test_the_job_id_depends_on_all_but_the_tiers_name(small_msh: bytes) -> None:
-    a = request_for(small_msh)
-    assert a.id == request_for(small_msh).id
-    assert a.id == request_for(small_msh, tier="another name, same settings").id
-    assert a.id != request_for(small_msh, seed=1).id
+    a = decode_of(small_msh)
+    assert a.id == decode_of(small_msh).id
+    assert a.id == decode_of(small_msh, tier="another name, same settings").id
+    assert a.id != decode_of(small_msh, seed=1).id
     assert len(a.id) == 32
 
 
@@ -93,7 +84,7 @@ def test_a_redis_that_is_too_old_is_refused(store: Store, monkeypatch: pytest.Mo
 
 
 def test_a_new_job_is_queued_once(jobs: Jobs, small_msh: bytes) -> None:
-    d = request_for(small_msh)
+    d = decode_of(small_msh)
     first, is_new = jobs.submit(d, small_msh)
     again, is_new_again = jobs.submit(d, small_msh)
     assert (is_new, is_new_again) == (True, False)
@@ -105,7 +96,7 @@ def test_a_new_job_is_queued_once(jobs: Jobs, small_msh: bytes) -> None:
 
 
 def test_concurrent_submissions_queue_one_job(jobs: Jobs, small_msh: bytes) -> None:
-    d = request_for(small_msh)
+    d = decode_of(small_msh)
     is_new: list[bool] = []
     threads = [
         threading.Thread(target=lambda: is_new.append(jobs.submit(d, small_msh)[1]))
@@ -120,14 +111,14 @@ def test_concurrent_submissions_queue_one_job(jobs: Jobs, small_msh: bytes) -> N
 
 
 def test_every_key_of_a_job_expires(jobs: Jobs, small_msh: bytes) -> None:
-    jobs.submit(request_for(small_msh), small_msh)
+    jobs.submit(decode_of(small_msh), small_msh)
     keys = jobs.store.queue.keys("afterimage:*")
     assert len(keys) == 5
     assert all(jobs.store.queue.ttl(k) > 0 for k in keys)
 
 
 def test_queued_jobs_are_json_and_name_the_task(jobs: Jobs, small_msh: bytes) -> None:
-    d = request_for(small_msh)
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh)
     job = Job.fetch(d.id, jobs.store.queue, serializer=JSONSerializer)
     assert (job.func_name, list(job.args)) == ("worker.tasks.enhance", [d.id])
@@ -135,7 +126,7 @@ def test_queued_jobs_are_json_and_name_the_task(jobs: Jobs, small_msh: bytes) ->
 
 
 def test_a_job_lost_between_queue_and_worker_is_queued_again(jobs: Jobs, small_msh: bytes) -> None:
-    d = request_for(small_msh)
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh)
     assert jobs.missing() == set()
     jobs.queue.remove(d.id)  # a worker took it and crashed before it began
@@ -146,7 +137,7 @@ def test_a_job_lost_between_queue_and_worker_is_queued_again(jobs: Jobs, small_m
 
 
 def test_a_job_queued_again_after_a_failure_does_not_expire(jobs: Jobs, small_msh: bytes) -> None:
-    d = request_for(small_msh)
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh)
     jobs.store.queue.expire(f"rq:job:{d.id}", 60)  # as RQ does when a job raises
     jobs.fail_queued(d.id, "internal error")
@@ -155,7 +146,7 @@ def test_a_job_queued_again_after_a_failure_does_not_expire(jobs: Jobs, small_ms
 
 
 def test_a_record_lost_during_an_attempt_counts_as_none(jobs: Jobs, small_msh: bytes) -> None:
-    d = request_for(small_msh)
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh)
     attempt = Attempt.begin(jobs, d.id)
     assert attempt is not None
@@ -169,7 +160,7 @@ def test_a_record_lost_during_an_attempt_counts_as_none(jobs: Jobs, small_msh: b
 def test_a_full_queue_store_does_not_stop_the_heartbeat(
     jobs: Jobs, small_msh: bytes, tmp_path: Path
 ) -> None:
-    d = request_for(small_msh)
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh)
     attempt = Attempt.begin(jobs, d.id)
     assert attempt is not None
@@ -216,7 +207,7 @@ def test_an_unknown_job_is_none(jobs: Jobs) -> None:
 
 
 def test_a_failed_job_may_be_submitted_again(jobs: Jobs, small_msh: bytes) -> None:
-    d = request_for(small_msh)
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh)
     jobs.queue.empty()
     jobs.fail_queued(d.id, "broken")
@@ -228,7 +219,7 @@ def test_a_failed_job_may_be_submitted_again(jobs: Jobs, small_msh: bytes) -> No
 
 
 def test_all_keys_of_a_withdrawn_job_expire(jobs: Jobs, small_msh: bytes) -> None:
-    d = request_for(small_msh)
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh)
     assert not jobs.withdraw(d.id, "")
     assert jobs.queue.job_ids == []
@@ -239,7 +230,7 @@ def test_all_keys_of_a_withdrawn_job_expire(jobs: Jobs, small_msh: bytes) -> Non
 def test_a_submission_during_a_withdrawal_keeps_the_job(
     jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    d = request_for(small_msh)
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh, "first")
     has_subscribers, calls = Jobs.has_subscribers, 0
 
@@ -262,7 +253,7 @@ def test_a_submission_during_a_withdrawal_keeps_the_job(
 def test_a_worker_draws_the_picture_and_reports_progress(
     worker: subprocess.Popen[bytes], jobs: Jobs, small_msh: bytes
 ) -> None:
-    d = request_for(small_msh)
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh)
     state = ended(jobs, d.id)
     assert (state.status, state.error) == ("succeeded", "")
@@ -290,11 +281,11 @@ def test_a_worker_continues_after_foreign_and_failing_jobs(
     jobs.queue.enqueue_call("pathlib.Path.touch", args=(str(mark),), job_id="foreign")
     damaged = bytearray(small_compressai)
     damaged[-100] ^= 255
-    broken = request_for(bytes(damaged))
+    broken = decode_of(bytes(damaged))
     jobs.submit(broken, bytes(damaged))
-    other = replace(request_for(small_msh), decoder="0" * 16)
+    other = replace(decode_of(small_msh), decoder="0" * 16)
     jobs.submit(other, small_msh)
-    good = request_for(small_msh)
+    good = decode_of(small_msh)
     jobs.submit(good, small_msh)
     assert ended(jobs, good.id).status == "succeeded"
     assert not mark.exists()

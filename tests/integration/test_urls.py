@@ -18,8 +18,9 @@ from rq import SimpleWorker
 
 from models.codec import bitstream
 from models.tiers import Settings
-from tests.chaos.rig import decode_of, until
-from tests.conftest import free_port
+from tests.support.jobs import decode_of
+from tests.support.service import free_port
+from tests.support.waiting import until
 from worker.attempt import Attempt
 from worker.queue import estimates, private_redis, urls
 from worker.queue.jobs import Jobs

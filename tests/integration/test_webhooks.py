@@ -24,7 +24,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from models.errors import ParameterError
 from models.tiers import Settings
-from tests.chaos.rig import until
+from tests.support.waiting import until
 from worker.queue import outbox
 from worker.queue.outbox import MAX_DEAD, Message, Outbox
 from worker.queue.records import DecodeRequest, JobState, Status

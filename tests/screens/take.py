@@ -14,8 +14,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.conftest import run_service
-from tests.e2e.conftest import launch
+from tests.support.browser import launch
+from tests.support.service import run_service
 
 HERE = Path(__file__).parent
 FOLDER = Path("runs/screens")

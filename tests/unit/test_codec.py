@@ -15,7 +15,7 @@ from models.codec.codec import Codec
 from models.codec.hyperprior import LatentCoder
 from models.errors import BitstreamError, ChecksumMismatch, WeightsError, WrongWeights
 from models.image import Pixels
-from tests.conftest import psnr
+from tests.support.data import psnr
 
 pytestmark = pytest.mark.weights
 

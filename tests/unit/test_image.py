@@ -10,7 +10,7 @@ from PIL import ExifTags, Image, ImageCms
 
 from models import image
 from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
-from tests.conftest import psnr
+from tests.support.data import psnr
 
 
 def file(picture: Image.Image, format: str = "PNG", **options: object) -> bytes:

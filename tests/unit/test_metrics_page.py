@@ -14,7 +14,7 @@ from models.tiers import Settings
 from service import metrics
 from service.requests import RequestMiddleware
 from service.routes import metrics as metrics_page
-from tests.conftest import free_port
+from tests.support.service import free_port
 from worker.attempt import Attempt
 from worker.queue import counters, estimates
 from worker.queue.jobs import Jobs

@@ -21,7 +21,7 @@ from models.codec.bitstream import Bitstream
 from models.codec.codec import Codec
 from models.errors import BitstreamError
 from models.image import Pixels
-from tests.conftest import psnr
+from tests.support.data import psnr
 
 pytestmark = pytest.mark.weights
 

@@ -19,7 +19,7 @@ from models.codec.inference_synthesis import InferenceSynthesis, used_channels
 from models.codec.msh import GDN, MeanScaleHyperprior
 from models.codec.synthesis import Synthesis
 from models.image import Pixels
-from tests.conftest import psnr
+from tests.support.data import psnr
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ from models.train.diffusion import DiffusionTask
 from models.train.distributed import ProcessGroup
 from models.train.photos import photographs
 from models.train.run import Run
-from tests.chaos.rig import until
+from tests.support.waiting import until
 
 CPU = ProcessGroup(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -29,7 +29,7 @@ from models.train.hyperprior import TrainableHyperprior
 from models.train.msh import LAMBDA, MshConfig, MshTask, with_init_sizes
 from models.train.run import Run
 from models.train.widen import widen
-from tests.chaos.rig import until
+from tests.support.waiting import until
 
 CPU = ProcessGroup(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("one_thread")

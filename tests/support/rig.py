@@ -6,43 +6,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import redis
 import rq
 
-from models import checkpoint
-from models.codec import bitstream
 from models.tiers import Settings
+from tests.support.jobs import decode_of
+from tests.support.waiting import until
 from worker.queue import private_redis
 from worker.queue.jobs import Jobs
-from worker.queue.records import DecodeRequest, JobState
+from worker.queue.records import JobState
 from worker.queue.store import Store, connect
 from worker.settings import WorkerSettings
-
-
-def decode_of(data: bytes, settings: Settings, seed: int = 0, tier: str = "test") -> DecodeRequest:
-    """The decode request for a bitstream, with the shipped weights."""
-    b = bitstream.parse(data)
-    ids = {e.kind: e.weights_id for e in checkpoint.manifest() if e.quality in {0, b.quality}}
-    return DecodeRequest(bitstream.digest(data), tier, settings, seed, ids["codec"], ids["decoder"],
-                  b.quality, b.width, b.height)  # fmt: skip
-
-
-def until(true: Callable[[], object], what: str, seconds: float = 60) -> float:
-    """Wait until `true()` is true, ignoring errors of Redis; returns the seconds waited.
-
-    Raises `TimeoutError`, with `what` in its text.
-    """
-    began = time.monotonic()
-    while True:
-        with contextlib.suppress(redis.RedisError):
-            if true():
-                return time.monotonic() - began
-        if time.monotonic() - began > seconds:
-            raise TimeoutError(f"{what}: not within {seconds} s")
-        time.sleep(0.01)
 
 
 class Server:
@@ -138,7 +115,7 @@ class Rig:
         self.start_queue()
 
     def submit(self, data: bytes, settings: Settings, seed: int = 0) -> str:
-        return self.jobs.submit(decode_of(data, settings, seed), data)[0].id
+        return self.jobs.submit(decode_of(data, settings, seed, "test"), data)[0].id
 
     def state(self, job_id: str) -> JobState:
         state = self.jobs.get(job_id)
@@ -153,7 +130,7 @@ class Rig:
         until(lambda: self.state(job_id).step >= step, f"step {step}")
 
     def commits(self, job_id: str) -> int:
-        return int(self.store.queue.hget(self.jobs.key(job_id), "commits") or 0)  # type: ignore[arg-type]
+        return int(self.store.queue.hget(self.jobs.key(job_id), "commits") or 0)
 
 
 @contextlib.contextmanager
