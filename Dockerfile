@@ -1,11 +1,11 @@
-# One image, both roles: `serve` (the API, the default) and `worker`. Targets: cpu (default), cuda.
-# BASE is any Debian with Python 3.11 or 3.12 and pip; pip's indexes may be named as arguments.
+# One image with two roles: `serve` (the API, the default) and `worker`. Targets: cpu (default), cuda.
+# BASE: any Debian image with Python 3.11 or 3.12 and pip. PIP_INDEX_URL, PIP_EXTRA_INDEX_URL: pip's indexes.
 ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS base
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
-# The project as a wheel.
+# Build the project as a wheel.
 FROM base AS wheel
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
@@ -18,7 +18,7 @@ COPY service ./service
 COPY worker ./worker
 RUN /build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 
-# What it needs, with hashes; then the wheel, and what is compiled at first use.
+# Install the locked packages, then the wheel; compile what would be compiled at first use.
 FROM base AS packages-cpu
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
@@ -43,7 +43,7 @@ COPY --from=wheel /wheels /wheels
 COPY deploy/prepare.sh /prepare.sh
 RUN /prepare.sh
 
-# What runs: no compiler, two writable folders.
+# The image that runs: no compiler, two writable folders.
 FROM base AS runtime
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="Afterimage" \

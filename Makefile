@@ -1,4 +1,4 @@
-# Each target creates the environment it needs in .venv; none needs root.
+# Each target creates the environment that it needs in .venv. None needs root.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -7,10 +7,9 @@ URL ?=
 PART ?=
 COMPILE := .venv/lock/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe \
 	--no-header --no-emit-index-url --no-emit-trusted-host --no-emit-find-links
-SERVICES := tests/e2e tests/integration tests/fuzz
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-parts test-services browser check bench chaos screens load \
+.PHONY: help setup run demo test browser check bench chaos screens load \
 	fuzz lock image image-test deploy-check gpu-check
 
 help: ## show this list
@@ -29,18 +28,8 @@ run: $(READY) ## start Redis, the API and one worker on http://127.0.0.1:8000
 demo: $(READY) ## encode a photograph, decode it at every quality, save a comparison (PHOTO=, URL=)
 	@$(BIN)/python -P -m service.cli.demo $(PHOTO) $(if $(URL),--url $(URL))
 
-# What both parts need is made before: beside `-j`, make 4.3 runs them one after the other at times
-# where one of them has to wait for a prerequisite that is quick.
-test: $(READY) browser ## run all tests, in two processes
-	@$(MAKE) --no-print-directory -j2 test-services test-parts
-
-test-parts:
-	@OMP_NUM_THREADS=1 $(BIN)/pytest $(SERVICES:%=--ignore=%)
-
-test-services:
-	@mkdir -p runs
-	@OMP_NUM_THREADS=1 $(BIN)/pytest $(SERVICES) >runs/test-services.txt 2>&1; ended=$$?; \
-		cat runs/test-services.txt; exit $$ended
+test: $(READY) browser ## run all tests, in two processes; lists the slowest
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations=25
 
 browser: $(READY) ## install Chromium for the tests of the page: Debian's as root, else Playwright's
 	-@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
@@ -51,6 +40,16 @@ check: $(READY) ## lint, formatting and types
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+
+.PHONY: coverage docs hooks
+coverage: $(READY) browser ## run all tests and report which lines they cover; fails below the floor
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov --cov-report=term
+
+docs: $(READY) ## update the tables of environment variables in deploy/OPERATING.md
+	@$(BIN)/python -P deploy/variables.py
+
+hooks: $(READY) ## run ruff and mypy before each git commit
+	@$(BIN)/pre-commit install
 
 bench: $(READY) $(if $(filter decode diffusion http,$(PART)),,browser) ## time and memory, against CompressAI in one process (PART=decode, diffusion, http or page)
 	@for part in $(or $(PART),decode diffusion http page); do $(BIN)/python -P tests/bench/$$part.py || exit; done

@@ -1,6 +1,6 @@
 #!/bin/sh
-# A base image of Debian's own packages, for buildah where no registry can be reached:
-# deploy/base.sh NAME. The machine's certificates come along: its package indexes may need them.
+# Make a Debian base image for buildah without a container registry: deploy/base.sh NAME.
+# The host's CA certificates are copied into it, because its package indexes may need them.
 set -eu
 for tool in mmdebstrap buildah; do
     command -v "$tool" >/dev/null || { echo "apt-get install $tool" >&2; exit 1; }

@@ -1,10 +1,11 @@
 #!/bin/sh
-# What `make test` cannot check without tools from elsewhere: deploy/check.sh. promtool comes from the
-# distribution (Debian: prometheus), checkov from PyPI; kubectl is to be 1.24 or later.
+# Check manifests and alert rules with tools that `make test` does not need: deploy/check.sh.
+# promtool: from the distribution (Debian: package prometheus). kubectl: 1.24 or later. checkov: installed
+# from PyPI.
 set -eu
 cd "$(dirname "$0")/.."
 for tool in promtool kubectl; do
-    command -v "$tool" >/dev/null || { echo "deploy-check needs $tool" >&2; exit 1; }
+    command -v "$tool" >/dev/null || { echo "deploy-check needs $tool; install it" >&2; exit 1; }
 done
 rendered=$(mktemp -d)
 trap 'rm -rf "$rendered"' EXIT
@@ -15,19 +16,21 @@ for overlay in cpu gpu keda; do
     kubectl kustomize "deploy/kubernetes/overlays/$overlay" >"$rendered/$overlay.yaml"
     .venv/bin/kubernetes-validate --strict "$rendered/$overlay.yaml" >"$rendered/log" || {
         cat "$rendered/log"; exit 1; }
-    echo "$overlay: $(grep -c passed "$rendered/log") objects are sound"
+    echo "$overlay: $(grep -c passed "$rendered/log") objects are valid"
 done
 
 if [ ! -x .venv/checkov/bin/checkov ]; then
     python3 -m venv .venv/checkov
     .venv/checkov/bin/pip install --quiet checkov
 fi
-# Left out, with reasons: images by digest (43) and pulled always (15) are the operator's choice, who
-# builds them; CPU limits (11) throttle what requests already bound; secrets as files (35) would hide
-# the password from the URLs that name it; user ids above 10000 (40) are not the Redis image's.
+# Checks that are skipped:
+#   43, 15  images by digest, always pulled: operators build the images and choose
+#   11      CPU limits: they throttle; CPU requests are set
+#   35      secrets as files: the Redis URLs need the password in a variable
+#   40      user ids above 10000: the Redis image uses 999
 skipped=CKV_K8S_43,CKV_K8S_15,CKV_K8S_11,CKV_K8S_35,CKV_K8S_40
 .venv/checkov/bin/checkov --quiet --compact --skip-download --framework kubernetes \
     --skip-check "$skipped" --directory "$rendered"
-# 7: the base's tag is an argument, which checkov does not read
+# 7, tag of the base image: it is a build argument, which checkov does not resolve
 .venv/checkov/bin/checkov --quiet --compact --skip-download --framework dockerfile \
     --skip-check CKV_DOCKER_7 --file Dockerfile

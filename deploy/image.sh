@@ -1,9 +1,9 @@
 #!/bin/sh
-# Build the image: deploy/image.sh [cpu|cuda]. With docker, podman or buildah, whichever works here
-# (ENGINE= chooses); BASE=, PIP_INDEX_URL= and PIP_EXTRA_INDEX_URL= are passed on.
+# Build the image: deploy/image.sh [cpu|cuda]. Uses docker, podman or buildah, whichever works
+# (ENGINE= chooses). BASE=, PIP_INDEX_URL= and PIP_EXTRA_INDEX_URL= become build arguments.
 #
-# With buildah on a Debian machine the base is made by mmdebstrap where there is none: no registry
-# is needed. buildah's chroot isolation needs no container runtime and no privileged daemon.
+# buildah needs no registry: if the base image is missing, deploy/base.sh makes one with mmdebstrap.
+# With chroot isolation it needs no container runtime and no privileged daemon.
 set -eu
 cd "$(dirname "$0")/.."
 target=${1:-cpu}
@@ -22,7 +22,7 @@ for candidate in docker podman buildah; do
     [ -n "$engine" ] || ! works "$candidate" || engine=$candidate
 done
 if [ -z "$engine" ]; then
-    echo "an image needs docker, podman or buildah: apt-get install buildah mmdebstrap" >&2
+    echo "no docker, podman or buildah works here; for example: apt-get install buildah mmdebstrap" >&2
     exit 1
 fi
 echo "engine: $engine" >&2
@@ -41,5 +41,5 @@ if [ "$engine" = buildah ]; then
     fi
     exec buildah bud --isolation chroot --network host --format docker "$@" .
 fi
-[ "$engine" != podman ] || set -- --format docker "$@"  # its own has no health checks
+[ "$engine" != podman ] || set -- --format docker "$@"  # the OCI format has no health checks
 exec "$engine" build "$@" .

@@ -1,4 +1,4 @@
-"""Licences of what the image holds, as a page: `make lock` writes deploy/LICENCES.md."""
+"""Print deploy/LICENCES.md, the licences of the packages in the image: `make lock` runs it."""
 
 import re
 from importlib.metadata import PackageNotFoundError, metadata
@@ -10,16 +10,17 @@ DEPLOY = Path(__file__).parent
 
 
 def licence(name: str) -> str:
-    """The licence's name, from wherever a package says it; some are for other Pythons alone."""
+    """The licence from a package's metadata; "not said" if there is none, or the package is not
+    installed (some are for other Python versions only)."""
     try:
-        found = metadata(name)
+        fields = metadata(name)
     except PackageNotFoundError:
         return "not said"
     classifiers = [
-        c.rpartition(" :: ")[2] for c in found.get_all("Classifier", []) if c.startswith("License")
+        c.rpartition(" :: ")[2] for c in fields.get_all("Classifier", []) if c.startswith("License")
     ]
-    said = found.get("License-Expression") or ", ".join(classifiers) or found.get("License", "")
-    return said.strip().splitlines()[0].replace("|", "/") if said.strip() else "not said"
+    text = fields.get("License-Expression") or ", ".join(classifiers) or fields.get("License", "")
+    return text.strip().splitlines()[0].replace("|", "/") if text.strip() else "not said"
 
 
 def main() -> None:
@@ -33,14 +34,18 @@ def main() -> None:
         rows.append(f"| {name} | {version} | {licence(name)} |")
     weights = [f"| {e.file} | {e.weights_id} | Apache-2.0 |" for e in checkpoint.manifest()]
     print(  # noqa: T201
-        "# Licences\n\nAfterimage itself is under Apache-2.0. What its image holds besides, as the "
-        "packages say it:\n\n| package | version | licence |\n|---|---|---|",
+        "# Licences\n\n"
+        "Afterimage is under Apache-2.0. The packages in its image, with the licences that their "
+        "metadata state:\n\n"
+        "| package | version | licence |\n|---|---|---|",
         *rows,
-        "\nThe weights, trained for this project; their cards are in `models/weights/`:\n\n"
+        "\nThe weights were trained for this project; their model cards are in "
+        "`models/weights/`:\n\n"
         "| file | id | licence |\n|---|---|---|",
         *weights,
-        "\nThe page's photographs, `service/web/samples`, are Kodak's: free for unrestricted use."
-        "\n\nNIQE's pristine model is the University of Texas at Austin's: "
+        "\nThe sample photographs of the web page (`service/web/samples`) are from Kodak: free for "
+        "unrestricted use.\n\n"
+        "The pristine model of NIQE is from the University of Texas at Austin: "
         "`models/evaluate/niqe_pristine.LICENSE`.",
         sep="\n",
     )

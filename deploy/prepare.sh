@@ -1,6 +1,7 @@
 #!/bin/sh
-# In the image's build: install the wheel, check every weights file's digest, and compile what is
-# compiled at first use. numba knows its sources by their time, which layers keep to the second.
+# Runs in the image's build: install the wheel, load all weights (which checks their digests), and
+# compile what would be compiled at first use. numba's cache compares the sources' modification times,
+# and image layers keep only whole seconds: so all sources get the same round time.
 set -eu
 bin=/opt/afterimage/bin
 "$bin/pip" install --no-deps /wheels/*.whl
@@ -16,8 +17,8 @@ library.load().warm_up()
 '
 chmod -R a+rX "$AFTERIMAGE_CACHE_DIR"
 
-# No pip, no tests, of OpenVINO what runs on a CPU, and no plots, which only CompressAI's own
-# command line draws.
+# Remove what the service does not use: pip, tests, OpenVINO's GPU and NPU plugins and its frontends,
+# and matplotlib, which only CompressAI's command line needs. Then check that everything still imports.
 "$bin/pip" uninstall --yes matplotlib fonttools kiwisolver contourpy pip
 site=$(dirname "$sources")
 find "$site" -type d -name tests -prune -exec rm -rf {} +
@@ -25,6 +26,6 @@ rm -f "$site"/openvino/libs/libopenvino_intel_[gn]pu_plugin* "$site"/openvino/li
     "$site"/openvino/libs/libopenvino_[!i]*_frontend*
 "$bin/python" -P -c '
 import service.app, worker.tasks
-from models import interchange, zoo
+from models.codec import interchange, zoo
 zoo.reference(128, 192)
 '

@@ -1,1 +1,1 @@
-"""The codec and the diffusion decoder; knows nothing of HTTP and Redis."""
+"""The codec and the diffusion decoder. This package does not depend on HTTP or Redis."""

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors named by a manifest, checked by digest, identified by content."""
+"""Weights files: safetensors listed in a manifest, verified by digest, identified by content."""
 
 import hashlib
 import json
@@ -15,14 +15,15 @@ from torch import Tensor
 from models.errors import WeightsError
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""The shipped weights; `manifest.toml` there names every file."""
+"""Folder of the shipped weights. Its `manifest.toml` lists every file."""
 CODECS = "codecs"
-"""In the metadata of a diffusion decoder's file: a JSON list of weights ids."""
+"""Metadata key in a diffusion decoder's file: a JSON list of the weights ids of the codecs whose
+latents it was trained with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file of the manifest. `quality` and `metric` are empty for the diffusion decoder."""
+    """One file in a manifest. `quality` is 0 and `metric` empty for the diffusion decoder."""
 
     kind: str
     name: str
@@ -31,12 +32,16 @@ class Entry:
     weights_id: str
     quality: int = 0
     metric: str = ""
-    source: str = ""  # what it was imported from
-    card: str = ""  # file beside it that tells of its making
+    source: str = ""  # the file or URL that it was imported from
+    card: str = ""  # name of the model card in the same folder
 
 
 def weights_id(tensors: Mapping[str, Tensor]) -> str:
-    """First 8 bytes, in hex, of SHA-256 over (name, dtype, shape, bytes) of the sorted tensors."""
+    """Return 16 hex digits that identify the tensors, independent of their file.
+
+    They are the first 8 bytes of SHA-256 over name, dtype, shape and bytes of all tensors, sorted
+    by name.
+    """
     h = hashlib.sha256()
     for name in sorted(tensors):
         t = tensors[name].contiguous()
@@ -46,7 +51,7 @@ def weights_id(tensors: Mapping[str, Tensor]) -> str:
 
 
 def manifest(folder: Path = WEIGHTS) -> list[Entry]:
-    """All entries of the folder's `manifest.toml`; `WeightsError` where it is missing or wrong."""
+    """Read `manifest.toml` in `folder`. Raises `WeightsError` if it is missing or invalid."""
     path = folder / "manifest.toml"
     try:
         table = tomllib.loads(path.read_text("utf-8"))
@@ -54,7 +59,7 @@ def manifest(folder: Path = WEIGHTS) -> list[Entry]:
         for e in entries:
             for file in (e.file, e.card or e.file):
                 if Path(file).name != file:
-                    raise ValueError(f"{file!r} lies outside its folder")
+                    raise ValueError(f"{file!r} lies outside the manifest's folder")
         return entries
     except OSError as e:
         raise WeightsError(f"{path}: {e.strerror}") from e
@@ -63,37 +68,48 @@ def manifest(folder: Path = WEIGHTS) -> list[Entry]:
 
 
 def load(entry: Entry, folder: Path = WEIGHTS) -> dict[str, Tensor]:
-    """The tensors of an entry, as stored; `WeightsError` where the file is missing or altered."""
+    """Load and verify an entry's tensors. Raises as `load_with_metadata` does."""
     return load_with_metadata(entry, folder)[0]
 
 
 def load_with_metadata(
     entry: Entry, folder: Path = WEIGHTS
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of an entry; `WeightsError` where the file is missing or altered."""
+    """Load and verify an entry's tensors, in their stored dtypes, and the file's metadata.
+
+    Raises `WeightsError` if the file is missing or is not the one in the manifest.
+    """
     path = folder / entry.file
-    data = _bytes(path)
+    data = _read_bytes(path)
     if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise WeightsError(f"{path}: not the file that the manifest names")
-    tensors, metadata = _parsed(data, path)
-    if weights_id(tensors) != entry.weights_id:
-        raise WeightsError(f"{path}: its weights id is not the one that the manifest names")
+        raise WeightsError(
+            f"{path}: not the file in the manifest (SHA-256 differs); install or import it again"
+        )
+    tensors, metadata = _parse(data, path)
+    if (actual := weights_id(tensors)) != entry.weights_id:
+        raise WeightsError(
+            f"{path}: its weights id is {actual}, in the manifest {entry.weights_id}; "
+            "install or import it again"
+        )
     return tensors, metadata
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file that no manifest names; `WeightsError`."""
-    return _parsed(_bytes(path), path)
+    """Read tensors and metadata of a safetensors file without a manifest.
+
+    Raises `WeightsError` if the file is missing or damaged.
+    """
+    return _parse(_read_bytes(path), path)
 
 
-def _bytes(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as e:
         raise WeightsError(f"{path}: {e.strerror}") from e
 
 
-def _parsed(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _parse(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         tensors = load_bytes(data)
     except SafetensorError as e:

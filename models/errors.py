@@ -1,109 +1,109 @@
-"""Every error a caller may want to tell apart, as one tree.
+"""All errors that callers may want to handle, as one tree, with the HTTP status of each.
 
 AfterimageError
-  - BitstreamError          the client's bytes are wrong              (422)
-    · MalformedHeader       nothing, or less than a header            (400)
-    · UnsupportedCodec      a magic, model or metric we do not know   (415)
-    · LengthMismatch        lengths or shapes that contradict         (422)
-    · ChecksumMismatch      a checksum that does not hold             (422)
-    · CorruptStream         entropy coded bytes that cannot be        (422)
-    · DesynchronisedStream  they decode, but not to what was encoded  (422)
-    · WrongWeights          coded with weights that we do not have    (422)
-  - PictureTooLarge         more declared pixels than the limit       (413)
-  - PictureError            a picture that cannot be encoded          (422)
-    · UnsupportedPicture    not a picture format we read              (415)
+  - BitstreamError          the bitstream cannot be decoded           (422)
+    · MalformedHeader       empty, or shorter than a header           (400)
+    · UnsupportedCodec      unknown format, version, model or metric  (415)
+    · LengthMismatch        lengths or shapes contradict each other   (422)
+    · ChecksumMismatch      a checksum does not match                 (422)
+    · CorruptStream         entropy-coded bytes that no encoder makes (422)
+    · DesynchronisedStream  the entropy decoder lost step             (422)
+    · WrongWeights          encoded with weights not installed here   (422)
+  - PictureTooLarge         more pixels than the limit                (413)
+  - PictureError            the picture cannot be read or written     (422)
+    · UnsupportedPicture    the picture's file format is not read     (415)
   - ParameterError          tier, seed, quality … out of range        (422)
-  - Quarantined             the bitstream ended two workers           (422)
+  - Quarantined             the bitstream crashed two workers         (422)
   - Canceled                the caller no longer wants the picture
-  - WeightsError            ours are missing or altered               (500)
+  - WeightsError            a weights file is missing or altered      (500)
 """
 
 from typing import ClassVar
 
 
 class AfterimageError(Exception):
-    """Base of all errors of this project; its text is fit to be shown to a client.
+    """Base class of all errors in this project. Its message may be shown to clients.
 
-    `kind` names the class to clients (the last part of a problem's `type`) and never changes.
+    `kind` is the last part of the `type` in a problem response. It is public and never changes.
     """
 
     kind: ClassVar[str] = "afterimage-error"
 
 
 class BitstreamError(AfterimageError):
-    """The bitstream is wrong."""
+    """The bitstream cannot be decoded."""
 
     kind = "bitstream-error"
 
 
 class MalformedHeader(BitstreamError):
-    """Nothing, or less than a header."""
+    """The bitstream is empty or shorter than a header."""
 
     kind = "malformed-header"
 
 
 class UnsupportedCodec(BitstreamError):
-    """A magic, version, model, metric or profile that we do not decode."""
+    """The bitstream has a format, version, model, metric or profile that is not supported."""
 
     kind = "unsupported-codec"
 
 
 class LengthMismatch(BitstreamError):
-    """Declared lengths or shapes contradict each other or the bytes present."""
+    """Lengths or shapes in the header contradict each other or the number of bytes."""
 
     kind = "length-mismatch"
 
 
 class ChecksumMismatch(BitstreamError):
-    """A checksum in the bitstream does not hold."""
+    """A checksum in the bitstream does not match its contents."""
 
     kind = "checksum-mismatch"
 
 
 class CorruptStream(BitstreamError):
-    """The entropy coded bytes end early or hold impossible values."""
+    """The entropy-coded bytes end early or hold values that no encoder writes."""
 
     kind = "corrupt-stream"
 
 
 class DesynchronisedStream(BitstreamError):
-    """The entropy decoder did not end where every encoder begins."""
+    """All symbols were read, but the entropy decoder did not end in the encoder's start state."""
 
     kind = "desynchronised-stream"
 
 
 class WrongWeights(BitstreamError):
-    """The bitstream was made with other weights than ours."""
+    """The bitstream was encoded with weights that are not installed."""
 
     kind = "wrong-weights"
 
 
 class PictureTooLarge(AfterimageError):
-    """More pixels than the limit."""
+    """The picture has more pixels, or a longer side, than the limit."""
 
     kind = "picture-too-large"
 
 
 class PictureError(AfterimageError):
-    """A picture that cannot be read or encoded."""
+    """The picture cannot be read, encoded or written."""
 
     kind = "picture-error"
 
 
 class UnsupportedPicture(PictureError):
-    """Not a picture format that we read."""
+    """The picture's file format or sample depth is not supported."""
 
     kind = "unsupported-picture"
 
 
 class ParameterError(AfterimageError):
-    """A parameter outside its published range."""
+    """A parameter is outside its documented range."""
 
     kind = "parameter-error"
 
 
 class Quarantined(AfterimageError):
-    """Two workers died while they drew from this bitstream: it is refused for a day."""
+    """Two workers crashed while they decoded this bitstream; it is refused for a day."""
 
     kind = "quarantined"
 
@@ -115,6 +115,6 @@ class Canceled(AfterimageError):
 
 
 class WeightsError(AfterimageError):
-    """Weights are missing or altered."""
+    """A weights file is missing, altered or does not fit its network."""
 
     kind = "weights-error"

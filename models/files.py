@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic file writes."""
 
 import os
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
-    """A path beside `file`, of this process alone, to write to.
+    """Yield a temporary path in the folder of `file` to write to, then rename it to `file`.
 
-    It takes `file`'s place where the block ends well, and goes where it does not.
+    If the block raises, `file` stays unchanged and the temporary file is deleted.
     """
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:

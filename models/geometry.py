@@ -1,42 +1,56 @@
-"""Sizes of pictures: limits, padding, and the grids of the latents."""
+"""Picture sizes: limits, padding to the grids of the latents, place of the picture in its padding.
+
+A codec works on sides that are multiples of 64 pixels: one position of z covers 64×64 pixels, one
+position of y 16×16. Smaller pictures are padded on all sides, as CompressAI does it.
+"""
 
 from models.errors import LengthMismatch, PictureTooLarge
 
 MAX_PIXELS = 20_000_000
-"""Default limit on declared pixels: the diffusion decoder takes about 0.3 GB a megapixel."""
+"""Default limit on a picture's pixels. The diffusion decoder needs about 0.3 GB per megapixel."""
 MAX_SIDE = 16_384
-"""Limit on either side: what is computed is padded to multiples of 64 pixels."""
+"""Limit on height and width: padding of a very thin picture costs many times its own pixels."""
 STRIDE_Z = 64
-"""Pixels between two positions of z, in either format."""
+"""Pixels between two neighbouring positions of z."""
 STRIDE_Y = 16
-"""Pixels between two positions of `y`."""
+"""Pixels between two neighbouring positions of y."""
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
-    """Refuse more than `max_pixels`, and sides whose padding would be many times the picture.
+    """Check a picture's declared size, in pixels.
 
-    Raises `PictureTooLarge`, `LengthMismatch` for an empty picture.
+    Raises `LengthMismatch` if a side is 0, `PictureTooLarge` if the picture has more than
+    `max_pixels` or a side is longer than `MAX_SIDE`.
     """
     if not height or not width:
-        raise LengthMismatch(f"a picture of {width}×{height} pixels")
+        raise LengthMismatch(
+            f"the picture has {width}×{height} pixels; both sides must be 1 or more"
+        )
     if height * width > max_pixels:
-        raise PictureTooLarge(f"{width}×{height} pixels; the limit is {max_pixels}")
+        raise PictureTooLarge(
+            f"the picture has {width}×{height} pixels; the limit is {max_pixels} in all"
+        )
     if max(height, width) > MAX_SIDE:
-        raise PictureTooLarge(f"{width}×{height} pixels; the limit of a side is {MAX_SIDE}")
+        raise PictureTooLarge(
+            f"the picture has {width}×{height} pixels; the limit for each side is {MAX_SIDE}"
+        )
 
 
 def padded(height: int, width: int) -> tuple[int, int]:
-    """The coded size of a picture: both sides up to the next multiple of 64."""
+    """Return the coded height and width: each side rounded up to a multiple of 64."""
     return -(-height // STRIDE_Z) * STRIDE_Z, -(-width // STRIDE_Z) * STRIDE_Z
 
 
 def megapixels(height: int, width: int) -> float:
-    """Of the coded size, which is what a picture costs: one of 16384×1 as much as of 16384×64."""
+    """Return the megapixels of the coded (padded) size, to which decoding time is proportional.
+
+    A 16384×1 picture counts as 16384×64.
+    """
     rows, columns = padded(height, width)
     return rows * columns / 1e6
 
 
 def origin(height: int, width: int) -> tuple[int, int]:
-    """Row and column at which the picture begins within its padded self."""
-    full = padded(height, width)
-    return (full[0] - height) // 2, (full[1] - width) // 2
+    """Return row and column of the picture's top left pixel within the padded picture."""
+    rows, columns = padded(height, width)
+    return (rows - height) // 2, (columns - width) // 2

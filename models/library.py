@@ -1,4 +1,4 @@
-"""All models that are installed, and the two ways through them."""
+"""All installed models, and the two ways to decode: the instant and the perceptual picture."""
 
 import contextlib
 import ctypes
@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from models import image
 from models.codec import bitstream, catalogue, codec, zoo
 from models.codec.bitstream import Bitstream, Metric
 from models.codec.codec import Codec
-from models.codec.hyperprior import Latents
 from models.diffusion import decoder, realism
 from models.diffusion.decoder import Decoder, DiffusionInput, OnPicture
 from models.tiers import Settings
@@ -22,46 +20,44 @@ from models.tiers import Settings
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """The shipped codecs, the user's, and the diffusion decoder where this process draws itself."""
+    """Shipped codecs, imported codecs, and the diffusion decoder.
+
+    `decoder` is None in a process that draws no diffusion pictures itself.
+    """
 
     codecs: Mapping[tuple[int, Metric], Codec]
     decoder: Decoder | None
     imports: zoo.Imports = field(default_factory=zoo.Imports)
 
     def codec(self, b: Bitstream) -> Codec:
-        """The codec that made `b`; `WrongWeights` where it is not installed."""
+        """Return the codec that encoded `b`. Raises `WrongWeights` if it is not installed."""
         return self.find(b.quality, b.metric, b.weights_id)
 
     def find(self, quality: int, metric: Metric, weights_id: str = "") -> Codec:
-        """By weights id; where there is none the user's last import, else what is shipped.
+        """Return the codec with this quality, metric and weights id.
 
-        Raises `WrongWeights`, `WeightsError` where an import's file is altered.
+        Without a weights id it is the latest import, or the shipped codec if nothing was imported.
+        Raises `WrongWeights` if there is none, `WeightsError` if an import's file is altered.
         """
         row = self.imports.find(quality, metric, weights_id)
         return self._shipped(quality, metric, weights_id) if row is None else self.imports.load(row)
 
     def codec_id(self, b: Bitstream) -> str:
-        """The weights id of `codec(b)`, which is not loaded for it. Raises `WrongWeights`."""
+        """Return the weights id of `codec(b)` without loading it. Raises `WrongWeights`."""
         row = self.imports.find(b.quality, b.metric, b.weights_id)
         if row is not None:
             return row.entry.weights_id
         return self._shipped(b.quality, b.metric, b.weights_id).weights_id
 
     def weights_ids(self, b: Bitstream) -> tuple[str, str]:
-        """Ids of the codec's and the diffusion decoder's weights that draw `b`."""
+        """Return the weights ids of the codec and the diffusion decoder ("" without) for `b`."""
         return self.codec_id(b), self.decoder.weights_id if self.decoder else ""
 
     def _shipped(self, quality: int, metric: Metric, weights_id: str) -> Codec:
-        found = self.codecs.get((quality, metric))
-        if found is None or weights_id not in {"", found.weights_id}:
+        shipped = self.codecs.get((quality, metric))
+        if shipped is None or weights_id not in {"", shipped.weights_id}:
             raise catalogue.wrong_weights(quality, metric, weights_id)
-        return found
-
-    def instant(self, b: Bitstream) -> tuple[Latents, Tensor]:
-        """Bitstream -> latents, and the codec's picture of them (1, 3, H, W), still padded."""
-        own = self.codec(b)
-        latents = own.latents(b)
-        return latents, own.synthesis(latents.y_hat)
+        return shipped
 
     def perceptual(
         self,
@@ -71,67 +67,83 @@ class Library:
         on_step: OnPicture | None = None,
         alpha: float = 1.0,
     ) -> image.Pixels:
-        """Bitstream -> the diffusion decoder's picture (H, W, 3), at realism `alpha`.
+        """Decode a bitstream to the diffusion decoder's picture, (H, W, 3), at realism `alpha`.
 
-        Latents of codecs that the decoder has not learned stay hidden from it.
+        `on_step` is called after each sampler step. Raises as `diffusion_input` does, and
+        `ValueError` without a diffusion decoder.
         """
-        draft = self.draft(b, seed)
-        x = self.diffusion.sample_batch([draft], settings, on_step)
-        return codec.to_pixels(codec.crop(realism.mix(draft.x_hat, x, alpha), b.height, b.width))
+        diffusion_input = self.diffusion_input(b, seed)
+        x = self.diffusion.sample_batch([diffusion_input], settings, on_step)
+        mixed = realism.mix(diffusion_input.x_hat, x, alpha)
+        return codec.crop_to_pixels(mixed, b.height, b.width)
 
-    def draft(self, b: Bitstream, seed: int) -> DiffusionInput:
-        """Bitstream -> what the diffusion decoder begins with. Raises as `Codec.latents`."""
-        latents, x_hat = self.instant(b)
-        shipped = {own.weights_id for own in self.codecs.values()}
-        learned = self.decoder.codecs if self.decoder else None
-        shown = self.codec_id(b) in (shipped if learned is None else learned)
-        return DiffusionInput(latents, x_hat, b.quality, seed, shown)
+    def diffusion_input(self, b: Bitstream, seed: int) -> DiffusionInput:
+        """Decode a bitstream to the diffusion decoder's input. Raises as `Codec.latents` does.
+
+        The latents are hidden from the diffusion decoder unless it was trained with their codec.
+        """
+        latents, x_hat = self.codec(b).reconstruct(b)
+        shipped = {c.weights_id for c in self.codecs.values()}
+        trained = self.decoder.codecs if self.decoder else None
+        latents_visible = self.codec_id(b) in (shipped if trained is None else trained)
+        return DiffusionInput(latents, x_hat, b.quality, seed, latents_visible)
+
+    def at_realism(self, b: Bitstream, pixels: image.Pixels, alpha: float) -> image.Pixels:
+        """Mix the instant picture of `b` with its finished diffusion picture, `pixels` (H, W, 3).
+
+        `alpha` 0 is the instant picture, 1 is `pixels`. Raises as `Codec.latents` does.
+        """
+        x_hat = codec.crop(self.codec(b).reconstruct(b)[1], b.height, b.width)
+        return codec.to_pixels(realism.mix(x_hat, codec.to_tensor(pixels), alpha))
 
     @property
     def diffusion(self) -> Decoder:
-        """The diffusion decoder; `ValueError` in a process that was started without it."""
+        """The diffusion decoder. Raises `ValueError` if it was not loaded in this process."""
         if self.decoder is None:
-            raise ValueError("this process was started without the diffusion decoder")
+            raise ValueError("the diffusion decoder is not loaded; use load(with_decoder=True)")
         return self.decoder
 
     def warm_up(self) -> None:
-        """One small picture both ways, so that what is compiled on first use is compiled now.
+        """Decode one small picture with each model, so that all lazy compilation happens now.
 
-        What loading took and left goes back to the system, where its allocator can give it back.
+        Afterwards memory that was needed only for loading is returned to the system (glibc only).
         """
-        pixels = np.full((64, 64, 3), 128, np.uint8)
-        for own in self.codecs.values():
-            b = own.encode(codec.to_tensor(pixels), "msh", "exact")
-            self.instant(bitstream.parse(bitstream.serialize(b)))
+        x = codec.to_tensor(np.full((64, 64, 3), 128, np.uint8))
+        for shipped in self.codecs.values():
+            b = shipped.encode(x, "msh", "exact")
+            self.codec(b).decode(bitstream.parse(bitstream.serialize(b)))
             if self.decoder is not None:
                 self.perceptual(b, Settings("ddim", 1), 0)
-        with contextlib.suppress(AttributeError):  # glibc's
+        with contextlib.suppress(AttributeError):  # other C libraries have no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def load(threads: int = 0, with_decoder: bool = True, folder: Path | None = None) -> Library:
-    """Load the shipped weights, and look up what was imported into the user's `folder`.
+    """Load the shipped weights and list those that were imported into the user's `folder`.
 
-    `threads` CPU threads, torch's own choice where it is 0. The decoder draws on CUDA where there
-    is a device, the codecs' pictures are made on the CPU. Raises `WeightsError`.
+    `threads` is the number of CPU threads, 0 for torch's default. Codecs run on the CPU, the
+    diffusion decoder on a CUDA device if there is one. Raises `WeightsError`.
     """
     if threads:
         torch.set_num_threads(threads)
     codecs: dict[tuple[int, Metric], Codec] = {(q, "mse"): zoo.load(q) for q in zoo.QUALITIES}
     imports = zoo.Imports(catalogue.imported(folder))
-    drawing = decoder.load(device=device()) if with_decoder else None
-    return Library(codecs, drawing, imports)
+    diffusion = decoder.load(device=device()) if with_decoder else None
+    return Library(codecs, diffusion, imports)
 
 
 def device() -> torch.device:
-    """That draws: CUDA's first, where there is one (`CUDA_VISIBLE_DEVICES` chooses, or hides)."""
+    """Return the device for diffusion: the first CUDA device, otherwise the CPU.
+
+    `CUDA_VISIBLE_DEVICES` chooses another CUDA device, or hides them all.
+    """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def provenance(
     tier: str, settings: Settings, seed: int, codec_id: str, decoder_id: str, alpha: float = 1.0
 ) -> dict[str, str]:
-    """Metadata that say what a synthesised picture is."""
+    """Return the metadata to write into a synthesised picture's file."""
     return {
         "Software": "Afterimage",
         "Comment": "synthesised detail: drawn by a diffusion decoder, not recorded by a camera",

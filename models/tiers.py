@@ -1,4 +1,4 @@
-"""Tiers: public names of sampler settings, and the limits within which a request may vary them."""
+"""Tiers: named sampler settings, and the ranges within which a request may change them."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -7,7 +7,6 @@ from models.errors import ParameterError
 
 MAX_STEPS = 1000
 MAX_SEED = 2**64 - 1
-
 MAX_GUIDANCE = 4.0
 
 Sampler = Literal["ddim", "ddpm", "dpmpp-2m"]
@@ -15,41 +14,39 @@ Sampler = Literal["ddim", "ddpm", "dpmpp-2m"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a diffusion picture is drawn.
-
-    Raises `ParameterError` where a value lies outside its range.
-    """
+    """Sampler settings of a diffusion picture. Raises `ParameterError` for values out of range."""
 
     sampler: Sampler
     steps: int  # cost is linear in this
     eta: float = 0.0  # 0: deterministic; 1: the DDPM posterior's variance
     gamma: float = 1.0  # scale of the initial noise
     beta: float = 0.0  # 0: a sample of the posterior; 1: the few-step perceptual decoder
-    guidance: float = (
-        1.0  # autoguidance by the network without latents; off at 1, else twice the cost
-    )
+    guidance: float = 1.0  # scale of autoguidance; 1: off, otherwise a step costs two calls
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MAX_STEPS:
-            raise ParameterError(f"steps is {self.steps}; 1 to {MAX_STEPS} are allowed")
+            raise ParameterError(f"steps is {self.steps}; choose 1 to {MAX_STEPS}")
         for name in ("eta", "beta", "gamma"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                raise ParameterError(f"{name} is {value}; 0 to 1 is allowed")
+                raise ParameterError(f"{name} is {value}; choose 0 to 1")
         if not 0 <= self.guidance <= MAX_GUIDANCE:
-            raise ParameterError(f"guidance is {self.guidance}; 0 to {MAX_GUIDANCE} is allowed")
+            raise ParameterError(f"guidance is {self.guidance}; choose 0 to {MAX_GUIDANCE}")
         if self.sampler != "ddim" and self.eta:
-            raise ParameterError(f"eta belongs to ddim; {self.sampler}'s noise is fixed")
+            raise ParameterError(
+                f"eta is {self.eta}, but only the sampler ddim has an eta; "
+                f"leave it out or 0 with {self.sampler}"
+            )
 
     @property
     def calls(self) -> int:
-        """Denoiser calls in all: what the picture costs."""
+        """Number of denoiser calls per picture. Decoding time is proportional to it."""
         return self.steps * (1 if self.guidance == 1 else 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """A published point on the distortion-perception curve; `settings` is None for `instant`."""
+    """A public point on the distortion-perception curve. `settings` is None for `instant`."""
 
     name: str
     settings: Settings | None
@@ -74,30 +71,30 @@ TIERS = {
 
 
 def find(name: str) -> Tier:
-    """The tier of this name; `ParameterError` lists the known ones where there is none."""
+    """Return the tier called `name`. Raises `ParameterError`, which lists all tiers."""
     if name not in TIERS:
-        raise ParameterError(f"unknown tier {name!r}; known: {', '.join(TIERS)}")
+        raise ParameterError(f"unknown tier {name!r}; choose one of {', '.join(TIERS)}")
     return TIERS[name]
 
 
-def vary(settings: Settings, **asked: Sampler | float | None) -> Settings:
-    """`settings` with the fields that are asked for; None leaves one as it is.
+def vary(settings: Settings, **changes: Sampler | float | None) -> Settings:
+    """Return `settings` with `changes` applied; fields that are None stay as they are.
 
-    Raises `ParameterError`.
+    Raises `ParameterError` for values out of range.
     """
-    changed: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
-    return replace(settings, **changed)
+    values: dict[str, Any] = {k: v for k, v in changes.items() if v is not None}
+    return replace(settings, **values)
 
 
 def check_seed(seed: int) -> int:
-    """`seed` itself; `ParameterError` outside 0…2^64 - 1."""
+    """Return `seed`. Raises `ParameterError` unless it is within 0…2^64 - 1."""
     if not 0 <= seed <= MAX_SEED:
-        raise ParameterError(f"seed is {seed}; 0 to {MAX_SEED} are allowed")
+        raise ParameterError(f"seed is {seed}; choose 0 to {MAX_SEED}")
     return seed
 
 
 def check_realism(alpha: float) -> float:
-    """`alpha` itself; `ParameterError` outside 0…1."""
+    """Return `alpha`. Raises `ParameterError` unless it is within 0…1."""
     if not 0 <= alpha <= 1:
-        raise ParameterError(f"realism is {alpha}; 0 to 1 is allowed")
+        raise ParameterError(f"realism is {alpha}; choose 0 to 1")
     return alpha

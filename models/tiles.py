@@ -1,4 +1,7 @@
-"""A convolutional network over a large picture, window by window, with the result of the whole."""
+"""Run a convolutional network over a large picture in overlapping windows.
+
+The result equals that of one call on the whole picture, while memory use stays bounded.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,38 +13,43 @@ from torch import Tensor
 from models.geometry import STRIDE_Y
 
 CODEC_WINDOW = 68**2
-"""Latent positions in a window of `g_a` and `g_s`: 1088×1088 pixels, about 0.5 GB meanwhile."""
+"""Latent positions per window of `g_a` and `g_s`: 1088×1088 pixels, about 0.5 GB of activations."""
 CODEC_OVERLAP = 2
-"""Latent positions read beyond what is kept. Four 5×5 convolutions of stride 2 in the analysis
-reach (2 + 4 + 8 + 16) / 16 < 2 positions, those of the synthesis 1 + 1/2 + 1/4 + 1/8 < 2."""
+"""Margin of a window, in latent positions: the receptive field of the codec's four 5×5 convolutions
+of stride 2. That is (2 + 4 + 8 + 16) / 16 < 2 in the analysis, 1 + 1/2 + 1/4 + 1/8 < 2 in the
+synthesis."""
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Rows and columns, in latent positions: what is kept, and more around it that is read."""
+    """A rectangle of latent positions to compute, and the larger one to read for it.
 
-    kept: tuple[int, int, int, int]  # top, bottom, left, right
-    read: tuple[int, int, int, int]
+    Both are (top, bottom, left, right). The methods return slices (all, all, rows, columns) of a
+    tensor that has `scale` samples per latent position.
+    """
+
+    kept: tuple[int, int, int, int]
+    read: tuple[int, int, int, int]  # `kept` plus the overlap, clipped at the picture's edges
 
     def reads(self, scale: int) -> tuple[slice, ...]:
-        """What to cut from a map that has `scale` samples per position."""
+        """Slices of the whole input that this window reads."""
         return _slices(self.read, scale)
 
     def writes(self, scale: int) -> tuple[slice, ...]:
-        """Where in the whole result the kept part belongs."""
+        """Slices of the whole output that this window fills."""
         return _slices(self.kept, scale)
 
     def within(self, scale: int) -> tuple[slice, ...]:
-        """Where the kept part lies in what was computed from `reads`."""
+        """Slices of the network's output for this window that remain without the overlap."""
         (top, bottom, left, right), (y, _, x, _) = self.kept, self.read
         return _slices((top - y, bottom - y, left - x, right - x), scale)
 
 
 def windows(rows: int, columns: int, area: int, overlap: int) -> Iterator[Window]:
-    """Windows that together keep every position once, of at most `area` positions to read.
+    """Cut a grid of latent positions into windows that read at most `area` positions each.
 
-    Of all grids that fit, the one that computes the fewest positions twice; `ValueError` where
-    none does.
+    Every position is kept by exactly one window. Of all possible cuts, the one that reads the
+    fewest positions twice is used. Raises `ValueError` if `area` is too small for the overlap.
     """
     n_rows, n_columns = _grid(rows, columns, area, overlap)
     for i in range(n_rows):
@@ -60,27 +68,30 @@ def windows(rows: int, columns: int, area: int, overlap: int) -> Iterator[Window
 
 
 def analyse(g_a: Callable[[Tensor], Tensor], x: Tensor, M: int) -> Tensor:
-    """`g_a` over `x` (1, 3, 16h, 16w) -> (1, M, h, w)."""
+    """Run `g_a` in windows: x (1, 3, 16h, 16w) -> y (1, M, h, w)."""
     rows, columns = x.shape[2] // STRIDE_Y, x.shape[3] // STRIDE_Y
     out = torch.empty(1, M, rows, columns)
     for w in windows(rows, columns, CODEC_WINDOW, CODEC_OVERLAP):
-        made = g_a(x[w.reads(STRIDE_Y)].contiguous(memory_format=torch.channels_last))
-        out[w.writes(1)] = made[w.within(1)]
+        part = g_a(x[w.reads(STRIDE_Y)].contiguous(memory_format=torch.channels_last))
+        out[w.writes(1)] = part[w.within(1)]
     return out
 
 
 def synthesise(g_s: Callable[[Tensor], Tensor], y_hat: Tensor) -> Tensor:
-    """`g_s` over `y_hat` (1, M, h, w) -> (1, 3, 16h, 16w)."""
+    """Run `g_s` in windows: y_hat (1, M, h, w) -> x_hat (1, 3, 16h, 16w)."""
     rows, columns = y_hat.shape[2:]
     out = torch.empty(1, 3, rows * STRIDE_Y, columns * STRIDE_Y)
     for w in windows(rows, columns, CODEC_WINDOW, CODEC_OVERLAP):
-        made = g_s(y_hat[w.reads(1)].contiguous(memory_format=torch.channels_last))
-        out[w.writes(STRIDE_Y)] = made[w.within(STRIDE_Y)]
+        part = g_s(y_hat[w.reads(1)].contiguous(memory_format=torch.channels_last))
+        out[w.writes(STRIDE_Y)] = part[w.within(STRIDE_Y)]
     return out
 
 
 def cut(window: Window, maps: Sequence[Tensor], strides: Sequence[int]) -> tuple[Tensor, ...]:
-    """What `window` reads of each map (B, C, 16h/s, 16w/s) with its stride s."""
+    """Cut what `window` reads out of several maps.
+
+    Each map is (B, C, 16h/s, 16w/s), where s is its entry in `strides`.
+    """
     return tuple(
         m[window.reads(STRIDE_Y // s)].contiguous(memory_format=torch.channels_last)
         for m, s in zip(maps, strides, strict=True)
@@ -88,22 +99,25 @@ def cut(window: Window, maps: Sequence[Tensor], strides: Sequence[int]) -> tuple
 
 
 def _grid(rows: int, columns: int, area: int, overlap: int) -> tuple[int, int]:
-    best, cost = None, math.inf
+    """Return the numbers of windows down and across that read the fewest positions in all."""
+    best, fewest = None, math.inf
     for n_rows in range(1, rows + 1):
         height = math.ceil(rows / n_rows) + (2 * overlap if n_rows > 1 else 0)
-        n_columns = _cuts(columns, area // height, overlap)
+        n_columns = _pieces(columns, area // height, overlap)
         if n_columns is None:
             continue
-        twice = (rows + 2 * overlap * (n_rows - 1)) * (columns + 2 * overlap * (n_columns - 1))
-        if twice < cost:
-            best, cost = (n_rows, n_columns), twice
+        read = (rows + 2 * overlap * (n_rows - 1)) * (columns + 2 * overlap * (n_columns - 1))
+        if read < fewest:
+            best, fewest = (n_rows, n_columns), read
     if best is None:
-        raise ValueError(f"no windows of {area} positions overlap by {overlap}")
+        raise ValueError(
+            f"a window of {area} positions is too small for an overlap of {overlap} positions"
+        )
     return best
 
 
-def _cuts(columns: int, width: int, overlap: int) -> int | None:
-    """The fewest pieces of `columns` that are at most `width` wide with their overlap."""
+def _pieces(columns: int, width: int, overlap: int) -> int | None:
+    """Return the fewest pieces of `columns` that fit into `width` with their overlap; or None."""
     if columns <= width:
         return 1
     inner = width - 2 * overlap

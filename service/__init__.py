@@ -1,4 +1,4 @@
-"""The HTTP API, the command line and the client of Afterimage."""
+"""The HTTP API, the command line and the Python client of Afterimage."""
 
 from importlib.metadata import version
 

@@ -1,39 +1,39 @@
-"""Whether one more job may be queued."""
+"""Admission control: refuses new jobs while the queue is too long or its memory nearly full."""
 
 import math
 
 from service import metrics
-from service.deps import State
 from service.problems import Busy, QueueFull
+from service.services import Services
 from worker.queue import estimates
-from worker.queue.records import ENDED
+from worker.queue.records import ENDED, JobState
 
 FULL = 0.8
-"""Part of the queue's memory beyond which new jobs are refused: the rest is for those there are."""
+"""Fraction of the queue's memory above which new jobs are refused; the rest is for jobs that were
+accepted before."""
 FULL_RETRY_S = 600
-"""When to come back then: records and bitstreams go as they expire, not as jobs end."""
+"""`Retry-After` in that case: memory is freed as records and bitstreams expire, not as jobs end."""
 
 
-def admit(own: State, job_id: str) -> None:
-    """Raises `QueueFull`, or `Busy` where the queue is longer than the service promises to serve.
+def admit(services: Services, state: JobState | None) -> None:
+    """Raise `QueueFull` or `Busy` unless one more job may be queued.
 
-    A repeat of what is queued or runs costs nothing.
+    A request for a job whose `state` is queued or running is always admitted.
     """
-    state = own.jobs.get(job_id)
     if state is not None and state.status not in ENDED:
         return
-    room(own)
-    backlog, limit = estimates.backlog_s(own.jobs), own.settings.max_backlog_s
+    check_memory(services)
+    backlog, limit = estimates.backlog_s(services.jobs), services.settings.max_backlog_s
     if backlog > limit:
         metrics.shed("backlog")
         retry = {"Retry-After": str(math.ceil(backlog - limit))}
-        raise Busy(f"{backlog:.0f} s of work are queued", retry)
+        raise Busy(f"{backlog:.0f} s of work are queued; the limit is {limit:.0f} s", retry)
 
 
-def room(own: State) -> None:
-    """Raises `QueueFull` where little of the queue's memory is left."""
-    fullness = own.store.fullness()
+def check_memory(services: Services) -> None:
+    """Raise `QueueFull` if the queue's Redis is nearly out of memory."""
+    fullness = services.store.fullness()
     if fullness >= FULL:
         metrics.shed("memory")
         retry = {"Retry-After": str(FULL_RETRY_S)}
-        raise QueueFull(f"{fullness:.0%} of the queue's memory", retry)
+        raise QueueFull(f"the memory of the queue's Redis is {fullness:.0%} full", retry)

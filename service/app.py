@@ -1,110 +1,86 @@
-"""The application: `create_app()` for any ASGI server."""
+"""The ASGI application: `create_app()`."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import anyio.to_thread
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
-from models import checkpoint, library
-from models.errors import WeightsError
-from service import __version__, metrics, openapi, problems
+from service import __version__, metrics, openapi, problems, services
 from service.auth import Keys
-from service.deps import Bodies, State
-from service.instant import Instant
-from service.quotas import Quotas
-from service.requests import Requests
+from service.requests import RequestMiddleware
 from service.routes import decodes, encodes, health, info, links, page, pictures, progress
 from service.routes import metrics as metrics_page
 from service.settings import ServiceSettings
 from worker.queue import store
-from worker.queue.jobs import Jobs
 from worker.queue.store import Store
-from worker.webhooks.settings import WebhookSettings
 
 CORS_MAX_AGE_S = 600
-"""How long a browser may remember what it was allowed."""
+"""Seconds that browsers may cache the answer to a CORS preflight request."""
 DESCRIPTION = """
-Send a learned-codec bitstream; get the codec's own picture at once, and a picture drawn by a
-diffusion decoder from the same bytes soon after.
+Send a bitstream of a learned image codec. The response is the codec's own picture; a diffusion
+decoder then makes a more natural picture from the same bytes.
 
-1. `POST /v1/decodes?tier=perceptual` answers with the instant picture and a `Location`.
+1. `POST /v1/decodes?tier=perceptual` responds with the instant picture and a `Location`.
 2. `GET` that location until its `status` is `succeeded`.
-3. `GET …/image` is then the perceptual picture. The same request later is answered with it at once.
+3. `GET …/image` then returns the perceptual picture. Repeating the request returns it at once.
 """
 
 
 def create_app(settings: ServiceSettings | None = None) -> FastAPI:
-    """The API over the stores that `settings` (by default the environment) name.
+    """Create the API for the Redis stores in `settings`, by default those of the environment.
 
-    Raises `NoRedis` for a wrong URL, `KeysError` for a wrong file of API keys. Models are loaded at
-    start-up; `WeightsError` ends it.
+    Raises `NoRedis` for an invalid Redis URL, `KeysError` for an invalid file of API keys. Models
+    are loaded at start-up, which raises `WeightsError` if weights are missing or altered.
     """
-    chosen = settings or ServiceSettings()
-    connected = store.connect(chosen)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.own = await anyio.to_thread.run_sync(_state, chosen, connected)
-        port = chosen.metrics_port
-        jobs, host = app.state.own.jobs, chosen.metrics_host
-        stop = metrics.serve(port, jobs, host) if port else None
-        yield
-        if stop is not None:
-            await anyio.to_thread.run_sync(stop)
-        connected.close()
-        await app.state.own.streams.aclose()
-
+    settings = settings or ServiceSettings()
+    connected = store.connect(settings)
+    keys = Keys.read(settings.api_keys) if settings.api_keys else None
     app = FastAPIOffline(
         title="Afterimage",
         version=__version__,
         description=DESCRIPTION,
-        lifespan=lifespan,
+        lifespan=_lifespan(settings, connected, keys),
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.keys = Keys.read(chosen.api_keys) if chosen.api_keys else None
-    secret = chosen.link_secret
-    app.state.link_secret = secret.get_secret_value().encode() if secret else None
     problems.install(app)
     for module in (decodes, pictures, progress, links, encodes, info, health, page):
         app.include_router(module.router)
     app.mount("/web", page.files)
-    if not chosen.metrics_port:
+    if not settings.metrics_port:
         app.include_router(metrics_page.router)
-    if chosen.cors_origins:
+    if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=chosen.cors_origins,
+            allow_origins=settings.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=["*"],
             max_age=CORS_MAX_AGE_S,
         )
-    app.add_middleware(Requests)  # the last, so that it is the outermost
-
-    openapi.install(app, keyed=app.state.keys is not None)
+    app.add_middleware(RequestMiddleware)  # added last, so that it is the outermost
+    openapi.install(app, keyed=keys is not None)
     return app
 
 
-def _state(settings: ServiceSettings, connected: Store) -> State:
-    loaded = library.load(settings.threads, with_decoder=False, folder=settings.weights_dir)
-    loaded.warm_up()
-    decoder = next((e for e in checkpoint.manifest() if e.kind == "decoder"), None)
-    if decoder is None:
-        raise WeightsError("the manifest names no diffusion decoder")
-    jobs = Jobs(connected, settings.job_timeout_s)
-    return State(
-        settings,
-        loaded,
-        decoder.weights_id,
-        connected,
-        jobs,
-        Quotas(jobs, settings.requests_per_minute, settings.jobs_at_once),
-        WebhookSettings(),
-        Instant(loaded, settings),
-        Bodies(max(settings.bodies_bytes, settings.max_bytes)),
-        store.streams(settings),
-    )
+def _lifespan(
+    settings: ServiceSettings, connected: Store, keys: Keys | None
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Load the services before the first request; close their connections after the last."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loaded = await anyio.to_thread.run_sync(services.load, settings, connected, keys)
+        app.state.services = loaded
+        port, host = settings.metrics_port, settings.metrics_host
+        stop_metrics = metrics.serve(port, loaded.jobs, host) if port else None
+        yield
+        if stop_metrics is not None:
+            await anyio.to_thread.run_sync(stop_metrics)
+        connected.close()
+        await loaded.streams.aclose()
+
+    return lifespan

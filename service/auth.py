@@ -1,30 +1,26 @@
-"""Who asks: by API key, by signed link, or by address where the service has no keys."""
+"""Authentication by API key, signed link or, on a service without keys, by client address."""
 
-import functools
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-from fastapi import Request, Security
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import Request
 
 from service import keys, signed_urls
 from service.keys import SCOPES, Key, KeysError, Scope
 from service.problems import Forbidden, Unauthorized
 
 CHECK_S = 1.0
-"""How long keys that were withdrawn from the file hold, at most."""
+"""Seconds between two checks of the key file: a removed key may work this much longer."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, what it may ask for, and how much where its key says so."""
+    """An authenticated client: its name, its scopes, and the limits set by its key."""
 
     name: str
     scopes: frozenset[Scope]
@@ -33,111 +29,94 @@ class Caller:
 
 
 class Keys:
-    """The keys of a file, read again when it changes."""
+    """The API keys of a TOML file, reloaded when the file changes."""
 
-    def __init__(self, path: Path, found: list[Key], version: tuple[int, ...] | None) -> None:
-        self._path, self._keys, self._version = path, found, version
-        self._checked = time.monotonic()
+    def __init__(self, path: Path, loaded: list[Key], version: tuple[int, ...] | None) -> None:
+        self._path, self._keys, self._version = path, loaded, version
+        self._checked_at = time.monotonic()
 
     @classmethod
     def read(cls, path: Path) -> "Keys":
-        """Raises `KeysError` for a file that is missing or wrong."""
-        version = _version(path)  # before it is read, so that no change is missed
+        """Load the keys from `path`. Raises `KeysError` if the file is missing or invalid."""
+        version = _file_version(path)  # taken before reading, so that no change is missed
         return cls(path, keys.read(path), version)
 
     def find(self, token: str) -> Caller | None:
-        """Whose key it is; None where it is unknown or expired. All are compared, in equal time."""
-        self._renew()
-        given, found = keys.digest(token), None
-        for key in self._keys:
-            if hmac.compare_digest(key.sha256, given):
-                found = key
-        if found is None or found.expired:
-            return None
-        limits = (found.requests_per_minute, found.jobs_at_once)
-        return Caller(found.name, frozenset(found.scopes), *limits)
+        """Return the caller that owns `token`, or None if the key is unknown or has expired.
 
-    def _renew(self) -> None:
-        """A file that has become wrong changes nothing, and is told once."""
+        Compares `token` with every key, each in constant time.
+        """
+        self._reload_if_changed()
+        digest, match = keys.digest(token), None
+        for key in self._keys:
+            if hmac.compare_digest(key.sha256, digest):
+                match = key
+        if match is None or match.expired:
+            return None
+        limits = (match.requests_per_minute, match.jobs_at_once)
+        return Caller(match.name, frozenset(match.scopes), *limits)
+
+    def _reload_if_changed(self) -> None:
+        """Reload a changed file; if it has become invalid, log that once and keep the old keys."""
         now = time.monotonic()
-        if now - self._checked < CHECK_S:
+        if now - self._checked_at < CHECK_S:
             return
-        self._checked = now
-        version = _version(self._path)
+        self._checked_at = now
+        version = _file_version(self._path)
         if version == self._version:
             return
         self._version = version
         try:
             self._keys = keys.read(self._path)
         except KeysError as e:
-            log.error("the API keys stay as they were: %s", e)
+            log.error("keeping the previous API keys: %s", e)
 
 
-def _version(path: Path) -> tuple[int, ...] | None:
+def _file_version(path: Path) -> tuple[int, ...] | None:
+    """Modification time, size and inode of a file; None if it is missing."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-_BEARER = HTTPBearer(
-    auto_error=False, description="An API key; needed only where the service is given keys."
-)
-_HEADER = APIKeyHeader(
-    name="X-API-Key", auto_error=False, description="The same, instead of `Authorization`."
-)
+def anonymous(request: Request) -> Caller:
+    """The caller on a service without API keys: all scopes, named by its address."""
+    return Caller(client_address(request), frozenset(SCOPES))
 
 
-@functools.cache
-def require(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable[Caller]]:
-    """A dependency: who asks, if it may ask for that; `or_link`: a signed link will do for GET.
+def link_holder(request: Request, secret: bytes | None) -> Caller | None:
+    """The caller of a GET or HEAD request with a valid signed link; None for other requests.
 
-    It reads `app.state.keys`, which are `Keys`, or None: then everybody may do everything; and
-    `app.state.link_secret`, bytes, or None: then there are no links. Raises `Unauthorized`,
-    `Forbidden`.
+    Its name cannot be that of a key, which may hold no colon. `secret` None disables links.
     """
+    query = request.scope["query_string"].decode("latin-1")
+    if secret is None or request.method not in {"GET", "HEAD"}:
+        return None
+    if not signed_urls.valid(secret, request.scope["path"], query, time.time()):
+        return None
+    return Caller(f"link:{client_address(request)}", frozenset())
 
-    async def caller(
-        request: Request,
-        bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)],
-        header: Annotated[str | None, Security(_HEADER)],
-    ) -> Caller:
-        known: Keys | None = request.app.state.keys
-        if known is None:
-            return Caller(address(request), frozenset(SCOPES))
-        token = bearer.credentials if bearer else header
-        if or_link and not token and _linked(request):
-            return Caller(f"link:{address(request)}", frozenset())  # no key has such a name
-        found = _identified(known, token)
-        if scope not in found.scopes:
-            challenge = f'Bearer error="insufficient_scope", scope="{scope}"'
-            raise Forbidden(f"the API key lacks the scope {scope}", {"WWW-Authenticate": challenge})
-        return found
 
+def authenticate(keys: Keys, token: str | None, scope: Scope) -> Caller:
+    """Return the caller that owns the API key `token`.
+
+    Raises `Unauthorized` without a valid key, `Forbidden` if the key lacks `scope`.
+    """
+    if not token:
+        message = "no API key and no valid signed link; send the header Authorization: Bearer KEY"
+        raise Unauthorized(message, {"WWW-Authenticate": "Bearer"})
+    caller = keys.find(token)
+    if caller is None:
+        challenge = 'Bearer error="invalid_token"'
+        raise Unauthorized("the API key is not valid", {"WWW-Authenticate": challenge})
+    if scope not in caller.scopes:
+        challenge = f'Bearer error="insufficient_scope", scope="{scope}"'
+        raise Forbidden(f"the API key lacks the scope {scope}", {"WWW-Authenticate": challenge})
     return caller
 
 
-def _linked(request: Request) -> bool:
-    """Whether the request is one that a link grants."""
-    secret: bytes | None = request.app.state.link_secret
-    query = request.scope["query_string"].decode("latin-1")
-    if secret is None or request.method not in {"GET", "HEAD"}:
-        return False
-    return signed_urls.valid(secret, request.scope["path"], query, time.time())
-
-
-def _identified(known: Keys, token: str | None) -> Caller:
-    if not token:
-        said = "neither an API key nor a link that is valid still"
-        raise Unauthorized(said, {"WWW-Authenticate": "Bearer"})
-    found = known.find(token)
-    if found is None:
-        challenge = 'Bearer error="invalid_token"'
-        raise Unauthorized("the API key is not valid", {"WWW-Authenticate": challenge})
-    return found
-
-
-def address(request: Request) -> str:
-    """The client's address."""
+def client_address(request: Request) -> str:
+    """The client's IP address; empty if the server does not know it."""
     return request.client.host if request.client else ""

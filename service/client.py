@@ -1,11 +1,11 @@
-"""A client of the HTTP API: the draft first, then progress, then the finished picture.
+"""Client of the HTTP API: yields the draft first, then progress, then the final picture.
 
     with Client("http://127.0.0.1:8000") as client:
         for update in client.decode(data, tier="perceptual"):
             if update.picture:
                 show(update.picture)
 
-`AsyncClient` is the same for `async for`.
+`AsyncClient` has the same methods as coroutines and async generators.
 """
 
 import contextlib
@@ -26,17 +26,17 @@ from models.image import MEDIA_TYPES, OutputFormat
 Kind = Literal["draft", "queued", "started", "progress", "preview", "final"]
 
 TIMEOUT_S = 60.0
-"""For an answer to begin; an event stream is silent for 15 s at most."""
+"""Timeout of reads and connections; an event stream is silent for 15 s at most."""
 RETRIES = 16
-"""How often a decode that was accepted is asked for in vain, one time after the other: a minute."""
+"""Retries in a row before an accepted decode is given up, after about a minute."""
 MAX_PAUSE_S = 60.0
-"""Between two such times, where `Retry-After` asks for more."""
-_PASSING = frozenset({429, 502, 503, 504})
-"""Answers to what may be asked again later: a quota is used up, or what is behind is restarting."""
+"""Longest wait before a retry, even if `Retry-After` asks for more."""
+_RETRYABLE = frozenset({429, 502, 503, 504})
+"""Statuses after which a request is retried: the quota is used up, or a server restarts."""
 
 
 class ApiError(AfterimageError):
-    """The service refused: a problem document (RFC 9457)."""
+    """The service answered with an error, a problem document (RFC 9457)."""
 
     def __init__(self, status: int, problem: dict[str, Any], retry_after_s: float = 0) -> None:
         super().__init__(str(problem.get("detail") or problem.get("title") or status))
@@ -51,8 +51,10 @@ class DecodeFailed(AfterimageError):
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What became known of a decode. `draft` and `final` bring a picture file, and
-    `preview` does unless it was gone already."""
+    """A change in the state of a decode.
+
+    `picture` is a picture file in `draft`, `final` and, unless it has expired, `preview`.
+    """
 
     kind: Kind
     picture: bytes | None = None
@@ -62,8 +64,11 @@ class Update:
 
 
 class AsyncClient:
-    """Over one pool of connections; `http` may be brought along, with transport or proxies. It is
-    then given `url` and key, and closed with the client."""
+    """Asynchronous client with one connection pool.
+
+    `http` replaces the default `httpx.AsyncClient`, for example to set a transport or proxies; its
+    `base_url` and API key are set here, and it is closed with this client.
+    """
 
     def __init__(
         self, url: str, api_key: str = "", *, http: httpx.AsyncClient | None = None
@@ -89,58 +94,61 @@ class AsyncClient:
         realism: float = 1.0,
         **settings: str | float | None,
     ) -> AsyncGenerator[Update, None]:
-        """Decode a bitstream: updates until the picture of `tier` is there.
+        """Decode a bitstream; yields updates, the last of which has the picture of `tier`.
 
-        `settings` are `seed`, `steps`, `eta`, `gamma`, `sampler`, `guidance`, `deadline_s`. The
-        service keeps drawing where the caller stops listening; a decode that was accepted is
-        waited for while the service or its Redis restart. Raises `ApiError`, `DecodeFailed`,
-        `Canceled`, and `httpx.TransportError` where the service cannot be reached.
+        `settings` are `seed`, `steps`, `eta`, `gamma`, `sampler`, `guidance` and `deadline_s`. If
+        the caller stops iterating, the service continues. Once the decode is accepted, the client
+        reconnects while the service or its Redis restarts. Raises `ApiError`, `DecodeFailed`,
+        `Canceled`, and `httpx.TransportError` if the service cannot be reached.
         """
-        asked = {"tier": tier, **{k: v for k, v in settings.items() if v is not None}}
+        params = {"tier": tier, **{k: v for k, v in settings.items() if v is not None}}
         accept = {"Accept": MEDIA_TYPES[format]}
-        answer = await self._send("POST", "/v1/decodes", params=asked, content=data, headers=accept)
-        location = answer.headers.get("location", "")
-        drawn = answer.headers["x-afterimage-tier"]
+        response = await self._send(
+            "POST", "/v1/decodes", params=params, content=data, headers=accept
+        )
+        location = response.headers.get("location", "")
+        response_tier = response.headers["x-afterimage-tier"]
         if not location:
-            yield Update("final", answer.content, tier=drawn)
+            yield Update("final", response.content, tier=response_tier)
             return
-        if drawn == "instant":
-            yield Update("draft", answer.content)
+        if response_tier == "instant":
+            yield Update("draft", response.content)
             async for update in self._follow(location, previews):
                 yield update
-        mixed = {"min_tier": "perceptual", "realism": realism}  # the decode may have another's name
-        answer = await self._patiently("GET", f"{location}/image", params=mixed, headers=accept)
-        yield Update("final", answer.content, tier=answer.headers["x-afterimage-tier"])
+        # any diffusion tier: an identical job may have been queued under another tier's name
+        params = {"min_tier": "perceptual", "realism": realism}
+        response = await self._retry("GET", f"{location}/image", params=params, headers=accept)
+        yield Update("final", response.content, tier=response.headers["x-afterimage-tier"])
 
     async def encode(
         self, picture: bytes, quality: int = 2, format: Literal["msh", "compressai"] = "msh"
     ) -> bytes:
-        """A picture file -> a bitstream. Raises `ApiError`."""
-        asked = {"quality": quality, "format": format}
-        return (await self._send("POST", "/v1/encodes", params=asked, content=picture)).content
+        """Encode a picture file; returns the bitstream. Raises `ApiError`."""
+        params = {"quality": quality, "format": format}
+        return (await self._send("POST", "/v1/encodes", params=params, content=picture)).content
 
     async def inspect(self, data: bytes) -> dict[str, Any]:
-        """What a bitstream's header says. Raises `ApiError`."""
-        found: dict[str, Any] = (await self._send("POST", "/v1/inspect", content=data)).json()
-        return found
+        """The fields of a bitstream's header. Raises `ApiError`."""
+        header: dict[str, Any] = (await self._send("POST", "/v1/inspect", content=data)).json()
+        return header
 
     async def cancel(self, location: str) -> None:
-        """Withdraw from the decode at `location`. Raises `ApiError` where it has ended."""
+        """Cancel the decode at `location` for this caller. Raises `ApiError` if it has ended."""
         await self._send("DELETE", location)
 
     async def _follow(self, location: str, previews: bool) -> AsyncGenerator[Update, None]:
-        """Updates from the events of a decode, over broken connections, until it has succeeded."""
-        last, failures = "0", 0
+        """Yield a decode's events as updates until it has succeeded; reconnects on errors."""
+        last_id, failures = "0", 0
         while True:
             try:
                 async with aconnect_sse(
-                    self.http, "GET", f"{location}/events", headers={"Last-Event-ID": last}
+                    self.http, "GET", f"{location}/events", headers={"Last-Event-ID": last_id}
                 ) as source:
                     if not source.response.is_success:
                         await source.response.aread()
-                        raise _error(source.response)
+                        raise _api_error(source.response)
                     async for event in source.aiter_sse():
-                        last, failures = event.id or last, 0
+                        last_id, failures = event.id or last_id, 0
                         if event.event == "completed":
                             return
                         update = await self._update(event, previews)
@@ -148,57 +156,60 @@ class AsyncClient:
                             yield update
             except (httpx.TransportError, ApiError) as e:
                 failures += 1
-                await _pause(e, failures)
-            else:  # it ended without an end: before ours, or the service or its Redis stopped
-                state = (await self._patiently("GET", location)).json()
+                await _wait_before_retry(e, failures)
+            else:  # the stream ended early: the service or its Redis stopped, or the job has ended
+                state = (await self._retry("GET", location)).json()
                 if state["status"] in {"failed", "canceled"}:
-                    raise _ended(state["status"], state["error"])
+                    raise _decode_error(state["status"], state["error"])
                 if state["status"] == "succeeded":
                     return
                 failures += 1
-                await _pause(httpx.ReadError("the event stream ends again and again"), failures)
+                error = httpx.ReadError(f"{location}/events ended early {failures} times in a row")
+                await _wait_before_retry(error, failures)
 
     async def _update(self, event: ServerSentEvent, previews: bool) -> Update | None:
+        """The update for an event, or None. Raises the error of a decode that has failed."""
         if event.event not in {"queued", "started", "progress", "preview", "failed", "canceled"}:
             return None
         data = event.json()
         if event.event in {"failed", "canceled"}:
-            raise _ended(event.event, data.get("error"))
+            raise _decode_error(event.event, data.get("error"))
         picture = None
         if event.event == "preview":
             if not previews:
                 return None
-            with contextlib.suppress(ApiError):  # gone, or one request too many: another follows
+            with contextlib.suppress(ApiError):  # expired, or over the quota: others follow
                 picture = (await self._send("GET", data["image"])).content
         kind: Kind = event.event  # type: ignore[assignment]
         return Update(kind, picture, data.get("step", 0), data.get("total", 0))
 
     async def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
-        answer = await self.http.request(method, path, **request)
-        if not answer.is_success:
-            raise _error(answer)
-        return answer
+        """Send a request once. Raises `ApiError` unless the response is a success."""
+        response = await self.http.request(method, path, **request)
+        if not response.is_success:
+            raise _api_error(response)
+        return response
 
-    async def _patiently(self, method: str, path: str, **request: Any) -> httpx.Response:
-        """`_send`, again and again while that makes sense."""
+    async def _retry(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """`_send` with retries after connection errors and `_RETRYABLE` statuses."""
         failures = 0
         while True:
             try:
                 return await self._send(method, path, **request)
             except (httpx.TransportError, ApiError) as e:
                 failures += 1
-                await _pause(e, failures)
+                await _wait_before_retry(e, failures)
 
 
 class Client:
-    """`AsyncClient` for code that does not await: an event loop in a thread of its own."""
+    """Synchronous client: runs `AsyncClient` on an event loop in a background thread."""
 
     def __init__(self, url: str, api_key: str = "") -> None:
-        with ExitStack() as stack:  # a thread, which a wrong URL does not leave running
+        with ExitStack() as stack:  # stops the thread if the URL is invalid
             self._portal = stack.enter_context(start_blocking_portal())
-            own = self._portal.call(AsyncClient, url, api_key)
+            client = self._portal.call(AsyncClient, url, api_key)
             self._client: AsyncClient = stack.enter_context(
-                self._portal.wrap_async_context_manager(own)
+                self._portal.wrap_async_context_manager(client)
             )
             self._stack = stack.pop_all()
 
@@ -223,7 +234,7 @@ class Client:
         realism: float = 1.0,
         **settings: str | float | None,
     ) -> Iterator[Update]:
-        """As `AsyncClient.decode`."""
+        """See `AsyncClient.decode`."""
         updates = self._client.decode(
             data, tier, format=format, previews=previews, realism=realism, **settings
         )
@@ -236,15 +247,15 @@ class Client:
     def encode(
         self, picture: bytes, quality: int = 2, format: Literal["msh", "compressai"] = "msh"
     ) -> bytes:
-        """As `AsyncClient.encode`."""
+        """See `AsyncClient.encode`."""
         return self._portal.call(self._client.encode, picture, quality, format)
 
     def inspect(self, data: bytes) -> dict[str, Any]:
-        """As `AsyncClient.inspect`."""
+        """See `AsyncClient.inspect`."""
         return self._portal.call(self._client.inspect, data)
 
     def cancel(self, location: str) -> None:
-        """As `AsyncClient.cancel`."""
+        """See `AsyncClient.cancel`."""
         self._portal.call(self._client.cancel, location)
 
 
@@ -256,31 +267,38 @@ async def _close(updates: AsyncGenerator[Update, None]) -> None:
     await updates.aclose()
 
 
-def _ended(status: str, error: str | None) -> AfterimageError:
+def _decode_error(status: str, error: str | None) -> AfterimageError:
+    """The exception for a decode whose status is `failed` or `canceled`."""
     if status == "canceled":
         return Canceled("the decode was canceled")
     return DecodeFailed(error or "the decode failed")
 
 
-async def _pause(error: httpx.TransportError | ApiError, failures: int) -> None:
-    """Wait before the next time, the longer the more have failed; raises what will not pass."""
-    passing = not isinstance(error, ApiError) or error.status in _PASSING
-    if failures > RETRIES or not passing:
+async def _wait_before_retry(error: httpx.TransportError | ApiError, failures: int) -> None:
+    """Sleep before a retry, longer after each failure and at least as long as `Retry-After`.
+
+    Raises `error` if a retry is pointless or if there were too many.
+    """
+    retryable = not isinstance(error, ApiError) or error.status in _RETRYABLE
+    if failures > RETRIES or not retryable:
         raise error
-    asked = error.retry_after_s if isinstance(error, ApiError) else 0
-    await anyio.sleep(min(max(min(0.1 * 2**failures, 5), asked), MAX_PAUSE_S))
+    retry_after_s = error.retry_after_s if isinstance(error, ApiError) else 0
+    await anyio.sleep(min(max(min(0.1 * 2**failures, 5), retry_after_s), MAX_PAUSE_S))
 
 
-def _error(answer: httpx.Response) -> ApiError:
+def _api_error(response: httpx.Response) -> ApiError:
+    """The exception for a response that is no success."""
     try:
-        problem = answer.json()
+        problem = response.json()
     except ValueError:
         problem = {}
-    if answer.is_redirect:
-        problem = {"title": f"redirected to {answer.headers.get('location')}"}
-    later = answer.headers.get("retry-after", "")
+    if response.is_redirect:
+        problem = {
+            "title": f"redirected to {response.headers.get('location')}; use that URL instead"
+        }
+    retry_after = response.headers.get("retry-after", "")
     return ApiError(
-        answer.status_code,
+        response.status_code,
         problem if isinstance(problem, dict) else {},
-        float(later) if later.isascii() and later.isdigit() else 0,
+        float(retry_after) if retry_after.isascii() and retry_after.isdigit() else 0,
     )

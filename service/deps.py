@@ -1,201 +1,135 @@
-"""What routes receive: bodies within limits, and the state that the application keeps."""
+"""Dependencies of routes: the services, request bodies, callers, and negotiated headers."""
 
-import contextlib
-import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+import functools
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Annotated, Any
 
 import anyio
 import anyio.to_thread
-from fastapi import Depends, Header, Path, Query, Request
-from python_multipart.multipart import parse_options_header
-from redis.asyncio import Redis as AsyncRedis
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from fastapi import Depends, Header, Path, Query, Request, Security
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
-from models.errors import MalformedHeader
 from models.image import OutputFormat
-from models.library import Library
 from models.tiers import TIERS
-from service import metrics, negotiate
-from service.auth import Caller, require
-from service.instant import Instant
+from service import auth, negotiate, uploads
+from service.auth import Caller
 from service.keys import Scope
 from service.negotiate import Preferences
-from service.problems import BodyTooLarge, Busy, RequestTimeout
-from service.quotas import Quotas
-from service.settings import ServiceSettings
-from worker.queue.jobs import Jobs
-from worker.queue.store import Store
-from worker.webhooks.settings import WebhookSettings
+from service.services import Services
 
 
-class Bodies:
-    """The bytes of requests' bodies as they were received, at most `limit`; `FREE` of each do not
-    count, so that bitstreams get in beside whatever uploads."""
-
-    FREE = 2**16
-
-    def __init__(self, limit: int) -> None:
-        self.held, self.limit = 0, limit
-
-    @contextlib.contextmanager
-    def one(self) -> Iterator[Callable[[int], None]]:
-        """What counts the parts of one body, until the end; it raises `Busy` at the limit."""
-        received = taken = 0
-
-        def take(size: int) -> None:
-            nonlocal received, taken
-            received += size
-            more = max(received - self.FREE, 0) - taken
-            if more and self.held + more > self.limit:
-                metrics.shed("bodies")
-                raise Busy("the requests that are being read take all the memory for them")
-            self.held += more
-            taken += more
-
-        try:
-            yield take
-        finally:
-            self.held -= taken
+async def services_of(request: Request) -> Services:
+    """The application's services."""
+    services: Services = request.app.state.services
+    return services
 
 
-@dataclass(frozen=True, slots=True)
-class State:
-    """Made once, at start-up."""
-
-    settings: ServiceSettings
-    library: Library
-    decoder_weights: str
-    store: Store
-    jobs: Jobs
-    quotas: Quotas
-    webhooks: WebhookSettings
-    instant: Instant
-    bodies: Bodies
-    streams: AsyncRedis  # for reads that wait
-    closing: threading.Event = field(default_factory=threading.Event)  # who waits is answered now
+ServicesDep = Annotated[Services, Depends(services_of)]
 
 
-async def state(request: Request) -> State:
-    """The application's state."""
-    own: State = request.app.state.own
-    return own
+async def request_body(request: Request, services: ServicesDep) -> AsyncGenerator[bytes, None]:
+    """Read the body, or the first file of a multipart form, within the limits.
 
-
-async def body(
-    request: Request, own: Annotated[State, Depends(state)]
-) -> AsyncGenerator[bytes, None]:
-    """The raw body, or the first file of a multipart form, read within the limits.
-
-    Raises `BodyTooLarge`, before reading where Content-Length tells; `RequestTimeout`; `Busy`;
-    `MalformedHeader` for a form that is none.
+    Its memory counts against the upload budget until the response is sent.
+    Raises `BodyTooLarge`, `RequestTimeout`, `Busy`, or `MalformedHeader` for an invalid form.
     """
-    with own.bodies.one() as take:
-        yield await _read(request, own.settings, take)
+    with services.uploads.upload() as reserve:
+        yield await uploads.read(request, services.settings, reserve)
 
 
-async def _read(request: Request, settings: ServiceSettings, take: Callable[[int], None]) -> bytes:
-    limit, seconds = settings.max_bytes, settings.body_timeout_s
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise BodyTooLarge(f"{declared} bytes; the limit is {limit}")
-    data = bytearray()
-    try:
-        with anyio.fail_after(seconds):
-            async for chunk in request.stream():
-                if len(data) + len(chunk) > limit:
-                    raise BodyTooLarge(f"more than {limit} bytes")
-                take(len(chunk))
-                data += chunk
-    except TimeoutError:
-        gone = {"Connection": "close"}  # what comes still is no other request
-        raise RequestTimeout(f"{len(data)} bytes came within {seconds:g} s", gone) from None
-    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        return await _first_file(request, bytes(data))
-    return bytes(data)
+_BEARER = HTTPBearer(
+    auto_error=False,
+    description="An API key; required only if the service is configured with keys.",
+)
+_API_KEY_HEADER = APIKeyHeader(
+    name="X-API-Key", auto_error=False, description="An API key, instead of `Authorization`."
+)
 
 
-async def _first_file(request: Request, data: bytes) -> bytes:
-    async def stream() -> AsyncGenerator[bytes, None]:
-        yield data
+@functools.cache
+def require(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable[Caller]]:
+    """Return a dependency that authenticates the caller and checks its scope.
 
-    try:
-        _, options = parse_options_header(request.headers["content-type"])
-        if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # punycode takes quadratic time
-            raise MalformedHeader("a multipart form is read in UTF-8 alone")
-        form = await MultiPartParser(request.headers, stream()).parse()
-    except (MultiPartException, KeyError, UnicodeError) as e:
-        raise MalformedHeader("the multipart form cannot be read") from e
-    try:
-        for _, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                return await value.read()
-    finally:
-        await form.close()
-    raise MalformedHeader("the multipart form holds no file")
-
-
-_COUNTING = anyio.CapacityLimiter(8)
-"""Threads that count requests, apart from those that wait for Redis: instant decodes need none."""
-
-
-def within_quota(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable[Caller]]:
-    """A dependency: who asks, as `auth.require`, and once the request is within its quota.
-
-    Raises `Unauthorized`, `Forbidden`, `TooManyRequests`.
+    `or_link` also accepts a signed link, for GET and HEAD. Without API keys, every client may do
+    everything. The dependency raises `Unauthorized`, `Forbidden`.
     """
 
     async def caller(
         request: Request,
-        own: Annotated[State, Depends(state)],
-        who: Annotated[Caller, Depends(require(scope, or_link))],
+        services: ServicesDep,
+        bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)],
+        header: Annotated[str | None, Security(_API_KEY_HEADER)],
     ) -> Caller:
-        request.state.caller = who.name
-        request.state.quota = {}
-        if own.quotas.counts(who):
-            request.state.quota = await anyio.to_thread.run_sync(
-                own.quotas.request, who, limiter=_COUNTING
-            )
-        return who
+        if services.keys is None:
+            return auth.anonymous(request)
+        token = bearer.credentials if bearer else header
+        if or_link and not token:
+            holder = auth.link_holder(request, services.link_secret)
+            if holder is not None:
+                return holder
+        return auth.authenticate(services.keys, token, scope)
 
     return caller
 
 
-def _lines(request: Request, name: str) -> str:
-    """A header that is a list: several lines are one."""
+_QUOTA_THREADS = anyio.CapacityLimiter(8)
+"""Threads that count requests; separate, so that a slow Redis does not block instant decodes."""
+
+
+def within_quota(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable[Caller]]:
+    """Return a dependency that authenticates the caller, as `require`, and counts the request.
+
+    The dependency raises `Unauthorized`, `Forbidden`, `TooManyRequests`.
+    """
+
+    async def counted_caller(
+        request: Request,
+        services: ServicesDep,
+        caller: Annotated[Caller, Depends(require(scope, or_link))],
+    ) -> Caller:
+        request.state.caller = caller.name
+        request.state.quota = {}
+        if services.quotas.limits_requests(caller):
+            request.state.quota = await anyio.to_thread.run_sync(
+                services.quotas.request, caller, limiter=_QUOTA_THREADS
+            )
+        return caller
+
+    return counted_caller
+
+
+def _joined(request: Request, name: str) -> str:
+    """A list header whose values may be spread over several lines, as one line."""
     return ", ".join(request.headers.getlist(name))
 
 
-async def accepted(request: Request) -> OutputFormat:
-    """The picture's format. Raises `NotAcceptable`."""
-    return negotiate.picture_format(_lines(request, "accept"))
+async def accepted_format(request: Request) -> OutputFormat:
+    """The picture format that `Accept` prefers. Raises `NotAcceptable`."""
+    return negotiate.picture_format(_joined(request, "accept"))
 
 
-def one_of_tiers(description: str) -> Any:
-    """A query parameter that names a tier; `tiers.find` says what is wrong with another."""
-    return Query(description=description, json_schema_extra={"enum": list(TIERS)})
-
-
-async def preferred(
+async def prefer_header(
     request: Request,
-    prefer: Annotated[  # for the schema: it is the first line alone
+    prefer: Annotated[  # only for the schema: it holds the first line alone
         str | None, Header(examples=["respond-async, wait=10"], description="RFC 7240.")
     ] = None,
 ) -> Preferences:
-    """What `Prefer` asks for."""
-    return negotiate.preferences(_lines(request, "prefer"))
+    """The preferences in `Prefer`."""
+    return negotiate.preferences(_joined(request, "prefer"))
+
+
+def tier_query(description: str) -> Any:
+    """A query parameter that names a tier; the route checks it with `tiers.find`."""
+    return Query(description=description, json_schema_extra={"enum": list(TIERS)})
 
 
 JobId = Annotated[
     str, Path(pattern="^[0-9a-f]{32}$", examples=["3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e"])
 ]
-Own = Annotated[State, Depends(state)]
-Body = Annotated[bytes, Depends(body)]
-Decoding = Annotated[Caller, Depends(within_quota("decode"))]
-Encoding = Annotated[Caller, Depends(within_quota("encode"))]
-Viewing = Annotated[Caller, Depends(within_quota("decode", or_link=True))]
-"""Decoders, and holders of a link to the picture."""
-Accepted = Annotated[OutputFormat, Depends(accepted)]
-Preferred = Annotated[Preferences, Depends(preferred)]
+RequestBody = Annotated[bytes, Depends(request_body)]
+DecodeCaller = Annotated[Caller, Depends(within_quota("decode"))]
+EncodeCaller = Annotated[Caller, Depends(within_quota("encode"))]
+ImageCaller = Annotated[Caller, Depends(within_quota("decode", or_link=True))]
+"""A caller with the scope `decode`, or with a signed link to the picture."""
+AcceptedFormat = Annotated[OutputFormat, Depends(accepted_format)]
+PreferHeader = Annotated[Preferences, Depends(prefer_header)]

@@ -1,4 +1,4 @@
-"""A picture as an HTTP answer: validators, ranges, and what it says about itself."""
+"""Picture responses: ETags, conditional requests, byte ranges, caching and provenance headers."""
 
 import base64
 import hashlib
@@ -13,94 +13,114 @@ from fastapi import Request, Response
 from models.image import MEDIA_TYPES, OutputFormat
 from service import signed_urls
 from service.problems import RangeNotSatisfiable
-from worker.queue.records import Decode
+from service.services import Services
+from worker.queue.records import DecodeRequest
 
 DRAFT_CACHE = "max-age=0, stale-while-revalidate=60"
 FINAL_S = 31_536_000
-"""How long a finished picture may be kept: its URL means no other."""
+"""How long a finished picture may be cached: one year, since its URL never shows another."""
 _RANGE = re.compile(r"bytes=(\d{1,18})?-(\d{1,18})?")
 
 
 def picture(
+    services: Services,
     request: Request,
     data: bytes,
     format: OutputFormat,
-    decode: Decode | None,
+    decode: DecodeRequest | None,
     headers: Mapping[str, str] | None = None,
-    status: int = 200,
 ) -> Response:
-    """200 with the picture file, 304 where the client has it, 206 for a part of it.
+    """Return 200 with a picture file, 304 if the client has it, or 206 with a part of it.
 
-    `decode` is what was drawn; None: the instant picture.
-    Conditions belong to GET and HEAD, ranges to GET. Raises `RangeNotSatisfiable`.
+    `decode` describes a finished picture; None for an instant picture. Only GET and HEAD
+    may be conditional, only GET may ask for a range. Raises `RangeNotSatisfiable`.
     """
-    digest = hashlib.sha256(data).hexdigest()
-    own = {
-        "ETag": f'"{digest}"',
-        "Cache-Control": _draft_cache(request) if decode is None else _final_cache(request),
+    etag = f'"{hashlib.sha256(data).hexdigest()}"'
+    fields = {
+        "ETag": etag,
+        "Cache-Control": _cache_control(services, request, final=decode is not None),
         "Vary": "Accept",
         "X-Afterimage-Tier": decode.tier if decode else "instant",
-        **(drawn(decode) if decode else {}),
+        **(provenance_headers(decode) if decode else {}),
         **(headers or {}),
     }
+    status = 200
     if request.method in {"GET", "HEAD"}:
-        if _known(request, own["ETag"]):
-            return Response(status_code=304, headers=own)
-        own["Accept-Ranges"] = "bytes"
-        asked = request.headers.get("range") if request.method == "GET" else None
-        if asked and request.headers.get("if-range", own["ETag"]) == own["ETag"]:
-            part = _range(asked, len(data))
-            if part is not None:
-                own["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{len(data)}"
-                data, status = data[part], 206
-    own["Content-Digest"] = f"sha-256=:{_base64(data)}:"
-    return Response(data, status, own, MEDIA_TYPES[format])
+        if _client_has(request, etag):
+            return Response(status_code=304, headers=fields)
+        fields["Accept-Ranges"] = "bytes"
+        part = _requested_part(request, etag, len(data))
+        if part is not None:
+            fields["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{len(data)}"
+            data, status = data[part], 206
+    fields["Content-Digest"] = f"sha-256=:{_sha256_base64(data)}:"
+    return Response(data, status, fields, MEDIA_TYPES[format])
 
 
-def drawn(decode: Decode) -> dict[str, str]:
-    """That it is synthesised, and how: a dictionary of RFC 9651, the seed as a string."""
-    facts = asdict(decode.settings) | {
+def provenance_headers(decode: DecodeRequest) -> dict[str, str]:
+    """Headers that mark a picture as synthesised and list its settings.
+
+    The settings are an RFC 9651 dictionary; the seed is a string, since it may exceed the range of
+    that format's integers.
+    """
+    settings = asdict(decode.settings) | {
         "seed": str(decode.seed), "codec": decode.codec, "decoder": decode.decoder
     }  # fmt: skip
-    items = (f"{k}={json.dumps(v)}" for k, v in facts.items())
+    items = (f"{name}={json.dumps(value)}" for name, value in settings.items())
     return {"X-Afterimage-Note": "synthesised detail", "X-Afterimage-Drawn": ", ".join(items)}
 
 
-def _draft_cache(request: Request) -> str:
-    return DRAFT_CACHE if request.app.state.keys is None else f"private, {DRAFT_CACHE}"
+def _cache_control(services: Services, request: Request, final: bool) -> str:
+    """The `Cache-Control` header.
 
-
-def _final_cache(request: Request) -> str:
-    """Shared caches do not hold what needs a key, nor anyone a picture for longer than its link."""
-    if request.app.state.keys is None:
-        return f"max-age={FINAL_S}, immutable"
-    left = signed_urls.left_s(request.scope["query_string"].decode("latin-1"), time.time())
-    if left is None:
+    Shared caches must not store pictures that need a key. A picture that was requested by a signed
+    link may be cached until the link expires.
+    """
+    if services.keys is None:
+        return f"max-age={FINAL_S}, immutable" if final else DRAFT_CACHE
+    if not final:
+        return f"private, {DRAFT_CACHE}"
+    query = request.scope["query_string"].decode("latin-1")
+    seconds = signed_urls.seconds_left(query, time.time())
+    if seconds is None:
         return f"private, max-age={FINAL_S}, immutable"
-    return f"private, max-age={min(left, FINAL_S)}"
+    return f"private, max-age={min(seconds, FINAL_S)}"
 
 
-def _known(request: Request, etag: str) -> bool:
-    named = ",".join(request.headers.getlist("if-none-match"))
-    tags = {tag.strip().removeprefix("W/") for tag in named.split(",")}
+def _client_has(request: Request, etag: str) -> bool:
+    """Whether `If-None-Match` names `etag`."""
+    header = ",".join(request.headers.getlist("if-none-match"))
+    tags = {tag.strip().removeprefix("W/") for tag in header.split(",")}
     return bool(tags & {etag, "*"})
 
 
-def _range(asked: str, size: int) -> slice | None:
-    """One range of bytes; None for several or for what is none, which are answered whole."""
-    found = _RANGE.fullmatch(asked.strip())
-    if not found or found.groups() == (None, None):
+def _requested_part(request: Request, etag: str, size: int) -> slice | None:
+    """The bytes that a GET request asks for; None for the whole picture."""
+    header = request.headers.get("range")
+    if request.method != "GET" or not header or request.headers.get("if-range", etag) != etag:
         return None
-    first, last = (None if n is None else int(n) for n in found.groups())
-    if first is None:  # the last so many
+    return _parse_range(header, size)
+
+
+def _parse_range(header: str, size: int) -> slice | None:
+    """Parse a `Range` header; None if it is invalid or names several ranges, which is ignored.
+
+    Raises `RangeNotSatisfiable`.
+    """
+    match = _RANGE.fullmatch(header.strip())
+    if not match or match.groups() == (None, None):
+        return None
+    first, last = (None if n is None else int(n) for n in match.groups())
+    if first is None:  # the last so many bytes
         first, last = max(size - (last or 0), 0), size - 1
     last = size - 1 if last is None else min(last, size - 1)
-    if found[1] and found[2] and int(found[2]) < int(found[1]):
+    if match[1] and match[2] and int(match[2]) < int(match[1]):
         return None
     if first > last:
-        raise RangeNotSatisfiable(f"{asked} of {size} bytes", {"Content-Range": f"bytes */{size}"})
+        message = f"the range {header} is outside the picture's {size} bytes"
+        raise RangeNotSatisfiable(message, {"Content-Range": f"bytes */{size}"})
     return slice(first, last + 1)
 
 
-def _base64(data: bytes) -> str:
+def _sha256_base64(data: bytes) -> str:
     return base64.b64encode(hashlib.sha256(data).digest()).decode()

@@ -1,4 +1,4 @@
-"""Instant pictures: computed off the event loop, with a bounded line of those who wait."""
+"""Instant decodes: run in a thread pool with a bounded waiting line; recent pictures are cached."""
 
 import asyncio
 import contextvars
@@ -11,12 +11,10 @@ from typing import TypeVar
 
 import anyio
 from cachetools import LRUCache
-from torch import Tensor
 
 from models import geometry, image
-from models.codec import codec
 from models.codec.bitstream import Bitstream
-from models.image import OutputFormat, Pixels
+from models.image import OutputFormat
 from models.library import Library
 from service import metrics
 from service.problems import Busy, DeadlineExceeded
@@ -26,83 +24,90 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """A picture file, and the ms that its stages took; none where it was kept."""
+class PictureFile:
+    """An encoded picture, and the milliseconds that its stages took; no stages if it was cached."""
 
-    file: bytes
-    stages: dict[str, float] = field(default_factory=dict)
+    data: bytes
+    stages_ms: dict[str, float] = field(default_factory=dict)
 
 
-class Instant:
-    """What of a process computes pictures within requests."""
+class InstantDecoder:
+    """Decodes bitstreams within requests, off the event loop.
+
+    At most `decodes_at_once` calls run at a time and `waiting_line` more wait.
+    """
 
     def __init__(self, library: Library, settings: ServiceSettings) -> None:
         self.library = library
         self.settings = settings
         self._threads = ThreadPoolExecutor(settings.decodes_at_once, "instant")
-        self._asked = 0  # turns that requests wait for or have
-        self._drawing: dict[Hashable, asyncio.Task[Drawn]] = {}
-        self._kept: LRUCache[Hashable, bytes]  # repeats are quick, Redis or no
-        self._kept = LRUCache(settings.instant_cache_bytes, len)
-        self._seconds = 0.3  # of a turn, lately
+        self._pending = 0  # calls of `run` that wait or are running
+        self._tasks: dict[Hashable, asyncio.Task[PictureFile]] = {}
+        self._cache: LRUCache[Hashable, bytes]  # per process: works without Redis
+        self._cache = LRUCache(settings.instant_cache_bytes, len)
+        self._mean_s = 0.3  # moving average of a call's duration
         self.megapixel_s: float | None = None
-        """Seconds of an instant picture per megapixel, lately; None before the first."""
+        """Moving average of seconds per megapixel of an instant picture; None before the first."""
 
-    async def picture(self, b: Bitstream, digest: str, format: OutputFormat) -> Drawn:
-        """The instant picture of a bitstream. Raises as `Codec.latents` and `run`."""
-        name = digest, self.library.codec_id(b), format
-        metrics.cache("draft", name in self._kept)
-        asked = time.perf_counter()
-        return await self.once(name, lambda: self._draw(b, format, asked))
+    async def picture(self, b: Bitstream, digest: str, format: OutputFormat) -> PictureFile:
+        """Return the codec's own picture of `b`. Raises as `Codec.latents` and `run`."""
+        key = digest, self.library.codec_id(b), format
+        metrics.cache("draft", key in self._cache)
+        requested_at = time.perf_counter()
+        return await self.once(key, lambda: self._decode(b, format, requested_at))
 
-    async def once(self, name: Hashable, work: Callable[[], Drawn]) -> Drawn:
-        """What `work` draws, kept under `name`; who asks meanwhile waits for the same, no longer
-        than the first. Raises as `run`."""
-        if (kept := self._kept.get(name)) is not None:
-            return Drawn(kept)
-        if name not in self._drawing:
-            self._drawing[name] = task = asyncio.create_task(self._make(name, work))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # was seen
-        return await asyncio.shield(self._drawing[name])  # others wait where one leaves
+    async def once(self, key: Hashable, work: Callable[[], PictureFile]) -> PictureFile:
+        """Return the cached result of `work` for `key`; concurrent callers share one computation.
 
-    async def _make(self, name: Hashable, work: Callable[[], Drawn]) -> Drawn:
+        Raises as `run`; all callers that share a computation have the deadline of the first.
+        """
+        if (cached := self._cache.get(key)) is not None:
+            return PictureFile(cached)
+        if key not in self._tasks:
+            self._tasks[key] = task = asyncio.create_task(self._compute(key, work))
+            # retrieve the exception, or asyncio logs it if every caller has left
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(self._tasks[key])  # other callers wait on if this one leaves
+
+    async def _compute(self, key: Hashable, work: Callable[[], PictureFile]) -> PictureFile:
         try:
-            drawn = await self.run(work)
+            picture = await self.run(work)
         finally:
-            del self._drawing[name]
-        if len(drawn.file) < self._kept.maxsize / 4:
-            self._kept[name] = drawn.file
-        return drawn
+            del self._tasks[key]
+        if len(picture.data) < self._cache.maxsize / 4:
+            self._cache[key] = picture.data
+        return picture
 
     async def check(self, b: Bitstream) -> None:
-        """Raise what decoding the bitstream would raise; no picture is made."""
+        """Entropy-decode `b` and discard the result. Raises as `Codec.latents` and `run`."""
         await self.run(lambda: self.library.codec(b).latents(b))
 
     async def run(self, work: Callable[[], T]) -> T:
-        """`work` in a thread, when its turn comes.
+        """Return the result of `work`, run in a thread of the pool.
 
-        Raises `Busy` where the line is full, `DeadlineExceeded` where it takes too long; a turn
-        that had begun keeps its thread until it is done, whoever has gone.
+        Raises `Busy` if the waiting line is full, and `DeadlineExceeded` after
+        `request_timeout_s`. Work that has started by then keeps its thread until it returns.
         """
-        waiting = max(self._asked - self.settings.decodes_at_once, 0)
+        waiting = max(self._pending - self.settings.decodes_at_once, 0)
         if waiting >= self.settings.waiting_line:
             turns = (waiting + 1) / self.settings.decodes_at_once
-            retry_after = str(math.ceil(turns * self._seconds))
+            retry_after = str(math.ceil(turns * self._mean_s))
             metrics.shed("line")
-            raise Busy(f"{waiting} requests wait already", {"Retry-After": retry_after})
-        turn = self._threads.submit(contextvars.copy_context().run, self._timed, work)
-        self._asked += 1
+            message = f"{waiting} requests already wait for a decoder thread"
+            raise Busy(message, {"Retry-After": retry_after})
+        future = self._threads.submit(contextvars.copy_context().run, self._timed, work)
+        self._pending += 1
         try:
             with anyio.fail_after(self.settings.request_timeout_s):
-                return await asyncio.wrap_future(turn)
+                return await asyncio.wrap_future(future)
         except TimeoutError as e:
             limit = self.settings.request_timeout_s
             metrics.shed("timeout")
-            raise DeadlineExceeded(f"no answer within {limit:g} s") from e
+            raise DeadlineExceeded(f"the picture was not ready within {limit:g} s") from e
         finally:
-            self._asked -= 1
+            self._pending -= 1
 
-    def _learn(self, ms: float, b: Bitstream) -> None:
+    def _update_megapixel_s(self, ms: float, b: Bitstream) -> None:
         cost = ms / 1e3 / geometry.megapixels(b.height, b.width)
         before = cost if self.megapixel_s is None else self.megapixel_s
         self.megapixel_s = before + 0.1 * (cost - before)
@@ -112,24 +117,21 @@ class Instant:
         try:
             return work()
         finally:
-            self._seconds += 0.1 * (time.perf_counter() - began - self._seconds)
+            self._mean_s += 0.1 * (time.perf_counter() - began - self._mean_s)
 
-    def _draw(self, b: Bitstream, format: OutputFormat, asked: float) -> Drawn:
-        marks = [asked, time.perf_counter()]
-        used = self.library.codec(b)
-        latents = used.latents(b)
-        marks.append(time.perf_counter())
-        x_hat = used.synthesis(latents.y_hat)
-        marks.append(time.perf_counter())
-        file = image.write(_pixels(x_hat, b), format)
-        marks.append(time.perf_counter())
-        names = ("queue", "entropy", "g_s", "encode")
-        spans = zip(names, marks, marks[1:], strict=False)
-        stages = {name: (y - x) * 1e3 for name, x, y in spans}
-        metrics.stages(stages)
-        self._learn(sum(ms for name, ms in stages.items() if name != "queue"), b)
-        return Drawn(file, stages)
+    def _decode(self, b: Bitstream, format: OutputFormat, requested_at: float) -> PictureFile:
+        ends: dict[str, float] = {}
 
+        def on_stage(stage: str) -> None:
+            ends[stage] = time.perf_counter()
 
-def _pixels(x_hat: Tensor, b: Bitstream) -> Pixels:
-    return codec.to_pixels(codec.crop(x_hat, b.height, b.width))
+        on_stage("queue")
+        pixels = self.library.codec(b).decode(b, on_stage)
+        data = image.write(pixels, format)
+        on_stage("encode")
+        starts = (requested_at, *ends.values())
+        spans = zip(ends.items(), starts, strict=False)
+        stages_ms = {name: (end - start) * 1e3 for (name, end), start in spans}
+        metrics.stages(stages_ms)
+        self._update_megapixel_s(sum(ms for name, ms in stages_ms.items() if name != "queue"), b)
+        return PictureFile(data, stages_ms)

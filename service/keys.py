@@ -1,14 +1,15 @@
-"""API keys: the TOML file that lists their digests, and `afterimage keys new`.
+"""API keys: a TOML file that lists their digests; `afterimage keys new` adds to it.
 
-Keys of one name are one caller, as while one is replaced. Each key is a table:
+Several keys may have the same name: they belong to one caller, as during a rotation. Each key is a
+table:
 
     [[keys]]
     name = "gallery"
-    sha256 = "…"                 # of the key, hex
-    scopes = ["decode"]          # of decode, encode
-    requests_per_minute = 60     # optional, as are the next two
+    sha256 = "…"                 # hex digest of the key
+    scopes = ["decode"]          # decode, encode or both
+    requests_per_minute = 60     # optional, like the next two
     jobs_at_once = 4
-    expires = 2027-01-31         # its last day, UTC
+    expires = 2027-01-31         # the last day on which the key is valid, UTC
 """
 
 import hashlib
@@ -26,15 +27,15 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 class KeysError(AfterimageError):
-    """The file of API keys cannot be used."""
+    """The file of API keys is missing or invalid."""
 
 
 class Key(BaseModel):
-    """A key, as the file has it."""
+    """A key's table in the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._@-]{1,64}$")  # it becomes part of Redis keys
+    name: str = Field(pattern=r"^[A-Za-z0-9._@-]{1,64}$")  # becomes part of Redis keys
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     scopes: list[Scope] = Field(min_length=1)
     requests_per_minute: int | None = Field(None, ge=1)
@@ -43,43 +44,49 @@ class Key(BaseModel):
 
     @property
     def expired(self) -> bool:
-        """Whether its last day is over."""
+        """Whether the last valid day is over."""
         return self.expires is not None and self.expires < datetime.now(UTC).date()
 
 
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    keys: list[Key] = []  # none: nobody may ask, as when the last key was withdrawn
+    keys: list[Key] = []  # empty: every request is refused, as after the last key is removed
 
 
 def digest(token: str) -> str:
-    """What is kept of a key: SHA-256, hex. A fast hash is right: nobody guesses 32 random bytes."""
+    """Return the SHA-256 of a key in hex, which is all that the file stores.
+
+    A fast hash is safe: keys are 32 random bytes, too many to guess.
+    """
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def parse(text: str, source: object) -> list[Key]:
-    """The keys that a text lists. Raises `KeysError` with line or field, as `keys.0.name`."""
+    """Parse the text of a file; `source` names the file in errors.
+
+    Raises `KeysError` that names the line or the field, such as `keys.0.name`.
+    """
     try:
         keys = _File.model_validate(tomllib.loads(text)).keys
     except tomllib.TOMLDecodeError as e:
-        raise KeysError(f"{source}: no TOML: {e}") from e
+        raise KeysError(f"{source}: not valid TOML: {e}") from e
     except ValidationError as e:
-        wrong = "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors())
-        raise KeysError(f"{source}: {wrong}") from None
+        faults = "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors())
+        raise KeysError(f"{source}: {faults}") from None
     if len({key.sha256 for key in keys}) < len(keys):
-        raise KeysError(f"{source}: keys: two have the same sha256")
+        raise KeysError(f"{source}: keys: two keys have the same sha256")
     return keys
 
 
 def read(path: Path) -> list[Key]:
-    """The keys of a file. Raises `KeysError` for one that is missing or wrong."""
+    """Read the keys of a file. Raises `KeysError` if it is missing or invalid."""
     return parse(read_text(path), path)
 
 
 def read_text(path: Path) -> str:
-    """The file's text. Raises `KeysError`."""
+    """Read the text of a file. Raises `KeysError`."""
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise KeysError(f"{path}: {getattr(e, 'strerror', 'no UTF-8')}") from e
+        raise KeysError(f"{path}: {getattr(e, 'strerror', 'not UTF-8')}") from e

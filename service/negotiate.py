@@ -1,4 +1,4 @@
-"""What a client would like, by its headers: `Accept` (RFC 9110) and `Prefer` (RFC 7240)."""
+"""Content negotiation: the headers `Accept` (RFC 9110) and `Prefer` (RFC 7240)."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -8,9 +8,9 @@ from models.image import MEDIA_TYPES, OutputFormat
 from service.problems import NotAcceptable
 
 PREFERENCE: Sequence[OutputFormat] = ("png", "webp", "avif", "jpeg", "npy")
-"""Ours, where a client likes several as much: without loss and read everywhere first."""
+"""Order of formats that a client accepts equally: lossless and widely supported ones first."""
 MAX_WAIT_S = 60
-"""The longest `wait` that is granted."""
+"""The longest `wait`, in seconds; longer ones are cut to this."""
 
 _OUTSIDE_QUOTES = r'(?:[^{0}"]|"(?:\\.|[^"\\])*"?)+'
 _ITEMS = re.compile(_OUTSIDE_QUOTES.format(","))
@@ -20,40 +20,40 @@ _WEIGHT = re.compile(r"0(\.\d{0,3})?|1(\.0{0,3})?")
 
 @dataclass(frozen=True, slots=True)
 class Preferences:
-    """`respond-async` and `wait` of `Prefer`; what is not understood is left out."""
+    """The preferences `respond-async` and `wait`; others are ignored."""
 
     respond_async: bool = False
     wait_s: int | None = None
 
     @property
     def applied(self) -> str:
-        """For `Preference-Applied`."""
+        """The value of the header `Preference-Applied`."""
         wait = [] if self.wait_s is None else [f"wait={self.wait_s}"]
         return ", ".join((["respond-async"] if self.respond_async else []) + wait)
 
 
 def picture_format(accept: str | None) -> OutputFormat:
-    """The format that `Accept` likes best; PNG without one. Raises `NotAcceptable`."""
+    """Return the format that `Accept` prefers, PNG without the header. Raises `NotAcceptable`."""
     if accept is None or not accept.strip():
         return PREFERENCE[0]
     ranges = list(_ranges(accept))
     weights = {f: _weight(MEDIA_TYPES[f], ranges) for f in PREFERENCE}
-    best = max(PREFERENCE, key=lambda f: weights[f])  # the first of several
+    best = max(PREFERENCE, key=lambda f: weights[f])  # the first, if several are equal
     if not weights[best]:
-        known = ", ".join(MEDIA_TYPES[f] for f in PREFERENCE)
-        raise NotAcceptable(f"none of {accept!r} can be made; known are {known}")
+        available = ", ".join(MEDIA_TYPES[f] for f in PREFERENCE)
+        raise NotAcceptable(f"Accept is {accept!r}; available formats are {available}")
     return best
 
 
 def preferences(prefer: str | None) -> Preferences:
-    """What `Prefer` asks for; the first of each name counts, as RFC 7240 has it."""
-    found: dict[str, str] = {}
+    """Parse `Prefer`; if a preference is repeated, the first counts (RFC 7240)."""
+    values: dict[str, str] = {}
     for item in _ITEMS.findall(prefer or ""):
         name, _, value = _parts(item)[0].partition("=")
-        found.setdefault(name.strip().lower(), value.strip().strip('"'))
-    wait = found.get("wait", "")
+        values.setdefault(name.strip().lower(), value.strip().strip('"'))
+    wait = values.get("wait", "")
     seconds = min(int(wait), MAX_WAIT_S) if re.fullmatch(r"[0-9]{1,9}", wait) else None
-    return Preferences("respond-async" in found, seconds)
+    return Preferences("respond-async" in values, seconds)
 
 
 def _parts(item: str) -> list[str]:
@@ -61,7 +61,7 @@ def _parts(item: str) -> list[str]:
 
 
 def _ranges(accept: str) -> Iterator[tuple[str, float]]:
-    """Media ranges and their weights; ranges with a weight that is none are left out."""
+    """Media ranges and their weights; ranges with an invalid weight are ignored."""
     for item in _ITEMS.findall(accept):
         name, *parameters = (part.strip().lower() for part in _parts(item))
         weight = next((p[2:].strip() for p in parameters if p.startswith("q=")), "1")
@@ -70,9 +70,9 @@ def _ranges(accept: str) -> Iterator[tuple[str, float]]:
 
 
 def _weight(media_type: str, ranges: Sequence[tuple[str, float]]) -> float:
-    """By the most specific range that matches; 0 where none does."""
+    """The weight of the most specific range that matches; 0 if none does."""
     for name in (media_type, media_type.split("/")[0] + "/*", "*/*"):
-        found = [weight for of, weight in ranges if of == name]
-        if found:
-            return max(found)
+        weights = [weight for media_range, weight in ranges if media_range == name]
+        if weights:
+            return max(weights)
     return 0.0

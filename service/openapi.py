@@ -1,4 +1,4 @@
-"""What FastAPI does not know of the API when it describes it."""
+"""Completes the OpenAPI document that FastAPI generates: problems, links, optional API keys."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ from fastapi import FastAPI
 from models.errors import ParameterError
 from service import problems, schemas
 
-FOLLOWING = ("status", "follow", "picture", "withdraw", "retry")
-"""Operations on a decode, by the names of their routes."""
+LINKED_OPERATIONS = ("status", "follow", "picture", "withdraw", "retry")
+"""Ids of the operations on a decode, which responses with a decode link to."""
 
 
 def install(app: FastAPI, keyed: bool) -> None:
-    """Complete the description of `app`; keys are part of it where the service is `keyed`."""
-    made = app.openapi
+    """Complete the OpenAPI document of `app`; it lists API keys only if the service is `keyed`."""
+    generate = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            _complete(made(), keyed)
+            _complete(generate(), keyed)
         return app.openapi_schema or {}
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -36,17 +36,17 @@ def _complete(document: dict[str, Any], keyed: bool) -> None:
         for operation in path.values():
             if not keyed:
                 operation.pop("security", None)
-            _complete_answers(operation["responses"])
+            _complete_responses(operation["responses"])
 
 
-def _complete_answers(answers: dict[str, Any]) -> None:
-    """FastAPI's own 422 becomes ours; a decode's document leads to what can be done with it."""
-    if "application/json" in answers.get("422", {}).get("content", {}):
-        answers["422"] = problems.responses(ParameterError)[422]
-    for answer in answers.values():
-        schema = answer.get("content", {}).get("application/json", {}).get("schema", {})
+def _complete_responses(responses: dict[str, Any]) -> None:
+    """Replace FastAPI's own 422 with a problem; link decodes to the operations on them."""
+    if "application/json" in responses.get("422", {}).get("content", {}):
+        responses["422"] = problems.responses(ParameterError)[422]
+    for response in responses.values():
+        schema = response.get("content", {}).get("application/json", {}).get("schema", {})
         if schema.get("$ref", "").endswith("/Decode"):
-            answer["links"] = {
+            response["links"] = {
                 name: {"operationId": name, "parameters": {"id": "$response.body#/id"}}
-                for name in FOLLOWING
+                for name in LINKED_OPERATIONS
             }

@@ -1,4 +1,4 @@
-"""Errors to HTTP: RFC 9457 `application/problem+json`, one table for all of them."""
+"""Error responses: RFC 9457 `application/problem+json`, with one table of status codes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,14 +16,11 @@ from worker.queue.store import RedisError
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_S = 5
-"""When to come back after a store was away."""
+"""`Retry-After` of a 503 that does not set its own."""
 
 
 class RequestError(errors.AfterimageError):
-    """What a request gets wrong about HTTP, or about the service's state.
-
-    `headers` go with the answer.
-    """
+    """Base of errors of the HTTP API; `headers` are added to the response."""
 
     kind = "request-error"
 
@@ -33,13 +30,13 @@ class RequestError(errors.AfterimageError):
 
 
 class Unauthorized(RequestError):
-    """No API key or signature, or one that is not valid."""
+    """The API key or signed link is missing or not valid."""
 
     kind = "unauthorized"
 
 
 class Forbidden(RequestError):
-    """The API key lacks the scope."""
+    """The API key lacks the required scope."""
 
     kind = "forbidden"
 
@@ -51,49 +48,49 @@ class JobNotFound(RequestError):
 
 
 class ModelNotFound(RequestError):
-    """There are no such weights, or there is no card of them."""
+    """There is no model card for these weights."""
 
     kind = "model-not-found"
 
 
 class NotAcceptable(RequestError):
-    """None of the formats that `Accept` names can be made."""
+    """No format in `Accept` is available."""
 
     kind = "not-acceptable"
 
 
 class Conflict(RequestError):
-    """The decode has ended, or has not: it cannot be done to it now."""
+    """The operation is not possible in the current state of the decode."""
 
     kind = "conflict"
 
 
 class PictureGone(RequestError):
-    """The picture is no longer kept; `retry` makes it again."""
+    """The picture has expired; `retry` makes it again."""
 
     kind = "picture-gone"
 
 
 class BodyTooLarge(RequestError):
-    """More bytes than the limit."""
+    """The body is larger than the limit."""
 
     kind = "body-too-large"
 
 
 class IdMismatch(RequestError):
-    """The id in the path is not that of the request's content."""
+    """The id in the path does not match the request's content."""
 
     kind = "id-mismatch"
 
 
 class KeyReused(RequestError):
-    """The `Idempotency-Key` came with another request before."""
+    """The `Idempotency-Key` belongs to another request."""
 
     kind = "key-reused"
 
 
 class RangeNotSatisfiable(RequestError):
-    """The range begins behind the picture's end."""
+    """The range starts after the end of the picture."""
 
     kind = "range-not-satisfiable"
 
@@ -105,31 +102,31 @@ class RequestTimeout(RequestError):
 
 
 class TooManyRequests(RequestError):
-    """The caller's quota is used up; `Retry-After` says until when."""
+    """The caller's quota is used up; retry after `Retry-After` seconds."""
 
     kind = "too-many-requests"
 
 
 class QueueFull(RequestError):
-    """The queue's memory is nearly used up: no new jobs until old records have expired."""
+    """The queue's memory is nearly full: no new jobs are accepted until old records expire."""
 
     kind = "queue-full"
 
 
 class Busy(RequestError):
-    """More requests than can be served soon; `Retry-After` says when to come back."""
+    """The service is overloaded; retry after `Retry-After` seconds."""
 
     kind = "busy"
 
 
 class QueueAway(RequestError):
-    """The queue cannot be used; instant decodes still work."""
+    """Redis is unavailable; instant decodes still work."""
 
     kind = "queue-away"
 
 
 class DeadlineExceeded(RequestError):
-    """The request's time is over before its answer was there."""
+    """The picture was not ready before the deadline of the request."""
 
     kind = "deadline-exceeded"
 
@@ -168,56 +165,57 @@ STATUS: dict[type[errors.AfterimageError], int] = {
 def problem(
     status: int, kind: str, detail: str, headers: Mapping[str, str] | None = None, **extra: Any
 ) -> JSONResponse:
-    """A problem document; `kind` is the stable last part of its type."""
+    """Return a problem document; `kind` becomes the last part of its `type`."""
     body = {**_document(status, kind, detail), **extra}
-    sent = {"Cache-Control": "no-store"}
+    defaults = {"Cache-Control": "no-store"}
     if status == 503:
-        sent["Retry-After"] = str(RETRY_S)
-    return JSONResponse(body, status, {**sent, **(headers or {})}, MEDIA_TYPE)
+        defaults["Retry-After"] = str(RETRY_S)
+    return JSONResponse(body, status, {**defaults, **(headers or {})}, MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of `app` with a problem document."""
+    """Register handlers that turn every error of `app` into a problem document."""
 
     @app.exception_handler(errors.AfterimageError)
-    async def _own(_request: Request, e: errors.AfterimageError) -> JSONResponse:
+    async def _afterimage_error(_request: Request, e: errors.AfterimageError) -> JSONResponse:
         headers = e.headers if isinstance(e, RequestError) else {}
         return problem(status_of(type(e)), type(e).kind, str(e), headers)
 
     @app.exception_handler(RequestValidationError)
-    async def _parameters(_request: Request, e: RequestValidationError) -> JSONResponse:
-        found = [
+    async def _invalid_parameters(_request: Request, e: RequestValidationError) -> JSONResponse:
+        invalid = [
             {"parameter": str(x["loc"][-1]), "in": str(x["loc"][0]), "message": x["msg"]}
             for x in e.errors()
         ]
-        text = "; ".join(f"{x['parameter']}: {x['message']}" for x in found)
-        return problem(422, "parameter-error", text, errors=found)
+        text = "; ".join(f"{x['parameter']}: {x['message']}" for x in invalid)
+        return problem(422, "parameter-error", text, errors=invalid)
 
     @app.exception_handler(HTTPException)
-    async def _http(request: Request, e: HTTPException) -> JSONResponse:
+    async def _http_error(request: Request, e: HTTPException) -> JSONResponse:
         kinds = {404: "not-found", 405: "method-not-allowed"}
         kind, headers = kinds.get(e.status_code, "http-error"), dict(e.headers or {})
         if e.status_code == 405:
-            described = ", ".join(_methods(app, request.url.path))
-            headers["Allow"] = described or headers.get("Allow", "")  # of the page: its route's
+            documented = ", ".join(_methods(app, request.url.path))
+            headers["Allow"] = documented or headers.get("Allow", "")  # the page is undocumented
         return problem(e.status_code, kind, str(e.detail), headers)
 
     @app.exception_handler(RedisError)
-    async def _store(request: Request, _e: RedisError) -> JSONResponse:
+    async def _redis_error(request: Request, _e: RedisError) -> JSONResponse:
         metrics.shed("redis")
-        return await _own(request, QueueAway("queue or cache is away; instant decodes still work"))
+        error = QueueAway("Redis is unavailable; instant decodes still work")
+        return await _afterimage_error(request, error)
 
     @app.exception_handler(Exception)
-    async def _unexpected(request: Request, _e: Exception) -> JSONResponse:
+    async def _unexpected_error(request: Request, _e: Exception) -> JSONResponse:
         ids = {"X-Request-Id": getattr(request.state, "request_id", "")}
-        return problem(500, "internal-error", "an unexpected error; it was logged", ids)
+        return problem(500, "internal-error", "an unexpected error occurred and was logged", ids)
 
 
 def _methods(app: FastAPI, path: str) -> list[str]:
-    """What the routes of a path answer to; one route knows of its own methods only."""
-    described = app.openapi()["paths"]
-    matching = (at for at in described if compile_path(at)[0].match(path))
-    return sorted({method.upper() for at in matching for method in described[at]})
+    """All methods of a path: Starlette's 405 lists only those of one of its routes."""
+    templates = app.openapi()["paths"]
+    matching = (t for t in templates if compile_path(t)[0].match(path))
+    return sorted({method.upper() for t in matching for method in templates[t]})
 
 
 def _document(status: int, kind: str, detail: str) -> dict[str, Any]:
@@ -230,33 +228,33 @@ def _document(status: int, kind: str, detail: str) -> dict[str, Any]:
 
 
 EXAMPLE: JsonDict = _document(
-    422, "checksum-mismatch", "the bitstream's CRC-32C does not hold: its bytes were changed"
+    422, "checksum-mismatch", "the CRC-32C of the bitstream does not match: its bytes were changed"
 )
-OF_KEYS = (Unauthorized, Forbidden, TooManyRequests)
-"""What every operation for callers with keys may answer."""
+OF_AUTHENTICATION = (Unauthorized, Forbidden, TooManyRequests)
+"""Problems of every operation that authenticates its caller."""
 OF_BODIES = (errors.MalformedHeader, RequestTimeout, BodyTooLarge, Busy)
-"""What every operation that takes a body may answer."""
+"""Problems of every operation that takes a body."""
 OF_BITSTREAMS = (*errors.BitstreamError.__subclasses__(), errors.PictureTooLarge, *OF_BODIES)
-"""What every operation that takes a bitstream may answer."""
-OF_LINES = (Busy, DeadlineExceeded)
-"""What every operation that computes a picture may answer."""
+"""Problems of every operation that takes a bitstream."""
+OF_COMPUTATION = (Busy, DeadlineExceeded)
+"""Problems of every operation that computes a picture."""
 
 
 def responses(*kinds: type[errors.AfterimageError]) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI entries for the problems that an operation may answer with, an example of each."""
-    found: dict[int | str, dict[str, Any]] = {}
+    """Return the OpenAPI `responses` of these problems, with an example of each."""
+    entries: dict[int | str, dict[str, Any]] = {}
     for kind in sorted(set(kinds), key=lambda k: (status_of(k), k.__name__)):
         status, name = status_of(kind), kind.kind
         text = (kind.__doc__ or "").split("\n")[0]
         schema = {"$ref": "#/components/schemas/Problem"}
         empty = {"description": "", "content": {MEDIA_TYPE: {"schema": schema, "examples": {}}}}
-        entry = found.setdefault(status, empty)
+        entry = entries.setdefault(status, empty)
         entry["description"] = f"{entry['description']} {text}".strip()
         value = _document(status, name, text.rstrip("."))
         entry["content"][MEDIA_TYPE]["examples"][name] = {"summary": text, "value": value}
-    return found
+    return entries
 
 
 def status_of(kind: type[errors.AfterimageError]) -> int:
-    """The HTTP status of an error."""
+    """Return the HTTP status of an error class."""
     return next(STATUS[c] for c in kind.__mro__ if c in STATUS)

@@ -1,6 +1,6 @@
-"""How much a caller may ask for: requests in a minute, and jobs that have not ended.
+"""Quotas of a caller: requests per minute, and jobs that have not ended.
 
-Counted in Redis, for all API processes together. Headers: draft-ietf-httpapi-ratelimit-headers-10.
+Counted in Redis, shared by all API processes. Headers: draft-ietf-httpapi-ratelimit-headers-10.
 """
 
 import logging
@@ -21,16 +21,16 @@ from worker.queue.store import RedisError
 
 WINDOW_S = 60
 JOB_TTL_S = 24 * 3600
-"""How long a job counts that never ends: as long as a picture may be wanted."""
+"""How long a job that never ends counts: as long as a subscription may last."""
 SUBMIT_S = 60
-"""How old an entry must be to go with a record that ended before, or that is missing: the job was
-submitted by then, and hosts' clocks differ by less."""
+"""Minimum age of an entry that is removed because its job's record is missing or older than the
+entry: by then the job was submitted, even if the clocks of hosts differ by less."""
 PAUSE_S = 5.0
-"""How long requests are not counted after Redis was away: each would wait for its silence."""
-TELL_S = 60.0
-"""How often that is told."""
+"""How long requests are not counted after a Redis error, so that they do not all wait for it."""
+WARN_S = 60.0
+"""Minimum seconds between two log lines about a Redis error."""
 
-_REMEMBER = """
+_ADD_JOB = """
 redis.call('zremrangebyscore', KEYS[1], '-inf', ARGV[2])
 local known = redis.call('zscore', KEYS[1], ARGV[1])
 if not known and redis.call('zcard', KEYS[1]) >= tonumber(ARGV[4]) then return 0 end
@@ -43,9 +43,10 @@ log = logging.getLogger(__name__)
 
 
 class Quotas:
-    """Limits of callers; `requests_per_minute` and `jobs_at_once` hold for those without their own.
+    """Counts requests and jobs against the limits of their callers.
 
-    None is no limit.
+    `requests_per_minute` and `jobs_at_once` are the limits of callers whose key sets none; None
+    means no limit.
     """
 
     def __init__(
@@ -57,96 +58,100 @@ class Quotas:
         queue = jobs.store.queue
         storage = RedisStorage("redis://", queue.connection_pool, jobs.store.key("quota"))
         self._window = MovingWindowRateLimiter(storage)
-        self._remember = queue.register_script(_REMEMBER)
-        self._uncounted_until = 0.0  # monotonic; 0 while Redis answers
-        self._told = -math.inf
+        self._add_job = queue.register_script(_ADD_JOB)
+        self._paused_until = 0.0  # monotonic; 0 while Redis responds
+        self._warned_at = -math.inf
 
-    def counts(self, caller: Caller) -> bool:
+    def limits_requests(self, caller: Caller) -> bool:
         """Whether the caller's requests are limited at all."""
         return self._limit(caller) is not None
 
     def request(self, caller: Caller) -> dict[str, str]:
-        """Count a request; the headers `RateLimit` and `RateLimit-Policy`, where there is a limit.
+        """Count a request; return the headers `RateLimit` and `RateLimit-Policy`, or none.
 
-        Raises `TooManyRequests`. While Redis is away, nothing is counted and all may pass.
+        Raises `TooManyRequests`. While Redis is unavailable, nothing is counted or refused.
         """
         limit = self._limit(caller)
         now = time.monotonic()
-        if limit is None or now < self._uncounted_until:
+        if limit is None or now < self._paused_until:
             return {}
-        if self._uncounted_until:  # this request finds out; the others go on meanwhile
-            self._uncounted_until = now + PAUSE_S
+        if self._paused_until:  # this request probes Redis; the others do not wait for it
+            self._paused_until = now + PAUSE_S
         try:
-            passes, left, reset_s = self._count(caller.name, limit)
+            allowed, left, reset_s = self._count(caller.name, limit)
         except RedisError as e:
-            self._away(e)
+            self._pause(e)
             return {}
-        self._uncounted_until = 0.0
+        self._paused_until = 0.0
         headers = _headers("requests", f"{limit};w={WINDOW_S}", left, reset_s)
-        if not passes:
+        if not allowed:
             retry = {"Retry-After": str(1 if left else reset_s)}
             metrics.rate_limited()
-            raise TooManyRequests(f"{limit} requests in {WINDOW_S} s", headers | retry)
+            message = f"the quota is {limit} requests in {WINDOW_S} s"
+            raise TooManyRequests(message, headers | retry)
         return headers
 
     def job(self, caller: Caller, job_id: str) -> None:
-        """Remember, before it is submitted, that a job is the caller's.
+        """Count a job, before it is submitted, against the caller's `jobs_at_once`.
 
-        Raises `TooManyRequests` where it has `jobs_at_once` others that have not ended, and
+        Raises `TooManyRequests` if that many other jobs of the caller have not ended, and
         `RedisError`.
         """
         limit = caller.jobs_at_once or self.jobs_at_once
-        if limit is None or self._remembered(caller, job_id, limit):
+        if limit is None or self._try_add(caller, job_id, limit):
             return
         unfinished = self._unfinished(caller)
-        if self._remembered(caller, job_id, limit):
+        if self._try_add(caller, job_id, limit):
             return
         times = (estimates.eta_s(self.jobs, state) for state in unfinished)
         wait_s = max(math.ceil(min((t for t in times if t is not None), default=RETRY_S)), 1)
         headers = {**_headers("jobs", str(limit), 0, wait_s), "Retry-After": str(wait_s)}
         metrics.rate_limited()
-        raise TooManyRequests(f"{limit} jobs that have not ended", headers)
+        raise TooManyRequests(f"the quota is {limit} jobs that have not ended", headers)
 
-    def ended(self, caller: Caller, job_id: str) -> None:
-        """The job no longer counts, as when the caller withdraws; its end is seen without this."""
+    def release_job(self, caller: Caller, job_id: str) -> None:
+        """Stop counting a job that the caller has withdrawn. Ended jobs need no call."""
         self.jobs.store.queue.zrem(self._key(caller), job_id)
 
     def _limit(self, caller: Caller) -> int | None:
         return caller.requests_per_minute or self.requests_per_minute
 
     def _count(self, name: str, limit: int) -> tuple[bool, int, int]:
-        """Whether one more passes, how many may follow, and seconds until one more may."""
+        """Count a request: whether it is allowed, how many more are, and seconds until the next
+        one is allowed again."""
         item = RateLimitItemPerMinute(limit, namespace="requests")
-        passes = self._window.hit(item, name)
+        allowed = self._window.hit(item, name)
         reset, left = self._window.get_window_stats(item, name)
-        wait_s = math.floor(reset - time.time()) + 1  # later than that moment
-        return passes, left, min(max(wait_s, 1), WINDOW_S)
+        wait_s = math.floor(reset - time.time()) + 1  # later than `reset`
+        return allowed, left, min(max(wait_s, 1), WINDOW_S)
 
-    def _away(self, e: RedisError) -> None:
+    def _pause(self, e: RedisError) -> None:
+        """Stop counting for `PAUSE_S`, and log the error."""
         now = time.monotonic()
-        self._uncounted_until = now + PAUSE_S
-        if now - self._told >= TELL_S:
-            self._told = now
-            log.warning("requests are not counted, Redis is away: %s", e)
+        self._paused_until = now + PAUSE_S
+        if now - self._warned_at >= WARN_S:
+            self._warned_at = now
+            log.warning("requests are not counted while Redis is unavailable: %s", e)
 
-    def _remembered(self, caller: Caller, job_id: str, limit: int) -> bool:
+    def _try_add(self, caller: Caller, job_id: str, limit: int) -> bool:
+        """Add a job to the caller's jobs; False if there are `limit` others."""
         arguments = (job_id, time.time(), JOB_TTL_S, limit)
-        return bool(self._remember(keys=[self._key(caller)], args=arguments))
+        return bool(self._add_job(keys=[self._key(caller)], args=arguments))
 
     def _unfinished(self, caller: Caller) -> list[JobState]:
-        """The caller's jobs; those that ended, by their records, are forgotten."""
-        queue, key, found = self.jobs.store.queue, self._key(caller), []
+        """The caller's unfinished jobs; removes the entries of ended ones."""
+        queue, key, unfinished = self.jobs.store.queue, self._key(caller), []
         entries: list[tuple[bytes, float]] = queue.zrange(key, 0, -1, withscores=True)  # type: ignore[assignment]
         for value, until in entries:
-            state, since = self.jobs.record(value.decode()), until - JOB_TTL_S
+            state, added = self.jobs.record(value.decode()), until - JOB_TTL_S
             if state and state.status not in ENDED:
-                found.append(state)
-            elif time.time() - since > SUBMIT_S or (state and state.ended >= since):
+                unfinished.append(state)
+            elif time.time() - added > SUBMIT_S or (state and state.ended >= added):
                 queue.zrem(key, value)
-        return found
+        return unfinished
 
     def _key(self, caller: Caller) -> str:
-        """Sorted set: job -> until when it counts at most."""
+        """Redis key of the sorted set of a caller's jobs; scores are when entries expire."""
         return self.jobs.store.key("jobs-of", caller.name)
 
 

@@ -1,4 +1,4 @@
-"""Around every request: its id, its trace, one line in the log, its share of the metrics."""
+"""Middleware around every request: request id, trace, access log, metrics, send timeout."""
 
 import logging
 import re
@@ -17,31 +17,30 @@ from worker.telemetry import logs, tracing
 log = logging.getLogger("afterimage.access")
 
 QUIET = frozenset({"/livez", "/readyz", "/startupz", "/metrics"})
-"""Routes that machines ask every few seconds: logged at DEBUG unless they fail."""
+"""Routes that are polled by machines: logged at DEBUG unless they fail."""
 SEND_S = 60.0
-"""How long a part of an answer may wait for the client to read: who never does would hold it, and
-what the request brought, in memory."""
-PART = 2**18
-"""Bytes of it."""
-GONE = 499
-"""The status that is logged where the client left before an answer."""
-_GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""Longest wait for a stalled client, whose response and upload would stay in memory."""
+CHUNK = 2**18
+"""Bytes of a response that are sent at a time; each has `SEND_S`."""
+CLIENT_GONE = 499
+"""The status in logs and metrics if the client disconnected before the response began."""
+_VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _JOB_ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(slots=True)
-class Seen:
-    """What is known of a request's answer while it is sent."""
+class RequestLog:
+    """What is recorded about a request when it ends."""
 
     request_id: str
     traceparent: str = ""
-    status: int = 0  # 0: no answer began
-    sent: int = 0  # bytes of the body
+    status: int = 0  # 0 until the response begins
+    sent: int = 0  # bytes of the response's body
     began: float = field(default_factory=time.perf_counter)  # seconds
 
 
-class Requests:
-    """ASGI middleware; bodies and events pass through as they come."""
+class RequestMiddleware:
+    """ASGI middleware that passes request and response bodies on without buffering them."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -51,106 +50,112 @@ class Requests:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        seen = Seen(_request_id(headers))
-        scope.setdefault("state", {})["request_id"] = seen.request_id
-        token = logs.request_id.set(seen.request_id)
-        with tracing.extract(_trace(headers)), tracing.span(scope["method"], kind="server"):
-            seen.traceparent = tracing.inject().get("traceparent", "")
+        entry = RequestLog(_request_id(headers))
+        scope.setdefault("state", {})["request_id"] = entry.request_id
+        token = logs.request_id.set(entry.request_id)
+        with tracing.extract(_trace_headers(headers)), tracing.span(scope["method"], kind="server"):
+            entry.traceparent = tracing.inject().get("traceparent", "")
             try:
-                await self.app(scope, receive, _in_parts(_telling(scope, send, seen)))
+                await self.app(scope, receive, _in_chunks(_observed(scope, send, entry)))
             except ClientDisconnect:
-                pass  # nobody to answer
+                pass  # nobody is left to respond to
             except Exception:
-                seen.status = 500
-                raise  # the id stays set for the server, which logs the traceback
+                entry.status = 500
+                raise  # the id stays set, so that the server logs it with the traceback
             finally:
-                _tell(scope, seen)
+                record_request(scope, entry)
         logs.request_id.reset(token)
 
 
 def _request_id(headers: Headers) -> str:
-    given = headers.get("x-request-id", "")
-    return given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
+    """The id that the client sent in `X-Request-Id`, or a new one if that is missing or invalid."""
+    sent = headers.get("x-request-id", "")
+    return sent if _VALID_REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
 
 
-def _trace(headers: Headers) -> dict[str, str]:
+def _trace_headers(headers: Headers) -> dict[str, str]:
     return {name: headers.get(name, "") for name in ("traceparent", "tracestate")}
 
 
-def _in_parts(send: Send) -> Send:
-    """`send`, which raises `ClientDisconnect` when nobody reads for `SEND_S`."""
+def _in_chunks(send: Send) -> Send:
+    """Wrap `send`: bodies go out in chunks.
 
-    async def sent(message: Message) -> None:
+    Raises `ClientDisconnect` if the client does not read a chunk within `SEND_S`.
+    """
+
+    async def send_chunks(message: Message) -> None:
         body = message.get("body", b"")
-        for at in range(0, len(body) or 1, PART):
+        for at in range(0, len(body) or 1, CHUNK):
             part = message
-            if len(body) > PART:
-                more = message.get("more_body", False) or at + PART < len(body)
-                part = {**message, "body": body[at : at + PART], "more_body": more}
+            if len(body) > CHUNK:
+                more = message.get("more_body", False) or at + CHUNK < len(body)
+                part = {**message, "body": body[at : at + CHUNK], "more_body": more}
             try:
                 with anyio.fail_after(SEND_S):
                     await send(part)
             except TimeoutError:
                 raise ClientDisconnect from None
 
-    return sent
+    return send_chunks
 
 
-def _telling(scope: Scope, send: Send, seen: Seen) -> Send:
-    """`send`, which adds ids and what is left of the quota to the answer, and counts it."""
+def _observed(scope: Scope, send: Send, entry: RequestLog) -> Send:
+    """Wrap `send`: add ids and rate-limit headers to the response; count its bytes in `entry`."""
 
-    async def told(message: Message) -> None:
+    async def send_and_count(message: Message) -> None:
         if message["type"] == "http.response.start":
-            seen.status = message["status"]
+            entry.status = message["status"]
             headers = MutableHeaders(scope=message)
-            headers["X-Request-Id"] = seen.request_id
+            headers["X-Request-Id"] = entry.request_id
             headers["X-Content-Type-Options"] = "nosniff"
-            if seen.traceparent:
-                headers["traceparent"] = seen.traceparent
+            if entry.traceparent:
+                headers["traceparent"] = entry.traceparent
             for name, value in scope["state"].get("quota", {}).items():
-                headers.setdefault(name, value)  # a refusal tells of the quota that it is for
+                headers.setdefault(name, value)  # a 429 has its own
         elif message["type"] == "http.response.body":
-            seen.sent += len(message.get("body", b""))
+            entry.sent += len(message.get("body", b""))
         await send(message)
 
-    return told
+    return send_and_count
 
 
 def route(scope: Scope) -> str:
-    """The template of the matched path, as `/v1/decodes/{id}`; `other` for what has none (static
-    files), `unmatched` for what no route knows."""
+    """The path template of a request, such as `/v1/decodes/{id}`.
+
+    `other` for endpoints without a template (static files), `unmatched` if no route matched.
+    """
     template = getattr(scope.get("route"), "path_format", None)
     return template or ("other" if "endpoint" in scope else "unmatched")
 
 
-def _tell(scope: Scope, seen: Seen) -> None:
-    """Metrics, span and log line of a request that has ended."""
-    seconds = time.perf_counter() - seen.began
-    status, template, method = seen.status or GONE, route(scope), scope["method"]
-    waited_s = scope.get("state", {}).get("waited_s", 0.0)  # as the client wanted
+def record_request(scope: Scope, entry: RequestLog) -> None:
+    """Write metrics, span attributes and a log line for a request that has ended."""
+    seconds = time.perf_counter() - entry.began
+    status, template, method = entry.status or CLIENT_GONE, route(scope), scope["method"]
+    waited_s = scope.get("state", {}).get("waited_s", 0.0)  # waiting that the client asked for
     metrics.request(template, method, status, seconds - waited_s)
     tracing.annotate(
         f"{method} {template}",
         error=status >= 500,
         **{"http.request.method": method, "http.route": template,
-           "http.response.status_code": status, "afterimage.request_id": seen.request_id},
+           "http.response.status_code": status, "afterimage.request_id": entry.request_id},
     )  # fmt: skip
     fields = {
         "method": method, "route": template, "status": status, "ms": round(seconds * 1e3, 1),
-        "bytes": seen.sent, "request_id": seen.request_id, **_ours(scope),
+        "bytes": entry.sent, "request_id": entry.request_id, **_caller_and_job(scope),
     }  # fmt: skip
-    if seen.traceparent:
-        fields["trace_id"] = seen.traceparent.split("-")[1]
+    if entry.traceparent:
+        fields["trace_id"] = entry.traceparent.split("-")[1]
     quiet = template in QUIET and status < 500
     level = logging.DEBUG if quiet else logging.ERROR if status == 500 else logging.INFO
     text = "%s %s %d in %.1f ms, %d bytes"
-    log.log(level, text, method, template, status, seconds * 1e3, seen.sent, extra=fields)
+    log.log(level, text, method, template, status, seconds * 1e3, entry.sent, extra=fields)
 
 
-def _ours(scope: Scope) -> dict[str, str]:
-    """Caller and job, as the routes said in the request's state, or as the path names the job."""
+def _caller_and_job(scope: Scope) -> dict[str, str]:
+    """Caller and job id, as routes set them in the request's state or the path contains them."""
     state = scope.get("state", {})
-    named = str(scope.get("path_params", {}).get("id", ""))
-    job = state.get("job_id") or (named if _JOB_ID.fullmatch(named) else "")
-    fields = {"caller": state.get("caller"), "job_id": job}
+    path_id = str(scope.get("path_params", {}).get("id", ""))
+    job_id = state.get("job_id") or (path_id if _JOB_ID.fullmatch(path_id) else "")
+    fields = {"caller": state.get("caller"), "job_id": job_id}
     return {name: str(value) for name, value in fields.items() if value}

@@ -1,4 +1,4 @@
-"""JSON documents of the API."""
+"""JSON documents of the API; their names are part of the OpenAPI document."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -12,13 +12,13 @@ from models.image import MEDIA_TYPES
 from service import problems
 from service.negotiate import MAX_WAIT_S
 from service.settings import ServiceSettings
-from worker.queue.estimates import Cost as CostModel
-from worker.queue.jobs import MAX_HOLD_S
+from worker.queue.estimates import CostModel
+from worker.queue.jobs import MAX_SUBSCRIPTION_S
 from worker.queue.records import JobState, Status
 
 
 class Fault(BaseModel):
-    """A parameter that is wrong."""
+    """An invalid parameter."""
 
     parameter: str
     in_: str = Field(alias="in")
@@ -26,7 +26,7 @@ class Fault(BaseModel):
 
 
 class Problem(BaseModel):
-    """RFC 9457 problem document."""
+    """An RFC 9457 problem document."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [problems.EXAMPLE]})
 
@@ -34,11 +34,13 @@ class Problem(BaseModel):
     title: str
     status: int
     detail: str
-    errors: list[Fault] | None = Field(None, description="With `parameter-error`, one by one.")
+    errors: list[Fault] | None = Field(
+        None, description="With `parameter-error`: the invalid parameters."
+    )
 
 
 class Decode(BaseModel):
-    """Where a diffusion decode stands."""
+    """The state of a diffusion decode."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -75,7 +77,7 @@ class Decode(BaseModel):
     step: int
     total: int
     position: int | None  # jobs ahead in the queue
-    eta_s: float | None  # until the picture is there
+    eta_s: float | None  # predicted seconds until the job ends
     attempts: int
     width: int
     height: int
@@ -90,7 +92,7 @@ class Decode(BaseModel):
 
     @classmethod
     def of(cls, state: JobState, position: int | None, eta_s: float | None) -> "Decode":
-        """The public view of a job."""
+        """Return the public view of a job."""
         d = state.decode
         return cls(
             id=state.id, status=state.status, tier=d.tier, seed=d.seed, step=state.step,
@@ -105,15 +107,15 @@ class Decode(BaseModel):
 
 
 class Cost(BaseModel):
-    """What a tier's picture costs."""
+    """The cost of a tier's picture."""
 
     steps: int
     megapixel_steps: float  # steps times megapixels; guidance other than 1 doubles it
-    seconds: float | None  # on one worker, by what was measured lately; null before that
+    seconds: float | None  # predicted on one worker; null before any measurement
 
 
 class Inspection(BaseModel):
-    """What a bitstream's header says, and what its pictures cost."""
+    """The header of a bitstream, and the cost of its picture in each tier."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -159,9 +161,11 @@ class Inspection(BaseModel):
         instant_s: float | None = None,
         model: CostModel | None = None,
     ) -> "Inspection":
-        """The public view of a header; `decodable` where its weights are installed.
+        """Return the public view of a header.
 
-        `instant_s`: measured seconds of a coded megapixel; `model`: of diffusion decodes.
+        `size`: bytes of the bitstream; `decodable`: whether its weights are installed;
+        `instant_s`: measured seconds per coded megapixel of an instant picture; `model`: cost model
+        of diffusion decodes.
         """
         coded = geometry.megapixels(b.height, b.width)
 
@@ -185,7 +189,7 @@ class Inspection(BaseModel):
 
 
 class Tier(BaseModel):
-    """A published point on the distortion-perception curve."""
+    """A named choice of sampler settings, a point between low distortion and natural looks."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -215,7 +219,7 @@ class Tier(BaseModel):
 
     @classmethod
     def of(cls, tier: tiers.Tier) -> "Tier":
-        """The public view of a tier."""
+        """Return the public view of a tier."""
         s = tier.settings
         return cls(
             name=tier.name,
@@ -256,11 +260,11 @@ class Model(BaseModel):
     metric: str | None
     source: str
     sha256: str  # of the file
-    card: str | None  # where its model card is
+    card: str | None  # URL of its model card
 
     @classmethod
     def of(cls, e: Entry) -> "Model":
-        """The public view of a manifest's entry."""
+        """Return the public view of an entry of a weights manifest."""
         return cls(
             kind=e.kind, name=e.name, weights_id=e.weights_id, quality=e.quality or None,
             metric=e.metric or None, source=e.source or "shipped", sha256=e.sha256,
@@ -288,12 +292,12 @@ class Link(BaseModel):
 
     @classmethod
     def until(cls, url: str, seconds: int) -> "Link":
-        """`seconds` since the epoch."""
+        """Return a link that expires at `seconds` since the epoch."""
         return cls(url=url, expires=datetime.fromtimestamp(seconds, UTC))
 
 
 class Limits(BaseModel):
-    """Caps on requests."""
+    """Limits of requests."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -311,26 +315,26 @@ class Limits(BaseModel):
         }
     )
 
-    bytes: int  # of a request's body
-    pixels: int  # of a picture, declared or real
-    megapixel_steps: float  # of a decode: pixels times steps, guidance counts twice
+    bytes: int  # largest request body
+    pixels: int  # of a picture, declared in a header or actual
+    megapixel_steps: float  # of a decode: megapixels times steps; guidance doubles it
     steps: int
-    wait_s: int  # of `Prefer: wait`
+    wait_s: int  # largest `Prefer: wait`
     deadline_s: int
-    request_timeout_s: float  # for an instant picture
+    request_timeout_s: float  # of an instant picture
 
     @classmethod
     def of(cls, s: ServiceSettings) -> "Limits":
-        """What these settings allow."""
+        """Return the limits that these settings set."""
         return cls(
             bytes=s.max_bytes, pixels=s.max_pixels, megapixel_steps=s.max_megapixel_steps,
-            steps=tiers.MAX_STEPS, wait_s=MAX_WAIT_S, deadline_s=MAX_HOLD_S,
+            steps=tiers.MAX_STEPS, wait_s=MAX_WAIT_S, deadline_s=MAX_SUBSCRIPTION_S,
             request_timeout_s=s.request_timeout_s,
         )  # fmt: skip
 
 
 class Health(BaseModel):
-    """Whether the service can take work."""
+    """The health of the service."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"status": "ok", "redis": "up"}]})
 

@@ -1,4 +1,4 @@
-"""Signed URLs: who holds one may GET exactly what it names until it expires, without a key."""
+"""Signed URLs, which allow GET and HEAD of one resource without an API key until they expire."""
 
 import base64
 import hashlib
@@ -6,55 +6,60 @@ import hmac
 import re
 from urllib.parse import parse_qsl, quote, urlencode
 
-_PURPOSE = "afterimage-link-1"  # signatures of other things with the same secret are no links
-_OWN = {"expires", "signature"}
-_NUMBER = re.compile(r"[0-9]{1,18}")  # with keys alone, a query may say anything
+_PURPOSE = "afterimage-link-1"  # so that other signatures by the same secret are not valid links
+_SIGNATURE_PARAMETERS = {"expires", "signature"}
+_NUMBER = re.compile(r"[0-9]{1,18}")  # a request with an API key may send any `expires`
 
 
 def sign(secret: bytes, path: str, query: str, expires: int) -> str:
-    """The URL, without scheme and host, that grants GET and HEAD of `path` and `query`.
+    """Return the URL, without scheme and host, that allows GET and HEAD of `path` with `query`.
 
-    `path` is decoded, as in ASGI's scope, `query` as in a URL, without `?`; its parameters
-    `expires` and `signature` are replaced. `expires`: seconds since the epoch. Raises `ValueError`
-    for an empty secret.
+    `path` is decoded, as in an ASGI scope; `query` is encoded, without `?`, and its parameters
+    `expires` and `signature` are replaced. `expires` is in seconds since the epoch. Raises
+    `ValueError` for an empty secret.
     """
-    other = _canonical(query)
-    added = urlencode({"expires": expires, "signature": _signature(secret, path, other, expires)})
-    return f"{quote(path)}?{other}&{added}" if other else f"{quote(path)}?{added}"
+    signed_query = _canonical(query)
+    signature = _signature(secret, path, signed_query, expires)
+    added = urlencode({"expires": expires, "signature": signature})
+    return f"{quote(path)}?{signed_query}&{added}" if signed_query else f"{quote(path)}?{added}"
 
 
 def valid(secret: bytes, path: str, query: str, now: float) -> bool:
-    """Whether the request, a GET or HEAD, is what `sign` granted, and in time.
+    """Whether a GET or HEAD request has a valid signature that has not expired.
 
-    Parameters may come in another order, except those of one name: the last of them may count.
-    Raises `ValueError` for an empty secret.
+    Parameters may be reordered, except for repeated ones, of which the last may count. Raises
+    `ValueError` for an empty secret.
     """
     pairs = parse_qsl(query, keep_blank_values=True)
-    own = sorted(pair for pair in pairs if pair[0] in _OWN)
-    if [name for name, _ in own] != ["expires", "signature"]:
+    parameters = sorted(pair for pair in pairs if pair[0] in _SIGNATURE_PARAMETERS)
+    if [name for name, _ in parameters] != ["expires", "signature"]:
         return False
-    (_, expires), (_, given) = own
+    (_, expires), (_, signature) = parameters
     expected = _signature(secret, path, _canonical(query), expires)
-    genuine = hmac.compare_digest(expected.encode(), given.encode())
-    return genuine and now < int(expires)  # a number, as we signed it
+    genuine = hmac.compare_digest(expected.encode(), signature.encode())
+    return genuine and now < int(expires)  # a genuine signature is of a number
 
 
-def left_s(query: str, now: float) -> int | None:
-    """Seconds that the link of a valid request is valid still; None where it comes by none."""
+def seconds_left(query: str, now: float) -> int | None:
+    """Seconds until the link of an authenticated request expires; None without an expiry."""
     expires = dict(parse_qsl(query)).get("expires", "")
     return max(int(expires) - int(now), 0) if _NUMBER.fullmatch(expires) else None
 
 
 def _canonical(query: str) -> str:
-    """The other parameters, by name; those of one name stay in order."""
+    """The signed part of a query, sorted by name; repeated parameters keep their order."""
     pairs = parse_qsl(query, keep_blank_values=True)
-    return urlencode(sorted((p for p in pairs if p[0] not in _OWN), key=lambda pair: pair[0]))
+    signed = (pair for pair in pairs if pair[0] not in _SIGNATURE_PARAMETERS)
+    return urlencode(sorted(signed, key=lambda pair: pair[0]))
 
 
 def _signature(secret: bytes, path: str, canonical: str, expires: int | str) -> str:
-    """HMAC-SHA256 in base64url without padding; no line can hold a newline, so none can move."""
+    """HMAC-SHA256 over the lines below, in base64url without padding.
+
+    Every line is percent-encoded: none can contain a newline, so the fields stay separate.
+    """
     if not secret:
-        raise ValueError("links cannot be signed without a secret")
+        raise ValueError("the secret is empty; links cannot be signed without a secret")
     lines = (_PURPOSE, "GET", quote(path), canonical, quote(str(expires)))
-    made = hmac.digest(secret, "\n".join(lines).encode(), hashlib.sha256)
-    return base64.urlsafe_b64encode(made).rstrip(b"=").decode()
+    digest = hmac.digest(secret, "\n".join(lines).encode(), hashlib.sha256)
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()

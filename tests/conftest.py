@@ -1,17 +1,9 @@
 """Fixtures: the shipped codec, tiny networks, real Redis servers, a real service."""
 
-import contextlib
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import httpx
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -22,13 +14,31 @@ from models.codec.codec import Codec
 from models.diffusion.decoder import Decoder
 from models.diffusion.presets import COMPACT
 from models.diffusion.unet import UNet
+from tests.support import scheduling, weights
+from tests.support.data import PHOTO
+from tests.support.service import WEBHOOK_SECRET, Service, connected, free_port, run_service
 from worker.queue import private_redis
-from worker.queue.store import Store, connect
-from worker.settings import WorkerSettings
+from worker.queue.store import Store
 
-DATA = Path(__file__).parent / "data"
-PHOTO = DATA / "kodim23.png"
-WEBHOOK_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+LIMITS = {
+    "AFTERIMAGE_MAX_PIXELS": "1000000",
+    "AFTERIMAGE_BODY_TIMEOUT_S": "3",
+    "AFTERIMAGE_MAX_MEGAPIXEL_STEPS": "300",
+    "AFTERIMAGE_MAX_BYTES": "4000000",
+    "AFTERIMAGE_BODIES_BYTES": "1",
+}
+"""Of the services that tests share."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take longest."""
+    items.sort(key=lambda item: scheduling.rank(item.nodeid))  # stable: files stay together
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Keep the tests of each file, and of each shared service, in one process."""
+    return scheduling.scheduler(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,10 +50,24 @@ def no_own_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Services with cache folders of their own share what numba compiled: 15 s for each else."""
+def compiled_once(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Let all processes of all runs share what numba compiled: 4 s of each first process else.
+
+    numba compiles again what belongs to another version of the source, of itself or of the CPU.
+    """
+    cache = getattr(pytestconfig, "cache", None)  # none with `-p no:cacheprovider`
+    folder = cache.mkdir("numba") if cache else tmp_path_factory.getbasetemp() / "numba"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NUMBA_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "numba"))
+        patch.setenv("NUMBA_CACHE_DIR", str(folder))
+        yield
+
+
+@pytest.fixture
+def loaded_once() -> Iterator[None]:
+    """The command line and the API in this process use weights that were loaded before."""
+    with weights.loaded_once():
         yield
 
 
@@ -111,13 +135,10 @@ def redis_urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, 
 @pytest.fixture
 def store(redis_urls: tuple[str, str]) -> Iterator[Store]:
     """Connections to empty stores."""
-    queue, cache = redis_urls
-    settings = WorkerSettings(REDIS_URL=queue, CACHE_REDIS_URL=cache)
-    connected = connect(settings)
-    connected.queue.flushall()
-    connected.cache.flushall()
-    yield connected
-    connected.close()
+    with connected(*redis_urls) as store:
+        store.queue.flushall()
+        store.cache.flushall()
+        yield store
 
 
 @pytest.fixture
@@ -128,67 +149,6 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@dataclass(frozen=True)
-class Service:
-    """A running service and a client for it."""
-
-    client: httpx.Client
-    process: subprocess.Popen[bytes]
-    log: Path
-    urls: tuple[str, str]  # of its queue and cache
-
-    @contextlib.contextmanager
-    def stores(self) -> Iterator[Store]:
-        """Connections to its stores."""
-        queue, cache = self.urls
-        connected = connect(WorkerSettings(REDIS_URL=queue, CACHE_REDIS_URL=cache))
-        yield connected
-        connected.close()
-
-
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-@contextlib.contextmanager
-def run_service(folder: Path, *options: str, **environment: str) -> Iterator[Service]:
-    """`afterimage serve` on a free port with stores of its own, as a user would start it."""
-    port = free_port()
-    own = {"AFTERIMAGE_CACHE_DIR": str(folder), **environment}
-    inherited = {k: v for k, v in os.environ.items() if "REDIS_URL" not in k}
-    log = folder / "service.log"
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "service.cli",
-        "serve",
-        "--port",
-        str(port),
-        *options,
-    ]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, env=inherited | own, stdout=out, stderr=out)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            deadline = time.monotonic() + 120
-            while True:
-                with contextlib.suppress(httpx.TransportError):
-                    if client.get("/readyz").status_code == 200:
-                        break
-                if process.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(f"the service did not start: {log.read_text()}")
-                time.sleep(0.1)
-            urls = own.get("REDIS_URL", ""), own.get("CACHE_REDIS_URL", "")
-            yield Service(client, process, log, urls)
-    finally:
-        process.terminate()
-        process.wait(90)
 
 
 @pytest.fixture(scope="session")
@@ -202,28 +162,12 @@ def service(tmp_path_factory: pytest.TempPathFactory, webhook_port: int) -> Iter
     """One service with one worker and the shipped weights, for all end-to-end tests."""
     folder = tmp_path_factory.mktemp("service")
     with private_redis.servers(folder / "redis") as urls:
-        own = {"REDIS_URL": urls[0], "CACHE_REDIS_URL": urls[1]}
-        own |= {"AFTERIMAGE_MAX_PIXELS": "1000000", "AFTERIMAGE_BODY_TIMEOUT_S": "3"}
-        own |= {"AFTERIMAGE_MAX_MEGAPIXEL_STEPS": "300"}
-        own |= {"AFTERIMAGE_MAX_BYTES": "4000000", "AFTERIMAGE_BODIES_BYTES": "1"}
-        own |= {"AFTERIMAGE_WEBHOOK_SECRET": WEBHOOK_SECRET}
-        own |= {"AFTERIMAGE_WEBHOOK_ALLOW": f"127.0.0.1:{webhook_port}"}
-        with run_service(folder, **own) as running:
+        environment = {
+            "REDIS_URL": urls[0],
+            "CACHE_REDIS_URL": urls[1],
+            "AFTERIMAGE_WEBHOOK_SECRET": WEBHOOK_SECRET,
+            "AFTERIMAGE_WEBHOOK_ALLOW": f"127.0.0.1:{webhook_port}",
+            **LIMITS,
+        }
+        with run_service(folder, **environment) as running:
             yield running
-
-
-def psnr(a: image.Pixels, b: image.Pixels) -> float:
-    """In dB; infinite for equal pictures."""
-    mse = np.square(a.astype(float) - b.astype(float)).mean()
-    return float(10 * np.log10(255**2 / mse)) if mse else float("inf")
-
-
-def wait_for(client: httpx.Client, location: str, seconds: float = 120) -> dict[str, object]:
-    """Poll a decode until it has ended."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        state: dict[str, object] = client.get(location).json()
-        if state["status"] not in {"queued", "running"}:
-            return state
-        time.sleep(0.05)
-    pytest.fail(f"{location} did not end within {seconds} s")

@@ -1,4 +1,4 @@
-"""One picture or several of one shape while they are drawn: who still wants them, previews."""
+"""Drawing a batch of pictures: progress, previews, cancellation, and retries in smaller tiles."""
 
 import contextlib
 import logging
@@ -15,131 +15,144 @@ from models.diffusion.decoder import WINDOW, Decoder, DiffusionInput
 from models.errors import AfterimageError, Canceled, PictureError
 from models.library import provenance
 from worker.attempt import Attempt, LeaseLost
-from worker.queue.records import Decode
+from worker.queue.records import DecodeRequest
 from worker.queue.store import RedisError
 
 log = logging.getLogger(__name__)
 
-PREVIEW_S = 1.0
-"""At least so long from one preview to the next: drawing one takes some hundredths of a second."""
-BLIND_S = 2.0
-"""How long nobody is asked what is wanted after Redis was away: each time would wait for it."""
-SMALLEST = WINDOW // 8
-"""Latent positions below which a picture is not cut finer: there is no memory for anything."""
+PREVIEW_INTERVAL_S = 1.0
+"""Shortest time between two previews, each of which takes some hundredths of a second."""
+POLL_PAUSE_S = 2.0
+"""How long demand is not polled after an error of Redis: each poll could wait for a timeout."""
+MIN_WINDOW = WINDOW // 8
+"""Smallest tiles, in latent positions; if these do not fit, nothing fits into memory."""
 
 
 class OutOfMemory(AfterimageError):
-    """Not even the smallest tiles fit into memory: the process should end."""
+    """Not even the smallest tiles fit into memory; the process should exit."""
 
 
 class DeviceLost(AfterimageError):
-    """The device fails, whatever is asked of it: the process should end."""
+    """Every call on the device fails; the process should exit."""
 
 
 @dataclass(slots=True)
 class Drawing:
-    """Attempts at jobs of one shape and one setting."""
+    """A batch of attempts at jobs of one shape and with the same settings."""
 
     attempts: Sequence[Attempt]
-    dropped: dict[str, AfterimageError] = field(default_factory=dict)  # job -> why nobody waits
+    dropped: dict[str, AfterimageError] = field(default_factory=dict)  # job id -> reason
     step: int = 0
     began: float = field(default_factory=time.monotonic)
-    _blind_until: float = 0.0  # of time.monotonic()
-    _picture: Callable[[], Tensor] | None = None  # the estimate so far
-    _previewed: float = field(default_factory=time.monotonic)
+    _poll_again_at: float = 0.0  # of time.monotonic()
+    _estimate: Callable[[], Tensor] | None = None  # renders the pictures so far
+    _previewed_at: float = field(default_factory=time.monotonic)
 
-    def draw(self, decoder: Decoder, drafts: Sequence[DiffusionInput]) -> Tensor:
-        """(B, 3, H, W) in [0, 1], padded; where memory is short, in smaller and smaller tiles.
+    def draw(self, decoder: Decoder, inputs: Sequence[DiffusionInput]) -> Tensor:
+        """Sample all pictures: (B, 3, H, W) in [0, 1], padded.
 
-        Raises `Canceled` or `LeaseLost` where nobody waits any more for any of them, `OutOfMemory`,
-        `DeviceLost`.
+        If memory runs out, starts again with tiles of half the size. Raises `Canceled` or
+        `LeaseLost` once every job of the batch is dropped, `OutOfMemory`, `DeviceLost`.
         """
         settings, window = self.attempts[0].state.decode.settings, WINDOW
         while True:
             try:
-                return decoder.sample_batch(drafts, settings, self._on_step, self._on_tile, window)
+                return decoder.sample_batch(inputs, settings, self._on_step, self._on_tile, window)
             except Exception as e:
-                if not short_of_memory(e):
-                    if _sticky(e):
+                if not is_out_of_memory(e):
+                    if _is_device_lost(e):
                         raise DeviceLost(str(e).partition("\n")[0]) from e
                     raise
                 log.warning("out of memory with tiles of %d latent positions", window)
             window //= 2
-            if window < SMALLEST:
-                raise OutOfMemory("there is no memory for the smallest tiles")
+            if window < MIN_WINDOW:
+                raise OutOfMemory("out of memory even with the smallest tiles")
             if decoder.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def left_s(self) -> float | None:
-        """Seconds until the end, by the steps that are done; None before the first."""
+    def remaining_s(self) -> float | None:
+        """Seconds until the last step, at the pace so far; None before the first step."""
         total = self.attempts[0].state.total
-        done = time.monotonic() - self.began
-        return done / self.step * (total - self.step) if self.step else None
+        elapsed = time.monotonic() - self.began
+        return elapsed / self.step * (total - self.step) if self.step else None
 
-    def _on_step(self, step: int, steps: int, picture: Callable[[], Tensor]) -> None:
-        self.step, self._picture = step, picture
-        watched = self._look(step)
-        if watched and step < steps and time.monotonic() - self._previewed >= PREVIEW_S:
-            self._preview(watched)
+    def _on_step(self, step: int, steps: int, estimate: Callable[[], Tensor]) -> None:
+        self.step, self._estimate = step, estimate
+        watched = self._poll(step)
+        since = time.monotonic() - self._previewed_at
+        if watched and step < steps and since >= PREVIEW_INTERVAL_S:
+            self._save_previews(watched)
 
     def _on_tile(self) -> None:
-        self._look(None)
+        self._poll(None)
 
-    def _look(self, step: int | None) -> list[Attempt]:
-        """Those whose previews are looked at; raises once there is nobody left to draw for."""
+    def _poll(self, step: int | None) -> list[Attempt]:
+        """Report progress, and drop jobs without demand; returns those whose previews are watched.
+
+        Raises the first reason in `dropped` once every job is dropped.
+        """
         watched: list[Attempt] = []
-        if time.monotonic() < self._blind_until:
+        if time.monotonic() < self._poll_again_at:
             return watched
         for attempt in self.attempts:
             if attempt.id in self.dropped:
                 continue
             try:
-                wish = attempt.look(step)
-                if wish.watched:
+                demand = attempt.poll(step)
+                if demand.watched:
                     watched.append(attempt)
-                if not wish.wanted:
-                    self._drop(attempt)
+                if not demand.subscribed:
+                    self._cancel(attempt)
             except LeaseLost as e:
                 self.dropped[attempt.id] = e
-            except RedisError:  # to know what is wanted is worth less than the work
-                self._blind_until = time.monotonic() + BLIND_S
+            except RedisError:  # not worth losing the work: polled again later
+                self._poll_again_at = time.monotonic() + POLL_PAUSE_S
                 return []
         if len(self.dropped) == len(self.attempts):
             raise next(iter(self.dropped.values()))
         return watched
 
-    def _drop(self, attempt: Attempt) -> None:
-        """Nobody waits: the end, unless somebody came; of RQ's own job when RQ is done with it."""
-        self._preview([attempt])  # the best so far is kept
-        if attempt is self.attempts[0] or attempt.stop(back=False):
+    def _cancel(self, attempt: Attempt) -> None:
+        """Drop a job without subscribers, unless it got new ones meanwhile.
+
+        The first attempt is that of RQ's current job: its record is ended later, when RQ is done
+        with the job.
+        """
+        self._save_previews([attempt])
+        if attempt is self.attempts[0] or attempt.cancel(put_back=False):
             self.dropped[attempt.id] = Canceled("nobody waits for the picture any more")
 
-    def _preview(self, attempts: Sequence[Attempt]) -> None:
-        if self._picture is None:
+    def _save_previews(self, attempts: Sequence[Attempt]) -> None:
+        if self._estimate is None:
             return
-        self._previewed = time.monotonic()
-        pictures = self._picture()
+        self._previewed_at = time.monotonic()
+        pictures = self._estimate()
         for attempt in attempts:
-            row = pictures[self.attempts.index(attempt)][None]
-            with contextlib.suppress(RedisError, PictureError):  # no WebP file is that large
-                attempt.preview(self.step, file(attempt.state.decode, row, "webp"))
+            picture = pictures[self.attempts.index(attempt)][None]
+            with contextlib.suppress(RedisError, PictureError):  # too large for WebP: no preview
+                attempt.save_preview(self.step, encode(attempt.state.decode, picture, "webp"))
 
 
-def file(d: Decode, x: Tensor, format: image.OutputFormat) -> bytes:
-    """The file of what was drawn, `x` (1, 3, H, W) with its padding, which says what it is."""
-    text = provenance(d.tier, d.settings, d.seed, d.codec, d.decoder)
-    return image.write(codec.to_pixels(codec.crop(x, d.height, d.width)), format, text)
+def encode(decode: DecodeRequest, x: Tensor, format: image.OutputFormat) -> bytes:
+    """The picture file of `x` (1, 3, H, W) in [0, 1], padded, with its provenance as metadata."""
+    text = provenance(decode.tier, decode.settings, decode.seed, decode.codec, decode.decoder)
+    pixels = codec.crop_to_pixels(x, decode.height, decode.width)
+    return image.write(pixels, format, text)
 
 
-def short_of_memory(e: Exception) -> bool:
-    """Of a device, or of the host; libraries below torch tell it as a plain `RuntimeError`."""
-    told = any(words in str(e) for words in ("can't allocate memory", "STATUS_ALLOC_FAILED"))
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(e, kinds) or (isinstance(e, RuntimeError) and told)
+def is_out_of_memory(e: Exception) -> bool:
+    """True for an error for want of memory, of the device or of the host.
+
+    Libraries below torch raise it as a plain `RuntimeError`.
+    """
+    if isinstance(e, torch.OutOfMemoryError | MemoryError):
+        return True
+    texts = ("can't allocate memory", "STATUS_ALLOC_FAILED")
+    return isinstance(e, RuntimeError) and any(text in str(e) for text in texts)
 
 
-def _sticky(e: Exception) -> bool:
-    """After such an error every call on the device fails, until another process opens it."""
+def _is_device_lost(e: Exception) -> bool:
+    """True for a CUDA error, after which all calls fail until another process opens the device."""
     return isinstance(e, torch.AcceleratorError) or (
         isinstance(e, RuntimeError) and "CUDA error" in str(e)
     )

@@ -1,4 +1,4 @@
-"""The thread that speaks for a worker while its main thread draws, and looks after others' jobs."""
+"""The heartbeat thread of a worker, which also recovers the jobs of dead workers."""
 
 import logging
 import math
@@ -9,74 +9,87 @@ from pathlib import Path
 
 from worker.attempt import Attempt
 from worker.queue import estimates
-from worker.queue.jobs import BEAT_S, LEASE_S, Jobs
+from worker.queue.jobs import HEARTBEAT_S, LEASE_S, Jobs
 from worker.queue.store import RedisError
 from worker.spool import Spool
 
 log = logging.getLogger(__name__)
 
 
-class Keeper(threading.Thread):
-    """Renews leases, says that this worker lives, finds what dead workers left."""
+class Heartbeat(threading.Thread):
+    """Every `HEARTBEAT_S` seconds: renew leases, reap other workers' jobs, commit spooled pictures.
 
-    def __init__(self, jobs: Jobs, spool: Spool, alive: Path) -> None:
-        super().__init__(name="keeper", daemon=True)
+    While the main thread is past its deadline no heartbeat is sent, so that other workers reap its
+    job: it hangs where no signal reaches it, e.g. in a call of a GPU driver.
+    """
+
+    def __init__(self, jobs: Jobs, spool: Spool, folder: Path) -> None:
+        super().__init__(name="heartbeat", daemon=True)
         self.jobs, self.spool = jobs, spool
-        self.file = alive / estimates.NAME
-        """Touched at each turn, also while Redis is away: for whoever watches the process."""
+        self.file = folder / estimates.WORKER_NAME
+        """Touched with each heartbeat, even if Redis is down: a liveness file for health checks."""
         self.attempts: Sequence[Attempt] = ()
-        self.until = math.inf
-        """When drawing has to have ended, by the monotonic clock. What no signal reaches, as a call
-        of a driver that never returns, is as good as dead afterwards: its silence says so."""
+        """The attempts whose leases are renewed."""
+        self.deadline = math.inf
+        """When the main thread must have finished drawing, of `time.monotonic()`."""
         self.stopped = threading.Event()
-        self._trust_from = time.monotonic() + BEAT_S + 1
-        self._last = math.inf  # the server's time at the turn before
-        self._nowhere: set[str] = set()
+        self._reap_from = time.monotonic() + HEARTBEAT_S + 1
+        self._last_beat = math.inf  # by the server's clock
+        self._missing: set[str] = set()
 
     def run(self) -> None:
+        """Send heartbeats until `stopped` is set."""
         while True:
-            if time.monotonic() < self.until:
-                self._guarded(self._show)
+            if time.monotonic() < self.deadline:
+                self._guarded(self._touch_file)
                 self._guarded(self._beat)
-            self._guarded(self._look_after)
-            if self.stopped.wait(BEAT_S):
+            self._guarded(self._commit_spooled)
+            if self.stopped.wait(HEARTBEAT_S):
                 break
-        self._guarded(lambda: estimates.absent(self.jobs))
+        self._guarded(lambda: estimates.mark_stopped(self.jobs))
         self._guarded(self.file.unlink)
 
-    def _guarded(self, turn: Callable[[], None]) -> None:
-        """Whatever goes wrong: a worker without its keeper would lose every job."""
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Log any error and continue: without this thread the worker would lose every job."""
         try:
-            turn()
+            action()
         except RedisError as e:
-            log.warning("a store cannot be used: %s", e)
+            log.warning("heartbeat: Redis failed: %s", e)
         except Exception:
-            log.exception("the keeper goes on")
+            log.exception("heartbeat: unexpected error; continuing")
 
-    def _show(self) -> None:
+    def _touch_file(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.touch()
 
     def _beat(self) -> None:
         try:
             for attempt in self.attempts:
-                attempt.beat()
-            estimates.present(self.jobs)
+                attempt.renew_lease()
+            estimates.mark_alive(self.jobs)
             now = self.jobs.now()
         except RedisError:
-            # others could not speak up either: their silence means nothing for a while
-            self._trust_from = time.monotonic() + LEASE_S
+            self._pause_reaping()  # the other workers' heartbeats fail as well
             raise
-        if now - self._last > LEASE_S:  # all slept with this machine, or the server's clock was set
-            self._trust_from = time.monotonic() + LEASE_S
-        self._last = now
-        if time.monotonic() > self._trust_from:
+        if now - self._last_beat > LEASE_S:  # all workers were suspended, or the clock was set
+            self._pause_reaping()
+        self._last_beat = now
+        if time.monotonic() > self._reap_from:
             self.jobs.reap()
-        # between a worker's taking a job and its saying so the job is nowhere, for an instant:
-        # only what is nowhere twice is lost
-        found = self.jobs.missing()
-        self.jobs.requeue(found & self._nowhere)
-        self._nowhere = found - self._nowhere
+        self._requeue_missing()
 
-    def _look_after(self) -> None:
-        self.spool.hand_over(self.jobs, {attempt.id for attempt in self.attempts})
+    def _pause_reaping(self) -> None:
+        """Give the other workers time to send a heartbeat before they count as dead."""
+        self._reap_from = time.monotonic() + LEASE_S
+
+    def _requeue_missing(self) -> None:
+        """Restore jobs that are missing in two consecutive turns.
+
+        A job that a worker has just taken is missing for a moment only.
+        """
+        missing = self.jobs.missing()
+        self.jobs.requeue(missing & self._missing)
+        self._missing = missing - self._missing
+
+    def _commit_spooled(self) -> None:
+        self.spool.commit_all(self.jobs, {attempt.id for attempt in self.attempts})

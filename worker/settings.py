@@ -1,4 +1,4 @@
-"""Settings that API and workers share, from the environment."""
+"""Settings from the environment that the API and the workers share, and process set-up."""
 
 import contextlib
 import ctypes
@@ -13,55 +13,67 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.geometry import MAX_PIXELS
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_LARGEST_BLOCK = 32 * 2**20
-_KEPT = 2**30
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+_MMAP_THRESHOLD = 32 * 2**20
+_TRIM_THRESHOLD = 2**30
 
 
 def secrets_dir() -> Path | None:
-    """Where a file named like a variable may stand for it: its value is in no environment then."""
+    """Folder of secret files, each named like the variable that it replaces; None without one."""
     folder = Path(os.environ.get("AFTERIMAGE_SECRETS_DIR", "/run/secrets"))
     return folder if folder.is_dir() else None
 
 
 class WorkerSettings(BaseSettings):
-    """Stores, folders, limits and threads."""
+    """Redis URLs, folders, limits and threads."""
 
     model_config = SettingsConfigDict(
         env_prefix="AFTERIMAGE_", extra="ignore", secrets_dir=secrets_dir()
     )
 
-    redis_url: str = Field("", validation_alias="REDIS_URL")
-    cache_redis_url: str = Field("", validation_alias="CACHE_REDIS_URL")
-    prefix: str = "afterimage"
-    cache_dir: Path = Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    ) / "afterimage"  # fmt: skip
-    weights_dir: Path = Path(
-        os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
-    ) / "afterimage/weights"  # fmt: skip
-    """The user's own weights, beside the shipped ones; read when a process starts."""
-    threads: int = Field(0, ge=0, description="CPU threads of a process; 0: torch's own choice")
+    redis_url: str = Field(
+        "",
+        validation_alias="REDIS_URL",
+        description="Redis of the queue; if unset, `serve` starts a private one",
+    )
+    cache_redis_url: str = Field(
+        "",
+        validation_alias="CACHE_REDIS_URL",
+        description="Redis of the pictures; if unset, the queue's",
+    )
+    prefix: str = Field("afterimage", description="prefix of all Redis keys except RQ's")
+    cache_dir: Path = Field(
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afterimage",
+        description="compiled code, the private Redis, pictures waiting for Redis",
+    )
+    weights_dir: Path = Field(
+        Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share")
+        / "afterimage/weights",
+        description="imported codec weights; read at start",
+    )
+    threads: int = Field(0, ge=0, description="CPU threads per process; 0: torch's choice")
     gs_precision: Literal["f32", "bf16"] = Field(
-        "f32", description="of instant pictures on a CPU; bf16 takes half the time where it has it"
+        "f32", description="instant pictures on a CPU; `bf16`: half the time, if supported"
     )
-    grace_s: float = Field(
-        30, ge=0, description="what a worker that is to end may still take for its job"
-    )
+    grace_s: float = Field(30, ge=0, description="seconds that a job may still run after SIGTERM")
     batch: int = Field(
-        0, ge=0, le=64, description="pictures of one shape drawn together; 0: 8 on CUDA, else 1"
+        0, ge=0, le=64, description="largest batch of pictures of one shape; 0: 8 on CUDA, else 1"
     )
-    nice: int = Field(10, ge=0, le=19, description="priority of workers below the API's")
-    max_pixels: int = Field(MAX_PIXELS, ge=1, description="largest picture, declared or real")
-    job_timeout_s: int = Field(3600, ge=1)
+    nice: int = Field(
+        10, ge=0, le=19, description="niceness of workers, so that the API comes first"
+    )
+    max_pixels: int = Field(
+        MAX_PIXELS, ge=1, description="largest picture, by its header and as decoded"
+    )
+    job_timeout_s: int = Field(3600, ge=1, description="longest run of one job, in seconds")
 
 
 @contextlib.contextmanager
-def without_collections() -> Iterator[None]:
-    """Load modules and models in it: no garbage is looked for then, nor later among them.
+def without_garbage_collection() -> Iterator[None]:
+    """Turn the garbage collector off while modules and models load, and exempt them from it later.
 
-    A fifth of the time that a process takes to start, and afterwards each full collection (half a
-    second, in the middle of requests).
+    Start-up takes a fifth less time, and later requests are not held up by full collections of half
+    a second each.
     """
     gc.disable()
     try:
@@ -72,12 +84,11 @@ def without_collections() -> Iterator[None]:
 
 
 def prepare_process(settings: WorkerSettings) -> None:
-    """Settings that libraries read from the environment; call it before numba and torch come in.
+    """Set the variables that libraries read; call this before numba and torch are imported.
 
-    Code that numba and OpenVINO compiled is kept in our cache folder. OpenMP threads sleep while
-    they wait: API and worker share the cores, and threads that spin made an instant decode beside
-    a busy core twice as slow (0.88 s, asleep 0.47 s, at 768×512 on two cores). Freed memory stays
-    in the process.
+    Code compiled by numba and OpenVINO is cached in `cache_dir`. Waiting OpenMP threads sleep: if
+    they spin, an instant decode next to a busy worker takes 0.88 s instead of 0.47 s (768×512, two
+    cores). Freed memory stays in the process.
     """
     _keep_freed_memory()
     os.environ.setdefault("NUMBA_CACHE_DIR", str(settings.cache_dir / "numba"))
@@ -87,13 +98,13 @@ def prepare_process(settings: WorkerSettings) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks of up to 32 MiB, its largest such size, up to 1 GiB in all.
+    """Make glibc reuse freed blocks of up to 32 MiB, and keep up to 1 GiB of them.
 
-    By default it returns most of a network's activations to the system after each layer, and every
-    page costs a fault when it comes back: a denoiser step took 0.95 µs a pixel, and takes 0.83.
-    Other C libraries have no `mallopt`.
+    By default it returns most activations of a network to the system after each layer, and touching
+    fresh pages costs time: 0.95 instead of 0.83 µs per pixel and denoiser step. Other C libraries
+    have no `mallopt`.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)

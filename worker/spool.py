@@ -1,4 +1,4 @@
-"""Finished pictures that could not be handed over: files, until the stores are back."""
+"""Finished pictures on disk, for as long as they cannot be stored because Redis is down."""
 
 import contextlib
 import logging
@@ -20,44 +20,46 @@ _NAME = re.compile(r"([0-9a-f]{32})\.(\d+)\.png")
 
 @dataclass(frozen=True, slots=True)
 class Spool:
-    """A folder of this host's workers; a file's name tells the job and the attempt."""
+    """A folder that the workers of a host share; file names are `JOB.FENCE.png`."""
 
     folder: Path
 
-    def keep(self, attempt: Attempt, png: bytes) -> Path:
-        """Write a picture, atomically."""
+    def save(self, attempt: Attempt, png: bytes) -> Path:
+        """Write the picture of an attempt, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = self.folder / f"{attempt.id}.{attempt.state.fence}.png"
         with atomic_write(file) as part:
             part.write_bytes(png)
         return file
 
-    def hand_over(self, jobs: Jobs, busy: Container[str] = ()) -> None:
-        """Commit what processes left that have ended; what came too late is dropped.
+    def commit_all(self, jobs: Jobs, exclude: Container[str] = ()) -> None:
+        """Commit the pictures of workers that have exited, and delete the files.
 
-        `busy` are jobs that this process still sees to itself. Raises `RedisError`.
+        `exclude` holds the jobs whose pictures this process commits itself. A picture whose lease
+        is lost is deleted. Raises `RedisError`.
         """
         for file, job_id, fence in self._files():
-            if job_id in busy:
+            if job_id in exclude:
                 continue
             try:
                 state = jobs.record(job_id)
                 if state is not None:
                     Attempt(jobs, replace(state, fence=fence)).commit(file.read_bytes())
-                    log.info("job %s: its picture was kept, and is there now", job_id)
+                    log.info("job %s: committed its spooled picture", job_id)
             except (LeaseLost, FileNotFoundError) as e:
-                log.info("a kept picture comes too late: %s", e)
+                log.info("job %s: deleted its spooled picture: %s", job_id, e)
             file.unlink(missing_ok=True)
 
     @staticmethod
-    def forget(root: Path) -> None:
-        """Remove from the spools in `root` what no record knows any more: their stores are gone."""
+    def remove_expired(root: Path) -> None:
+        """Delete files older than any job record from the spools in `root`."""
         for file in root.glob("*/*.png"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - file.stat().st_mtime > RECORD_TTL_S:
                     file.unlink()
 
     def _files(self) -> Iterator[tuple[Path, str, int]]:
+        """File, job id and fence of each spooled picture."""
         for file in sorted(self.folder.glob("*.png")):
-            if found := _NAME.fullmatch(file.name):
-                yield file, found[1], int(found[2])
+            if match := _NAME.fullmatch(file.name):
+                yield file, match[1], int(match[2])

@@ -1,1 +1,1 @@
-"""Bitstreams, latents and the codec's own picture."""
+"""Bitstreams, latents, and the codec networks that turn latents into instant pictures."""

@@ -1,12 +1,12 @@
-"""Two container formats, one parsed value.
+"""Parse and serialise bitstreams in two container formats.
 
-CompressAI's `codec.py` image files (big-endian): model id u8, (metric << 4 | quality - 1) u8,
-height u32, width u32, bit depth u8, z rows u32, z columns u32, string count u32, then length u32
-and bytes of the y string and of the z string.
+CompressAI's image files, as its `examples/codec.py` writes them (big-endian): model id u8,
+(metric << 4 | quality - 1) u8, height u32, width u32, bit depth u8, z rows u32, z columns u32,
+number of strings u32; then the y string and the z string, each after its length u32.
 
-`.msh` (little-endian, 36 bytes over the strings): magic, version u8, profile u8, quality u8, metric
-u8, height u32, width u32, weights id 8 bytes, y string length u32, CRC-32C of the symbols of y u32,
-CRC-32C of everything else u32, then y string and z string.
+`.msh` (little-endian, a header of 36 bytes): magic, version u8, profile u8, quality u8, metric u8,
+height u32, width u32, weights id 8 bytes, y string length u32, CRC-32C of y's symbols u32, CRC-32C
+of all other bytes of the file u32; then the y string and the z string.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ _MBT2018_MEAN = _COMPRESSAI_MODELS.index("mbt2018-mean")
 
 @dataclass(frozen=True, slots=True)
 class Bitstream:
-    """A parsed file. `weights_id` and `symbols_crc` are empty where the format carries none."""
+    """A parsed file. In CompressAI's format `weights_id` is empty and `symbols_crc` None."""
 
     format: Format
     profile: Profile
@@ -60,19 +60,19 @@ class Bitstream:
     y_string: bytes
     z_string: bytes
     weights_id: str = ""  # 16 hex digits
-    symbols_crc: int | None = None  # CRC-32C of the symbols of y, int32 little-endian, (M, h, w)
+    symbols_crc: int | None = None  # CRC-32C of y's symbols (M, h, w) as little-endian int32
 
 
 def digest(data: bytes) -> str:
-    """SHA-256 of a file's bytes, in hex: its name in every store."""
+    """Return the SHA-256 of a file's bytes in hex, which is its key in all stores."""
     return hashlib.sha256(data).hexdigest()
 
 
 def parse(data: bytes, max_pixels: int = MAX_PIXELS) -> Bitstream:
-    """Judge a file by its header, before anything is allocated for its picture.
+    """Parse a file in either format. Nothing is decoded or allocated for the picture.
 
-    Raises `MalformedHeader`, `UnsupportedCodec`, `LengthMismatch`, `ChecksumMismatch` or
-    `PictureTooLarge`.
+    Raises `MalformedHeader`, `UnsupportedCodec`, `LengthMismatch`, `ChecksumMismatch`, or
+    `PictureTooLarge` for more than `max_pixels`.
     """
     if not data:
         raise MalformedHeader("the bitstream is empty")
@@ -82,10 +82,13 @@ def parse(data: bytes, max_pixels: int = MAX_PIXELS) -> Bitstream:
 
 
 def serialize(b: Bitstream) -> bytes:
-    """The file of a parsed value; `parse` reverses it. `ValueError` where a field is missing."""
+    """Return the file's bytes; the inverse of `parse`.
+
+    Raises `ValueError` if the format cannot hold the profile or needs a field that is missing.
+    """
     if b.format == "compressai":
         if b.profile != "float":
-            raise ValueError("CompressAI's format knows the float profile only")
+            raise ValueError(f"CompressAI's format has no profile {b.profile!r}; use 'float'")
         code = METRICS.index(b.metric) << 4 | b.quality - 1
         parts = [_COMPRESSAI.pack(_MBT2018_MEAN, code, b.height, b.width, 8)]
         parts.append(_BODY.pack(*_z_shape(b.height, b.width), 2))
@@ -93,7 +96,7 @@ def serialize(b: Bitstream) -> bytes:
             parts += [_LENGTH.pack(len(string)), string]
         return b"".join(parts)
     if b.symbols_crc is None or len(b.weights_id) != 16:
-        raise ValueError("an .msh file needs a weights id and the symbols' checksum")
+        raise ValueError("an .msh file needs a weights id of 16 hex digits and symbols_crc")
     head = _MSH.pack(
         MAGIC, VERSION, PROFILES.index(b.profile), b.quality, METRICS.index(b.metric),
         b.height, b.width, bytes.fromhex(b.weights_id), len(b.y_string), b.symbols_crc,
@@ -105,20 +108,23 @@ def serialize(b: Bitstream) -> bytes:
 def _parse_msh(data: bytes, max_pixels: int) -> Bitstream:
     start = _MSH.size + _CRC.size
     if len(data) < start:
-        raise MalformedHeader(f"{len(data)} bytes; the header alone is {start}")
+        raise MalformedHeader(_too_short(data, start))
     _, version, profile, quality, metric, height, width, weights, y_length, symbols_crc = (
         _MSH.unpack_from(data)
     )
     if version != VERSION:
-        raise UnsupportedCodec(f".msh version {version}; version {VERSION} is known")
+        raise UnsupportedCodec(f".msh version {version} is not supported; only {VERSION} is")
     if profile >= len(PROFILES) or metric >= len(METRICS) or not 1 <= quality <= 8:
-        raise UnsupportedCodec(f"profile {profile}, metric {metric}, quality {quality} of .msh")
+        raise UnsupportedCodec(
+            f"the .msh header has profile {profile}, metric {metric}, quality {quality}; "
+            "supported are profiles 0 and 1, metrics 0 and 1, qualities 1 to 8"
+        )
     check_size(height, width, max_pixels)
     if y_length > len(data) - start:
-        raise LengthMismatch(f"a y string of {y_length} bytes; {len(data) - start} are present")
+        raise LengthMismatch(_string_cut("y", y_length, len(data) - start))
     (crc,) = _CRC.unpack_from(data, _MSH.size)
     if google_crc32c.value(data[: _MSH.size] + data[start:]) != crc:
-        raise ChecksumMismatch("the bitstream's CRC-32C does not hold: its bytes were changed")
+        raise ChecksumMismatch("the bitstream's CRC-32C does not match: it was damaged or changed")
     return Bitstream(
         "msh", PROFILES[profile], quality, METRICS[metric], height, width,
         data[start : start + y_length], data[start + y_length :], weights.hex(), symbols_crc,
@@ -127,28 +133,28 @@ def _parse_msh(data: bytes, max_pixels: int) -> Bitstream:
 
 def _parse_compressai(data: bytes, max_pixels: int) -> Bitstream:
     if data[0] != _MBT2018_MEAN:
-        if data[0] >= len(_COMPRESSAI_MODELS):
-            raise UnsupportedCodec(f"neither .msh nor CompressAI: it begins with {data[:4].hex()}")
-        raise UnsupportedCodec(
-            f"CompressAI model {_COMPRESSAI_MODELS[data[0]]!r}; only 'mbt2018-mean' is decoded"
-        )
+        raise UnsupportedCodec(_other_model(data))
     if len(data) < _COMPRESSAI.size + _BODY.size:
-        raise MalformedHeader(
-            f"{len(data)} bytes; the header alone is {_COMPRESSAI.size + _BODY.size}"
-        )
+        raise MalformedHeader(_too_short(data, _COMPRESSAI.size + _BODY.size))
     _, code, height, width, depth = _COMPRESSAI.unpack_from(data)
     metric, quality = code >> 4, (code & 15) + 1
     if metric >= len(METRICS) or quality > 8:
-        raise UnsupportedCodec(f"metric {metric}, quality {quality} of mbt2018-mean")
+        raise UnsupportedCodec(
+            f"the CompressAI header has metric {metric}, quality {quality}; "
+            "supported are metrics 0 and 1, qualities 1 to 8"
+        )
     if depth != 8:
-        raise UnsupportedCodec(f"bit depth {depth}; 8 is decoded")
+        raise UnsupportedCodec(f"bit depth {depth} is not supported; only 8 is")
     check_size(height, width, max_pixels)
     rows, columns, count = _BODY.unpack_from(data, _COMPRESSAI.size)
     expected = _z_shape(height, width)
     if (rows, columns) != expected:
-        raise LengthMismatch(f"z of {rows}×{columns}; {height}×{width} pixels need {expected}")
+        raise LengthMismatch(
+            f"the header declares z as {rows}×{columns} (rows × columns); a picture of "
+            f"{width}×{height} pixels needs {expected[0]}×{expected[1]}"
+        )
     if count != 2:
-        raise LengthMismatch(f"{count} strings; mbt2018-mean has 2")
+        raise LengthMismatch(f"the header declares {count} strings; mbt2018-mean has 2")
     strings, at = [], _COMPRESSAI.size + _BODY.size
     for name in ("y", "z"):
         if len(data) < at + _LENGTH.size:
@@ -156,15 +162,39 @@ def _parse_compressai(data: bytes, max_pixels: int) -> Bitstream:
         (length,) = _LENGTH.unpack_from(data, at)
         at += _LENGTH.size
         if length > len(data) - at:
-            raise LengthMismatch(f"a {name} string of {length} bytes; {len(data) - at} are present")
+            raise LengthMismatch(_string_cut(name, length, len(data) - at))
         strings.append(data[at : at + length])
         at += length
     if at != len(data):
-        raise LengthMismatch(f"{len(data) - at} bytes follow the last string")
+        raise LengthMismatch(f"{len(data) - at} bytes too many after the z string")
     y_string, z_string = strings
     return Bitstream(
         "compressai", "float", quality, METRICS[metric], height, width, y_string, z_string
     )
+
+
+def _too_short(data: bytes, header: int) -> str:
+    return f"{len(data)} bytes; the header alone is {header}. The file is cut off"
+
+
+def _string_cut(name: str, length: int, present: int) -> str:
+    return (
+        f"the file declares a {name} string of {length} bytes; only {present} are left. "
+        "The file is cut off or damaged"
+    )
+
+
+def _other_model(data: bytes) -> str:
+    """The error text for a file that begins with neither format's magic or model id."""
+    if data[0] >= len(_COMPRESSAI_MODELS):
+        return f"neither an .msh file nor one of CompressAI: it begins with {data[:4].hex()}"
+    text = (
+        f"the file was made with CompressAI's model {_COMPRESSAI_MODELS[data[0]]!r}. "
+        "Only 'mbt2018-mean' is supported"
+    )
+    if data[0] == _MBT2018_MEAN - 1:
+        text += ". CompressAI before 1.2.2 wrote this model id for 'mbt2018-mean': encode it anew"
+    return text
 
 
 def _z_shape(height: int, width: int) -> tuple[int, int]:

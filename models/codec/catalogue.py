@@ -1,4 +1,4 @@
-"""Which weights are installed: the shipped ones, and those in a folder of the user's."""
+"""List, install and remove weights: the shipped ones, and those in the user's weights folder."""
 
 import contextlib
 import fcntl
@@ -23,16 +23,16 @@ MANIFEST = "manifest.toml"
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """An entry of a folder's manifest."""
+    """An entry of a manifest, and the manifest's folder."""
 
     entry: Entry
     folder: Path
 
 
 def imported(folder: Path | None) -> list[Installed]:
-    """What the user's folder holds, the last import first; nothing where there is no folder.
+    """List the weights in the user's folder, latest import first; empty without a folder.
 
-    Raises `WeightsError` for a manifest that cannot be read.
+    Raises `WeightsError` if the manifest cannot be read.
     """
     if folder is None or not (folder / MANIFEST).exists():
         return []
@@ -40,14 +40,14 @@ def imported(folder: Path | None) -> list[Installed]:
 
 
 def shipped() -> list[Installed]:
-    """What `models/weights/` holds."""
+    """List the shipped weights, in `models/weights/`."""
     return [Installed(e, checkpoint.WEIGHTS) for e in checkpoint.manifest()]
 
 
 def find(
     rows: Sequence[Installed], quality: int, metric: Metric, weights_id: str = ""
 ) -> Installed | None:
-    """The first codec of this quality and metric, and of these weights where they are named."""
+    """Return the first codec in `rows` with this quality, metric and, if given, weights id."""
     for row in rows:
         e = row.entry
         if (e.kind, e.quality, e.metric) == ("codec", quality, metric):
@@ -57,13 +57,16 @@ def find(
 
 
 def wrong_weights(quality: int, metric: Metric, weights_id: str = "") -> WrongWeights:
-    """What to raise where `find` finds nothing."""
+    """Return the error for a codec that `find` does not find."""
     if weights_id:
         return WrongWeights(
-            f"coded with weights {weights_id}; they are not installed as quality {quality}, "
-            f"metric {metric}"
+            f"the bitstream was encoded with weights {weights_id}, which are not installed for "
+            f"quality {quality}, metric {metric}; import them with `afterimage weights import`"
         )
-    return WrongWeights(f"no weights for quality {quality}, metric {metric} are installed")
+    return WrongWeights(
+        f"no weights for quality {quality}, metric {metric} are installed; "
+        "import some with `afterimage weights import`"
+    )
 
 
 def install(
@@ -74,29 +77,29 @@ def install(
     metadata: dict[str, str] | None = None,
     replaces: Sequence[str] = ("kind", "quality", "metric"),
 ) -> Entry:
-    """Write `name`.safetensors and name it last in the folder's manifest, each atomically.
+    """Write `name`.safetensors and append it to the folder's manifest, each atomically.
 
-    `row` holds `kind` and what else an `Entry` has; entries that agree in all fields of `replaces`
-    are dropped from the manifest.
+    `row` holds `kind` and further fields of the `Entry`. Entries that have the same values in all
+    fields of `replaces` are removed from the manifest.
     """
     data = save(tensors, metadata)
-    own: dict[str, str | int] = {
+    fields: dict[str, str | int] = {
         "name": name,
         "file": f"{name}.safetensors",
         "sha256": sha256(data).hexdigest(),
         "weights_id": checkpoint.weights_id(tensors),
     }
-    entry = Entry(**(own | dict(row)))  # type: ignore[arg-type]
+    entry = Entry(**(fields | dict(row)))  # type: ignore[arg-type]
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         _replace(folder / entry.file, data)
-        others = [e for e in _entries(folder) if not _agree(e, entry, replaces)]
+        others = [e for e in _entries(folder) if not _same(e, entry, replaces)]
         _write(folder, [*others, entry])
     return entry
 
 
 def remove(row: Installed) -> None:
-    """Take an entry out of its folder's manifest, and its file away."""
+    """Remove an entry from its manifest, and delete its file."""
     with _locked(row.folder):
         _write(row.folder, [e for e in _entries(row.folder) if e != row.entry])
         (row.folder / row.entry.file).unlink(missing_ok=True)
@@ -106,7 +109,7 @@ def _entries(folder: Path) -> list[Entry]:
     return checkpoint.manifest(folder) if (folder / MANIFEST).exists() else []
 
 
-def _agree(a: Entry, b: Entry, names: Sequence[str]) -> bool:
+def _same(a: Entry, b: Entry, names: Sequence[str]) -> bool:
     return all(getattr(a, name) == getattr(b, name) for name in names)
 
 
@@ -125,16 +128,19 @@ def _replace(path: Path, data: bytes) -> None:
 def _toml(value: str | int) -> str:
     if isinstance(value, int):
         return str(value)
-    # JSON's strings are TOML's, but for what cannot be printed
+    # a JSON string is a valid TOML string if all its characters are printable
     return json.dumps("".join(c if c.isprintable() else "?" for c in value), ensure_ascii=False)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time reads the manifest and replaces it."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Lock the folder, so that one process at a time reads and replaces its manifest.
+
+    The folder itself is locked: a lock file would stay behind in the user's folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        os.close(descriptor)

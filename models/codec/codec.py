@@ -1,6 +1,8 @@
-"""A codec: one set of weights, between pictures and bitstreams."""
+"""A codec: one set of weights that turns pictures into bitstreams and bitstreams into pictures."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import google_crc32c
 import torch
@@ -9,54 +11,81 @@ from torch import Tensor
 
 from models import geometry
 from models.codec.bitstream import Bitstream, Format, Metric, Profile
-from models.codec.hyperprior import Hyperprior, Latents
+from models.codec.hyperprior import LatentCoder, Latents
 from models.codec.msh import MeanScaleHyperprior
 from models.codec.rans import Int32Array
 from models.codec.synthesis import Synthesis
 from models.errors import ChecksumMismatch, WrongWeights
 from models.image import Pixels
 
+Stage = Literal["entropy", "g_s"]
+OnStage = Callable[[Stage], None]
+"""Called at the end of each stage of decoding: entropy decoding ("entropy"), synthesis ("g_s")."""
+
+
+def _ignore(stage: Stage) -> None:
+    """The default `OnStage`: do nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """Ready to run on the CPU."""
+    """One set of codec weights, ready to run on the CPU."""
 
     quality: int
     metric: Metric
     weights_id: str
     net: MeanScaleHyperprior
-    hyperprior: Hyperprior
+    latent_coder: LatentCoder
     synthesis: Synthesis
 
+    def decode(self, b: Bitstream, on_stage: OnStage = _ignore) -> Pixels:
+        """Decode a bitstream to the instant picture, (H, W, 3). Raises as `latents` does."""
+        return crop_to_pixels(self.reconstruct(b, on_stage)[1], b.height, b.width)
+
+    def reconstruct(self, b: Bitstream, on_stage: OnStage = _ignore) -> tuple[Latents, Tensor]:
+        """Decode a bitstream to its latents and x_hat, (1, 3, H, W) in [0, 1], still padded.
+
+        Raises as `latents` does.
+        """
+        latents = self.latents(b)
+        on_stage("entropy")
+        x_hat = self.synthesis(latents.y_hat)
+        on_stage("g_s")
+        return latents, x_hat
+
     def latents(self, b: Bitstream) -> Latents:
-        """The one function that yields `y_hat`.
+        """Entropy-decode a bitstream to its latents.
 
         Raises `WrongWeights`, `CorruptStream`, `DesynchronisedStream` or `ChecksumMismatch`.
         """
         if b.weights_id and b.weights_id != self.weights_id:
             raise WrongWeights(
-                f"coded with weights {b.weights_id}; quality {b.quality} here is {self.weights_id}"
+                f"the bitstream was encoded with weights {b.weights_id}; "
+                f"quality {b.quality} here has {self.weights_id}"
             )
         size = geometry.padded(b.height, b.width)
-        latents = self.hyperprior.decode(b.y_string, b.z_string, size, b.profile)
+        latents = self.latent_coder.decode(b.y_string, b.z_string, size, b.profile)
         if b.symbols_crc is not None and _crc(latents.symbols) != b.symbols_crc:
-            raise ChecksumMismatch("the decoded symbols are not the encoded ones")
+            raise ChecksumMismatch("CRC-32C mismatch: the decoded symbols are not the encoded ones")
         return latents
 
     def encode(self, x: Tensor, format: Format, profile: Profile) -> Bitstream:
-        """`x` (1, 3, H, W) in [0, 1] -> bitstream; CompressAI's format is always `float`."""
+        """Encode `x` (1, 3, H, W) in [0, 1]. CompressAI's format always has the profile `float`."""
         if format == "compressai":
             profile = "float"
-        y_string, z_string, latents = self.hyperprior.encode(pad(x), profile)
+        y_string, z_string, latents = self.latent_coder.encode(pad(x), profile)
         height, width = x.shape[2:]
-        own = (self.weights_id, _crc(latents.symbols)) if format == "msh" else ("", None)
+        checks = (self.weights_id, _crc(latents.symbols)) if format == "msh" else ("", None)
         return Bitstream(
-            format, profile, self.quality, self.metric, height, width, y_string, z_string, *own
+            format, profile, self.quality, self.metric, height, width, y_string, z_string, *checks
         )
 
 
 def pad(x: Tensor) -> Tensor:
-    """`x` (B, 3, H, W) -> multiples of 64, centred as CompressAI does it, borders repeated."""
+    """Pad `x` (B, 3, H, W) to sides that are multiples of 64, as CompressAI does.
+
+    The picture is centred and its border pixels are repeated.
+    """
     top, left = geometry.origin(x.shape[2], x.shape[3])
     height, width = geometry.padded(x.shape[2], x.shape[3])
     bottom, right = height - x.shape[2] - top, width - x.shape[3] - left
@@ -64,19 +93,24 @@ def pad(x: Tensor) -> Tensor:
 
 
 def crop(x: Tensor, height: int, width: int) -> Tensor:
-    """What `pad` added, taken away: (B, 3, H, W) of a picture's own size."""
+    """Undo `pad`: a padded `x` -> (B, 3, height, width)."""
     top, left = geometry.origin(height, width)
     return x[:, :, top : top + height, left : left + width]
 
 
 def to_tensor(pixels: Pixels) -> Tensor:
-    """`pixels` (H, W, 3) -> (1, 3, H, W) float32 in [0, 1]."""
+    """Convert `pixels` (H, W, 3) to (1, 3, H, W) float32 in [0, 1]."""
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
 
 
 def to_pixels(x: Tensor) -> Pixels:
-    """`x` (1, 3, H, W) in [0, 1] -> (H, W, 3), rounded."""
+    """Convert `x` (1, 3, H, W) in [0, 1] to (H, W, 3) uint8, rounded."""
     return (x[0] * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+
+
+def crop_to_pixels(x: Tensor, height: int, width: int) -> Pixels:
+    """Convert a padded `x` (1, 3, H, W) in [0, 1] to (height, width, 3) uint8."""
+    return to_pixels(crop(x, height, width))
 
 
 def _crc(symbols: Int32Array) -> int:

@@ -1,4 +1,4 @@
-"""The `exact` profile's `h_s`: scale indexes and means that are the same on every machine."""
+"""`h_s` of the `exact` profile: the same scale indexes and means on every machine."""
 
 import copy
 from collections.abc import Iterator
@@ -11,57 +11,60 @@ from models.codec import rans
 BITS = 16
 """Fraction bits of weights and activations."""
 SLOPE = 655
-"""Leaky slope in 2^-16: 655 / 65536 = 0.009995, for LeakyReLU's 0.01."""
+"""LeakyReLU's slope in units of 2^-16: 655 / 65536 = 0.009995, for the float network's 0.01."""
 STRIP = 2048
-"""Positions that a layer reads at a time: torch unfolds them, about 0.1 GB meanwhile."""
+"""Positions per call of a layer. torch unfolds them, which takes about 0.1 GB."""
+
+TOO_LARGE = "the weights of h_s are too large for exact sums below 2^53"
 
 
 class ExactHyperSynthesis:
-    """`h_s` in integers: weights and activations in units of 2^-16, held in float64.
+    """`h_s` in integer arithmetic: weights and activations in units of 2^-16, stored in float64.
 
-    Every product sum is an integer below 2^53 and thus exact in whatever order it is taken; a
-    layer's result is shifted back with a floor. A saturation keeps activations within 2^11, so
-    that the bound holds for any `z` whatever. Where a layer's sums could pass it, its weights are
-    halved, and the layer before hands it activations twice as large, as often as is needed.
+    Every sum of products is an integer below 2^53, so float64 holds it exactly in any order of
+    summation. A layer's result is divided by 2^16, rounded down and clamped to ±2^11, so the bound
+    holds for any z. If the sums of a layer could exceed the bound, its weights are halved and the
+    layer before it returns activations twice as large, repeatedly if needed.
     """
 
     LIMIT = float(1 << (BITS + 11))
 
     def __init__(self, h_s: nn.Sequential, M: int, scale_table: Tensor) -> None:
-        """Raises `ValueError` where the weights are too large for the bound."""
+        """Convert `h_s`. Raises `ValueError` if its weights are too large for exact sums."""
         self.M = M
         self.layers = copy.deepcopy(h_s).double().requires_grad_(False)
-        factor = 1.0  # of the activations that a layer hands on
+        factor = 1.0  # by which the activations after a layer are scaled
         for layer in reversed(self.layers):
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
                 factor = self._fix(layer, factor)
         if factor != 1:
-            raise ValueError("these hyperprior weights are too large for exact sums")
+            raise ValueError(TOO_LARGE)
         self.thresholds = torch.floor(scale_table[:-1].double() * (1 << BITS))
 
     def _fix(self, layer: nn.Conv2d | nn.ConvTranspose2d, factor: float) -> float:
-        """Make a layer's weights integers, its results `factor` times as large.
+        """Convert a layer's weights to integers that scale its result by `factor`.
 
-        Returns the factor by which what it reads has to be larger.
+        Returns the factor by which the layer's input has to be scaled.
         """
         one = float(1 << BITS)
         assert layer.bias is not None
         layer.bias.mul_(factor * one**2).round_()
         room = 2.0**53 - float(layer.bias.abs().max())
         outputs = (0, 2, 3) if isinstance(layer, nn.ConvTranspose2d) else (1, 2, 3)
-        more = 1.0
-        while more <= self.LIMIT:
-            weight = (layer.weight * (factor * one / more)).round()
+        input_factor = 1.0
+        while input_factor <= self.LIMIT:
+            weight = (layer.weight * (factor * one / input_factor)).round()
             if float(weight.abs().sum(outputs).max()) * self.LIMIT < room:
                 layer.weight.copy_(weight)
-                return more
-            more *= 2
-        raise ValueError("these hyperprior weights are too large for exact sums")
+                return input_factor
+            input_factor *= 2
+        raise ValueError(TOO_LARGE)
 
     def __call__(self, z_symbols: Tensor, medians: Tensor) -> tuple[rans.Int32Array, Tensor]:
-        """`z` symbols (B, N, h, w) -> contexts (M, 4h, 4w) int32 of the first, all means, float32.
+        """Compute scale indexes and means from z symbols (B, N, h, w) and medians (1, N, 1, 1).
 
-        The means are (B, M, 4h, 4w).
+        Returns the indexes of the first picture, (M, 4h, 4w) int32, and the means of all pictures,
+        (B, M, 4h, 4w) float32.
         """
         one = float(1 << BITS)
         x = z_symbols.double() * one + torch.round(medians.double() * one)
@@ -75,22 +78,22 @@ class ExactHyperSynthesis:
         means = torch.empty(len(x), self.M, *x.shape[2:])
         indexes = torch.empty_like(means, dtype=torch.int32)
         top = 0
-        for made in self._strips(last, x):
-            rows = slice(top, top := top + made.shape[2])
-            scales_hat, means_hat = made.chunk(2, 1)
-            scales_hat = scales_hat.contiguous()  # else `bucketize` warns
+        for strip in self._strips(last, x):
+            rows = slice(top, top := top + strip.shape[2])
+            scales_hat, means_hat = strip.chunk(2, 1)
+            scales_hat = scales_hat.contiguous()  # `bucketize` warns otherwise
             indexes[:, :, rows] = torch.bucketize(scales_hat, self.thresholds, out_int32=True)
-            # within ±2^11 and rounded to 2^-12: float32 holds the means exactly
+            # float32 holds the means exactly: they lie within ±2^11 and are rounded to 2^-12
             means[:, :, rows] = (torch.floor(means_hat / 16 + 0.5) / 4096).float()
         return indexes[0].numpy(), means
 
     def _strips(self, layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
-        """A layer's result in strips of rows, from the top."""
+        """Yield a layer's result in strips of rows, from the top."""
         scale = 2 if isinstance(layer, nn.ConvTranspose2d) else 1
         rows = x.shape[2]
         height = max(STRIP // x.shape[3], 1)
         for top in range(0, rows, height):
             bottom, first = min(top + height, rows), max(top - 1, 0)
-            made = layer(x[:, :, first : bottom + 1])  # a kernel reaches one row further
-            kept = made[:, :, scale * (top - first) :][:, :, : scale * (bottom - top)]
-            yield torch.floor(kept / (1 << BITS)).clamp_(-self.LIMIT, self.LIMIT)
+            out = layer(x[:, :, first : bottom + 1])  # the kernel reads one more row on each side
+            strip = out[:, :, scale * (top - first) :][:, :, : scale * (bottom - top)]
+            yield torch.floor(strip / (1 << BITS)).clamp_(-self.LIMIT, self.LIMIT)

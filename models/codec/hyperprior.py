@@ -1,9 +1,12 @@
-"""Entropy coded strings to latents and back: the one place where `y_hat` comes from.
+"""Entropy coding of latents under the mean-scale hyperprior.
 
-The hyperprior decides which CDF decodes which symbol, so encoder and decoder must agree on it to
-the last bit. Two profiles: `float` computes `h_s` in float32 as CompressAI does on a CPU, and where
-that fails as other machines may have done; `exact` computes it in integers (held in float64, every
-sum below 2^53), so that the result cannot depend on thread layout, backend or machine.
+`h_s` predicts a mean and a scale for every symbol of y, and the scale selects the CDF that codes
+it. Encoder and decoder must therefore agree on every scale index. There are two profiles:
+
+- `float` computes `h_s` in float32, as CompressAI does on a CPU. If a stream does not decode, other
+  float arithmetics are tried, one of which the encoder's machine may have used.
+- `exact` computes `h_s` in integers (stored in float64, all sums below 2^53). The result does not
+  depend on threads, backend or machine.
 """
 
 import hashlib
@@ -24,16 +27,16 @@ from models.errors import CorruptStream, DesynchronisedStream, LengthMismatch
 from models.geometry import STRIDE_Z
 
 SCALE_MIN = 0.11
-"""Lower bound of a latent's scale, the first entry of CompressAI's scale table."""
+"""Lower bound of a latent's scale: the first entry of CompressAI's scale table."""
 
 
 @dataclass(frozen=True, slots=True)
 class Latents:
-    """What entropy decoding yields.
+    """The result of entropy decoding.
 
-    `symbols` (M, h, w) int32 are what was coded; `y_hat` (1, M, h, w) float32 is their sum with the
-    means; `bits` (h, w) float32 is what each position cost, summed over channels; `arithmetic` is
-    how `h_s` was computed: "exact", "float", or one of `recovery.ARITHMETICS`.
+    `symbols` (M, h, w) int32 are the coded integers; `y_hat` (1, M, h, w) float32 is symbols +
+    means; `bits` (h, w) float32 is the number of bits at each position, summed over channels;
+    `arithmetic` tells how `h_s` was computed: "exact", "float", or one of `recovery.ARITHMETICS`.
     """
 
     y_hat: Tensor
@@ -42,8 +45,8 @@ class Latents:
     arithmetic: str = ""
 
 
-class Hyperprior:
-    """Codes `y` and `z` with the tables of one set of weights."""
+class LatentCoder:
+    """Entropy encoder and decoder of y and z, with the CDF tables of one set of weights."""
 
     def __init__(
         self,
@@ -61,12 +64,15 @@ class Hyperprior:
         self._exact = ExactHyperSynthesis(net.h_s, net.M, scale_table)
 
     def encode(self, x: Tensor, profile: str) -> tuple[bytes, bytes, Latents]:
-        """`x` (1, 3, H, W) in [0, 1], sides multiples of 64 -> y string, z string, latents.
+        """Encode `x` (1, 3, H, W) in [0, 1], sides multiples of 64.
 
-        Raises `ValueError` for other shapes.
+        Returns the y string, the z string and the latents. Raises `ValueError` for other shapes.
         """
         if x.shape[0] != 1 or x.shape[2] % STRIDE_Z or x.shape[3] % STRIDE_Z:
-            raise ValueError(f"{tuple(x.shape)}: one picture with sides that divide by {STRIDE_Z}")
+            raise ValueError(
+                f"x has the shape {tuple(x.shape)}; "
+                f"(1, 3, H, W) with sides that are multiples of {STRIDE_Z} is needed"
+            )
         with torch.inference_mode():
             y = tiles.analyse(self.net.g_a, x, self.net.M)
             z = self.net.h_a(y)
@@ -80,21 +86,21 @@ class Hyperprior:
     def decode(
         self, y_string: bytes, z_string: bytes, size: tuple[int, int], profile: str
     ) -> Latents:
-        """Strings of a picture of padded `size` (H, W) -> latents.
+        """Decode the strings of a picture whose padded size (H, W) is `size`.
 
-        Raises `CorruptStream` or `DesynchronisedStream`, `LengthMismatch` for sizes that are no
-        multiple of 64.
+        Raises `CorruptStream` or `DesynchronisedStream`, and `LengthMismatch` if a side of `size`
+        is not a multiple of 64.
         """
         if size[0] % STRIDE_Z or size[1] % STRIDE_Z:
-            raise LengthMismatch(f"padded size {size} is no multiple of {STRIDE_Z}")
-        rans.words_of(y_string)  # what decodes under no arithmetic is worth no `h_s`
+            raise LengthMismatch(f"padded size {size}: both sides must be multiples of {STRIDE_Z}")
+        rans.parse_words(y_string)  # checks y before the time for `h_s` is spent
         shape = (self.net.N, size[0] // STRIDE_Z, size[1] // STRIDE_Z)
         z_symbols = rans.decode(z_string, _channels(shape), self.z_tables)
         with torch.inference_mode():
             indexes, means = self._prior(z_symbols, profile)
         try:
             symbols = rans.decode(y_string, indexes, self.y_tables)
-        except (CorruptStream, DesynchronisedStream) as e:  # out of step looks like either
+        except (CorruptStream, DesynchronisedStream) as e:  # a wrong scale causes either
             if profile == "exact":
                 raise
             return self._recover(y_string, z_symbols, indexes, e)
@@ -107,32 +113,36 @@ class Hyperprior:
         indexes: rans.Int32Array,
         failure: CorruptStream | DesynchronisedStream,
     ) -> Latents:
-        """Latents by the first arithmetic whose contexts decode the y string; else `failure`."""
-        seen = {_fingerprint(indexes)}
+        """Decode the y string with the first arithmetic that succeeds; otherwise raise `failure`.
+
+        Arithmetics that give the same scale indexes as one before are skipped.
+        """
+        tried = {_fingerprint(indexes)}
         try:
             for arithmetic, indexes, means in self._priors(z_symbols):
-                if _fingerprint(indexes) in seen:
+                if _fingerprint(indexes) in tried:
                     continue
-                seen.add(_fingerprint(indexes))
+                tried.add(_fingerprint(indexes))
                 try:
                     symbols = rans.decode(y_string, indexes, self.y_tables)
                 except (CorruptStream, DesynchronisedStream):
                     continue
                 return self._latents(symbols, indexes, means, arithmetic)
         except recovery.Unavailable as e:
-            raise type(failure)(f"{failure}; the process for other arithmetics: {e}") from e
+            raise type(failure)(f"{failure}; recovery with other arithmetics failed: {e}") from e
         raise failure
 
     def _priors(self, z_symbols: rans.Int32Array) -> Iterator[tuple[str, rans.Int32Array, Tensor]]:
+        """Yield name, scale indexes and means for each of `recovery.ARITHMETICS`."""
         z_hat = self._z_hat(z_symbols)
         for arithmetic in recovery.ARITHMETICS:
-            scales_hat, means_hat = recovery.HELPER.evaluate(
-                self._key, self.net.h_s, z_hat, arithmetic
+            scales_hat, means_hat = recovery.PROCESS.evaluate(
+                self._h_s_digest, self.net.h_s, z_hat, arithmetic
             )
             yield arithmetic, self._indexes(scales_hat), means_hat
 
     def _prior(self, z_symbols: rans.Int32Array, profile: str) -> tuple[rans.Int32Array, Tensor]:
-        """`z` symbols (N, h, w) -> contexts (M, 4h, 4w) and means (1, M, 4h, 4w)."""
+        """Compute scale indexes (M, 4h, 4w) and means (1, M, 4h, 4w) from z symbols (N, h, w)."""
         if profile == "exact":
             return self._exact(torch.from_numpy(z_symbols)[None], self.medians)
         scales_hat, means_hat = self.net.h_s(self._z_hat(z_symbols)).chunk(2, 1)
@@ -146,11 +156,11 @@ class Hyperprior:
         return indexes[0].to(torch.int32).numpy()
 
     @cached_property
-    def _key(self) -> str:
-        h = hashlib.sha256()
+    def _h_s_digest(self) -> str:
+        digest = hashlib.sha256()
         for t in self.net.h_s.state_dict().values():
-            h.update(t.numpy().tobytes())
-        return h.hexdigest()
+            digest.update(t.numpy().tobytes())
+        return digest.hexdigest()
 
     def _latents(
         self, symbols: rans.Int32Array, indexes: rans.Int32Array, means: Tensor, arithmetic: str
@@ -161,7 +171,7 @@ class Hyperprior:
 
 
 def _channels(shape: tuple[int, ...]) -> rans.Int32Array:
-    """Contexts of `z`: a symbol's context is its channel."""
+    """Return the CDF index of each z symbol (N, h, w), which is its channel."""
     channel = np.arange(shape[0], dtype=np.int32)[:, None, None]
     return np.ascontiguousarray(np.broadcast_to(channel, shape))
 

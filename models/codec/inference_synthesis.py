@@ -1,8 +1,8 @@
-"""`g_s` for decoding alone: the network of the codec's weights, rearranged.
+"""`g_s` rearranged for inference: the same result from the same weights, but faster.
 
-Channels that do not reach the picture are left out, the inverse GDN's parameters are worked out
-once, and the last transposed convolution, three channels wide, is a 3×3 convolution and a pixel
-shuffle, which is twice as fast.
+Channels that do not affect the picture are removed. The coefficients of the inverse GDN are
+computed once. The last transposed convolution, which has three output channels, becomes a 3×3
+convolution and a pixel shuffle, which is twice as fast.
 """
 
 from itertools import pairwise, product
@@ -14,45 +14,47 @@ from torch import Tensor, nn
 from models.codec.msh import GDN
 
 STRIP = 32
-"""Rows of the finest features at a time: they stay in the cache from the last but one layer on."""
+"""Feature rows that the last two layers process at a time, so that they fit the CPU's cache."""
 
 
-class Folded(nn.Module):
-    """What `g_s` computes, to 1e-5, for decoding alone."""
+class InferenceSynthesis(nn.Module):
+    """`g_s` for inference; its output equals that of `g_s` to 1e-5."""
 
-    read: Tensor
-    """Channels of `y_hat` that reach the picture."""
+    channels: Tensor
+    """Indexes of the channels of `y_hat` that affect the picture."""
 
     def __init__(self, g_s: nn.Sequential) -> None:
         super().__init__()
-        read = live(g_s)
-        self.register_buffer("read", read[0].nonzero()[:, 0], persistent=False)
-        *head, last_gdn, last = (_narrow(m, *io) for m, io in zip(g_s, pairwise(read), strict=True))
+        masks = used_channels(g_s)
+        self.register_buffer("channels", masks[0].nonzero()[:, 0], persistent=False)
+        *head, last_gdn, last = (
+            _narrow(layer, *in_out) for layer, in_out in zip(g_s, pairwise(masks), strict=True)
+        )
         assert isinstance(last, nn.ConvTranspose2d)
         self.head = nn.Sequential(*head)
         self.tail = nn.Sequential(last_gdn, SubPixel(last))
         self.requires_grad_(False)
 
     def forward(self, y_hat: Tensor) -> Tensor:
-        if len(self.read) < y_hat.shape[1]:
-            y_hat = y_hat[:, self.read].contiguous(memory_format=torch.channels_last)
+        if len(self.channels) < y_hat.shape[1]:
+            y_hat = y_hat[:, self.channels].contiguous(memory_format=torch.channels_last)
         h = self.head(y_hat)  # (1, N, 8h, 8w)
         rows = h.shape[2]
         out: Tensor = h.new_empty(1, 3, 2 * rows, 2 * h.shape[3])
         for top in range(0, rows, STRIP):
             bottom = min(top + STRIP, rows)
-            first = max(top - 1, 0)  # a row more on each side, for the 3×3 convolution
-            made = self.tail(h[:, :, first : bottom + 1])
+            first = max(top - 1, 0)  # one more row on each side, for the 3×3 convolution
+            strip = self.tail(h[:, :, first : bottom + 1])
             skip = 2 * (top - first)
-            out[:, :, 2 * top : 2 * bottom] = made[:, :, skip : skip + 2 * (bottom - top)]
+            out[:, :, 2 * top : 2 * bottom] = strip[:, :, skip : skip + 2 * (bottom - top)]
         return out
 
 
 class InverseGDN(nn.Module):
-    """x sqrt(beta + gamma x²), from the parameters that the training form stands for."""
+    """x sqrt(beta + gamma x²), with fixed coefficients."""
 
     def __init__(self, beta: Tensor, gamma: Tensor) -> None:
-        """`beta` (C,), `gamma` (C, C, 1, 1) as they are multiplied with."""
+        """Take `beta` (C,) and `gamma` (C, C, 1, 1) as `GDN.coefficients` returns them."""
         super().__init__()
         self.norm = nn.Conv2d(len(beta), len(beta), 1)
         self.norm.weight.data.copy_(gamma)
@@ -65,9 +67,10 @@ class InverseGDN(nn.Module):
 
 
 class SubPixel(nn.Module):
-    """A transposed 5×5 convolution of stride 2 as a 3×3 convolution to four phases.
+    """A transposed 5×5 convolution of stride 2, as a 3×3 convolution and a pixel shuffle.
 
-    An output at 2n + a reads the inputs n + d through tap k = a + 2 - 2d, where 0 <= k < 5.
+    The output at 2n + a (a is 0 or 1) reads the input at n + d (d is -1, 0 or 1) with the kernel's
+    tap a + 2 - 2d, where that lies within 0…4.
     """
 
     def __init__(self, layer: nn.ConvTranspose2d) -> None:
@@ -89,33 +92,35 @@ class SubPixel(nn.Module):
         return out
 
 
-def live(g_s: nn.Sequential) -> list[Tensor]:
-    """Masks of the channels that reach the picture: of what each layer reads, and of the picture.
+def used_channels(g_s: nn.Sequential) -> list[Tensor]:
+    """Return masks of the channels that affect the picture.
 
-    A codec that was widened without a change of what it computes has channels that do not.
+    There is one mask for the input of each layer of `g_s`, and a last one for the picture. A codec
+    that was widened (`models.train.widen`) has channels that do not affect the picture. A mask is
+    never empty: if no channel of a layer affects the picture, all are marked.
     """
     masks = [torch.ones(3, dtype=torch.bool)]
     for layer in reversed(g_s):
-        wanted = masks[0]
+        used = masks[0]
         if isinstance(layer, GDN):
-            weights = layer.worked_out()[1][wanted]  # (out, in, 1, 1)
-            masks[0] = wanted = wanted | (weights != 0).any(0)[:, 0, 0]
+            gamma = layer.coefficients()[1][used]  # (out, in, 1, 1)
+            masks[0] = used = used | (gamma != 0).any(0)[:, 0, 0]
         else:
             assert isinstance(layer, nn.ConvTranspose2d)
-            wanted = (layer.weight[:, wanted] != 0).any(1).any(1).any(1)
-        masks.insert(0, wanted if wanted.any() else torch.ones_like(wanted))
+            used = (layer.weight[:, used] != 0).any(1).any(1).any(1)
+        masks.insert(0, used if used.any() else torch.ones_like(used))
     return masks
 
 
 def _narrow(layer: nn.Module, i: Tensor, o: Tensor) -> nn.Module:
-    """A layer of `g_s` from the channels `i` to the channels `o`, masks."""
+    """Return the layer with only the input channels in mask `i` and output channels in mask `o`."""
     if isinstance(layer, GDN):
-        beta, gamma = layer.worked_out()
+        beta, gamma = layer.coefficients()
         return InverseGDN(beta[o], gamma[o][:, i])
     assert isinstance(layer, nn.ConvTranspose2d)
     assert layer.bias is not None
     k, stride = layer.kernel_size[0], layer.stride[0]
-    made = nn.ConvTranspose2d(int(i.sum()), int(o.sum()), k, stride, k // 2, stride - 1)
-    made.weight.data.copy_(layer.weight[i][:, o])
-    made.bias.data.copy_(layer.bias[o])  # type: ignore[union-attr]
-    return made
+    narrow = nn.ConvTranspose2d(int(i.sum()), int(o.sum()), k, stride, k // 2, stride - 1)
+    narrow.weight.data.copy_(layer.weight[i][:, o])
+    narrow.bias.data.copy_(layer.bias[o])  # type: ignore[union-attr]
+    return narrow

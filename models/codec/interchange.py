@@ -1,4 +1,4 @@
-"""CompressAI's checkpoints of `mbt2018-mean`, in and out; nothing here serves requests."""
+"""Import and export CompressAI's checkpoints of `mbt2018-mean`. Requests do not use this module."""
 
 import contextlib
 import re
@@ -26,26 +26,27 @@ from models.files import atomic_write
 
 SUFFIXES = (".safetensors", ".pth", ".pth.tar")
 TIMEOUT_S = 30.0
-"""How long a download may stand still."""
+"""Longest time without data during a download."""
 
 _CONSTANTS = ("_reparam.pedestal", ".bound", ".target", ".scale_bound")
-"""Ends of names of buffers that are the same in every checkpoint."""
+"""Suffixes of buffers that are the same in every checkpoint, and are not imported."""
 _FILTERS = (1, 3, 3, 3, 3, 1)
-"""Widths of the cumulative's layers in the factorised prior of z."""
+"""Layer widths of the factorised prior of z (the network for its cumulative distribution)."""
 _OLD_NAME = re.compile(r"^(entropy_bottleneck)\._(matri|bias|factor)(?:x|ces\.|es\.|s\.)?(\d)$")
 _NEW_NAME = {"matri": "matrices", "bias": "biases", "factor": "factors"}
+"""Parameters of the prior of z: names in older CompressAI versions -> current names."""
 
 
 def channels(quality: int) -> tuple[int, int]:
-    """N and M of a quality, for either metric."""
+    """Return N and M for a quality; they are the same for both metrics."""
     return (128, 192) if quality <= 4 else (192, 320)
 
 
 def parameters(N: int, M: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all that CompressAI's `MeanScaleHyperprior(N, M)` learns."""
+    """Return names and shapes of all parameters of CompressAI's `MeanScaleHyperprior(N, M)`."""
     with torch.device("meta"):
-        own = MeanScaleHyperprior(N, M).state_dict()
-    shapes = {name: tuple(value.shape) for name, value in own.items()}
+        transforms = MeanScaleHyperprior(N, M).state_dict()
+    shapes = {name: tuple(value.shape) for name, value in transforms.items()}
     prior = "entropy_bottleneck"
     shapes[f"{prior}.quantiles"] = (N, 1, 3)
     for i, (inputs, outputs) in enumerate(pairwise(_FILTERS)):
@@ -59,104 +60,110 @@ def parameters(N: int, M: int) -> dict[str, tuple[int, ...]]:
 def install(
     file: Path, quality: int, metric: Metric, folder: Path, source: str | None = None
 ) -> Entry:
-    """Check a checkpoint, make its CDF tables where it has none, and put it into the user's folder.
+    """Validate a checkpoint, compute its CDF tables if it has none, and install it in `folder`.
 
-    Raises `WeightsError`, which names the tensor that is wrong.
+    `source` is recorded in the manifest (default: the file's name). Raises `WeightsError`, which
+    names the invalid tensor.
     """
     try:
-        tensors = zoo.with_tables(checked(read(file), quality))
-        made = zoo.from_tensors(tensors, quality, metric)
+        tensors = zoo.with_tables(validate(read(file), quality))
+        codec = zoo.from_tensors(tensors, quality, metric)
     except WeightsError as e:
         raise WeightsError(f"{source or file}: {e}") from e
-    name = f"mbt2018-mean_q{quality}_{metric}_{made.weights_id}"
+    name = f"mbt2018-mean_q{quality}_{metric}_{codec.weights_id}"
     row: dict[str, str | int] = {"kind": "codec", "quality": quality, "metric": metric}
     row["source"] = source or file.name
-    same = ("weights_id", "quality", "metric")
-    return catalogue.install(tensors, name, folder, row, replaces=same)
+    replaces = ("weights_id", "quality", "metric")
+    return catalogue.install(tensors, name, folder, row, replaces=replaces)
 
 
 def install_from_zoo(quality: int, metric: Metric, folder: Path) -> Entry:
-    """`install` for the checkpoint that CompressAI's zoo names, downloaded.
+    """Download the checkpoint in CompressAI's zoo for this quality and metric, and install it.
 
-    Raises `WeightsError`, also where the download fails.
+    Raises `WeightsError` if the download fails or as `install` does.
     """
-    with tempfile.TemporaryDirectory() as private:
-        file = _download(quality, metric, Path(private))
+    with tempfile.TemporaryDirectory() as temporary:
+        file = _download(quality, metric, Path(temporary))
         return install(file, quality, metric, folder, f"zoo: {file.name}")
 
 
 def read(file: Path) -> dict[str, Tensor]:
-    """A state dict, or one under `state_dict`, by the names that CompressAI uses today.
+    """Read a state dict, at the top level or under `state_dict`, from a checkpoint file.
 
-    No code in the file is run. Raises `WeightsError`, `OSError` where it cannot be opened.
+    Names of older CompressAI versions become those of today's. No code in the file is run. Raises
+    `WeightsError` if the file is not a checkpoint, `OSError` if it cannot be opened.
     """
-    found: object
-    file.open("rb").close()  # its errors name the file
+    state: object
+    file.open("rb").close()  # raises an OSError that names the file
     try:
         if file.suffix == ".safetensors":
-            found = load_file(file)
+            state = load_file(file)
         else:
             with warnings.catch_warnings():  # about the file's pickle protocol
                 warnings.simplefilter("ignore")
-                found = torch.load(file, map_location="cpu", weights_only=True)
+                state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as e:  # torch's reader raises almost anything at damaged files
-        told = isinstance(e, (RuntimeError, SafetensorError)) and _line(e)  # others tell nothing
+    except Exception as e:  # `torch.load` raises many kinds of errors for damaged files
+        reason = f": {_first_line(e)}" if isinstance(e, RuntimeError | SafetensorError) else ""
         raise WeightsError(
-            "no checkpoint of tensors alone, as torch.save(model.state_dict(), FILE) writes it"
-            + (f": {told}" if told else "")
+            "no checkpoint with tensors only, as torch.save(model.state_dict(), FILE) writes it"
+            + reason
         ) from e
-    if isinstance(found, Mapping) and "state_dict" in found:
-        found = found["state_dict"]
-    if not isinstance(found, Mapping):
-        raise WeightsError(f"no state dict, but a {type(found).__name__}")
-    for name, value in found.items():
+    if isinstance(state, Mapping) and "state_dict" in state:
+        state = state["state_dict"]
+    if not isinstance(state, Mapping):
+        raise WeightsError(f"the file holds a {type(state).__name__}; a state dict is needed")
+    for name, value in state.items():
         if not _is_plain(value):
-            raise WeightsError(f"{name!r} is no plain tensor: the file holds no state dict")
-    return {_renamed(str(name)): value for name, value in found.items()}
+            raise WeightsError(f"{name!r} is not a plain tensor; a state dict of tensors is needed")
+    return {_current_name(str(name)): value for name, value in state.items()}
 
 
-def checked(state: Mapping[str, Tensor], quality: int) -> dict[str, Tensor]:
-    """The parameters, in float32, and tables of a state dict that fits the quality's network.
+def validate(state: Mapping[str, Tensor], quality: int) -> dict[str, Tensor]:
+    """Check that a state dict fits the network of this quality.
 
-    Raises `WeightsError`, which names the first tensor that is wrong.
+    Returns its parameters in float32 and its CDF tables. Raises `WeightsError`, which names the
+    first invalid tensor.
     """
     n, m = channels(quality)
     shapes = parameters(n, m)
-    kept = {k: v for k, v in state.items() if not k.endswith(_CONSTANTS)}
-    for name in kept:
+    tensors = {k: v for k, v in state.items() if not k.endswith(_CONSTANTS)}
+    for name in tensors:
         if name not in shapes and name not in zoo.TABLES:
-            raise WeightsError(f"{name} is no tensor of mbt2018-mean: another model's checkpoint")
+            raise WeightsError(f"{name} is not a tensor of mbt2018-mean; use a checkpoint of it")
     for name, shape in shapes.items():
-        if name not in kept:
+        if name not in tensors:
             raise WeightsError(f"{name} is missing")
-        value = kept[name]
+        value = tensors[name]
         if value.shape != shape:
             raise WeightsError(
                 f"{name} has the shape {tuple(value.shape)}; quality {quality} "
                 f"(N = {n}, M = {m}) has {shape}"
             )
-        kept[name] = _floats(name, value)
-    return _check_tables(kept)
+        tensors[name] = _floats(name, value)
+    return _check_tables(tensors)
 
 
 def to_compressai(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A codec's tensors -> the state dict that CompressAI's `MeanScaleHyperprior` loads."""
-    net = zoo.reference(*tensors["g_a.6.weight"].shape[:2][::-1])
+    """Convert a codec's tensors to a state dict for CompressAI's `MeanScaleHyperprior`."""
+    net = zoo.compressai_model(*tensors["g_a.6.weight"].shape[:2][::-1])
     floats = {k: v if k in zoo.TABLES else v.float() for k, v in tensors.items()}
     net.load_state_dict({**net.state_dict(), **floats})
     return dict(net.state_dict())
 
 
 def check_suffix(file: Path) -> None:
-    """`ParameterError` for a name that ends with none of `SUFFIXES`."""
+    """Raise `ParameterError` unless the file's name ends with one of `SUFFIXES`."""
     if not file.name.endswith(SUFFIXES):
-        raise ParameterError(f"{file}: write {', '.join(SUFFIXES)}")
+        raise ParameterError(f"{file}: the name must end with {', '.join(SUFFIXES)}")
 
 
 def write(state: dict[str, Tensor], file: Path) -> None:
-    """A state dict to a file of one of `SUFFIXES`; `ParameterError` for other names."""
+    """Write a state dict in the format that the file's suffix names.
+
+    Raises `ParameterError` for other suffixes than `SUFFIXES`.
+    """
     check_suffix(file)
     with atomic_write(file) as part, part.open("wb") as out:
         if file.suffix == ".safetensors":
@@ -165,19 +172,22 @@ def write(state: dict[str, Tensor], file: Path) -> None:
             torch.save(state, out)
 
 
-def _check_tables(kept: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All tables or none: `kept` with those that are there, without empty ones."""
-    present = [name for name in zoo.TABLES if name in kept and kept[name].numel()]
+def _check_tables(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Check the CDF tables among `tensors`: all must be there, or none. Empty ones are dropped."""
+    present = [name for name in zoo.TABLES if name in tensors and tensors[name].numel()]
     if present and len(present) < len(zoo.TABLES):
         missing = next(name for name in zoo.TABLES if name not in present)
-        raise WeightsError(f"{missing} is missing, while {present[0]} is there")
-    others = {k: v for k, v in kept.items() if k not in zoo.TABLES}
-    tables = {k: (_floats if "scale" in k else _integers)(k, kept[k]) for k in present}
+        raise WeightsError(f"{missing} is missing, while {present[0]} is there; save all or none")
+    others = {k: v for k, v in tensors.items() if k not in zoo.TABLES}
+    tables = {k: (_floats if "scale" in k else _integers)(k, tensors[k]) for k in present}
     return others | tables
 
 
 def _is_plain(value: object) -> TypeGuard[Tensor]:
-    """Dense, and no larger than what the file holds of it (a view may repeat a number)."""
+    """Tell whether `value` is a dense tensor, all of whose bytes are in the file.
+
+    A view with stride 0 repeats the bytes of a small file, and could be larger than memory.
+    """
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided
@@ -188,47 +198,48 @@ def _is_plain(value: object) -> TypeGuard[Tensor]:
 
 def _floats(name: str, value: Tensor) -> Tensor:
     if value.is_floating_point():
-        found = value.detach().float().contiguous()
-        if found.isfinite().all():
-            return found
-    raise WeightsError(f"{name} holds values that are no finite floating-point numbers")
+        floats = value.detach().float().contiguous()
+        if floats.isfinite().all():
+            return floats
+    raise WeightsError(f"{name} holds values that are not finite floating-point numbers")
 
 
 def _integers(name: str, value: Tensor) -> Tensor:
     if value.dtype in {torch.int32, torch.int64}:
-        found = value.int().contiguous()
-        if (found == value).all():
-            return found
-    raise WeightsError(f"{name} holds values that are no 32-bit integers")
+        integers = value.int().contiguous()
+        if (integers == value).all():
+            return integers
+    raise WeightsError(f"{name} holds values that are not 32-bit integers")
 
 
-def _renamed(name: str) -> str:
-    """Today's name: older versions and `DataParallel` used others."""
+def _current_name(name: str) -> str:
+    """Return CompressAI's current name for a tensor of an older version or of `DataParallel`."""
     name = name.removeprefix("module.")
     old = _OLD_NAME.match(name)
     return f"{old[1]}.{_NEW_NAME[old[2]]}.{old[3]}" if old else name
 
 
 def _download(quality: int, metric: Metric, folder: Path) -> Path:
-    with warnings.catch_warnings():  # of what compressai imports
+    with warnings.catch_warnings():  # DeprecationWarning from its dependencies
         warnings.simplefilter("ignore")
-        from compressai.zoo import image as theirs  # type: ignore[import-untyped]
+        from compressai.zoo import image as published  # type: ignore[import-untyped]
     from torch.hub import download_url_to_file
 
-    url: str = theirs.model_urls["mbt2018-mean"][metric][quality]
+    url: str = published.model_urls["mbt2018-mean"][metric][quality]
     file = folder / url.rpartition("/")[2]
     digest = file.name.partition(".")[0].rpartition("-")[2]
     try:
-        with _no_standstill():
+        with _socket_timeout():
             download_url_to_file(url, str(file), digest, progress=sys.stderr.isatty())
     except (OSError, HTTPException, RuntimeError) as e:
-        why = _line(getattr(e, "reason", e))
+        why = _first_line(getattr(e, "reason", e))
         raise WeightsError(f"{file.name} cannot be downloaded from CompressAI's zoo: {why}") from e
     return file
 
 
 @contextlib.contextmanager
-def _no_standstill() -> Iterator[None]:
+def _socket_timeout() -> Iterator[None]:
+    """Use `TIMEOUT_S` as the default timeout of sockets, as torch's download sets none."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT_S)
     try:
@@ -237,6 +248,6 @@ def _no_standstill() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _line(e: object) -> str:
-    """The first sentence of an error's text, or its kind."""
+def _first_line(e: object) -> str:
+    """Return the first sentence of an error's text, or its class name if there is no text."""
     return next(iter(str(e).splitlines()), "").partition(". ")[0] or type(e).__name__

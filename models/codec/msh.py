@@ -1,7 +1,7 @@
-"""The mean-scale hyperprior's four transforms (Minnen 2018), as in CompressAI's `mbt2018-mean`.
+"""The four transforms of the mean-scale hyperprior (Minnen 2018), CompressAI's `mbt2018-mean`.
 
-Parameter names are CompressAI's, so that its checkpoints load as they are; the entropy model's
-parameters are no part of the network here (`models.codec.hyperprior` runs from their CDF tables).
+Parameters have CompressAI's names, so that its checkpoints load unchanged. The entropy models are
+not part of this network: `models.codec.hyperprior` works from their CDF tables.
 """
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 
 class GDN(nn.Module):
-    """x / sqrt(beta + gamma x²), or times for the inverse (Ballé 2016).
+    """Generalised divisive normalisation (Ballé 2016): x / sqrt(beta + gamma x²).
 
-    `beta` (C,) and `gamma` (C, C) are stored as square roots plus CompressAI's pedestal.
+    The inverse multiplies instead of dividing. The parameters `beta` (C,) and `gamma` (C, C) hold
+    sqrt(value + pedestal), as in CompressAI.
     """
 
     PEDESTAL = 2.0**-36
@@ -24,14 +25,14 @@ class GDN(nn.Module):
         self.beta = nn.Parameter(torch.sqrt(torch.ones(channels) + self.PEDESTAL))
         self.gamma = nn.Parameter(torch.sqrt(0.1 * torch.eye(channels) + self.PEDESTAL))
 
-    def worked_out(self) -> tuple[Tensor, Tensor]:
-        """beta (C,) and gamma (C, C, 1, 1) as they are multiplied with."""
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """Return beta (C,) and gamma (C, C, 1, 1) of the formula, computed from the parameters."""
         beta = self.beta.clamp(min=(self.BETA_MIN + self.PEDESTAL) ** 0.5) ** 2 - self.PEDESTAL
         gamma = self.gamma.clamp(min=self.PEDESTAL**0.5) ** 2 - self.PEDESTAL
         return beta, gamma[:, :, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        beta, gamma = self.worked_out()
+        beta, gamma = self.coefficients()
         norm = F.conv2d(x * x, gamma, beta)
         return x * (norm.sqrt() if self.inverse else norm.rsqrt())
 
@@ -45,10 +46,12 @@ def _deconv(i: int, o: int, kernel: int = 5, stride: int = 2) -> nn.ConvTranspos
 
 
 class MeanScaleHyperprior(nn.Module):
-    """`g_a`, `g_s`, `h_a`, `h_s` with `N` hidden and `M` latent channels (128, 192 to quality 4).
+    """The transforms, with `N` hidden and `M` latent channels (128 and 192 up to quality 4).
 
-    `g_a`: x (B, 3, H, W) in [0, 1] -> y (B, M, H/16, W/16); `h_a`: y -> z (B, N, H/64, W/64);
-    `h_s`: z_hat -> scales and means (B, 2M, H/16, W/16); `g_s`: y_hat -> x_hat (B, 3, H, W).
+    - `g_a`: x (B, 3, H, W) in [0, 1] -> y (B, M, H/16, W/16)
+    - `h_a`: y -> z (B, N, H/64, W/64)
+    - `h_s`: z_hat -> scales and means (B, 2M, H/16, W/16)
+    - `g_s`: y_hat -> x_hat (B, 3, H, W)
     """
 
     def __init__(self, N: int = 128, M: int = 192) -> None:

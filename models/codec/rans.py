@@ -1,8 +1,8 @@
-"""The entropy coder: 64-bit rANS with 32-bit words, 16-bit frequencies and 4-bit bypass digits.
+"""Entropy coder: 64-bit rANS with 32-bit words, 16-bit frequencies and 4-bit bypass digits.
 
-Wire-compatible with CompressAI's coder (Duda 2013; F. Giesen's `rans64`), but every read is
-bounds-checked and the end state is verified: an encoder starts at `STATE_LOW`, so a decoder that
-stayed in step ends there with every word consumed.
+It is wire-compatible with CompressAI's coder (Duda 2013; F. Giesen's `rans64`). In addition every
+read is bounds-checked and the end state is verified: an encoder starts at `STATE_LOW`, so a decoder
+that used the right CDFs ends there with all words consumed.
 """
 
 from dataclasses import dataclass
@@ -14,15 +14,13 @@ from numpy.typing import NDArray
 from models.errors import CorruptStream, DesynchronisedStream
 
 PRECISION = 16
-"""Bits of a frequency: every CDF ends at 65536."""
+"""Bits per frequency: every CDF ends at 65536."""
 STATE_LOW = 1 << 31
-"""The state an encoder starts from, and the lower end of the normalised interval."""
-
-LARGEST = (1 << 30) - 1
-"""Largest symbol that is coded, the smallest being -2^30: what 8 bypass digits always hold."""
-
+"""The encoder's start state, and the lower end of the normalised interval."""
+MAX_SYMBOL = (1 << 30) - 1
+"""Largest symbol; the smallest is -2^30. Symbols in this range always fit 8 bypass digits."""
 OFFSET_MAX = 1 << 28
-"""Bound of a CDF's first symbol, so that a difference from it still fits 8 bypass digits."""
+"""Limit on a CDF's first symbol, so that a symbol's distance from it fits 8 bypass digits."""
 
 _OK, _SHORT, _BYPASS, _STATE, _TRAILING = range(5)
 
@@ -31,11 +29,12 @@ Int32Array = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """CDFs of all contexts, as CompressAI's `update()` makes them.
+    """The CDFs of all contexts, as CompressAI's `update()` computes them.
 
-    `cdf` (contexts, width) holds cumulative frequencies; the last symbol of a row escapes to bypass
-    digits. `length` (contexts,) counts a row's entries, `offset` (contexts,) is its first symbol.
-    Raises `ValueError` where a row is no CDF, or an offset exceeds `OFFSET_MAX`.
+    A row of `cdf` (contexts, width) holds cumulative frequencies; its last symbol is the escape to
+    bypass digits. `length` (contexts,) is the number of entries used in each row, `offset`
+    (contexts,) the value of its first symbol. Raises `ValueError` if a row is not a CDF or an
+    offset is beyond `OFFSET_MAX`.
     """
 
     cdf: Int32Array
@@ -45,20 +44,23 @@ class Tables:
     def __post_init__(self) -> None:
         n, width = self.cdf.shape
         if self.length.shape != (n,) or self.offset.shape != (n,):
-            raise ValueError("cdf, length and offset disagree about the number of contexts")
+            raise ValueError(
+                f"cdf has {n} contexts, length {self.length.shape}, offset {self.offset.shape}; "
+                "all three must agree"
+            )
         if n == 0 or self.length.min() < 3 or self.length.max() > width:
-            raise ValueError("a CDF's length lies outside its row")
+            raise ValueError(f"a CDF has fewer than 3 entries or more than its row, {width}")
         if self.offset.min() < -OFFSET_MAX or self.offset.max() > OFFSET_MAX:
-            raise ValueError("a CDF begins at a symbol out of all range")
+            raise ValueError(f"a CDF's first symbol is out of range; choose ±{OFFSET_MAX}")
         for row, size in zip(self.cdf, self.length, strict=True):
-            rises = (row[1:size] > row[: size - 1]).all()  # a difference might wrap
+            rises = (row[1:size] > row[: size - 1]).all()  # `np.diff` could overflow
             if row[0] != 0 or row[size - 1] != 1 << PRECISION or not rises:
-                raise ValueError("a CDF must rise strictly from 0 to 65536")
+                raise ValueError("a CDF does not rise strictly from 0 to 65536")
 
 
 @njit(cache=True, nogil=True)
 def _refill(x, words, position):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Renormalise the state; `position` runs past the end where words are missing."""
+    """Renormalise the state. Without words left, `position` ends up behind the last word."""
     if x >= np.uint64(1 << 31):
         return x, position
     word = words[position] if position < words.size else np.uint32(0)
@@ -67,7 +69,7 @@ def _refill(x, words, position):  # type: ignore[no-untyped-def]  # pragma: no c
 
 @njit(cache=True, nogil=True)
 def _raw(value, escape):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """What the bypass digits of a value hold; -1 where it has a frequency of its own."""
+    """Return the number to write as bypass digits; -1 if the value has an entry in its CDF."""
     if 0 <= value < escape:
         return np.int64(-1)
     return -2 * value - 1 if value < 0 else 2 * (value - escape)
@@ -75,9 +77,10 @@ def _raw(value, escape):  # type: ignore[no-untyped-def]  # pragma: no cover
 
 @njit(cache=True, nogil=True)
 def _bypass(x, words, position):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Read a count, then as many digits, the lowest first: state, position, raw (-1: invalid).
+    """Read the number of bypass digits and the digits, lowest first.
 
-    CompressAI writes a count of 15 or more in several digits, but no value needs more than 8.
+    Returns state, position and the value; -1 for digits that no encoder writes. CompressAI's format
+    has counts of 15 and more, but no symbol needs more than 8 digits.
     """
     count = np.int64(x & np.uint64(15))
     x, position = _refill(x >> np.uint64(4), words, position)
@@ -88,7 +91,7 @@ def _bypass(x, words, position):  # type: ignore[no-untyped-def]  # pragma: no c
         digit = np.int64(x & np.uint64(15))
         raw |= digit << np.int64(4 * j)
         x, position = _refill(x >> np.uint64(4), words, position)
-    if count > 0 and digit == 0:  # a leading zero: no encoder writes it
+    if count > 0 and digit == 0:  # no encoder writes a leading zero
         raw = np.int64(-1)
     return x, position, raw
 
@@ -120,7 +123,7 @@ def _decode(words, indexes, cdf, length, offset, out):  # type: ignore[no-untype
         if position > words.size:
             return _SHORT
         value += offset[row]
-        if value > LARGEST or value < -LARGEST - 1:
+        if value > MAX_SYMBOL or value < -MAX_SYMBOL - 1:
             return _BYPASS
         out[i] = value
     if x != np.uint64(1 << 31):
@@ -130,7 +133,7 @@ def _decode(words, indexes, cdf, length, offset, out):  # type: ignore[no-untype
 
 @njit(cache=True, nogil=True)
 def _encode(symbols, indexes, cdf, length, offset, words):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Write from the end of `words` to its beginning; the first position that is used."""
+    """Fill `words` from its end towards its beginning; return the first position in use."""
     x = np.uint64(1 << 31)
     position = words.size
     digits = np.empty(16, np.int64)
@@ -145,7 +148,7 @@ def _encode(symbols, indexes, cdf, length, offset, words):  # type: ignore[no-un
             while raw >> np.int64(4 * n) != 0:
                 digits[n + 1] = (raw >> np.int64(4 * n)) & 15
                 n += 1
-            digits[0] = n  # at most 8: below 15, so one digit tells it
+            digits[0] = n  # at most 8, so one digit holds it
             n += 1
         for j in range(n - 1, -1, -1):
             if x >= np.uint64(1 << 59):
@@ -183,42 +186,44 @@ def _bits(symbols, indexes, cdf, length, offset, out):  # type: ignore[no-untype
         out[i] = bits - np.log2(np.float64(cdf[row, value + 1] - cdf[row, value]))
 
 
-def words_of(data: bytes) -> NDArray[np.uint32]:
-    """The 32-bit words of entropy coded `data`, first the state that the encoder ended in.
+def parse_words(data: bytes) -> NDArray[np.uint32]:
+    """Return entropy-coded `data` as 32-bit words; the first two are the encoder's end state.
 
-    Raises `CorruptStream` where no tables and contexts whatever can decode them.
+    Raises `CorruptStream` if `data` is invalid whatever the tables and contexts are.
     """
     if len(data) % 4 or len(data) < 8:
-        raise CorruptStream(f"{len(data)} entropy coded bytes: not two or more 32-bit words")
+        raise CorruptStream(
+            f"a string has {len(data)} entropy-coded bytes; a multiple of 4, 8 or more, is needed"
+        )
     if not STATE_LOW <= int.from_bytes(data[:8], "little") < 1 << 63:
-        raise CorruptStream("the entropy coded bytes begin with a state that no encoder reaches")
+        raise CorruptStream("the entropy-coded bytes begin with a state that no encoder ends in")
     return np.frombuffer(data, "<u4")
 
 
 def decode(data: bytes, indexes: Int32Array, tables: Tables) -> Int32Array:
-    """Entropy coded `data` -> symbols, int32 of the shape of `indexes` (one context each).
+    """Decode `data` to int32 symbols of the shape of `indexes`, the context of each symbol.
 
-    Raises `CorruptStream` where the bytes end early, are no whole words or hold an impossible
-    escape, `DesynchronisedStream` where all symbols were read but the end state does not hold.
+    Raises `CorruptStream` if the bytes end early, are not whole words or contain an invalid escape
+    code, `DesynchronisedStream` if the decoder does not end in the encoder's start state.
     """
-    words, contexts = words_of(data), _contexts(indexes, tables)
+    words, contexts = parse_words(data), _contexts(indexes, tables)
     out = np.empty(contexts.size, np.int32)
     status = _decode(words, contexts, tables.cdf, tables.length, tables.offset, out)
     if status == _SHORT:
-        raise CorruptStream("the entropy coded bytes end before the last symbol")
+        raise CorruptStream("the entropy-coded bytes end before the last symbol")
     if status == _BYPASS:
         raise CorruptStream("an escape code holds a value that no encoder writes")
     if status == _STATE:
-        raise DesynchronisedStream("the entropy decoder did not end at the encoder's initial state")
+        raise DesynchronisedStream("the entropy decoder did not end in the encoder's start state")
     if status == _TRAILING:
-        raise DesynchronisedStream("entropy coded bytes remain after the last symbol")
+        raise DesynchronisedStream("entropy-coded bytes remain after the last symbol")
     return out.reshape(indexes.shape)
 
 
 def encode(symbols: Int32Array, indexes: Int32Array, tables: Tables) -> bytes:
-    """`symbols` (int32) in contexts `indexes` (same shape) -> bytes that `decode` reverses.
+    """Encode int32 `symbols`, each in the context at its position in `indexes`, to bytes.
 
-    Raises `ValueError` where a symbol lies outside 31 bits, or shapes disagree.
+    Raises `ValueError` if shapes differ, a symbol is beyond `MAX_SYMBOL` or a context has no table.
     """
     flat, contexts = _flat(symbols, indexes), _contexts(indexes, tables)
     words = np.empty(flat.size * 2 + 4, np.uint32)  # at most 16 + 9·4 bits a symbol
@@ -227,7 +232,7 @@ def encode(symbols: Int32Array, indexes: Int32Array, tables: Tables) -> bytes:
 
 
 def bits(symbols: Int32Array, indexes: Int32Array, tables: Tables) -> NDArray[np.float32]:
-    """Bits that each symbol costs in its context: float32 of the shape of `symbols`.
+    """Return the number of bits per symbol, float32 of the shape of `symbols`.
 
     Raises `ValueError` as `encode` does.
     """
@@ -239,13 +244,20 @@ def bits(symbols: Int32Array, indexes: Int32Array, tables: Tables) -> NDArray[np
 
 def _contexts(indexes: Int32Array, tables: Tables) -> Int32Array:
     if indexes.size and not 0 <= indexes.min() <= indexes.max() < len(tables.cdf):
-        raise ValueError(f"contexts must lie in 0…{len(tables.cdf) - 1}")
+        raise ValueError(
+            f"contexts are {indexes.min()} to {indexes.max()}; the tables have 0 to "
+            f"{len(tables.cdf) - 1}"
+        )
     return np.ascontiguousarray(indexes, np.int32).reshape(-1)
 
 
 def _flat(symbols: Int32Array, indexes: Int32Array) -> Int32Array:
     if symbols.shape != indexes.shape:
-        raise ValueError(f"{symbols.shape} symbols for {indexes.shape} contexts")
-    if symbols.size and not -LARGEST - 1 <= symbols.min() <= symbols.max() <= LARGEST:
-        raise ValueError("a symbol lies outside 31 bits")
+        raise ValueError(
+            f"symbols have the shape {symbols.shape}, contexts {indexes.shape}; both must agree"
+        )
+    if symbols.size and not -MAX_SYMBOL - 1 <= symbols.min() <= symbols.max() <= MAX_SYMBOL:
+        raise ValueError(
+            f"symbols are {symbols.min()} to {symbols.max()}; they must fit 31 bits with a sign"
+        )
     return np.ascontiguousarray(symbols, np.int32).reshape(-1)

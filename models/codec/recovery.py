@@ -1,9 +1,9 @@
-"""`h_s` under other float arithmetics than this process's own, in a process of its own.
+"""Compute `h_s` with other float arithmetics, in a child process.
 
-A stream of the `float` profile decodes only where `h_s` rounds as it did for its encoder. How it
-rounds follows from settings that are global to a process, so that they are changed in one helper
-process alone: started when it is first needed, used by one caller at a time, given a time limit,
-gone when it was idle for long or when this process ends.
+A bitstream of the `float` profile decodes only if `h_s` is rounded as on the encoder's machine.
+Rounding depends on settings that are global to a process (threads, oneDNN), so they are changed in
+a child process only. It is started when it is first needed, serves one caller at a time with a time
+limit, and ends after `IDLE_S` without work or with its parent.
 """
 
 import atexit
@@ -26,37 +26,42 @@ from torch import Tensor, nn
 from models import tiles
 
 ARITHMETICS = ("float64", "one thread", "oneDNN off", "channels_last")
-"""In the order in which they are tried. Where two float32 arithmetics put a scale on two sides of
-an edge, float64 agrees with either about equally often, whatever the other machine was: of 900
-streams made with AVX2, 17 did not decode with AVX-512, and 11 of these did with float64."""
+"""Arithmetics in the order in which they are tried. Where two float32 arithmetics round a scale to
+different sides of a table's edge, float64 agrees with each about equally often: of 900 streams made
+with AVX2, 17 did not decode with AVX-512, and 11 of these decoded with float64."""
 TIMEOUT_S = 60.0
-"""For an answer, and for callers ahead: the largest picture takes 2 to 13 s an arithmetic."""
+"""Longest wait for the process to become free, and then for its result. The largest picture takes
+2 to 13 s per arithmetic."""
 WINDOW = 16**2
-"""Positions of z in a window of the float64 `h_s`: 0.1 GB meanwhile, not 2 GB at 20 megapixels."""
+"""Positions of z per window of `h_s` in float64: a window takes 0.1 GB, a whole picture of 20
+megapixels 2 GB."""
 OVERLAP = 2
-"""Positions of z read beyond what is kept: `h_s` reaches 1 + 1/2 + 1/4."""
+"""Margin of a window, in positions of z: the receptive field of `h_s` is 1 + 1/2 + 1/4."""
 IDLE_S = 300.0
-"""After which the helper gives its memory back, about 0.7 GB."""
+"""Idle time after which the process ends, to free about 0.7 GB."""
 
 
 class Unavailable(Exception):
-    """The helper is busy for long, took too long or died; it says which."""
+    """The process was busy, took too long or died; the message says which."""
 
 
 def prepare(h_s: nn.Sequential, arithmetic: str) -> nn.Sequential:
-    """A copy of `h_s` as `evaluate` wants it; `ValueError` for an unknown arithmetic."""
+    """Return a copy of `h_s` in the dtype and memory layout that `evaluate` needs.
+
+    Raises `ValueError` for an unknown arithmetic.
+    """
     if arithmetic not in ARITHMETICS:
-        raise ValueError(f"no arithmetic is called {arithmetic!r}")
+        raise ValueError(f"unknown arithmetic {arithmetic!r}; choose one of {ARITHMETICS}")
     dtype = torch.float64 if arithmetic == "float64" else torch.float32
     layout = torch.channels_last if arithmetic == "channels_last" else torch.contiguous_format
-    made: nn.Sequential = copy.deepcopy(h_s).to(dtype).to(memory_format=layout)
-    return made
+    converted: nn.Sequential = copy.deepcopy(h_s).to(dtype).to(memory_format=layout)
+    return converted
 
 
 def evaluate(h_s: nn.Sequential, z_hat: Tensor, arithmetic: str) -> tuple[Tensor, Tensor]:
-    """`h_s` prepared, `z_hat` (1, N, h, w) -> scales and means, each (1, M, 4h, 4w) float32.
+    """Compute scales and means, each (1, M, 4h, 4w) float32, from z_hat (1, N, h, w).
 
-    Changes this process's settings meanwhile.
+    `h_s` comes from `prepare`. Settings that are global to the process change during the call.
     """
     if arithmetic == "channels_last":
         z_hat = z_hat.to(memory_format=torch.channels_last)
@@ -67,129 +72,136 @@ def evaluate(h_s: nn.Sequential, z_hat: Tensor, arithmetic: str) -> tuple[Tensor
         torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
         with torch.inference_mode():
-            made = _in_windows(h_s, z_hat) if arithmetic == "float64" else h_s(z_hat).contiguous()
+            out = _in_windows(h_s, z_hat) if arithmetic == "float64" else h_s(z_hat).contiguous()
     finally:
         torch.backends.mkldnn.enabled = onednn
         torch.set_num_threads(threads)
-    scales_hat, means_hat = made.chunk(2, 1)
+    scales_hat, means_hat = out.chunk(2, 1)
     return scales_hat, means_hat
 
 
 def _in_windows(h_s: nn.Sequential, z_hat: Tensor) -> Tensor:
-    """`h_s` in float64 -> (1, 2M, 4h, 4w) rounded to float32, which hides the windows."""
+    """Run `h_s` in float64 windows; return (1, 2M, 4h, 4w) in float32.
+
+    Rounding to float32 removes the tiny differences at the windows' borders.
+    """
     rows, columns = z_hat.shape[2:]
     out: Tensor | None = None
     for w in tiles.windows(rows, columns, WINDOW, OVERLAP):
-        made = h_s(z_hat[w.reads(1)].double())[w.within(4)].float()
+        part = h_s(z_hat[w.reads(1)].double())[w.within(4)].float()
         if out is None:
-            out = torch.empty(1, made.shape[1], 4 * rows, 4 * columns)
-        out[w.writes(4)] = made
+            out = torch.empty(1, part.shape[1], 4 * rows, 4 * columns)
+        out[w.writes(4)] = part
     assert out is not None
     return out
 
 
 @dataclass(frozen=True, slots=True)
-class _Running:
-    """The process, our end of its pipe, and the keys of the weights that it was sent."""
+class _Child:
+    """A running child process, the parent's end of its pipe, and the keys of weights it has."""
 
     process: subprocess.Popen[bytes]
     connection: "Connection[bytes, bytes]"
     known: set[str]
 
 
-class Helper:
-    """The process that evaluates, as its callers see it; safe to use from any thread."""
+class RecoveryProcess:
+    """Client of the child process. Threads may share it; their calls wait for each other."""
 
     def __init__(self, timeout: float = TIMEOUT_S) -> None:
         self.timeout = timeout
         self._lock = threading.Lock()
-        self._running: _Running | None = None
-        os.register_at_fork(after_in_child=self._leave)
+        self._child: _Child | None = None
+        os.register_at_fork(after_in_child=self._forget)
         atexit.register(self.close)
 
     def evaluate(
         self, key: str, h_s: nn.Sequential, z_hat: Tensor, arithmetic: str
     ) -> tuple[Tensor, Tensor]:
-        """As the function of this name, for an `h_s` that is not prepared; `key` names its weights.
+        """Call `evaluate` in the child process, which is started if there is none.
 
-        Raises `Unavailable`.
+        `h_s` is the network as it is, without `prepare`; `key` identifies its weights, which are
+        sent once per child process. Raises `Unavailable`.
         """
         if not self._lock.acquire(timeout=self.timeout):
-            raise Unavailable("others are waiting for it")
+            raise Unavailable(f"the recovery process was busy for {self.timeout:g} s")
         try:
-            if self._running is not None:
-                with contextlib.suppress(OSError, EOFError):  # it may have ended for lack of work
-                    return self._ask(self._running, key, h_s, z_hat, arithmetic)
+            if self._child is not None:
+                with contextlib.suppress(OSError, EOFError):  # it may have ended after `IDLE_S`
+                    return self._request(self._child, key, h_s, z_hat, arithmetic)
                 self.close()
-            self._running = _start()
-            return self._ask(self._running, key, h_s, z_hat, arithmetic)
+            self._child = _start()
+            return self._request(self._child, key, h_s, z_hat, arithmetic)
         except (OSError, EOFError) as e:
             self.close()
-            raise Unavailable("it ended before it answered") from e
-        except BaseException:  # as a job's time limit: the answer to come is nobody's
+            raise Unavailable("the recovery process ended before it replied") from e
+        except BaseException:  # e.g. a job's time limit: the late reply must not be read by others
             self.close()
             raise
         finally:
             self._lock.release()
 
     def close(self) -> None:
-        """End the process, if there is one."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.connection.close()
-            running.process.kill()
-            running.process.wait()
+        """Kill the child process, if there is one."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.connection.close()
+            child.process.kill()
+            child.process.wait()
 
     @property
     def pid(self) -> int | None:
-        """The process, or `None` while there is none."""
-        return self._running.process.pid if self._running else None
+        """Process id of the child process; None if there is none."""
+        return self._child.process.pid if self._child else None
 
-    def _leave(self) -> None:
-        """In a fork: the process is the parent's, and ends when no one else holds its pipe."""
-        if self._running is not None:
-            self._running.connection.close()
-        self._running, self._lock = None, threading.Lock()
+    def _forget(self) -> None:
+        """After a fork, in the forked process: leave the child process and the lock to the parent.
 
-    def _ask(
-        self, to: _Running, key: str, h_s: nn.Sequential, z_hat: Tensor, arithmetic: str
+        The inherited pipe is closed, because the child process ends once all copies are closed.
+        """
+        if self._child is not None:
+            self._child.connection.close()
+        self._child, self._lock = None, threading.Lock()
+
+    def _request(
+        self, child: _Child, key: str, h_s: nn.Sequential, z_hat: Tensor, arithmetic: str
     ) -> tuple[Tensor, Tensor]:
-        net = None if key in to.known else h_s
+        net = None if key in child.known else h_s
         began = time.monotonic()
-        late = threading.Timer(self.timeout, to.process.kill)  # whatever it, or we, wait for
-        late.daemon = True
-        late.start()
+        timer = threading.Timer(self.timeout, child.process.kill)  # unblocks both send and receive
+        timer.daemon = True
+        timer.start()
         try:
-            to.connection.send_bytes(pickle.dumps((key, net, z_hat.numpy(), arithmetic)))
-            scales_hat, means_hat = pickle.loads(to.connection.recv_bytes())
+            child.connection.send_bytes(pickle.dumps((key, net, z_hat.numpy(), arithmetic)))
+            scales_hat, means_hat = pickle.loads(child.connection.recv_bytes())
         except (OSError, EOFError):
             if time.monotonic() - began < self.timeout:
                 raise
-            raise Unavailable(f"it took longer than {self.timeout:g} s") from None
+            raise Unavailable(f"the recovery process took longer than {self.timeout:g} s") from None
         finally:
-            late.cancel()
-        to.known.add(key)
+            timer.cancel()
+        child.known.add(key)
         return torch.from_numpy(scales_hat), torch.from_numpy(means_hat)
 
 
-def _start() -> _Running:
+def _start() -> _Child:
     ours, theirs = Pipe()
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-P", "-W", "ignore", "-m", __name__, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # ours may be the pipe that a picture is written to
+            stdout=subprocess.DEVNULL,  # the parent's stdout may be where a picture is written
         )
-    return _Running(process, ours, set())
+    return _Child(process, ours, set())
 
 
-HELPER = Helper()
-"""The one of this process: what arrives from outside can keep one helper busy, not many."""
+PROCESS = RecoveryProcess()
+"""The only instance per process: however many bitstreams need recovery, one child process runs."""
 
 
 def serve(connection: "Connection[bytes, bytes]") -> None:
-    """Answer until the other end is closed, or nothing was asked for `IDLE_S`."""
+    """Reply to requests until the pipe is closed or no request has come for `IDLE_S`."""
     known: dict[str, nn.Sequential] = {}
     with contextlib.suppress(EOFError, OSError):
         while connection.poll(IDLE_S):
@@ -197,14 +209,14 @@ def serve(connection: "Connection[bytes, bytes]") -> None:
             if h_s is not None:
                 known[key] = h_s
             prepared = prepare(known[key], arithmetic)
-            found = evaluate(prepared, torch.from_numpy(z_hat), arithmetic)
-            connection.send_bytes(pickle.dumps(tuple(t.contiguous().numpy() for t in found)))
+            outputs = evaluate(prepared, torch.from_numpy(z_hat), arithmetic)
+            connection.send_bytes(pickle.dumps(tuple(t.contiguous().numpy() for t in outputs)))
 
 
 def main() -> NoReturn:
-    """The helper process: the descriptor of its pipe is its argument."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; our parent's end is ours
-    os.nice(10)  # what needs recovery must not slow down what does not
+    """Run the child process. Its argument is the file descriptor of its pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and that ends this one
+    os.nice(10)  # recovery must not slow down bitstreams that need none
     serve(Connection(int(sys.argv[1])))
     sys.exit(0)
 

@@ -1,1 +1,1 @@
-"""From latents to the picture that the diffusion decoder draws."""
+"""Diffusion decoder: from the codec's latents to a realistic picture."""

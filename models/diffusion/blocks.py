@@ -1,4 +1,4 @@
-"""What the U-Nets are built of."""
+"""Layers of the U-Nets."""
 
 from typing import TypeVar
 
@@ -12,53 +12,53 @@ _Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
 
 
 class RMSNorm(nn.Module):
-    """x / rms over channels, per pixel, times a learned gain."""
+    """Divide each pixel by the RMS of its channels; multiply by a learned gain per channel."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # one pass for the norm, one for the product: on a CPU these passes are a third of a step
+        # as few passes over memory as possible: on a CPU they take a third of a step
         power = torch.linalg.vector_norm(x, dim=1, keepdim=True).square() / x.shape[1]
         return x * torch.rsqrt(power + 1e-5) * self.gain[None, :, None, None]
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, four heads, residual."""
+    """Residual self-attention over all positions, with four heads."""
 
     HEADS = 4
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = norm("paper", channels)
+        self.norm = norm_layer("paper", channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zeros(nn.Conv2d(channels, channels, 1))
+        self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.HEADS, c // self.HEADS, h * w)
         q, k, v = qkv.transpose(3, 4).unbind(1)  # (B, heads, H W, C / heads)
-        seen = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = x + self.out(seen.transpose(2, 3).reshape(b, c, h, w))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = x + self.out(attended.transpose(2, 3).reshape(b, c, h, w))
         return out
 
 
 class Block(nn.Module):
-    """Residual: two 3×3 convolutions; scale and shift from the embedding follow one of the norms.
+    """Residual block of two 3×3 convolutions, modulated by the embedding.
 
-    That is the first norm for `compact`, the second for `paper`.
+    The embedding's scale and shift follow the first norm in `compact`, the second in `paper`.
     """
 
     def __init__(self, i: int, o: int, c: UNetConfig, attention: bool = False) -> None:
         super().__init__()
         self.late = c.preset == "paper"
-        self.norm1, self.norm2 = norm(c.preset, i), norm(c.preset, o)
+        self.norm1, self.norm2 = norm_layer(c.preset, i), norm_layer(c.preset, o)
         self.conv1 = nn.Conv2d(i, o, 3, padding=1)
-        self.conv2 = zeros(nn.Conv2d(o, o, 3, padding=1))
+        self.conv2 = zero_init(nn.Conv2d(o, o, 3, padding=1))
         self.modulation = nn.Linear(c.embedding, 2 * (o if self.late else i))
         if not self.late:
-            zeros(self.modulation)
+            zero_init(self.modulation)
         self.skip = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
         self.attention = Attention(o) if attention else nn.Identity()
 
@@ -74,8 +74,8 @@ class Block(nn.Module):
         return out
 
 
-class Fold(nn.Module):
-    """(B, i, H, W) -> (B, o, H/2, W/2): pixel unshuffle and a 1×1 convolution."""
+class ShuffleDown(nn.Module):
+    """(B, i, H, W) -> (B, o, H/2, W/2): pixel unshuffle, then a 1×1 convolution."""
 
     def __init__(self, i: int, o: int) -> None:
         super().__init__()
@@ -86,8 +86,8 @@ class Fold(nn.Module):
         return h
 
 
-class Unfold(nn.Module):
-    """(B, i, H, W) -> (B, o, 2H, 2W): a 1×1 convolution and pixel shuffle."""
+class ShuffleUp(nn.Module):
+    """(B, i, H, W) -> (B, o, 2H, 2W): a 1×1 convolution, then pixel shuffle."""
 
     def __init__(self, i: int, o: int) -> None:
         super().__init__()
@@ -98,8 +98,8 @@ class Unfold(nn.Module):
         return h
 
 
-class Enlarge(nn.Module):
-    """Nearest neighbours, then a 3×3 convolution."""
+class NearestUp(nn.Module):
+    """(B, C, H, W) -> (B, C, 2H, 2W): nearest-neighbour upsampling, then a 3×3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -110,10 +110,11 @@ class Enlarge(nn.Module):
         return h
 
 
-class Smooth(nn.Module):
-    """Two convolutions on whole pixels, added to what a pixel shuffle made block by block.
+class PixelRefinement(nn.Module):
+    """Two convolutions at full resolution, which remove the block pattern of a pixel shuffle.
 
-    They see that, `HIDDEN` channels that were folded like it, and the network's input.
+    They read the shuffled output, `HIDDEN` more shuffled channels and the network's input. Their
+    result is added to the shuffled output.
     """
 
     HIDDEN = 8
@@ -123,28 +124,28 @@ class Smooth(nn.Module):
         self.patch = patch
         self.fold = nn.Conv2d(i, self.HIDDEN * patch**2, 1)
         self.conv1 = nn.Conv2d(self.HIDDEN + 6, channels, 3, padding=1)
-        self.conv2 = zeros(nn.Conv2d(channels, 3, 3, padding=1))
+        self.conv2 = zero_init(nn.Conv2d(channels, 3, 3, padding=1))
 
     def forward(self, out: Tensor, h: Tensor, x_t: Tensor) -> Tensor:
         """`out`, `x_t` (B, 3, H, W), `h` (B, i, H/patch, W/patch) -> (B, 3, H, W)."""
-        seen = torch.cat([out, F.pixel_shuffle(self.fold(h), self.patch), x_t], 1)
-        smoothed: Tensor = out + self.conv2(F.silu(self.conv1(seen)))
-        return smoothed
+        inputs = torch.cat([out, F.pixel_shuffle(self.fold(h), self.patch), x_t], 1)
+        refined: Tensor = out + self.conv2(F.silu(self.conv1(inputs)))
+        return refined
 
 
-def norm(preset: str, channels: int) -> nn.Module:
+def norm_layer(preset: str, channels: int) -> nn.Module:
     return nn.GroupNorm(32, channels) if preset == "paper" else RMSNorm(channels)
 
 
-def zeros(module: _Layer) -> _Layer:
-    """Start as zero, so that a residual block starts as the identity."""
+def zero_init(module: _Layer) -> _Layer:
+    """Set weight and bias to zero, so that a residual block starts as the identity."""
     nn.init.zeros_(module.weight)
     assert module.bias is not None
     nn.init.zeros_(module.bias)
     return module
 
 
-def blocks(module: nn.Module) -> nn.ModuleList:
-    """`module` itself, for the type checker: an entry of a list of lists."""
+def as_module_list(module: nn.Module) -> nn.ModuleList:
+    """Narrow the type of an entry in a list of module lists, for the type checker."""
     assert isinstance(module, nn.ModuleList)
     return module

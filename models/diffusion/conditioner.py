@@ -1,4 +1,4 @@
-"""From latents to maps: what a picture's condition is, computed once for all steps."""
+"""Conditioning of the U-Net: feature maps of a picture's latents, computed once for all steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,27 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.diffusion.blocks import Block, Fold, Unfold, blocks
+from models.diffusion.blocks import Block, ShuffleDown, ShuffleUp, as_module_list
 from models.diffusion.presets import UNetConfig
 
 Maps = tuple[Tensor, ...]
-"""Condition, finest first: (B, C, H/s, W/s) for the strides s of `UNetConfig.map_strides`."""
+"""Feature maps, finest first: (B, C, H/s, W/s) for the strides s of `UNetConfig.map_strides`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What the maps are made of: a batch of pictures, sides multiples of 16."""
+    """Input of a conditioner: a batch of pictures whose sides are multiples of 16."""
 
     x_hat: Tensor  # (B, 3, H, W) in [0, 1], the codec's picture
     y_hat: Tensor  # (B, M, H/16, W/16)
-    bits: Tensor  # (B, 1, H/16, W/16), what each position cost
+    bits: Tensor  # (B, 1, H/16, W/16), bits spent on each latent position
     quality: Tensor  # (B,) int64
     beta: Tensor  # (B,)
-    keep: Tensor  # (B,): 0 hides `y_hat` (foreign codecs, autoguidance)
+    latents_visible: Tensor  # (B,): 1, or 0 to hide `y_hat` (unknown codecs, autoguidance)
 
 
 class Conditioner(nn.Module):
-    """The compact preset's: `y_hat`, its bit map and `x_hat` -> maps at 1/4, 1/8, 1/16."""
+    """Conditioner of the compact presets: `x_hat`, `y_hat` and its bit map -> feature maps."""
 
     def __init__(self, c: UNetConfig) -> None:
         super().__init__()
@@ -38,37 +38,38 @@ class Conditioner(nn.Module):
         self.register_buffer("latent_scale", torch.ones(c.latents))
         self.latents = PerQuality(c.qualities, c.latents + 2, widths[-1])
         self.picture = nn.Conv2d(48, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(Fold(i, o) for i, o in pairwise(widths))
-        self.up = nn.ModuleList(Unfold(o, i) for i, o in pairwise(widths))
+        self.down = nn.ModuleList(ShuffleDown(i, o) for i, o in pairwise(widths))
+        self.up = nn.ModuleList(ShuffleUp(o, i) for i, o in pairwise(widths))
         self.blocks = nn.ModuleList(
             nn.ModuleList(Block(w, w, c) for _ in range(c.depth)) for w in widths
         )
         self.quality = nn.Embedding(c.qualities + 1, e)
         self.beta = nn.Parameter(torch.zeros(e))
 
-    def forward(self, given: Condition) -> Maps:
-        """`given` -> maps of widths `condition`."""
-        emb = F.silu(self.quality(given.quality) + given.beta[:, None] * self.beta)
-        shown = given.keep[:, None, None, None]
-        y_hat = given.y_hat * self.latent_scale[None, :, None, None] * shown
-        spent = torch.log1p(given.bits) / 4
-        latents = torch.cat([y_hat, spent, shown.expand_as(spent)], 1)
-        maps = [self.picture(F.pixel_unshuffle(given.x_hat * 2 - 1, 4))]
+    def forward(self, condition: Condition) -> Maps:
+        """Maps at 1/4, 1/8 and 1/16 of the picture, with `UNetConfig.condition` channels."""
+        quality = condition.quality
+        emb = F.silu(self.quality(quality) + condition.beta[:, None] * self.beta)
+        visible = condition.latents_visible[:, None, None, None]
+        y_hat = condition.y_hat * self.latent_scale[None, :, None, None] * visible
+        bits = torch.log1p(condition.bits) / 4
+        latents = torch.cat([y_hat, bits, visible.expand_as(bits)], 1)
+        maps = [self.picture(F.pixel_unshuffle(condition.x_hat * 2 - 1, 4))]
         for down in self.down:
             maps.append(down(maps[-1]))
-        maps[-1] = maps[-1] + _exact(self.latents, latents, given.quality)
+        maps[-1] = maps[-1] + _in_float32(self.latents, latents, quality)
         for i in reversed(range(len(maps))):
             if i + 1 < len(maps):
                 maps[i] = maps[i] + self.up[i](maps[i + 1])
-            for block in blocks(self.blocks[i]):
+            for block in as_module_list(self.blocks[i]):
                 maps[i] = block(maps[i], emb)
         return tuple(maps)
 
 
 class PerQuality(nn.ModuleList):
-    """A 1×1 convolution for each quality: each codec's latents are in a basis of their own.
+    """One 1×1 convolution per quality, because each codec's latents have a basis of their own.
 
-    Quality 0, of none, has one too.
+    Index 0 is the convolution for an unknown quality.
     """
 
     def __init__(self, qualities: int, i: int, o: int) -> None:
@@ -84,7 +85,7 @@ class PerQuality(nn.ModuleList):
 
 
 class LatentSynthesis(nn.Module):
-    """The paper's g_s,dec: `y_hat` -> maps at 1/1, 1/2, 1/4, 1/8."""
+    """Conditioner of the paper (its g_s,dec): `y_hat` -> feature maps at 1/1, 1/2, 1/4 and 1/8."""
 
     def __init__(self, c: UNetConfig) -> None:
         super().__init__()
@@ -96,21 +97,23 @@ class LatentSynthesis(nn.Module):
             nn.ConvTranspose2d(i, o, 3, 2, 1, output_padding=1) for i, o in pairwise(widths)
         )
 
-    def forward(self, given: Condition) -> Maps:
-        """`given` -> maps of widths `condition`; only its `y_hat` is read."""
-        maps = [_exact(self._stage, given.y_hat, 0)]
+    def forward(self, condition: Condition) -> Maps:
+        """Maps with `UNetConfig.condition` channels; reads only `condition.y_hat`."""
+        maps = [_in_float32(self._stage, condition.y_hat, 0)]
         for i in range(1, len(self.up)):
             maps.append(self._stage(maps[-1], i))
         return tuple(reversed(maps))
 
     def _stage(self, h: Tensor, i: int) -> Tensor:
-        first, second = blocks(self.inner[i])
+        first, second = as_module_list(self.inner[i])
         h = F.relu(h + second(F.relu(first(h))))
         return F.relu(self.up[i](h))
 
 
-def _exact(layer: Callable[..., Tensor], y_hat: Tensor, *more: int | Tensor) -> Tensor:
-    """What reads latents does so in float32, also under autocast: they reach ±60, where bfloat16's
-    spacing is a quarter of the quantiser's step."""
+def _in_float32(layer: Callable[..., Tensor], y_hat: Tensor, *arguments: int | Tensor) -> Tensor:
+    """Call `layer` on latents in float32, even under autocast.
+
+    Latents reach ±60, where bfloat16 values are a quarter of the quantiser's step apart.
+    """
     with torch.autocast(y_hat.device.type, enabled=False):
-        return layer(y_hat.float(), *more)
+        return layer(y_hat.float(), *arguments)

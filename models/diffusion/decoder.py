@@ -1,9 +1,8 @@
-"""The diffusion decoder: the codec's latents to a picture that a sampler draws."""
+"""Diffusion decoder: draws a realistic picture from the codec's latents."""
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,42 +14,45 @@ from models.diffusion import noise, presets, sampler, schedule
 from models.diffusion.conditioner import Condition, Maps
 from models.diffusion.presets import UNetConfig
 from models.diffusion.realism import high_pass
-from models.diffusion.sampler import Estimate
+from models.diffusion.sampler import DenoiserOutput
 from models.diffusion.unet import UNet
 from models.errors import WeightsError, WrongWeights
 from models.geometry import STRIDE_Y
 from models.tiers import Settings
 
-OnTile = Callable[[], None]
-"""Called between two windows of a picture; may raise, too."""
+OnWindow = Callable[[], None]
+"""Called after each window of a network call; an exception ends the sampling."""
 OnPicture = Callable[[int, int, Callable[[], Tensor]], None]
-"""(steps done, steps in all, the estimate so far: (B, 3, H, W) in [0, 1]); may raise `Canceled`."""
+"""Called after each step with (steps done, total steps, preview). `preview()` is the current
+estimate (B, 3, H, W) in [0, 1]. An exception, for example `Canceled`, ends the sampling."""
 
 WINDOW = 1_390_000 // STRIDE_Y**2
-"""Latent positions that a network call reads at most; larger pictures are drawn in windows. The
-finest activations of this many stay below 32 MiB, above which glibc maps each anew."""
+"""Most latent positions per network call; larger pictures are computed in windows. Up to this size,
+the finest activations stay below 32 MiB; glibc requests larger blocks from the kernel each time."""
 OVERLAP = 4
-"""Latent positions around a denoiser's window. It reaches up to 98 pixels, but what lies beyond 64
-moves a finished picture by 0.03/255 at most (measured; at 48 pixels 0.34, at 96 nothing)."""
+"""Latent positions around a window of the compact denoiser. The receptive field's radius is up to
+98 pixels, but pixels beyond 64 change the final picture by 0.03/255 at most (measured; 0.34 beyond
+48 pixels, 0 beyond 96)."""
 LEAST_WINDOW = 24**2
-"""Latent positions below which windows would be little but their overlap."""
+"""Smallest window in latent positions; smaller windows would consist mostly of overlap."""
 CONDITION_OVERLAP = 8
-"""Latent positions around a conditioner's window: its convolutions reach 120 pixels."""
+"""Latent positions around a window of the conditioner, whose receptive field's radius is 120
+pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class DiffusionInput:
-    """A picture to draw: what entropy decoding and the codec's synthesis made of a bitstream."""
+    """One picture to draw: the latents and the codec's picture of a bitstream."""
 
     latents: Latents
     x_hat: Tensor  # (1, 3, H, W) in [0, 1], sides multiples of 64
     quality: int
     seed: int
-    shown: bool = True  # False: latents of a codec that the network was not trained with
+    latents_visible: bool = True  # False: the network was not trained with this codec's latents
 
 
 class Decoder:
-    """One set of diffusion weights on one device, ready to run."""
+    """Diffusion weights on one device."""
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class Decoder:
         device: torch.device | None = None,
         codecs: Collection[str] | None = None,
     ) -> None:
-        """`codecs`: ids of those whose latents it has learned; None where none are recorded."""
+        """`codecs`: weights ids of the codecs it was trained with; None if the file has no list."""
         self.weights_id, self.codecs = weights_id, codecs
         self.device = device or torch.device("cpu")
         net = net.eval().requires_grad_(False)
@@ -67,7 +69,7 @@ class Decoder:
 
     @property
     def config(self) -> UNetConfig:
-        """The network's."""
+        """Configuration of the network."""
         return self.net.config
 
     @property
@@ -75,8 +77,8 @@ class Decoder:
         """The forward process that the network was trained with."""
         return schedule.discrete() if self.config.preset == "paper" else schedule.Continuous()
 
-    def nearest(self, quality: int) -> int:
-        """The quality closest to `quality` that the network was trained with."""
+    def nearest_quality(self, quality: int) -> int:
+        """The trained quality closest to `quality`."""
         scales = enumerate(self.net.scales.tolist())
         trained = [q for q, scale in scales if q and scale != 1]  # training measures a scale
         return min(trained, key=lambda q: abs(q - quality), default=quality)
@@ -89,188 +91,228 @@ class Decoder:
         settings: Settings,
         seed: int,
         on_step: OnPicture | None = None,
-        shown: bool = True,
+        latents_visible: bool = True,
     ) -> Tensor:
-        """Draw the picture that belongs to `latents`: (1, 3, H, W) in [0, 1], still padded.
+        """Draw the picture of `latents`: (1, 3, H, W) in [0, 1], still padded.
 
         `x_hat` (1, 3, H, W) is the codec's picture of the same latents, sides multiples of 64.
-        Without `shown`, `y_hat` is hidden from the network, and may have any number of channels.
-        `on_step(step, steps, picture)` may call `picture` for the current estimate; what it raises
-        ends the work. Raises as `sample_batch`.
+        With `latents_visible=False` the network does not see `y_hat`, which may then have any
+        number of channels. Raises the errors of `sample_batch`.
         """
-        return self.sample_batch(
-            [DiffusionInput(latents, x_hat, quality, seed, shown)], settings, on_step
-        )
+        picture = DiffusionInput(latents, x_hat, quality, seed, latents_visible)
+        return self.sample_batch([picture], settings, on_step)
 
     def sample_batch(
         self,
-        drafts: Sequence[DiffusionInput],
+        inputs: Sequence[DiffusionInput],
         settings: Settings,
         on_step: OnPicture | None = None,
-        on_tile: OnTile = lambda: None,
+        on_window: OnWindow = lambda: None,
         window: int = WINDOW,
     ) -> Tensor:
-        """Draw pictures of one shape together: (B, 3, H, W) in [0, 1], as each alone would be.
+        """Draw pictures of equal shape in one batch: (B, 3, H, W) in [0, 1].
 
-        At most `window` latent positions are read in one network call, on a GPU of each picture:
-        fewer need less memory. Below `LEAST_WINDOW` a picture is not cut finer.
-        Raises `ValueError` where shapes differ or latents that are shown are not the network's,
-        `WrongWeights` where a network that knows nothing but latents is not shown them.
+        The result for each picture is the same as in a batch of one. `window` limits the latent
+        positions per network call (on a GPU: per picture), and thereby memory; values below
+        `LEAST_WINDOW` have no effect. Raises `ValueError` if shapes differ or visible latents have
+        a wrong number of channels, `WrongWeights` if latents are hidden from the paper's network.
         """
-        shapes = {d.x_hat.shape for d in drafts}
+        shapes = {item.x_hat.shape for item in inputs}
         if len(shapes) != 1:
-            raise ValueError(f"a batch of one shape is needed, not {sorted(map(tuple, shapes))}")
-        if self.config.preset == "paper" and not all(d.shown for d in drafts):
-            raise WrongWeights("this diffusion decoder draws from its own codec's latents alone")
+            several = sorted(map(tuple, shapes))
+            raise ValueError(f"a batch needs pictures of one shape; these have {several}")
+        if self.config.preset == "paper" and not all(item.latents_visible for item in inputs):
+            raise WrongWeights("this diffusion decoder needs latents of the codec it belongs to")
         with torch.inference_mode():
-            return _Drawing(self, drafts, settings, on_tile, window).run(on_step).cpu()
+            return _BatchSampler(self, inputs, settings, on_window, window).run(on_step).cpu()
 
-    def denoiser(self, draft: DiffusionInput) -> sampler.Denoise:
-        """What a posterior sampler (beta 0) of this picture calls, on the CPU outside; errors as
-        `sample_batch`."""
-        drawing = _Drawing(self, [draft], Settings("ddim", 1), lambda: None, WINDOW)
+    def denoiser(self, item: DiffusionInput) -> sampler.Denoise:
+        """The denoiser of one picture for posterior sampling (beta 0).
+
+        Takes and returns CPU tensors. Raises the errors of `sample_batch`.
+        """
+        batch = _BatchSampler(self, [item], Settings("ddim", 1), lambda: None, WINDOW)
 
         @torch.inference_mode()
-        def denoise(x_t: Tensor, t: float, a: float) -> Estimate:
-            e = drawing.estimate(x_t.to(self.device), t, a)
-            fraction = None if e.fraction is None else e.fraction.cpu()
-            return Estimate(e.x0.cpu(), e.eps.cpu(), fraction)
+        def denoise(x_t: Tensor, t: float, a: float) -> DenoiserOutput:
+            out = batch.denoise(x_t.to(self.device), t, a)
+            fraction = None if out.fraction is None else out.fraction.cpu()
+            return DenoiserOutput(out.x0.cpu(), out.eps.cpu(), fraction)
 
         return denoise
 
-    def target(self, draft: DiffusionInput, x: Tensor) -> Tensor:
-        """x0 of the picture `x` (1, 3, H, W) in [0, 1], of the shape of the draft's `x_hat`."""
+    def target(self, item: DiffusionInput, x: Tensor) -> Tensor:
+        """x0 for the original picture `x` (1, 3, H, W) in [0, 1], of the same shape as `x_hat`."""
         if self.config.target == "image":
             return x * 2 - 1
-        scale = float(self.net.scales[self.nearest(draft.quality)])
-        return high_pass(x - draft.x_hat) / scale
+        scale = float(self.net.scales[self.nearest_quality(item.quality)])
+        return high_pass(x - item.x_hat) / scale
 
 
-class _Drawing:
-    """The tensors of one batch while it is drawn."""
+class _BatchSampler:
+    """Sampling of one batch; the constructor computes the feature maps for all steps."""
 
     def __init__(
         self,
         decoder: Decoder,
-        drafts: Sequence[DiffusionInput],
+        inputs: Sequence[DiffusionInput],
         settings: Settings,
-        on_tile: OnTile,
+        on_window: OnWindow,
         window: int,
     ) -> None:
-        self.on_tile, self.window = on_tile, window
-        self.net, self.config = decoder.net, decoder.config
-        self.device, self.settings, self.process = decoder.device, settings, decoder.process
-        paper = self.config.preset == "paper"  # for `compact` less than its reach is enough
-        self.overlap = -(-self.config.halo // STRIDE_Y) if paper else OVERLAP
-        self.seeds = [d.seed for d in drafts]
-        self.x_hat = torch.cat([d.x_hat for d in drafts]).to(self.device)
-        self.shape = (3, self.x_hat.shape[2], self.x_hat.shape[3])
-        qualities = [decoder.nearest(d.quality) for d in drafts]
-        self.quality = torch.tensor(qualities, device=self.device)
-        self.beta = torch.full((len(drafts),), settings.beta, device=self.device)
-        y_hat = torch.cat([self._latents(d) for d in drafts]).to(self.device)
-        bits = torch.stack([torch.from_numpy(d.latents.bits)[None] for d in drafts])
-        given = partial(Condition, self.x_hat, y_hat, bits.to(self.device), self.quality, self.beta)
-        shown = torch.tensor([float(d.shown) for d in drafts], device=self.device)
-        self.maps = self._maps(given(shown))
-        guided = settings.guidance != 1 and any(d.shown for d in drafts)
-        self.weak = self._maps(given(torch.zeros_like(shown))) if guided else None
-        self.scale = 1.0 if self.config.target == "image" else self._scales()
+        self.config, self.process, self.settings = decoder.config, decoder.process, settings
+        self.seeds = [item.seed for item in inputs]
+        self.condition = _condition(decoder, inputs, settings.beta)
+        self.network = _WindowedNetwork(decoder.net, decoder.device, window, on_window)
+        self.maps = self.network.maps(self.condition)
+        self.blind_maps: Maps | None = None
+        if settings.guidance != 1 and any(item.latents_visible for item in inputs):
+            hidden = torch.zeros_like(self.condition.latents_visible)
+            self.blind_maps = self.network.maps(replace(self.condition, latents_visible=hidden))
 
     def run(self, on_step: OnPicture | None) -> Tensor:
+        """Run the sampler; the pictures (B, 3, H, W) in [0, 1]."""
+
         def report(step: int, steps: int, x0: Tensor) -> None:
             if on_step is not None:
                 on_step(step, steps, lambda: self._picture(x0).cpu())
 
-        x0 = sampler.sample(self.estimate, self._noise, self.settings, report, self.process)
+        x0 = sampler.sample(self.denoise, self._noise, self.settings, report, self.process)
         return self._picture(x0).contiguous()
 
-    def _latents(self, draft: DiffusionInput) -> Tensor:
-        y_hat, own = draft.latents.y_hat, self.config.latents
-        if not draft.shown:
-            return y_hat.new_zeros(1, own, *y_hat.shape[2:])
-        if y_hat.shape[1] != own:
-            raise ValueError(f"latents of {y_hat.shape[1]} channels; the network reads {own}")
-        return y_hat
-
-    def _noise(self, draw: int) -> Tensor:
-        alone = (noise.normals(s, draw, self.shape, device=self.device) for s in self.seeds)
-        return torch.cat(list(alone))
-
-    def estimate(self, x_t: Tensor, t: float, a: float) -> Estimate:
-        out = self._network(x_t, t, self.maps)
-        e = self._parts(out, x_t, a)
-        if self.weak is None:
-            return e
-        weak = self._parts(self._network(x_t, t, self.weak), x_t, a)
+    def denoise(self, x_t: Tensor, t: float, a: float) -> DenoiserOutput:
+        """Estimate x0 and eps from x_t, with autoguidance if the settings ask for it."""
+        out = self._denoise(x_t, t, a, self.maps)
+        if self.blind_maps is None:
+            return out
+        blind = self._denoise(x_t, t, a, self.blind_maps)
         w = self.settings.guidance
-        return Estimate(torch.lerp(weak.x0, e.x0, w), torch.lerp(weak.eps, e.eps, w), e.fraction)
+        x0, eps = torch.lerp(blind.x0, out.x0, w), torch.lerp(blind.eps, out.eps, w)
+        return DenoiserOutput(x0, eps, out.fraction)
 
-    def _parts(self, out: Tensor, x_t: Tensor, a: float) -> Estimate:
+    def _denoise(self, x_t: Tensor, t: float, a: float, maps: Maps) -> DenoiserOutput:
+        out = self.network.predict(x_t, t, maps, self.condition)
         if self.config.prediction == "v":
-            return Estimate(schedule.x0_from_v(x_t, out, a), schedule.eps_from_v(x_t, out, a))
-        # as the paper's code does: x0 is clipped to the pictures' range, and eps follows it
+            x0, eps = schedule.x0_from_v(x_t, out, a), schedule.eps_from_v(x_t, out, a)
+            return DenoiserOutput(x0, eps)
+        # as in the paper's code: clip x0 to the range of pictures, then derive eps from it
         x0 = schedule.x0_from_eps(x_t, out[:, :3], a).clamp(-1, 1)
         fraction = (out[:, 3:] + 1) / 2 if self.config.learned_variance else None
-        return Estimate(x0, schedule.eps_from_x0(x_t, x0, a), fraction)
+        return DenoiserOutput(x0, schedule.eps_from_x0(x_t, x0, a), fraction)
 
-    def _network(self, x_t: Tensor, t: float, maps: Maps) -> Tensor:
-        now = torch.full_like(self.beta, t)
-        out: Tensor | None = None
-        for w in self._windows(self.overlap):
-            (part,) = tiles.cut(w, [x_t], [1])
-            near = tiles.cut(w, maps, self.config.map_strides)
-            with self._precision():
-                made: Tensor = self.net.denoiser(part, now, near, self.quality, self.beta)
-            if out is None:
-                out = x_t.new_empty(len(x_t), made.shape[1], *x_t.shape[2:])
-            out[w.writes(STRIDE_Y)] = made[w.within(STRIDE_Y)]
-            self.on_tile()
-        assert out is not None
-        return out
-
-    def _maps(self, given: Condition) -> Maps:
-        rows, columns = given.y_hat.shape[2:]
-        strides = self.config.map_strides
-        maps: list[Tensor] = []
-        for w in self._windows(CONDITION_OVERLAP):
-            x_hat, y_hat, bits = tiles.cut(
-                w, [given.x_hat, given.y_hat, given.bits], [1, STRIDE_Y, STRIDE_Y]
-            )
-            near = replace(given, x_hat=x_hat, y_hat=y_hat, bits=bits)
-            with self._precision():
-                made: Maps = self.net.conditioner(near)
-            if not maps:
-                maps = [
-                    m.new_empty(len(m), m.shape[1], rows * STRIDE_Y // s, columns * STRIDE_Y // s)
-                    for m, s in zip(made, strides, strict=True)
-                ]
-            for m, part, s in zip(maps, made, strides, strict=True):
-                m[w.writes(STRIDE_Y // s)] = part[w.within(STRIDE_Y // s)]
-            self.on_tile()
-        return tuple(maps)
-
-    def _windows(self, overlap: int) -> list[tiles.Window]:
-        rows, columns = self.shape[1] // STRIDE_Y, self.shape[2] // STRIDE_Y
-        together = 1 if self.device.type == "cuda" else len(self.seeds)  # a CPU's cache is small
-        area = max(self.window // together, LEAST_WINDOW)
-        return list(tiles.windows(rows, columns, area, overlap))
-
-    def _precision(self) -> torch.autocast:
-        """bfloat16 on a GPU, for the networks alone: x_t and what is added to it stay float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
+    def _noise(self, draw: int) -> Tensor:
+        _, channels, height, width = self.condition.x_hat.shape
+        shape, device = (channels, height, width), self.condition.x_hat.device
+        return torch.cat([noise.normals(seed, draw, shape, device=device) for seed in self.seeds])
 
     def _picture(self, x0: Tensor) -> Tensor:
         if self.config.target == "image":
             return ((x0 + 1) / 2).clamp(0, 1)
-        return (self.x_hat + self.scale * high_pass(x0)).clamp(0, 1)
+        scales = self.network.net.scales[self.condition.quality][:, None, None, None]
+        return (self.condition.x_hat + scales * high_pass(x0)).clamp(0, 1)
 
-    def _scales(self) -> Tensor:
-        return self.net.scales[self.quality][:, None, None, None]
+
+class _WindowedNetwork:
+    """A U-Net that computes large pictures in overlapping windows, in bounded memory."""
+
+    def __init__(self, net: UNet, device: torch.device, window: int, on_window: OnWindow) -> None:
+        self.net, self.config, self.device = net, net.config, device
+        self.window, self.on_window = window, on_window
+
+    def maps(self, condition: Condition) -> Maps:
+        """Feature maps of `condition`, each window with the conditioner's full overlap."""
+        rows, columns = condition.y_hat.shape[2:]
+        strides = self.config.map_strides
+        maps: list[Tensor] = []
+        for w in self._windows(condition.x_hat, CONDITION_OVERLAP):
+            x_hat, y_hat, bits = tiles.cut(
+                w, [condition.x_hat, condition.y_hat, condition.bits], [1, STRIDE_Y, STRIDE_Y]
+            )
+            part = replace(condition, x_hat=x_hat, y_hat=y_hat, bits=bits)
+            with self._precision():
+                computed: Maps = self.net.conditioner(part)
+            if not maps:
+                maps = [
+                    m.new_empty(len(m), m.shape[1], rows * STRIDE_Y // s, columns * STRIDE_Y // s)
+                    for m, s in zip(computed, strides, strict=True)
+                ]
+            for whole, m, s in zip(maps, computed, strides, strict=True):
+                whole[w.writes(STRIDE_Y // s)] = m[w.within(STRIDE_Y // s)]
+            self.on_window()
+        return tuple(maps)
+
+    def predict(self, x_t: Tensor, t: float, maps: Maps, condition: Condition) -> Tensor:
+        """Output of the denoiser (B, 3 or 6, H, W) for `x_t` (B, 3, H, W) at time `t`."""
+        times = torch.full_like(condition.beta, t)
+        whole: Tensor | None = None
+        for w in self._windows(x_t, self._overlap):
+            (part,) = tiles.cut(w, [x_t], [1])
+            map_parts = tiles.cut(w, maps, self.config.map_strides)
+            with self._precision():
+                computed: Tensor = self.net.denoiser(
+                    part, times, map_parts, condition.quality, condition.beta
+                )
+            if whole is None:
+                whole = x_t.new_empty(len(x_t), computed.shape[1], *x_t.shape[2:])
+            whole[w.writes(STRIDE_Y)] = computed[w.within(STRIDE_Y)]
+            self.on_window()
+        assert whole is not None
+        return whole
+
+    @property
+    def _overlap(self) -> int:
+        """Latent positions around a denoiser's window."""
+        paper = self.config.preset == "paper"
+        return -(-self.config.halo // STRIDE_Y) if paper else OVERLAP
+
+    def _windows(self, x: Tensor, overlap: int) -> Iterable[tiles.Window]:
+        """Windows of `x` (B, C, H, W), so small that a batch of them fits a CPU's cache."""
+        rows, columns = x.shape[2] // STRIDE_Y, x.shape[3] // STRIDE_Y
+        pictures = 1 if self.device.type == "cuda" else len(x)
+        area = max(self.window // pictures, LEAST_WINDOW)
+        return tiles.windows(rows, columns, area, overlap)
+
+    def _precision(self) -> torch.autocast:
+        """bfloat16 inside the networks on a GPU; the sampler's own tensors stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
+
+
+def _condition(decoder: Decoder, inputs: Sequence[DiffusionInput], beta: float) -> Condition:
+    """The network's conditioning on `inputs`, on the decoder's device.
+
+    Raises `ValueError` if visible latents have a wrong number of channels.
+    """
+    device = decoder.device
+    y_hat = torch.cat([_visible_latents(item, decoder.config.latents) for item in inputs])
+    bits = torch.stack([torch.from_numpy(item.latents.bits)[None] for item in inputs])
+    qualities = [decoder.nearest_quality(item.quality) for item in inputs]
+    return Condition(
+        x_hat=torch.cat([item.x_hat for item in inputs]).to(device),
+        y_hat=y_hat.to(device),
+        bits=bits.to(device),
+        quality=torch.tensor(qualities, device=device),
+        beta=torch.full((len(inputs),), beta, device=device),
+        latents_visible=torch.tensor(
+            [float(item.latents_visible) for item in inputs], device=device
+        ),
+    )
+
+
+def _visible_latents(item: DiffusionInput, channels: int) -> Tensor:
+    """`y_hat` (1, `channels`, h, w), or zeros of this shape if the latents are hidden."""
+    y_hat = item.latents.y_hat
+    if not item.latents_visible:
+        return y_hat.new_zeros(1, channels, *y_hat.shape[2:])
+    if y_hat.shape[1] != channels:
+        raise ValueError(f"latents have {y_hat.shape[1]} channels; the network needs {channels}")
+    return y_hat
 
 
 def load(folder: Path = checkpoint.WEIGHTS, device: torch.device | None = None) -> Decoder:
-    """The shipped decoder; `WeightsError` where the manifest names none or it is altered."""
+    """Load the decoder that the manifest in `folder` names.
+
+    Raises `WeightsError` if it names none, or if the file does not match the manifest.
+    """
     for entry in checkpoint.manifest(folder):
         if entry.kind == "decoder":
             tensors, metadata = checkpoint.load_with_metadata(entry, folder)
@@ -279,8 +321,8 @@ def load(folder: Path = checkpoint.WEIGHTS, device: torch.device | None = None) 
     raise WeightsError(f"{folder}: the manifest names no diffusion decoder")
 
 
-def opened(file: Path, device: torch.device | None = None) -> Decoder:
-    """The decoder in a training run's file; `WeightsError` where it holds something else."""
+def from_file(file: Path, device: torch.device | None = None) -> Decoder:
+    """Load the decoder that a training run wrote; `WeightsError` if `file` is something else."""
     tensors, metadata = checkpoint.read(file)
     net = _network(tensors, metadata, file)
     return Decoder(checkpoint.weights_id(tensors), net, device, _codecs(metadata))
@@ -296,5 +338,5 @@ def _network(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -
         net = UNet(presets.from_json(metadata["config"]))
         net.load_state_dict({k: v.float() for k, v in tensors.items()})
     except (KeyError, TypeError, RuntimeError, ValueError) as e:
-        raise WeightsError(f"{file}: no diffusion decoder: {e}") from e
+        raise WeightsError(f"{file}: not a diffusion decoder: {e}") from e
     return net

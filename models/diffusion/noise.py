@@ -1,7 +1,7 @@
-"""Standard normals from a counter: Philox 4x32-10 (Salmon 2011) and Box-Muller.
+"""Standard normals from a counter-based generator: Philox 4x32-10 (Salmon 2011) and Box-Muller.
 
-An entry depends on (seed, step, position) only, not on batch, tile, worker or device: the integers
-are the same everywhere, the normals to 1e-6.
+A value depends only on seed, step and position, not on batch, window, worker or device. The
+integers are identical on every device, the normals agree to 1e-6.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 
 _WORD = 0xFFFFFFFF
 _ROWS = 64
-"""Rows at a time: their 64-bit counters stay in the cache."""
+"""Rows per pass, so that the 64-bit counters fit into the CPU's cache."""
 
 
 def normals(
@@ -23,14 +23,15 @@ def normals(
 ) -> Tensor:
     """Standard normals (1, C, H, W) for `shape` (C, H, W), C at most 4.
 
-    An entry at (y, x) is what it is at (0, 0) of `origin` (y, x). `seed` is in 0…2^64 - 1.
+    `origin` is the (y, x) position of the top left value: a window of a larger picture gets the
+    values of the whole picture there. `seed` is in 0…2^64 - 1.
     """
     channels, height, width = shape
     out = torch.empty(shape, device=device)
     for top in range(0, height, _ROWS):
         rows = min(_ROWS, height - top)
-        drawn = words(seed, step, (rows, width), (origin[0] + top, origin[1]), device)
-        uniform = (drawn.double() + 0.5) * 2.0**-32  # (4, rows, W) in (0, 1)
+        integers = words(seed, step, (rows, width), (origin[0] + top, origin[1]), device)
+        uniform = (integers.double() + 0.5) * 2.0**-32  # (4, rows, W) in (0, 1)
         radius = torch.sqrt(-2 * torch.log(uniform[::2]))
         angle = 2 * math.pi * uniform[1::2]
         pairs = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
@@ -52,7 +53,7 @@ def words(
     c2, c3 = torch.full_like(c0, step), torch.zeros_like(c0)
     k0, k1 = seed & _WORD, seed >> 32
     for _ in range(10):
-        # products wrap modulo 2^64, as they are meant to; the shift's sign bits are masked away
+        # int64 products wrap modulo 2^64, as Philox requires; `& _WORD` removes the shift's sign
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
             (p1 >> 32 & _WORD) ^ c1 ^ k0,

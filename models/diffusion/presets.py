@@ -1,4 +1,4 @@
-"""Which U-Nets there are: the paper's, and the compact ones that a CPU can run."""
+"""U-Net configurations: the paper's, and the compact ones for the CPU."""
 
 import json
 from dataclasses import dataclass
@@ -7,38 +7,38 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class UNetConfig:
-    """Sizes and habits of a network.
+    """Layer sizes and training target of a U-Net.
 
-    Levels are listed finest first, each half as fine as the one before; `latents` is the codec's M.
+    Levels are listed finest first; each has half the resolution of the one before.
     """
 
     preset: Literal["compact", "paper"]
-    patch: int  # pixels a side that the finest level folds into channels
+    patch: int  # side in pixels of the blocks that the finest level turns into channels
     widths: tuple[int, ...]  # channels of the levels
     down: tuple[int, ...]  # residual blocks on the way down
     up: tuple[int, ...]  # residual blocks on the way up
     embedding: int
-    latents: int = 192
-    qualities: int = 0  # highest quality that the network is told; 0: none, nor beta
-    condition: tuple[int, ...] = ()  # channels of the maps
+    latents: int = 192  # channels of `y_hat`, the codec's M
+    qualities: int = 0  # highest quality it is conditioned on; 0: on neither quality nor beta
+    condition: tuple[int, ...] = ()  # channels of the feature maps
     depth: int = 2  # residual blocks per scale of the conditioner
-    attention: tuple[int, ...] = ()  # levels
+    attention: tuple[int, ...] = ()  # levels with attention
     prediction: Literal["v", "eps"] = "v"
     target: Literal["residual", "image"] = "residual"
     learned_variance: bool = False
-    smooth: int = 0  # channels of the convolutions on whole pixels, behind the last shuffle
+    smooth: int = 0  # channels of the full-resolution convolutions at the end; 0: none
 
     @property
     def map_strides(self) -> tuple[int, ...]:
-        """Pixels between two positions of each map, finest first; the compact ones begin at 4."""
+        """Stride in pixels of each feature map, finest first."""
         finest = 1 if self.preset == "paper" else 4
         return tuple(finest << i for i in range(len(self.condition)))
 
     @property
     def halo(self) -> int:
-        """Pixels that an output depends on beyond its own position, on each side.
+        """Radius in pixels of the denoiser's receptive field.
 
-        For `paper`, whose attention and group norm see everything, a choice instead of a bound.
+        `paper` has attention and group norm over the whole picture; 96 is a choice, not a bound.
         """
         if self.preset == "paper":
             return 96
@@ -58,7 +58,7 @@ COMPACT = UNetConfig(
     condition=(96, 128, 160),
     smooth=16,
 )
-"""Shipped: residual diffusion with v-prediction, for the CPU."""
+"""The shipped network: residual diffusion with v-prediction, for the CPU."""
 FINE = UNetConfig(
     preset="compact",
     patch=2,
@@ -69,7 +69,7 @@ FINE = UNetConfig(
     qualities=8,
     condition=(96, 160, 224),
 )
-"""The compact preset's other size: one level more, a quarter more work a step."""
+"""A larger compact network: one more level, 25 % more work per step."""
 PAPER = UNetConfig(
     preset="paper",
     patch=1,
@@ -83,15 +83,15 @@ PAPER = UNetConfig(
     target="image",
     learned_variance=True,
 )
-"""The paper's: 113.2 million parameters, epsilon-prediction and learned variance on the image."""
+"""The paper's network: 113.2 million parameters; predicts epsilon and the variance of the image."""
 PRESETS = {"compact": COMPACT, "fine": FINE, "paper": PAPER}
 
 
 def from_json(text: str) -> UNetConfig:
-    """The configuration whose `dataclasses.asdict` was written as JSON.
+    """Read a configuration from the JSON of its `dataclasses.asdict`.
 
-    Raises `ValueError` or `TypeError` where it is none.
+    Raises `ValueError` or `TypeError` if `text` is not a configuration.
     """
     fields = json.loads(text)
-    own: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return UNetConfig(**own)
+    arguments: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return UNetConfig(**arguments)

@@ -1,4 +1,4 @@
-"""The lowest band is the codec's; realism is how far the rest is the drawn picture's."""
+"""Realism: a mix of the codec's picture and the diffusion decoder's. Colours stay the codec's."""
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +8,10 @@ from models.tiers import check_realism
 
 
 def high_pass(r: Tensor) -> Tensor:
-    """`r` (B, C, H, W), sides multiples of 16 -> `r` without its lowest band.
+    """Remove the lowest frequencies of `r` (B, C, H, W), whose sides are multiples of 16.
 
-    The band is what block means of 16 pixels, blurred once and interpolated back, show. It belongs
-    to the codec's picture: a decoder that leaves it alone cannot shift colours.
+    They are the means of 16×16 blocks, blurred once and interpolated back. Residual decoders leave
+    this band to the codec's picture, so they cannot shift colours.
     """
     coarse = F.avg_pool2d(r, 16)
     kernel = torch.tensor([0.25, 0.5, 0.25], device=r.device, dtype=r.dtype)
@@ -22,14 +22,13 @@ def high_pass(r: Tensor) -> Tensor:
 
 
 def mix(x_hat: Tensor, x: Tensor, alpha: float) -> Tensor:
-    """The picture at realism `alpha` between the codec's `x_hat` (0) and the drawn `x` (1).
+    """Interpolate between the codec's picture `x_hat` (alpha 0) and the decoder's `x` (alpha 1).
 
-    Shapes are equal, any. The straight way between the two is the optimal one (Freirich 2021, eq.
-    11), and holds per frequency: the lowest band of a residual decoder's picture is the codec's
-    already, so that no realism shifts a colour. The network is not run. Raises `ParameterError` for
-    other alphas, `ValueError` for other shapes.
+    Linear interpolation is optimal (Freirich 2021, eq. 11), for each frequency too. Both pictures
+    of a residual decoder share the lowest band, so no alpha shifts a colour. The network is not
+    run. Raises `ParameterError` unless alpha is in [0, 1], `ValueError` if the shapes differ.
     """
     check_realism(alpha)
     if x_hat.shape != x.shape:
-        raise ValueError(f"pictures of {tuple(x_hat.shape)} and {tuple(x.shape)} do not mix")
+        raise ValueError(f"cannot mix pictures of shapes {tuple(x_hat.shape)} and {tuple(x.shape)}")
     return torch.lerp(x_hat, x, alpha)

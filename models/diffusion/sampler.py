@@ -1,4 +1,4 @@
-"""Samplers as pure functions: from noise to a picture in `steps` denoiser calls."""
+"""Diffusion samplers: DDIM, DDPM and DPM-Solver++. Each step is a pure function."""
 
 import math
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from models.diffusion.schedule import Continuous, Schedule
 from models.tiers import Settings
 
 DPM_START = 0.995
-"""Where DPM-Solver++ begins: its half log-SNR is minus infinity at t = 1."""
+"""Start time of DPM-Solver++, because the log-SNR is minus infinity at t = 1."""
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """What one denoiser call makes of x_t, each (B, C, H, W).
+class DenoiserOutput:
+    """Estimates from one denoiser call on x_t, each (B, C, H, W).
 
-    `fraction` in [0, 1] is where the log variance lies between its bounds (Nichol & Dhariwal 2021,
-    eq. 15), for a network that learned it.
+    `fraction` in [0, 1] is the position of the log variance between its bounds (Nichol & Dhariwal
+    2021, eq. 15); None unless the network predicts the variance.
     """
 
     x0: Tensor
@@ -27,12 +27,12 @@ class Estimate:
     fraction: Tensor | None = None
 
 
-Denoise = Callable[[Tensor, float, float], Estimate]
-"""(x_t, t, alpha-bar) -> estimate."""
+Denoise = Callable[[Tensor, float, float], DenoiserOutput]
+"""(x_t, t, alpha-bar) -> estimates of x0 and eps."""
 Noise = Callable[[int], Tensor]
-"""Number of the draw -> standard normals (B, C, H, W); 0 is where sampling begins."""
+"""Index of the draw -> standard normals (B, C, H, W); index 0 is the initial noise."""
 OnStep = Callable[[int, int, Tensor], None]
-"""(steps done, steps in all, current x0); may raise `Canceled`."""
+"""(steps done, total steps, current x0); an exception ends the sampling."""
 
 
 def ddim_step(
@@ -46,7 +46,7 @@ def ddim_step(
 ) -> Tensor:
     """x_t -> x_{t-1}: eqs. 12 and 16 of arXiv:2010.02502; `a` is alpha-bar.
 
-    `noise` is drawn for an `eta` above 0.
+    `noise` is required if `eta` is above 0.
     """
     sigma = eta * math.sqrt((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev))
     direction = math.sqrt(max(1 - a_prev - sigma**2, 0.0))
@@ -64,8 +64,8 @@ def ddpm_step(
 ) -> Tensor:
     """x_t -> x_{t-1}: eqs. 6 and 7 of arXiv:2006.11239.
 
-    The variance is the posterior's, or with `fraction` between it and beta in the logarithm
-    (arXiv:2102.09672, eq. 15).
+    The variance is the posterior's. With `fraction` it is interpolated between the posterior's
+    and beta, in logarithms (arXiv:2102.09672, eq. 15).
     """
     beta = 1 - a_t / a_prev
     mean_x0 = math.sqrt(a_prev) * beta / (1 - a_t)
@@ -88,7 +88,7 @@ def dpmpp_2m_step(
 ) -> Tensor:
     """x_t -> x_{t-1}: algorithm 2 of arXiv:2211.01095 (DPM-Solver++, 2M).
 
-    `x0_before`, at `a_before`, is the estimate of the call before; None for the first.
+    `x0_before` is the estimate of the previous step, at `a_before`; None in the first step.
     """
     h = _half_log_snr(a_prev) - _half_log_snr(a_t)
     d = x0
@@ -106,29 +106,29 @@ def sample(
     on_step: OnStep | None = None,
     schedule: Schedule | None = None,
 ) -> Tensor:
-    """Run `denoise` from noise to x0, of the shape that `noise` draws.
+    """Sample x0 in `settings.steps` calls of `denoise`, from the initial noise `noise(0)`.
 
-    `on_step` is called after every step; what it raises ends the sampling.
+    `on_step` is called after every step; an exception that it raises ends the sampling.
     """
     start = DPM_START if settings.sampler == "dpmpp-2m" else 1.0
     steps = (schedule or Continuous()).steps(settings.steps, start)
     x_t = settings.gamma * noise(0)
-    before, a_before = None, 0.0
+    x0_before, a_before = None, 0.0
     for number, step in enumerate(steps, 1):
-        e = denoise(x_t, step.t, step.a)
+        out = denoise(x_t, step.t, step.a)
         if on_step is not None:
-            on_step(number, settings.steps, e.x0)
+            on_step(number, settings.steps, out.x0)
         if step.a_prev == 1:
-            return e.x0
+            return out.x0
         if settings.sampler == "dpmpp-2m":
-            x_t = dpmpp_2m_step(x_t, e.x0, before, step.a, step.a_prev, a_before)
-            before, a_before = e.x0, step.a
+            x_t = dpmpp_2m_step(x_t, out.x0, x0_before, step.a, step.a_prev, a_before)
+            x0_before, a_before = out.x0, step.a
         elif settings.sampler == "ddpm":
-            x_t = ddpm_step(x_t, e.x0, step.a, step.a_prev, noise(number), e.fraction)
+            x_t = ddpm_step(x_t, out.x0, step.a, step.a_prev, noise(number), out.fraction)
         else:
-            drawn = noise(number) if settings.eta > 0 else None
-            x_t = ddim_step(x_t, e.x0, e.eps, step.a, step.a_prev, settings.eta, drawn)
-    raise AssertionError("a schedule ends with the picture")
+            fresh = noise(number) if settings.eta > 0 else None
+            x_t = ddim_step(x_t, out.x0, out.eps, step.a, step.a_prev, settings.eta, fresh)
+    raise AssertionError("the last step of a schedule must have a_prev == 1")
 
 
 def _half_log_snr(a: float) -> float:

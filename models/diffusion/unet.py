@@ -1,9 +1,9 @@
-"""The conditional U-Net over a shared latent space: one class, two presets.
+"""Conditional U-Net, in a compact and the paper's form.
 
-A conditioner turns a picture's latents into maps once; the denoiser reads them at every step.
-`paper` is the network of Mari & Milani: g_s,dec, and Ho et al.'s U-Net in the form of Nichol &
-Dhariwal. `compact` has neither attention nor a norm over space, so that what a pixel becomes
-depends on a bounded neighbourhood.
+The conditioner turns a picture's latents into feature maps once; the denoiser reads these maps at
+every step. `paper` is the network of Mari & Milani: g_s,dec and the U-Net of Ho et al. as modified
+by Nichol & Dhariwal. `compact` has neither attention nor norms over space, so its receptive field
+is bounded and a large picture can be computed in windows.
 """
 
 import math
@@ -12,15 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.diffusion.blocks import Block, Enlarge, Fold, Smooth, Unfold, blocks, norm, zeros
+from models.diffusion.blocks import (
+    Block,
+    NearestUp,
+    PixelRefinement,
+    ShuffleDown,
+    ShuffleUp,
+    as_module_list,
+    norm_layer,
+    zero_init,
+)
 from models.diffusion.conditioner import Conditioner, LatentSynthesis, Maps
 from models.diffusion.presets import UNetConfig
 
 
 class Denoiser(nn.Module):
-    """x_t and the maps -> what the preset predicts.
+    """Predict v or epsilon from x_t and the feature maps.
 
-    `paper` hands every map across by concatenation, `compact` one per level by addition.
+    Skip connections and feature maps are concatenated in `paper`, where every block has a skip
+    connection. They are added in `compact`, where every level has one.
     """
 
     def __init__(self, c: UNetConfig) -> None:
@@ -37,23 +47,23 @@ class Denoiser(nn.Module):
         self.inward = nn.Conv2d(3 * c.patch**2, fine, 3, padding=1)
         self.enter, self.leave = nn.ModuleList([nn.Identity()]), nn.ModuleList([nn.Identity()])
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        kept = [self._way_down(level, c) for level in range(len(c.widths))]
+        skips = [self._add_encoder_level(level, c) for level in range(len(c.widths))]
         self.middle = nn.ModuleList()
         if self.concat:
             coarse = c.widths[-1]
             self.middle.extend(Block(coarse, coarse, c, attention) for attention in (True, False))
         for level in range(len(c.widths)):
-            self._way_up(level, kept[level], c)
-        self.norm = norm(c.preset, fine)
+            self._add_decoder_level(level, skips[level], c)
+        self.norm = norm_layer(c.preset, fine)
         out = (6 if c.learned_variance else 3) * c.patch**2
-        self.outward = zeros(nn.Conv2d(fine, out, 3, padding=1))
-        self.smooth = Smooth(fine, c.patch, c.smooth) if c.smooth else None
+        self.outward = zero_init(nn.Conv2d(fine, out, 3, padding=1))
+        self.smooth = PixelRefinement(fine, c.patch, c.smooth) if c.smooth else None
 
-    def _way_down(self, level: int, c: UNetConfig) -> list[int]:
-        """Add the level's blocks; the channels of what it hands across."""
+    def _add_encoder_level(self, level: int, c: UNetConfig) -> list[int]:
+        """Add the layers of a level; return the channels of its skip connections."""
         width, before = c.widths[level], c.widths[max(level - 1, 0)]
         if level:
-            down = nn.Conv2d(before, before, 3, 2, 1) if self.concat else Fold(before, width)
+            down = nn.Conv2d(before, before, 3, 2, 1) if self.concat else ShuffleDown(before, width)
             self.enter.append(down)
         first = width
         if self.concat:
@@ -63,41 +73,42 @@ class Denoiser(nn.Module):
         self.down.append(nn.ModuleList(Block(i, width, c, attends) for i in inputs))
         return [before] + [width] * c.down[level] if self.concat else [0]
 
-    def _way_up(self, level: int, kept: list[int], c: UNetConfig) -> None:
+    def _add_decoder_level(self, level: int, skips: list[int], c: UNetConfig) -> None:
+        """Add the layers of a level; `skips` are the channels of its skip connections."""
         width, coarser = c.widths[level], c.widths[min(level + 1, len(c.widths) - 1)]
         inputs = [width] * c.up[level]
         if self.concat:
             inputs[0] = coarser
-            inputs = [i + k for i, k in zip(inputs, reversed(kept), strict=True)]
+            inputs = [i + k for i, k in zip(inputs, reversed(skips), strict=True)]
         attends = level in c.attention
         self.up.append(nn.ModuleList(Block(i, width, c, attends) for i in inputs))
         if level:
             finer = c.widths[level - 1]
-            self.leave.append(Enlarge(width) if self.concat else Unfold(width, finer))
+            self.leave.append(NearestUp(width) if self.concat else ShuffleUp(width, finer))
 
     def forward(self, x_t: Tensor, t: Tensor, maps: Maps, quality: Tensor, beta: Tensor) -> Tensor:
-        """`x_t` (B, 3, H, W), sides multiples of `stride`; `t`, `quality`, `beta` (B,).
+        """Predict v or epsilon (B, 3, H, W), or (B, 6, H, W) if the variance is learned too.
 
-        (B, 3, H, W): v or epsilon; (B, 6, H, W) where the variance is learned.
+        `x_t` is (B, 3, H, W), its sides multiples of 16; `t`, `quality` and `beta` are (B,).
         """
         emb = self._embed(t, quality, beta)
         h = self.inward(F.pixel_unshuffle(x_t, self.patch))
-        across: list[list[Tensor]] = []
+        skips: list[list[Tensor]] = []
         for level, enter in enumerate(self.enter):
             h = enter(h)
-            kept = [h]
+            outputs = [h]
             if self.unmapped <= level < self.unmapped + len(maps):
                 h = self._join(h, maps[level - self.unmapped])
-            for block in blocks(self.down[level]):
+            for block in as_module_list(self.down[level]):
                 h = block(h, emb)
-                kept.append(h)
-            across.append(kept if self.concat else kept[-1:])
+                outputs.append(h)
+            skips.append(outputs if self.concat else outputs[-1:])
         for block in self.middle:
             h = block(h, emb)
         for level in reversed(range(len(self.up))):
-            for block in blocks(self.up[level]):
-                if across[level]:
-                    h = self._join(h, across[level].pop())
+            for block in as_module_list(self.up[level]):
+                if skips[level]:
+                    h = self._join(h, skips[level].pop())
                 h = block(h, emb)
             h = self.leave[level](h)
         h = F.silu(self.norm(h))
@@ -118,8 +129,8 @@ class Denoiser(nn.Module):
 class UNet(nn.Module):
     """Conditioner and denoiser of one configuration.
 
-    `scales` (qualities + 1,) is the residual's standard deviation per quality: x0 of a residual is
-    in its units.
+    `scales` (qualities + 1,) holds the residual's standard deviation per quality. A residual is
+    divided by it before diffusion. 1 marks a quality without training.
     """
 
     def __init__(self, c: UNetConfig) -> None:
@@ -132,9 +143,9 @@ class UNet(nn.Module):
 
 
 def _frequencies(preset: str) -> Tensor:
-    """Angular frequencies of the 64 waves of t in [0, 1].
+    """Angular frequencies (64,) of the embedding of t in [0, 1].
 
-    `paper`: Ho et al.'s for index t · 3999; `compact`: from a quarter of a wave to sixteen.
+    `paper` uses those of Ho et al. for the index 3999 t; `compact` has 1/4 to 16 periods.
     """
     i = torch.arange(64, dtype=torch.float64)
     if preset == "paper":

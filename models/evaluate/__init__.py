@@ -1,1 +1,1 @@
-"""Evaluation: `python -m models.evaluate`, from real bytes to figures."""
+"""Evaluation: `python -m models.evaluate` measures decodes of real bitstreams."""

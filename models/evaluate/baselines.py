@@ -1,8 +1,8 @@
-"""Null pictures: what a perceptual gain has to be compared with.
+"""Baseline pictures: trivial changes of the instant picture that a perceptual tier has to beat.
 
-LPIPS and NIQE reward grain and sharp edges for themselves. The instant picture with white noise,
-or unsharp-masked, each as far from the original as the perceptual picture, shows how much of a
-gain comes for nothing.
+LPIPS and NIQE reward grain and sharp edges as such. The baselines are the instant picture with
+white noise, and the instant picture with an unsharp mask, each as far from the original as the
+perceptual picture. They show which part of a gain in these metrics costs nothing.
 """
 
 import math
@@ -18,34 +18,35 @@ from models.evaluate.metrics import mse, psnr
 NOISE, UNSHARP = "msh+noise", "msh+unsharp"
 NAMES = (NOISE, UNSHARP)
 TOLERANCE_DB = 0.02
-"""Nulls farther than this from the perceptual picture's PSNR are named in the report."""
+"""The report names baselines that miss the PSNR of the perceptual picture by more."""
 RADIUS = 1.0
 """Standard deviation of the unsharp mask's blur, in pixels."""
 _LIMIT = {NOISE: 1.0, UNSHARP: 64.0}
-"""Amplitudes at which a picture is all noise, or all halo."""
+"""Largest amplitudes of the search: nothing but noise, or nothing but halos."""
 _HALVINGS = 24
 
 
-def null(name: str, msh: Tensor, x: Tensor, target: float) -> Tensor:
-    """`msh` (1, 3, H, W), changed until its MSE to `x` is nearest to `target`; 8-bit values.
+def baseline(name: str, instant: Tensor, x: Tensor, target: float) -> Tensor:
+    """Change `instant` (1, 3, H, W) until its MSE to the original `x` is closest to `target`.
 
-    Where `msh` alone is farther than `target`, or no amplitude reaches it, the nearest is taken.
+    The values are rounded to 8 bits. If no amplitude reaches `target`, or `instant` is beyond it
+    already, the result is the closest picture found.
     """
-    direction = _noise(msh) if name == NOISE else _edges(msh)
+    direction = _noise(instant) if name == NOISE else _edges(instant)
 
     def changed(amplitude: float) -> Tensor:
-        return ((msh + amplitude * direction).clamp(0, 1) * 255).round() / 255
+        return ((instant + amplitude * direction).clamp(0, 1) * 255).round() / 255
 
-    return _nearest(changed, _LIMIT[name], x, target)
+    return _closest(changed, _LIMIT[name], x, target)
 
 
 def gap_db(value: float, target: float) -> float:
-    """How far apart two mean squared errors are, in dB."""
+    """Difference of two mean squared errors in dB."""
     return abs(psnr(value) - psnr(target)) if value != target else 0.0
 
 
-def _nearest(changed: Callable[[float], Tensor], limit: float, x: Tensor, target: float) -> Tensor:
-    """Bracket by doubling, then bisection; the nearest picture met on the way."""
+def _closest(changed: Callable[[float], Tensor], limit: float, x: Tensor, target: float) -> Tensor:
+    """Search the amplitude by doubling, then bisection; return the closest picture of all tried."""
     best, best_gap = changed(0), math.inf
 
     def beyond(amplitude: float) -> bool:

@@ -1,7 +1,7 @@
-"""Intervals for figures of a set of pictures: the percentile bootstrap (Efron 1979) over pictures.
+"""Confidence intervals: the percentile bootstrap (Efron 1979) over pictures.
 
-A resample is a row of multiplicities, how often each picture is in it, so that every statistic
-is a function of weights: of ones for the figure itself, of a resample for its spread.
+A resample is a vector of weights: the number of times that each picture was drawn. A statistic is
+therefore a function of weights. With weights of 1 it is the figure itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,35 +12,35 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]
-"""Weights (R, P) of P pictures -> the figure under each of the R weightings (R,)."""
+"""Weights (R, P) of P pictures -> the figure for each of the R weightings (R,)."""
 
 RESAMPLES = 1000
 COVERAGE = 0.95
 _SEED = 0
-"""One seed for all: figures of the same pictures are resampled alike and stay comparable."""
+"""The same seed for all figures, so that figures of the same pictures have paired resamples."""
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """A figure and its 95 % interval; there is none for a single picture."""
+class BootstrapEstimate:
+    """A figure and its 95 % confidence interval, which is None for a single picture."""
 
     value: float
     interval: tuple[float, float] | None
 
 
-def estimate(statistic: Statistic, count: int) -> Estimate | None:
-    """The figure over `count` pictures; None where it is not a finite number."""
+def estimate(statistic: Statistic, count: int) -> BootstrapEstimate | None:
+    """Estimate the figure of `count` pictures; None if it is not a finite number."""
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(statistic(np.ones((1, count)))[0])
         if not np.isfinite(value):
             return None
         spread = statistic(_resamples(count))
-    spread = spread[np.isfinite(spread)]  # a resample of one picture has no pairs
+    spread = spread[np.isfinite(spread)]  # KID is not defined for a resample of one picture
     if count < 2 or not len(spread):
-        return Estimate(value, None)
+        return BootstrapEstimate(value, None)
     tail = (1 - COVERAGE) / 2
     low, high = np.quantile(spread, [tail, 1 - tail])
-    return Estimate(value, (float(low), float(high)))
+    return BootstrapEstimate(value, (float(low), float(high)))
 
 
 def mean(values: Sequence[float]) -> Statistic:
@@ -49,7 +49,7 @@ def mean(values: Sequence[float]) -> Statistic:
 
 
 def ratio(values: Sequence[float], bases: Sequence[float] | Array) -> Statistic:
-    """The mean of one value per picture over the mean of another."""
+    """The mean of `values` divided by the mean of `bases`, one of each per picture."""
     above, below = np.asarray(values, np.float64), np.asarray(bases, np.float64)
     return lambda weights: np.asarray((weights @ above) / (weights @ below))
 

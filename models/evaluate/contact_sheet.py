@@ -1,4 +1,4 @@
-"""Cuts side by side: a contact sheet of all decodes, and the best and the worst of `perceptual`."""
+"""Contact sheets: crops of all tiers side by side, and the best and worst of `perceptual`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,112 +14,118 @@ from models.evaluate.measure import INSTANT, NAMES, ORIGINAL, PERCEPTUAL
 from models.evaluate.metrics import LpipsAlex
 from models.image import Pixels
 
-CUT = 112
-"""Side of a cut in the picture's pixels."""
+CROP = 112
+"""Side of a crop in pixels of the picture."""
 SCALE = 2
-"""Each pixel is drawn twice as wide and high, so that it can be seen."""
+"""Enlargement of the crops on the sheet."""
 PICTURES = 4
-"""How many pictures are shown, spread over the folder."""
+"""Number of pictures on the contact sheet, spread evenly over the folder."""
 BEST = 3
-"""How many pictures' best cuts are shown, besides the worst."""
-Cuts = dict[str, Pixels]
-"""Tier -> a cut (h, w, 3)."""
+"""Number of pictures whose best crop is shown, besides the worst crop of all."""
+TierCrops = dict[str, Pixels]
+"""Tier -> a crop (h, w, 3)."""
 _GAP, _LINE = 8, 24
-"""Between cuts, and for a line of text; in the sheet's pixels."""
+"""Space between crops, and height of a line of text, in pixels of the sheet."""
 
 
 class Sheet:
-    """Collects cuts while pictures pass, so that no whole picture is kept."""
+    """Contact sheet; it collects crops one picture at a time and keeps no whole picture."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        """`names` of all pictures that will come; some of them are shown."""
-        places = np.linspace(0, len(names) - 1, min(PICTURES, len(names))).round()
-        self._shown = {names[int(i)] for i in places}
+        """`names`: all pictures that `add` will get; `PICTURES` of them are shown."""
+        indices = np.linspace(0, len(names) - 1, min(PICTURES, len(names))).round()
+        self._selected = {names[int(i)] for i in indices}
         self._corners: dict[str, tuple[int, int]] = {}
-        self._rows: list[tuple[str, int, str, Cuts]] = []
+        self._rows: list[tuple[str, int, str, TierCrops]] = []
 
     def add(self, name: str, quality: int, bpp: float, pictures: Mapping[str, Tensor]) -> None:
-        """Cut `pictures`, each (1, 3, H, W), where they differ most; one place per picture."""
-        if name not in self._shown:
+        """Crop `pictures`, each (1, 3, H, W), where they differ most; ignore unselected names.
+
+        All qualities of a picture are cropped at the same place.
+        """
+        if name not in self._selected:
             return
         if name not in self._corners:
-            self._corners[name] = corner(*_compared(pictures))
+            self._corners[name] = corner(*_pair_to_compare(pictures))
         top, left = self._corners[name]
-        cuts = {
-            tier: codec.to_pixels(p[:, :, top : top + CUT, left : left + CUT])
+        crops = {
+            tier: codec.to_pixels(p[:, :, top : top + CROP, left : left + CROP])
             for tier, p in pictures.items()
         }
-        self._rows.append((name, quality, f"{name}   quality {quality}   {bpp:.3f} bpp", cuts))
+        self._rows.append((name, quality, f"{name}   quality {quality}   {bpp:.3f} bpp", crops))
 
     def save(self, file: Path) -> None:
-        """Draw all rows, pictures in order and their qualities together."""
+        """Write the sheet, sorted by picture and quality."""
         rows = sorted(self._rows, key=lambda row: row[:2])
-        _draw([(text, cuts) for _, _, text, cuts in rows], file)
+        _draw([(text, crops) for _, _, text, crops in rows], file)
 
 
-class Crops:
-    """Where `perceptual` comes nearer to the original than `instant`, by LPIPS, and where not."""
+class BestAndWorst:
+    """Crops in which `perceptual` has the largest gain and the largest loss of LPIPS."""
 
     def __init__(self, lpips: LpipsAlex) -> None:
         self._lpips = lpips
-        self._found: list[tuple[float, str, str, Cuts]] = []
+        self._crops: list[tuple[float, str, str, TierCrops]] = []
 
     def add(self, name: str, quality: int, pictures: Mapping[str, Tensor]) -> None:
-        """The best and the worst cut of a picture; `pictures` (1, 3, H, W) by tier."""
+        """Find the best and the worst crop of a picture; `pictures` maps tiers to (1, 3, H, W)."""
         tiers = (ORIGINAL, INSTANT, PERCEPTUAL)
         if any(tier not in pictures for tier in tiers):
             return
         height, width = pictures[ORIGINAL].shape[2:]
-        found = []
-        for top in range(0, height - CUT + 1, CUT):
-            for left in range(0, width - CUT + 1, CUT):
-                cuts = [pictures[t][:, :, top : top + CUT, left : left + CUT] for t in tiers]
-                before, after = (self._lpips(cut, cuts[0]) for cut in cuts[1:])
+        candidates = []
+        for top in range(0, height - CROP + 1, CROP):
+            for left in range(0, width - CROP + 1, CROP):
+                crops = [pictures[t][:, :, top : top + CROP, left : left + CROP] for t in tiers]
+                before, after = (self._lpips(crop, crops[0]) for crop in crops[1:])
                 text = f"{name}   quality {quality}   LPIPS {before:.2f}, {after:.2f}"
-                pixels = dict(zip(tiers, map(codec.to_pixels, cuts), strict=True))
-                found.append((after - before, name, text, pixels))
-        found.sort(key=lambda cut: cut[0])
-        self._found += found[:1] + found[1:][-1:]
+                pixels = dict(zip(tiers, map(codec.to_pixels, crops), strict=True))
+                candidates.append((after - before, name, text, pixels))
+        candidates.sort(key=lambda crop: crop[0])
+        self._crops += candidates[:1] + candidates[1:][-1:]
 
     def save(self, file: Path) -> bool:
-        """The best of the `BEST` pictures that gain most, then the worst of all; whether any."""
-        order = sorted(self._found, key=lambda cut: cut[0])
+        """Write the best crops of the `BEST` pictures with the largest gain, then the worst crop.
+
+        Returns False and writes nothing if there are no crops.
+        """
+        order = sorted(self._crops, key=lambda crop: crop[0])
         if not order:
             return False
-        of_each = {cut[1]: cut for cut in reversed(order)}  # its best
-        best = sorted(of_each.values(), key=lambda cut: cut[0])[:BEST]
-        rows = [(text, cuts) for _, _, text, cuts in (*best, order[-1])]
+        best_by_picture = {crop[1]: crop for crop in reversed(order)}
+        best = sorted(best_by_picture.values(), key=lambda crop: crop[0])[:BEST]
+        rows = [(text, crops) for _, _, text, crops in (*best, order[-1])]
         _draw(rows, file)
         return True
 
 
-def _draw(rows: Sequence[tuple[str, Cuts]], file: Path) -> None:
-    """A row of enlarged cuts below each text, a column per tier."""
-    shown = {tier for _, cuts in rows for tier in cuts}
-    columns = [tier for tier in (ORIGINAL, *NAMES, *baselines.NAMES) if tier in shown]
-    cell, height = CUT * SCALE + _GAP, CUT * SCALE + _GAP + _LINE
+def _draw(rows: Sequence[tuple[str, TierCrops]], file: Path) -> None:
+    """Draw a row of enlarged crops below each text, with one column per tier."""
+    present = {tier for _, crops in rows for tier in crops}
+    columns = [tier for tier in (ORIGINAL, *NAMES, *baselines.NAMES) if tier in present]
+    cell, height = CROP * SCALE + _GAP, CROP * SCALE + _GAP + _LINE
     size = (_GAP + cell * len(columns), _LINE + _GAP + height * len(rows))
     sheet = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for i, tier in enumerate(columns):
         draw.text((_GAP + i * cell, _GAP), tier, "black", font)
-    for j, (text, cuts) in enumerate(rows):
+    for j, (text, crops) in enumerate(rows):
         y = _LINE + _GAP + j * height
         draw.text((_GAP, y), text, "dimgray", font)
-        for tier, pixels in cuts.items():
+        for tier, pixels in crops.items():
             enlarged = pixels.repeat(SCALE, 0).repeat(SCALE, 1)
             x = _GAP + columns.index(tier) * cell
             sheet.paste(Image.fromarray(enlarged), (x, y + _LINE))
-    sheet.save(file, quality=90)  # pixels twice as wide: halved chroma takes nothing from them
+    sheet.save(file, quality=90)  # 4:2:0 chroma loses nothing, because of `SCALE`
 
 
 def corner(a: Tensor, b: Tensor) -> tuple[int, int]:
-    """Top and left of the cut in which `a` and `b`, (1, 3, H, W), differ by most energy."""
+    """Top and left of the crop with the largest squared difference of `a` and `b`, (1, 3, H, W)."""
     energy = (a - b).square().sum(1)[0].numpy()
     height, width = energy.shape
-    side = (min(CUT, height), min(CUT, width))
+    side = (min(CROP, height), min(CROP, width))
     means = uniform_filter(energy.astype(np.float64), side, mode="constant")
-    half = (side[0] // 2, side[1] // 2)  # a filter's value stands at its middle
+    half = (side[0] // 2, side[1] // 2)  # a filter's output is at the centre of its window
     inside = means[
         half[0] : height - side[0] + half[0] + 1, half[1] : width - side[1] + half[1] + 1
     ]
@@ -127,8 +133,8 @@ def corner(a: Tensor, b: Tensor) -> tuple[int, int]:
     return int(top), int(left)
 
 
-def _compared(pictures: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Instant and perceptual, or what comes nearest to them among what there is."""
+def _pair_to_compare(pictures: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The instant and the perceptual picture, or substitutes if they are missing."""
     decodes = [tier for tier in pictures if tier != ORIGINAL]
     first = INSTANT if INSTANT in decodes else ORIGINAL
     others = [tier for tier in decodes if tier != first] or [ORIGINAL]

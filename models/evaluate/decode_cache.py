@@ -1,7 +1,8 @@
-"""Pictures that were drawn, as PNG files: an evaluation that was cut off goes on, or grows.
+"""Cache of drawn pictures on disk, so that an evaluation can be interrupted, resumed and extended.
 
-`FOLDER/q2/kodim01.png/ddim-10.seed0.png`; each file's text says what it was drawn from, and how
-long that took. A file of other bytes, weights, settings or code is as good as none.
+The files are PNGs, for example `FOLDER/q2/kodim01.png/ddim-10.seed0.png`. Text chunks hold the
+origin (bitstream, weights, settings and code) and the seconds of drawing. A file with another
+origin is ignored and drawn again.
 """
 
 import ast
@@ -17,7 +18,7 @@ from models.errors import PictureError
 from models.geometry import MAX_PIXELS
 from models.image import Pixels
 
-Draw = tuple[str, int]
+DecodeKey = tuple[str, int]
 """Tier and seed."""
 
 _ORIGIN, _SECONDS = "Afterimage-Origin", "Afterimage-Seconds"
@@ -25,63 +26,65 @@ _NAME = re.compile(r"(?P<tier>.+)\.seed(?P<seed>\d+)\.png")
 
 
 @dataclass(frozen=True, slots=True)
-class Decode:
-    """A drawn picture, and the seconds from latents to it."""
+class CachedDecode:
+    """A drawn picture, and the seconds from latents to picture."""
 
     pixels: Pixels
     seconds: float
 
 
-class Kept:
-    """The drawn pictures of one evaluation."""
+class DecodeCache:
+    """The drawn pictures of one evaluation, in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def draws(self, quality: int, picture: str) -> set[Draw]:
-        """What files there are for `picture`, whatever they were drawn from."""
-        names = (_NAME.fullmatch(f.name) for f in self._of(quality, picture).glob("*.png"))
+    def keys(self, quality: int, picture: str) -> set[DecodeKey]:
+        """Tiers and seeds with a file for `picture`, whatever its origin."""
+        names = (_NAME.fullmatch(f.name) for f in self._folder(quality, picture).glob("*.png"))
         return {(name["tier"], int(name["seed"])) for name in names if name}
 
-    def get(self, quality: int, picture: str, draw: Draw, origin: str) -> Decode | None:
-        """What was drawn from `origin`; None where there is none, or it cannot be read."""
-        file = self._file(quality, picture, draw)
+    def get(self, quality: int, picture: str, key: DecodeKey, origin: str) -> CachedDecode | None:
+        """The cached picture; None if it is missing, unreadable or of another origin."""
+        file = self._file(quality, picture, key)
         try:
             with Image.open(file) as source:
                 text = dict(source.info)
             if text.get(_ORIGIN) != origin:
                 return None
-            return Decode(image.read(file.read_bytes(), MAX_PIXELS), float(text[_SECONDS]))
+            return CachedDecode(image.read(file.read_bytes(), MAX_PIXELS), float(text[_SECONDS]))
         except (OSError, KeyError, ValueError, PictureError):
             return None
 
-    def put(self, quality: int, picture: str, draw: Draw, origin: str, decode: Decode) -> None:
-        """Keep a picture; a file appears whole or not at all."""
-        file = self._file(quality, picture, draw)
+    def put(
+        self, quality: int, picture: str, key: DecodeKey, origin: str, decode: CachedDecode
+    ) -> None:
+        """Store a picture in an atomic write."""
+        file = self._file(quality, picture, key)
         file.parent.mkdir(parents=True, exist_ok=True)
         text = {_ORIGIN: origin, _SECONDS: f"{decode.seconds:.3f}"}
         with files.atomic_write(file) as part:
             part.write_bytes(image.write(decode.pixels, "png", text))
 
-    def _of(self, quality: int, picture: str) -> Path:
+    def _folder(self, quality: int, picture: str) -> Path:
         return self.folder / f"q{quality}" / picture
 
-    def _file(self, quality: int, picture: str, draw: Draw) -> Path:
-        tier, seed = draw
-        return self._of(quality, picture) / f"{tier}.seed{seed}.png"
+    def _file(self, quality: int, picture: str, key: DecodeKey) -> Path:
+        tier, seed = key
+        return self._folder(quality, picture) / f"{tier}.seed{seed}.png"
 
 
 def code_digest(source: str) -> str:
-    """SHA-256 of Python source (hex) that ignores comments, docstrings, imports and layout."""
+    """SHA-256 (hex) of Python source, ignoring comments, docstrings, imports and layout."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            node.body = [line for line in body if not _is_idle(line)]  # type: ignore[attr-defined]
+            node.body = [line for line in body if not _is_ignored(line)]  # type: ignore[attr-defined]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
-def _is_idle(node: ast.AST) -> bool:
-    """Whether a statement is an import or a string that stands alone."""
-    text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return text or isinstance(node, ast.Import | ast.ImportFrom)
+def _is_ignored(node: ast.AST) -> bool:
+    """True for imports and for statements that are only a constant, such as docstrings."""
+    constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return constant or isinstance(node, ast.Import | ast.ImportFrom)

@@ -1,4 +1,4 @@
-"""DISTS (Ding 2020) by `piq`, without its downloads."""
+"""DISTS (Ding 2020) with `piq`, from local weights instead of downloads."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from models.errors import WeightsError
 from models.evaluate.metrics import read_state
 
 CHANNELS = [3, 64, 128, 256, 512, 512]
-"""The picture itself, then the last layer of each stage of VGG-16."""
+"""Channels of the picture and of the last layer of each stage of VGG-16."""
 LAYERS = ["3", "8", "15", "22", "29"]
-"""relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 in torchvision's numbering."""
+"""relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 as torchvision numbers them."""
 _ALPHA_BETA = Path(torchmetrics.functional.image.__file__).parent / "dists_models/weights.pt"
 
 
 class _LocalDists(piq.DISTS):  # type: ignore[misc]
-    """`piq.DISTS` as it would be after its constructor had downloaded two files."""
+    """`piq.DISTS` without its constructor, which downloads two files."""
 
     def __init__(self, features: nn.Sequential, weights: list[Tensor]) -> None:
         super(piq.DISTS, self).__init__(
@@ -33,13 +33,13 @@ class _LocalDists(piq.DISTS):  # type: ignore[misc]
 
 
 class Dists:
-    """Callable distance; pictures with sides above 256 are reduced first, as published."""
+    """DISTS distance; pictures with sides above 256 are downscaled first, as published."""
 
     def __init__(self, vgg: Path) -> None:
-        """`vgg`: torchvision's VGG-16, where the file may lack the classifier.
+        """`vgg`: file of torchvision's VGG-16, with or without the classifier.
 
-        The published α and β come with `torchmetrics`, or with `vgg` if it names `alpha`, `beta`.
-        Raises `WeightsError` where the file is something else.
+        The published α and β are read from `torchmetrics`, or from `vgg` if it has tensors `alpha`
+        and `beta`. Raises `WeightsError` if the file holds something else.
         """
         state = read_state(vgg)
         mixing = state if {"alpha", "beta"} <= state.keys() else read_state(_ALPHA_BETA)
@@ -53,12 +53,12 @@ class Dists:
 
 
 def _features(file: Path, state: dict[str, Tensor]) -> nn.Sequential:
-    with torch.device("meta"):  # the classifier, 9/10 of the network, is never allocated
+    with torch.device("meta"):  # do not allocate the classifier, 90 % of the network
         features: nn.Sequential = vgg16(weights=None).features
     prefix = "features."
-    own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    tensors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     try:
-        features.load_state_dict(own, assign=True)
+        features.load_state_dict(tensors, assign=True)
     except RuntimeError as e:
         raise WeightsError(f"{file}: not the weights of torchvision's VGG-16") from e
     return features

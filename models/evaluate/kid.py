@@ -1,10 +1,10 @@
-"""KID: unbiased squared MMD of a cubic kernel (Bińkowski 2018) between patches' features.
+"""KID (Bińkowski 2018): unbiased squared MMD with a cubic kernel between features of patches.
 
-Features are AlexNet's conv5 as LPIPS carries it; patches are 128 pixels wide. Originals and
-decodes show the same scenes, and patches of one picture resemble each other, so that neither side
-is a set of independent draws: an average over all pairs would count likeness of content as
-closeness. Only pairs from *different* pictures are averaged, in all three terms: the U-statistic
-of Gretton 2012 (lemma 6, eq. 4) with pictures as draws. Identical sides give exactly zero.
+The features are conv5 of LPIPS's AlexNet; the patches are 128 pixels wide. Originals and decodes
+show the same scenes, and patches of one picture are similar, so the patches are not independent
+draws: an average over all pairs would mistake equal content for closeness. Therefore all three
+terms average only pairs from *different* pictures. This is the U-statistic of Gretton 2012 (lemma
+6, eq. 4) with pictures as draws. Two identical sets have a distance of exactly zero.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from models.evaluate.metrics import LpipsAlex
 Array = NDArray[np.float64]
 
 PATCH = 128
-"""Side of a patch: 24 of them tile 768x512, and conv5 still sees 7x7 places of each."""
+"""Side of a patch: 24 patches tile 768x512, and conv5 has 7x7 positions on each."""
 
 
 def patches(picture: Tensor) -> Tensor:
-    """`picture` (1, 3, H, W) -> side by side from its middle (N, 3, 128, 128); N may be 0."""
+    """Cut `picture` (1, 3, H, W) into patches (N, 3, 128, 128), centred; N may be 0."""
     height, width = picture.shape[2:]
     rows, columns = height // PATCH, width // PATCH
     top, left = (height - rows * PATCH) // 2, (width - columns * PATCH) // 2
@@ -34,29 +34,30 @@ def patches(picture: Tensor) -> Tensor:
 
 
 def features(net: LpipsAlex, picture: Tensor) -> Array:
-    """`picture` (1, 3, H, W) in [0, 1] -> (N, 256), N patches."""
-    own = patches(picture)
-    if not len(own):
+    """Features (N, 256) of the N patches of `picture` (1, 3, H, W) in [0, 1]."""
+    all_patches = patches(picture)
+    if not len(all_patches):
         return np.empty((0, 256))
-    parts = [net.conv5(part) for part in torch.split(own, 32)]  # bounded memory on large pictures
+    parts = [net.conv5(part) for part in torch.split(all_patches, 32)]  # bounds the memory
     return np.asarray(torch.cat(parts).numpy(), np.float64)
 
 
 def statistic(originals: Sequence[Array], decodes: Sequence[Array]) -> Statistic:
-    """KID of P pictures, each (N, D) a side and N alike, under weights of the pictures.
+    """KID of P pictures as a function of their weights.
 
-    NaN where fewer than two pictures have weight.
+    A picture has features (N, D) in `originals` and in `decodes`, with the same N. KID is NaN if
+    fewer than two pictures have a weight.
     """
     counts = np.array([len(f) for f in originals])
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     x, y = np.concatenate(originals), np.concatenate(decodes)
 
     def with_all(a: Array, b: Array) -> Array:
-        """Sums over one picture's pairs with each: its rows of the kernels alone are in memory."""
+        """Kernel sums of one picture with each; only its rows of the kernels are in memory."""
         h = _kernel(a, x) + _kernel(b, y) - _kernel(a, y) - _kernel(b, x)
         return np.add.reduceat(h.sum(0), starts)
 
-    sums = np.array([with_all(*both) for both in zip(originals, decodes, strict=True)])
+    sums = np.array([with_all(*pair) for pair in zip(originals, decodes, strict=True)])
     pairs = np.outer(counts, counts).astype(np.float64)
     np.fill_diagonal(sums, 0)
     np.fill_diagonal(pairs, 0)
@@ -69,5 +70,5 @@ def statistic(originals: Sequence[Array], decodes: Sequence[Array]) -> Statistic
 
 
 def _kernel(a: Array, b: Array) -> Array:
-    """(M, D) and (N, D) -> (M, N): (a·b / D + 1)³."""
+    """Cubic kernel (a·b / D + 1)³ of (M, D) and (N, D): (M, N)."""
     return np.asarray((a @ b.T / a.shape[1] + 1) ** 3)

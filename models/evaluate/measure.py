@@ -1,4 +1,4 @@
-"""One picture at one quality: encoded, decoded from the real bytes at each tier, measured."""
+"""Encode a picture at one quality, decode the real bytes at each tier, measure the decodes."""
 
 import functools
 import hashlib
@@ -19,25 +19,25 @@ from models.diffusion import blocks, conditioner, decoder, noise, realism, sampl
 from models.diffusion.decoder import Decoder, DiffusionInput
 from models.errors import AfterimageError, PictureError
 from models.evaluate import baselines, calibration, metrics
-from models.evaluate.decode_cache import Decode, Draw, Kept, code_digest
+from models.evaluate.decode_cache import CachedDecode, DecodeCache, DecodeKey, code_digest
 from models.evaluate.dists import Dists
-from models.evaluate.metrics import Lpips, LpipsAlex
+from models.evaluate.metrics import LpipsAlex, LpipsMetric
 from models.evaluate.niqe import niqe
 from models.evaluate.nlpd import nlpd
 from models.tiers import TIERS, Settings
 
 SHUFFLED = "shuffled"
-"""A control, not a tier: `perceptual` with latents from other places."""
+"""A control experiment, not a tier: `perceptual` with its latents at shuffled positions."""
 ORIGINAL, INSTANT, PERCEPTUAL = "original", "instant", "perceptual"
 NAMES = (*TIERS, SHUFFLED)
-"""What can be asked for, in the order in which it is reported."""
+"""Choices of `--tiers`, in the order of the report."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """Figures of one decoded picture, against the original unless said otherwise.
+class DecodeMetrics:
+    """Metrics of one decoded picture, against the original unless a comment says otherwise.
 
-    None: the picture is too small for the figure, or its weights were not given.
+    None: the picture is too small for the metric, or its weights are missing.
     """
 
     picture: str
@@ -52,11 +52,11 @@ class Row:
     dists: float | None
     nlpd: float
     gmsd: float
-    niqe: float | None  # of the picture itself
+    niqe: float | None  # of the decoded picture
     niqe_original: float | None  # of the original
     offset: float  # largest difference of the channels' means, in 1/255
     shift: float | None  # the same against the codec's picture
-    seeds_mse: float  # MSE to the picture of the first seed
+    seeds_mse: float  # MSE against the picture of the first seed
     seconds: float | None
 
 
@@ -65,22 +65,22 @@ class Networks:
     """Metrics that need weights."""
 
     lpips: LpipsAlex
-    lpips_vgg: Lpips | None = None
+    lpips_vgg: LpipsMetric | None = None
     dists: Dists | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """Rows of one picture, and what they were measured on: (1, 3, H, W), 8-bit values in [0, 1]."""
+class PictureResult:
+    """All decodes of one picture at one quality."""
 
-    rows: list[Row]
-    pictures: dict[str, Tensor]  # "original", then a picture of the first seed per tier
-    calibration: list[calibration.Point]  # empty: too small, or nothing is drawn
+    rows: list[DecodeMetrics]
+    pictures: dict[str, Tensor]  # "original", then tier -> first seed; (1, 3, H, W), 8-bit values
+    calibration: list[calibration.Point]  # empty: too small, or no diffusion tier
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """What all decodes of one picture share."""
+class _EncodedPicture:
+    """One picture, its bitstream and the codec's decode, shared by all tiers."""
 
     name: str
     x: Tensor
@@ -90,12 +90,12 @@ class _Source:
     latents: Latents
     x_hat: Tensor  # the codec's picture, still padded
     x_hat_digest: str
-    msh: Tensor  # the same, cropped and rounded
-    seconds: float  # of the instant picture, from bytes
+    instant: Tensor  # `x_hat`, cropped and rounded to 8 bits
+    seconds: float  # from bytes to the instant picture
 
 
-def compared(picture: Tensor, x: Tensor, networks: Networks) -> dict[str, Any]:
-    """The figures of a `Row` that `picture` has against the original `x` and by itself."""
+def compare(picture: Tensor, x: Tensor, networks: Networks) -> dict[str, Any]:
+    """Fields of `DecodeMetrics` that depend only on `picture` and the original `x`."""
     pixels = codec.to_pixels(picture)
     return {
         "mse": metrics.mse(picture, x),
@@ -111,52 +111,55 @@ def compared(picture: Tensor, x: Tensor, networks: Networks) -> dict[str, Any]:
 
 
 class Evaluation:
-    """One pass over pictures at one quality."""
+    """Evaluation of one codec, that is of one quality, with one diffusion decoder."""
 
-    def __init__(self, own: Codec, drawing: Decoder, networks: Networks, kept: Kept) -> None:
-        self.codec, self.decoder, self.networks, self.kept = own, drawing, networks, kept
-        self.shown = drawing.codecs is None or own.weights_id in drawing.codecs
-        grey = own.encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
-        own.synthesis(own.latents(grey).y_hat)  # compiled now, and not within a picture's time
+    def __init__(
+        self, codec_: Codec, decoder_: Decoder, networks: Networks, cache: DecodeCache
+    ) -> None:
+        self.codec, self.decoder, self.networks, self.cache = codec_, decoder_, networks, cache
+        self.latents_visible = decoder_.codecs is None or codec_.weights_id in decoder_.codecs
+        # compile the synthesis now, so that no picture's time includes it
+        grey = codec_.encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
+        codec_.synthesis(codec_.latents(grey).y_hat)
 
-    def measure(self, path: Path, tiers: Sequence[str], seeds: Sequence[int]) -> Measured:
-        """`instant` and `tiers` of the picture in `path`, and whatever else of it was kept.
+    def measure(self, path: Path, tiers: Sequence[str], seeds: Sequence[int]) -> PictureResult:
+        """Measure `instant`, `tiers` and every cached decode of the picture in `path`.
 
-        Null rows too where `perceptual` is among them. Raises `AfterimageError`, with the file's
-        name, where it cannot be read or is too small.
+        Adds the baselines if `perceptual` is among them. Raises `AfterimageError` with the file's
+        name if the picture is unreadable or too small.
         """
-        source = self._source(path)
-        asked = [
+        source = self._encode(path)
+        wanted = [
             (name, seed)
             for name in (INSTANT, *tiers)
             for seed in (seeds if _settings(name) else (0,))
         ]
-        kept = self._kept(source)
-        draws = sorted({*asked, *kept}, key=lambda draw: (NAMES.index(draw[0]), draw[1]))
-        points = self._calibration(source) if any(_settings(name) for name, _ in draws) else []
-        out = Measured([], {ORIGINAL: source.x}, points)
-        for draw in draws:
-            decode = kept.get(draw) or self._decode(source, draw)
+        cached = self._cached(source)
+        keys = sorted({*wanted, *cached}, key=lambda key: (NAMES.index(key[0]), key[1]))
+        points = self._calibration(source) if any(_settings(name) for name, _ in keys) else []
+        result = PictureResult([], {ORIGINAL: source.x}, points)
+        for key in keys:
+            decode = cached.get(key) or self._decode(source, key)
             picture = codec.to_tensor(decode.pixels)
-            self._add(out, source, draw, picture, decode.seconds + source.seconds)
-        if PERCEPTUAL in out.pictures:
-            target = metrics.mse(out.pictures[PERCEPTUAL], source.x)
+            self._add(result, source, key, picture, decode.seconds + source.seconds)
+        if PERCEPTUAL in result.pictures:
+            target = metrics.mse(result.pictures[PERCEPTUAL], source.x)
             for name in baselines.NAMES:
-                picture = baselines.null(name, source.msh, source.x, target)
-                self._add(out, source, (name, 0), picture, source.seconds)
-        return out
+                picture = baselines.baseline(name, source.instant, source.x, target)
+                self._add(result, source, (name, 0), picture, source.seconds)
+        return result
 
-    def _kept(self, source: _Source) -> dict[Draw, Decode]:
-        """What was drawn before from all the same, as `_origin` has it."""
+    def _cached(self, source: _EncodedPicture) -> dict[DecodeKey, CachedDecode]:
+        """Cached decodes whose origin is unchanged."""
         out = {}
-        for draw in self.kept.draws(self.codec.quality, source.name):
-            if draw[0] in NAMES:
-                origin = self._origin(source, draw)
-                if decode := self.kept.get(self.codec.quality, source.name, draw, origin):
-                    out[draw] = decode
+        for key in self.cache.keys(self.codec.quality, source.name):
+            if key[0] in NAMES:
+                origin = self._origin(source, key)
+                if decode := self.cache.get(self.codec.quality, source.name, key, origin):
+                    out[key] = decode
         return out
 
-    def _source(self, path: Path) -> _Source:
+    def _encode(self, path: Path) -> _EncodedPicture:
         try:
             pixels = image.read(path.read_bytes(), geometry.MAX_PIXELS)
         except AfterimageError as e:
@@ -168,85 +171,99 @@ class Evaluation:
         x = codec.to_tensor(pixels)
         data = bitstream.serialize(self.codec.encode(x, "msh", "exact"))
         began = time.perf_counter()
-        latents = self.codec.latents(bitstream.parse(data))
-        x_hat = self.codec.synthesis(latents.y_hat)
+        latents, x_hat = self.codec.reconstruct(bitstream.parse(data))
         seconds = time.perf_counter() - began
-        bpp = 8 * len(data) / (height * width)
-        msh = codec.to_tensor(codec.to_pixels(codec.crop(x_hat, height, width)))
-        return _Source(
-            path.name, x, bitstream.digest(data), bpp, niqe(pixels), latents, x_hat,
-            hashlib.sha256(x_hat.numpy().tobytes()).hexdigest()[:16], msh, seconds,
-        )  # fmt: skip
+        return _EncodedPicture(
+            name=path.name,
+            x=x,
+            digest=bitstream.digest(data),
+            bpp=8 * len(data) / (height * width),
+            niqe=niqe(pixels),
+            latents=latents,
+            x_hat=x_hat,
+            x_hat_digest=hashlib.sha256(x_hat.numpy().tobytes()).hexdigest()[:16],
+            instant=codec.to_tensor(codec.crop_to_pixels(x_hat, height, width)),
+            seconds=seconds,
+        )
 
-    def _decode(self, source: _Source, draw: Draw) -> Decode:
-        name, seed = draw
+    def _decode(self, source: _EncodedPicture, key: DecodeKey) -> CachedDecode:
+        """Draw and cache a picture; `instant` is returned as it is."""
+        name, seed = key
         if (settings := _settings(name)) is None:
-            return Decode(codec.to_pixels(source.msh), 0.0)
+            return CachedDecode(codec.to_pixels(source.instant), 0.0)
         latents = _shuffled(source.latents) if name == SHUFFLED else source.latents
         quality = self.codec.quality
         began = time.perf_counter()
-        drawn = self.decoder.sample(
-            latents, source.x_hat, quality, settings, seed, shown=self.shown
+        x = self.decoder.sample(
+            latents, source.x_hat, quality, settings, seed, latents_visible=self.latents_visible
         )
-        pixels = codec.to_pixels(codec.crop(drawn, *source.x.shape[2:]))
-        decode = Decode(pixels, time.perf_counter() - began)
-        self.kept.put(quality, source.name, draw, self._origin(source, draw), decode)
+        pixels = codec.crop_to_pixels(x, *source.x.shape[2:])
+        decode = CachedDecode(pixels, time.perf_counter() - began)
+        self.cache.put(quality, source.name, key, self._origin(source, key), decode)
         return decode
 
-    def _origin(self, source: _Source, draw: Draw) -> str:
-        """All that a drawn picture depends on."""
-        name, seed = draw
-        drawn = f"{name} {_settings(name)} seed {seed} {'shown' if self.shown else 'hidden'}"
-        by = f"{self.decoder.weights_id} {self.decoder.device.type} {_code()}"
-        return f"{source.digest} {source.x_hat_digest} {drawn} {by}"
+    def _origin(self, source: _EncodedPicture, key: DecodeKey) -> str:
+        """Everything that a drawn picture depends on."""
+        name, seed = key
+        visible = "shown" if self.latents_visible else "hidden"
+        settings = f"{name} {_settings(name)} seed {seed} {visible}"
+        program = f"{self.decoder.weights_id} {self.decoder.device.type} {_code()}"
+        return f"{source.digest} {source.x_hat_digest} {settings} {program}"
 
-    def _calibration(self, source: _Source) -> list[calibration.Point]:
-        whole = DiffusionInput(source.latents, source.x_hat, self.codec.quality, 0, self.shown)
-        if (part := calibration.middle(whole, source.x)) is None:
+    def _calibration(self, source: _EncodedPicture) -> list[calibration.Point]:
+        whole = DiffusionInput(
+            source.latents, source.x_hat, self.codec.quality, 0, self.latents_visible
+        )
+        if (centre := calibration.middle(whole, source.x)) is None:
             return []
-        draft, x = part
+        item, x = centre
         steps = self.decoder.process.steps(calibration.POINTS)[1:]
         generator = torch.Generator().manual_seed(0)
-        x0 = self.decoder.target(draft, x)
-        return calibration.curve(self.decoder.denoiser(draft), x0, steps, generator)
+        x0 = self.decoder.target(item, x)
+        return calibration.curve(self.decoder.denoiser(item), x0, steps, generator)
 
     def _add(
-        self, out: Measured, source: _Source, draw: Draw, picture: Tensor, seconds: float
+        self,
+        result: PictureResult,
+        source: _EncodedPicture,
+        key: DecodeKey,
+        picture: Tensor,
+        seconds: float,
     ) -> None:
-        tier, seed = draw
-        first = out.pictures.setdefault(tier, picture)
-        row = Row(
-            **compared(picture, source.x, self.networks),
+        tier, seed = key
+        first = result.pictures.setdefault(tier, picture)
+        row = DecodeMetrics(
+            **compare(picture, source.x, self.networks),
             picture=source.name,
             quality=self.codec.quality,
             tier=tier,
             seed=seed,
             bpp=source.bpp,
             niqe_original=source.niqe,
-            shift=metrics.offset(picture, source.msh),
+            shift=metrics.offset(picture, source.instant),
             seeds_mse=metrics.mse(picture, first),
             seconds=seconds,
         )
-        out.rows.append(row)
+        result.rows.append(row)
 
 
 @functools.cache
 def _code() -> str:
-    """Digest of the code that draws. Comments, docstrings and imports do not count."""
-    drawing = (
+    """Digest of the modules that a drawn picture depends on."""
+    modules = (
         blocks, codec, conditioner, decoder, noise, realism, sampler, schedule, tiles, unet
     )  # fmt: skip
-    sources = (code_digest(Path(str(module.__file__)).read_text("utf-8")) for module in drawing)
-    return hashlib.sha256("".join(sources).encode()).hexdigest()[:16]
+    digests = (code_digest(Path(str(module.__file__)).read_text("utf-8")) for module in modules)
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
 def _settings(name: str) -> Settings | None:
-    """None: nothing is drawn."""
+    """Sampler settings of a tier or control; None for `instant`."""
     return TIERS[PERCEPTUAL if name == SHUFFLED else name].settings
 
 
 def _shuffled(latents: Latents) -> Latents:
-    """The same latents, each at a random other position; the bit map stays."""
+    """Move every latent vector to a random other position; keep the bit map."""
     height, width = latents.y_hat.shape[2:]
     order = torch.randperm(height * width, generator=torch.Generator().manual_seed(0))
     y_hat = latents.y_hat.flatten(2)[:, :, order].reshape(latents.y_hat.shape)

@@ -1,7 +1,7 @@
-"""NIQE (Mittal, Soundararajan and Bovik 2013): how far a picture's statistics are from pristine.
+"""NIQE (Mittal, Soundararajan and Bovik 2013): distance of a picture's statistics from pristine.
 
 "Making a completely blind image quality analyzer" (IEEE Signal Processing Letters 20). The pristine
-model is the authors' own, and comes with their licence.
+model is the authors' and has its own licence file.
 """
 
 import functools
@@ -18,28 +18,28 @@ from models.image import Pixels
 Array = NDArray[np.float64]
 
 BLOCK = 96
-"""Side of the blocks that features are taken from, at full scale."""
+"""Side of the blocks at full scale; each block gives one feature vector."""
 FILE = Path(__file__).parent / "niqe_pristine.npz"
 SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))
-"""Neighbours whose products are modelled: right, below and both diagonals."""
+"""Offsets (y, x) of the neighbours whose products are modelled: right, below, both diagonals."""
 _BORDER = 8
-"""Pixels mirrored round a picture before it is halved; the bicubic kernel then reaches 4."""
+"""Mirrored pixels around a picture before halving; the bicubic kernel reaches 4 of them."""
 
 
 def niqe(pixels: Pixels) -> float | None:
-    """`pixels` (H, W, 3) -> quality, lower is better; None with fewer than two usable blocks."""
+    """NIQE of `pixels` (H, W, 3), lower is better; None with fewer than two usable blocks."""
     y = _luma(pixels)
     height, width = (side // BLOCK * BLOCK for side in y.shape)
     if height * width < 2 * BLOCK**2:
         return None
     y = y[:height, :width]
     features = np.hstack([_features(y, BLOCK), _features(_halved(y), BLOCK // 2)])  # (N, 36)
-    features = features[np.isfinite(features).all(1)]  # flat blocks have no distribution
+    features = features[np.isfinite(features).all(1)]  # a flat block has no finite fit
     return _distance(features) if len(features) > 1 else None
 
 
 def _distance(features: Array) -> float:
-    """Between the Gaussian fitted to the features (N, 36) and the pristine one."""
+    """Distance of the Gaussian fitted to the features (N, 36) from the pristine one."""
     mu, covariance = _pristine()
     difference = mu - features.mean(0)
     pooled = (covariance + np.cov(features, rowvar=False)) / 2
@@ -53,16 +53,16 @@ def _pristine() -> tuple[Array, Array]:
 
 
 def _luma(pixels: Pixels) -> Array:
-    """BT.601, 0 to 255, in whole steps.
+    """BT.601 luma from 0 to 255, rounded to integers.
 
-    Which way a half is rounded hangs on the order of this sum, and NIQE's third decimal on that.
+    Keep the order of the sum: it decides how halves are rounded, and with it NIQE's third decimal.
     """
     r, g, b = np.moveaxis(pixels, 2, 0)
     return np.asarray(np.round(0.299 * r + 0.587 * g + 0.114 * b), np.float64)
 
 
 def _halved(y: Array) -> Array:
-    """`y` (H, W) -> (H/2, W/2): bicubic over eight pixels with mirrored borders."""
+    """`y` (H, W) -> (H/2, W/2): bicubic over eight pixels, with mirrored borders."""
     padded = Image.fromarray(np.pad(y, _BORDER, "symmetric").astype(np.float32))
     size = (padded.width // 2, padded.height // 2)
     half = np.asarray(padded.resize(size, Image.Resampling.BICUBIC), np.float64)
@@ -71,7 +71,7 @@ def _halved(y: Array) -> Array:
 
 
 def _features(y: Array, side: int) -> Array:
-    """`y` (H, W) -> (N, 18): fits to the blocks' normalised values and neighbour products."""
+    """Features (N, 18) of the blocks of `y` (H, W): fits to normalised values and products."""
     normal = _mscn(y)
     rows, columns = (n // side for n in normal.shape)
     blocks = normal.reshape(rows, side, columns, side).swapaxes(1, 2).reshape(-1, side, side)
@@ -85,7 +85,7 @@ def _features(y: Array, side: int) -> Array:
 
 
 def _mscn(y: Array) -> Array:
-    """Mean-subtracted, contrast-normalised luma (eqs. 1 to 3), windows of 7x7."""
+    """Mean-subtracted, contrast-normalised luma (eqs. 1 to 3) with windows of 7x7."""
     smooth = functools.partial(gaussian_filter, sigma=7 / 6, radius=3, mode="nearest")
     mu = smooth(y)
     sigma = np.sqrt(np.abs(smooth(y * y) - mu * mu))
@@ -94,13 +94,13 @@ def _mscn(y: Array) -> Array:
 
 _ALPHAS = np.arange(0.2, 10.001, 0.001)
 _RATIOS = gamma(2 / _ALPHAS) ** 2 / (gamma(1 / _ALPHAS) * gamma(3 / _ALPHAS))
-"""E|x|² / E x² of the distribution with each shape; it grows with the shape."""
+"""(E|x|)² / E x² of a generalised Gaussian for each shape in `_ALPHAS`, increasing."""
 
 
 def _fit(blocks: Array) -> tuple[Array, Array, Array]:
-    """Asymmetric generalised Gaussian by moments: shape, left and right scale, each (N,).
+    """Fit asymmetric generalised Gaussians by moments: shape, left and right scale, each (N,).
 
-    NaN where a block has no values on one side of zero.
+    The scales are NaN for a block without values on one side of zero.
     """
     x = blocks.reshape(len(blocks), -1)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -1,7 +1,7 @@
 """NLPD: the normalised Laplacian pyramid distance (Laparra, Ballé, Berardino, Simoncelli 2016).
 
-"Perceptual image quality assessment using a normalized Laplacian pyramid" (HVEI 2016) subtracts
-a local mean and divides by a local amplitude at six scales. The weights are the published ones.
+"Perceptual image quality assessment using a normalized Laplacian pyramid" (HVEI 2016): at six
+scales, subtract a local mean and divide by a local amplitude. The weights are the published ones.
 """
 
 from typing import Literal
@@ -15,9 +15,9 @@ from models.image import Pixels
 Array = NDArray[np.float64]
 
 LOWPASS = np.array([0.05, 0.25, 0.4, 0.25, 0.05])
-"""Burt and Adelson's binomial-like filter, along each axis."""
+"""Burt and Adelson's low-pass filter, applied along each axis."""
 SIGMAS = (0.0248, 0.0185, 0.0179, 0.0191, 0.0220, 0.2782)
-"""The amplitude of a coefficient with silent neighbours, per scale, finest first."""
+"""Constant part of the amplitude, per scale, finest first."""
 NEIGHBOURS = (
     ((0, 0, 0.1011, 0, 0), (0, 0.1493, 0, 0.1460, 0.0072), (0, 0, 0.1015, 0, 0)),
     ((0, 0.0757, 0), (0.1986, 0, 0.1846), (0, 0.0837, 0)),
@@ -26,22 +26,22 @@ NEIGHBOURS = (
     ((0.2598, 0, 0.2552),),
     ((0.2215, 0, 0.0717),),
 )
-"""Weights of the magnitudes round a coefficient, per scale; convolved, so mirrored when read."""
+"""Weights of the neighbours' magnitudes, per scale; mirrored, because they are convolved."""
 
 
 def nlpd(a: Pixels, b: Pixels) -> float:
-    """Distance of two pictures (H, W, 3): root mean squares of the scales, averaged."""
+    """Distance of two pictures (H, W, 3): mean over scales of the root mean square difference."""
     pairs = zip(_normalised(_luma(a)), _normalised(_luma(b)), strict=True)
     return float(np.mean([np.sqrt(np.square(u - v).mean()) for u, v in pairs]))
 
 
 def _luma(pixels: Pixels) -> Array:
-    """BT.601 in [0, 1]."""
+    """BT.601 luma in [0, 1]."""
     return np.asarray(pixels @ np.array([0.299, 0.587, 0.114]) / 255)
 
 
 def _normalised(x: Array) -> list[Array]:
-    """`x` (H, W) -> y of each scale: z / (σ + Σ p·|z| over the neighbours)."""
+    """Normalised pyramid of `x` (H, W): z / (σ + Σ p·|z| over the neighbours) of each scale."""
     out = []
     for z, sigma, weights in zip(_laplacian(x), SIGMAS, NEIGHBOURS, strict=True):
         amplitude: Array = convolve(np.abs(z), np.array(weights, np.float64), mode="constant")
@@ -50,7 +50,7 @@ def _normalised(x: Array) -> list[Array]:
 
 
 def _laplacian(x: Array) -> list[Array]:
-    """z of each scale: x less its blurred, halved and enlarged self (eq. 2); last what remains."""
+    """Laplacian pyramid of `x` (eq. 2); the last entry is the low-pass residual."""
     out = []
     for _ in SIGMAS[1:]:
         low = _blur(x, "reflect")[::2, ::2]
@@ -60,7 +60,7 @@ def _laplacian(x: Array) -> list[Array]:
 
 
 def _enlarged(low: Array, shape: tuple[int, ...]) -> Array:
-    """`low` spread to every other pixel, border repeated, and blurred; cut to `shape`."""
+    """Upsample `low` by 2 with repeated borders; cut to `shape`."""
     wide = np.pad(low, 1, "edge")
     spread = np.zeros((2 * wide.shape[0], 2 * wide.shape[1]))
     spread[::2, ::2] = 4 * wide
@@ -68,5 +68,5 @@ def _enlarged(low: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _blur(x: Array, mode: Literal["reflect", "constant"]) -> Array:
-    """Both axes; scipy's `reflect` repeats the border pixel."""
+    """Blur both axes; `mode` is scipy's, whose `reflect` repeats the border pixel."""
     return correlate1d(correlate1d(x, LOWPASS, 0, mode=mode), LOWPASS, 1, mode=mode)

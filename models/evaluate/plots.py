@@ -1,4 +1,4 @@
-"""Rate-distortion-perception plots of a summary."""
+"""Plots of an evaluation: rate, distortion, perception and calibration."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from models.evaluate import baselines, reference_codecs
 from models.evaluate.calibration import Point
 from models.evaluate.measure import SHUFFLED
-from models.evaluate.summary import Line
+from models.evaluate.summary import SummaryLine
 
 RATE = {
     "psnr": "PSNR in dB  ↑",
@@ -28,42 +28,39 @@ RATE = {
 PERCEPTION = ("lpips", "niqe_gap", "kid")
 _COLOURS = matplotlib.color_sequences["tab10"]
 _GREY = "0.55"
-_RIVALS = dict(zip(reference_codecs.SETTINGS, (":", "--", "-"), strict=True))
-"""Other codec -> its line's style."""
+_LINE_STYLES = dict(zip(reference_codecs.SETTINGS, (":", "--", "-"), strict=True))
+"""Other codec -> line style."""
 _LABELS = 8
-"""In a line above the plots of the rate."""
+"""Most labels per row of the legend."""
 _LABEL_GAP = 0.062
-"""Least distance of two labels, as a part of the axis."""
+"""Smallest distance of two labels, as a fraction of the axis."""
 
 
-def rate(lines: Sequence[Line], file: Path, others: Sequence[Line] = ()) -> None:
-    """bpp against each metric, a line per tier and other codec; PNG."""
+def rate(lines: Sequence[SummaryLine], file: Path, others: Sequence[SummaryLine] = ()) -> None:
+    """Plot each metric over bpp, with a line per tier and per other codec, into a PNG."""
     lines = [*lines, *others]
-    names = _known(lines, tuple(RATE))
+    names = _available(lines, tuple(RATE))
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(4.4 * columns, 3.3 * rows + 0.6), layout="constrained")
     all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, name in zip(all_axes, names, strict=False):
         for tier in dict.fromkeys(line.tier for line in lines):
-            own = [line for line in lines if line.tier == tier and name in line.figures]
-            bpp, values = (
-                [line.figures["bpp"] for line in own],
-                [line.figures[name] for line in own],
-            )
+            figures = [li.figures for li in lines if li.tier == tier and name in li.figures]
+            bpp, values = [f["bpp"] for f in figures], [f[name] for f in figures]
             axes.plot(bpp, values, label=tier, **_style(tier, lines))
-        _dress(axes, "bits per pixel", RATE[name])
+        _label_axes(axes, "bits per pixel", RATE[name])
     for axes in all_axes[len(names) :]:
         axes.remove()
     handles, labels = all_axes[0].get_legend_handles_labels()
-    across = -(-len(labels) // -(-len(labels) // _LABELS))  # the same in each line
-    figure.legend(handles, labels, loc="outside upper center", ncols=across, frameon=False)
+    columns = -(-len(labels) // -(-len(labels) // _LABELS))  # rows of equal length
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
     figure.savefig(file, dpi=120)
 
 
-def perception(lines: Sequence[Line], file: Path) -> None:
-    """PSNR against perceptual metrics, a point per tier, a row of plots per quality; PNG."""
-    names = _known(lines, PERCEPTION)
+def perception(lines: Sequence[SummaryLine], file: Path) -> None:
+    """Plot perceptual metrics over PSNR, a point per tier and a row per quality, into a PNG."""
+    names = _available(lines, PERCEPTION)
     qualities = list(dict.fromkeys(line.quality for line in lines))
     size = (4.8 * len(names), 3.8 * len(qualities))
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
@@ -72,12 +69,12 @@ def perception(lines: Sequence[Line], file: Path) -> None:
         for axes, name in zip(row, names, strict=True):
             _points(axes, [line for line in lines if line.quality == quality], name, lines)
             axes.set_title(f"quality {quality}", loc="left", fontsize=9, color="0.3")
-            _dress(axes, RATE["psnr"], RATE[name])
+            _label_axes(axes, RATE["psnr"], RATE[name])
     figure.savefig(file, dpi=120)
 
 
 def calibration(curves: Mapping[int, Sequence[Point]], file: Path) -> None:
-    """Error of x0 over t, a colour per quality: a line predicted, dots actual; PNG."""
+    """Plot the predicted (line) and actual (dots) error of x0 over t, per quality, into a PNG."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     for (quality, points), colour in zip(sorted(curves.items()), _COLOURS, strict=False):
@@ -90,23 +87,27 @@ def calibration(curves: Mapping[int, Sequence[Point]], file: Path) -> None:
     axes.plot([], [], ":", color="0.4", linewidth=1, label="of x0 = 0")
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside right upper", frameon=False)
-    _dress(axes, "time t (0: picture, 1: noise)", "mean squared error of x0")
+    _label_axes(axes, "time t (0: picture, 1: noise)", "mean squared error of x0")
     figure.savefig(file, dpi=120)
 
 
-def _points(axes: Axes, own: Sequence[Line], name: str, lines: Sequence[Line]) -> None:
-    points = [line for line in own if {"psnr", name} <= line.figures.keys()]
+def _points(
+    axes: Axes, at_quality: Sequence[SummaryLine], name: str, lines: Sequence[SummaryLine]
+) -> None:
+    points = [line for line in at_quality if {"psnr", name} <= line.figures.keys()]
     for line in points:
         style = _style(line.tier, lines) | {"linestyle": "none"}
         axes.plot(line.figures["psnr"], line.figures[name], **style)
     axes.margins(x=0.12, y=0.15)
     colours = [_style(line.tier, lines)["color"] for line in points]
-    places = [(line.figures["psnr"], line.figures[name], line.tier) for line in points]
-    _label(axes, places, colours)
+    labels = [(line.figures["psnr"], line.figures[name], line.tier) for line in points]
+    _label_points(axes, labels, colours)
 
 
-def _label(axes: Axes, points: Sequence[tuple[float, float, str]], colours: Sequence[Any]) -> None:
-    """Names in a column at the right, in the points' order, each tied to its point."""
+def _label_points(
+    axes: Axes, points: Sequence[tuple[float, float, str]], colours: Sequence[Any]
+) -> None:
+    """Write the names in a column at the right, ordered by height, with a line to each point."""
     axes.set_xlim(axes.get_xlim())
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
@@ -125,7 +126,7 @@ def _label(axes: Axes, points: Sequence[tuple[float, float, str]], colours: Sequ
 
 
 def _spread(heights: Sequence[float]) -> list[float]:
-    """The same order, at least `_LABEL_GAP` apart, pushed up from below and kept below 1."""
+    """Move heights at least `_LABEL_GAP` apart, in the same order and below 1."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     out = list(heights)
     floor = 0.0
@@ -139,25 +140,25 @@ def _spread(heights: Sequence[float]) -> list[float]:
     return out
 
 
-def _style(tier: str, lines: Sequence[Line]) -> dict[str, Any]:
-    """Colours for tiers, grey lines for what only is there to compare with."""
-    if tier in _RIVALS:
-        return {"color": "0.7", "linestyle": _RIVALS[tier], "zorder": 1.2, "linewidth": 1.2}
+def _style(tier: str, lines: Sequence[SummaryLine]) -> dict[str, Any]:
+    """Line style: colours for tiers, grey for baselines, controls and other codecs."""
+    if tier in _LINE_STYLES:
+        return {"color": "0.7", "linestyle": _LINE_STYLES[tier], "zorder": 1.2, "linewidth": 1.2}
     if tier in (*baselines.NAMES, SHUFFLED):
         marker = {baselines.NAMES[0]: "x", baselines.NAMES[1]: "+", SHUFFLED: "1"}[tier]
-        quiet = {"color": _GREY, "linestyle": ":", "zorder": 1.5}  # below the tiers
-        return quiet | {"marker": marker, "markersize": 7}
+        grey = {"color": _GREY, "linestyle": ":", "zorder": 1.5}  # behind the tiers
+        return grey | {"marker": marker, "markersize": 7}
     tiers = dict.fromkeys(line.tier for line in lines)
-    coloured = [t for t in tiers if t not in (*baselines.NAMES, SHUFFLED, *_RIVALS)]
-    colour = _COLOURS[coloured.index(tier) % len(_COLOURS)]
+    in_colour = [t for t in tiers if t not in (*baselines.NAMES, SHUFFLED, *_LINE_STYLES)]
+    colour = _COLOURS[in_colour.index(tier) % len(_COLOURS)]
     return {"color": colour, "marker": "o", "markersize": 5.5, "linestyle": "-"}
 
 
-def _known(lines: Sequence[Line], names: Sequence[str]) -> list[str]:
+def _available(lines: Sequence[SummaryLine], names: Sequence[str]) -> list[str]:
     return [name for name in names if any(name in line.figures for line in lines)]
 
 
-def _dress(axes: Axes, x: str, y: str) -> None:
+def _label_axes(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(color="0.92")

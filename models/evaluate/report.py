@@ -1,14 +1,14 @@
-"""The Markdown of an evaluation."""
+"""Markdown report of an evaluation."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from models.evaluate import baselines
 from models.evaluate.reference_codecs import Gap
-from models.evaluate.summary import Line
+from models.evaluate.summary import SummaryLine
 
 Titles = Mapping[str, str]
-"""Figure -> heading."""
+"""Figure -> column heading."""
 
 FIGURES: Titles = {
     "bpp": "bpp",
@@ -23,7 +23,7 @@ FIGURES: Titles = {
     "kid": "KID",
     "seconds": "seconds",
 }
-"""The field's."""
+"""Columns of the first table: the usual metrics."""
 JUDGED: Titles = {
     "psnr": "PSNR",
     "psnr_loss": "PSNR loss",
@@ -32,68 +32,82 @@ JUDGED: Titles = {
     "niqe_gap": "NIQE gap",
     "kid": "KID",
 }
-"""What tiers are judged by; these have their intervals."""
-OTHER: Titles = {
+"""Columns of the second table, with confidence intervals: the criteria for tiers."""
+DIAGNOSTICS: Titles = {
     "niqe_original": "NIQE of originals",
     "offset": "offset",
-    "offset_max": "largest",
+    "offset_max": "largest offset",
     "shift_max": "largest shift",
     "worse_lpips": "worse LPIPS",
     "seeds_ratio": "seeds ratio",
     "psnr_seeds": "PSNR over seeds",
     "lpips_seeds": "LPIPS over seeds",
 }
-RIVALS: Titles = {
+"""Columns of the third table."""
+OTHER_CODECS: Titles = {
     **{name: FIGURES[name] for name in ("bpp", "psnr", "ms_ssim", "lpips", "nlpd", "gmsd")},
     **{name: JUDGED[name] for name in ("niqe_gap", "kid")},
 }
-"""What other codecs are shown with."""
+"""Columns of the table of other codecs."""
 _LEGEND = """\
-Means over pictures, in brackets 95 % bootstrap intervals over pictures. NIQE gap: distance of a
-picture's NIQE from its original's. KID: kernel distance between patches of decodes and originals.
-LPIPS ratio and PSNR loss (dB): against the instant pictures. Offset and shift: largest difference
-of a colour channel's mean from the original and from the instant picture, in grey levels. Worse
-LPIPS: pictures with a higher LPIPS than their instant one. Seeds ratio: MSE between seeds over that
-of the instant picture. Over seeds: standard deviation of a picture's figure. Seconds: from bytes,
-on the machine that made this. What was drawn of fewer pictures than the rest is on no plot.
+Values are means over the pictures; brackets hold 95 % confidence intervals from a bootstrap over
+pictures. The plots leave out tiers that were measured on fewer pictures than the others.
+
+- PSNR (dB) and MS-SSIM: higher is better. LPIPS, DISTS, NLPD and GMSD: lower is better.
+- NIQE: best when close to the NIQE of the original. NIQE gap: the absolute difference of the two.
+- KID: kernel distance between patches of the decodes and of the originals; lower is better.
+- PSNR loss (dB) and LPIPS ratio: relative to the instant picture.
+- Seconds: from the bytes to the picture, on the machine of this evaluation.
+- Offset and shift: largest difference between the means of a colour channel, in 1/255, relative to
+  the original and to the instant picture.
+- Worse LPIPS: number of pictures whose LPIPS is higher than that of their instant picture.
+- Seeds ratio: MSE between pictures of two seeds, divided by the MSE of the instant picture.
+- PSNR and LPIPS over seeds: standard deviation over the seeds of a picture.
 """
-_NULLS = """\
-The rows `msh+noise` and `msh+unsharp` are the instant pictures with white noise, or unsharp-masked,
-each with the PSNR of the `perceptual` picture: what is no better than they are is no gain.
+_BASELINES = """\
+`msh+noise` and `msh+unsharp` are baselines: the instant picture with white noise or an unsharp
+mask, with the same PSNR as the `perceptual` picture. A tier that does not beat them is no
+improvement.
 """
 
 
 def markdown(
-    lines: Sequence[Line],
+    lines: Sequence[SummaryLine],
     decoder: str,
     images: Iterable[str],
-    others: Sequence[Line] = (),
+    others: Sequence[SummaryLine] = (),
     gaps: Sequence[Gap] = (),
 ) -> str:
-    """The whole report; `images` are names of files beside it, `others` other codecs."""
+    """The report; `images` are file names in the same folder, `others` the other codecs."""
     parts = [f"# Evaluation of decoder {decoder}\n", table(lines, FIGURES, False), _LEGEND]
-    parts += [_NULLS] if any(line.tier in baselines.NAMES for line in lines) else []
-    parts += [*_missed(lines), table(lines, JUDGED, True), table(lines, OTHER, False)]
-    parts += ["## Other codecs\n", table(others, RIVALS, False)] if others else []
+    parts += [_BASELINES] if any(line.tier in baselines.NAMES for line in lines) else []
+    parts += [
+        *_missed_baselines(lines),
+        table(lines, JUDGED, True),
+        table(lines, DIAGNOSTICS, False),
+    ]
+    parts += ["## Other codecs\n", table(others, OTHER_CODECS, False)] if others else []
     parts += [_equal_rate(gaps)] if gaps else []
     parts += [f"![{name}]({name})\n" for name in images]
     return "\n".join(parts)
 
 
-def table(lines: Sequence[Line], titles: Titles, intervals: bool) -> str:
-    """A Markdown table of the figures that any line has; a cell is empty where one lacks it."""
+def table(lines: Sequence[SummaryLine], titles: Titles, intervals: bool) -> str:
+    """A Markdown table of `titles`, without columns that no line has; missing cells are empty."""
     names = [name for name in titles if any(name in line.figures for line in lines)]
     head = ["quality", "tier", "pictures", *(titles[name] for name in names)]
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in lines:
         cells = [str(line.quality), line.tier, str(line.pictures)]
-        cells += [_ranged(line, n) if intervals else _number(line.figures.get(n), 4) for n in names]
+        cells += [
+            _with_interval(line, n) if intervals else _number(line.figures.get(n), 4) for n in names
+        ]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"
 
 
 def _equal_rate(gaps: Sequence[Gap]) -> str:
-    """A table of how far tiers are above other codecs."""
+    """A table of the PSNR of tiers minus that of other codecs."""
     rivals = list(dict.fromkeys(gap.rival for gap in gaps))
     db = {(gap.tier, gap.rival): f"{gap.db:+.2f}" for gap in gaps}
     out = ["| PSNR at equal rate, dB | " + " | ".join(f"over {name}" for name in rivals) + " |"]
@@ -103,15 +117,15 @@ def _equal_rate(gaps: Sequence[Gap]) -> str:
     return "\n".join(out) + "\n"
 
 
-def _ranged(line: Line, name: str) -> str:
-    """A figure and its interval, unless that has no width."""
+def _with_interval(line: SummaryLine, name: str) -> str:
+    """A figure, and its interval if that has a width above zero."""
     text = _number(line.figures.get(name), 3)
     low, high = line.intervals.get(name, (0, 0))
     return f"{text} [{_number(low, 3)}, {_number(high, 3)}]" if high > low else text
 
 
 def _number(value: float | None, digits: int) -> str:
-    """So many significant digits, but two to five decimals; counts and zero as they are."""
+    """Format with `digits` significant digits, but 2 to 5 decimals; integers without decimals."""
     if value is None:
         return ""
     if value == 0 or isinstance(value, int):
@@ -120,11 +134,11 @@ def _number(value: float | None, digits: int) -> str:
     return f"{value:.{min(max(decimals, 2), 5)}f}"
 
 
-def _missed(lines: Sequence[Line]) -> list[str]:
-    """A sentence for each null row that is not where it should be."""
+def _missed_baselines(lines: Sequence[SummaryLine]) -> list[str]:
+    """A sentence for each baseline that misses the PSNR of `perceptual`."""
     return [
-        f"`{line.tier}` at quality {line.quality} is up to {line.figures['null_gap']:.2f} dB "
-        "from the PSNR of `perceptual`: the nearest that could be had.\n"
+        f"`{line.tier}` at quality {line.quality} misses the PSNR of `perceptual` by up to "
+        f"{line.figures['null_gap']:.2f} dB; no amplitude comes closer.\n"
         for line in lines
         if line.figures.get("null_gap", 0) > baselines.TOLERANCE_DB
     ]

@@ -1,4 +1,4 @@
-"""Rows of pictures to one line per quality and tier, with intervals over the pictures."""
+"""Averages over pictures: one line per quality and tier, with confidence intervals."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,13 +8,15 @@ from numpy.typing import NDArray
 
 from models.evaluate import baselines, bootstrap, kid
 from models.evaluate.bootstrap import Statistic
-from models.evaluate.measure import INSTANT, ORIGINAL, PERCEPTUAL, Row
+from models.evaluate.measure import INSTANT, ORIGINAL, PERCEPTUAL, DecodeMetrics
 from models.evaluate.metrics import psnr
 
 Features = Mapping[tuple[int, str], Mapping[str, NDArray[np.float64]]]
-"""(quality, tier) -> picture -> features of its patches; the originals are quality 0."""
+"""(quality, tier) -> picture -> features of its patches; the originals have quality 0."""
+Value = Callable[[DecodeMetrics], float | None]
+"""A figure of one decoded picture; None if it has none."""
 
-_OF_ROW: Mapping[str, Callable[[Row], float | None]] = {
+_MEANS: Mapping[str, Value] = {
     "bpp": lambda r: r.bpp,
     "psnr": lambda r: psnr(r.mse),
     "ms_ssim": lambda r: r.ms_ssim,
@@ -29,12 +31,12 @@ _OF_ROW: Mapping[str, Callable[[Row], float | None]] = {
     "offset": lambda r: r.offset,
     "seconds": lambda r: r.seconds,
 }
-"""Figures that are means over pictures of something each row knows."""
+"""Figures that are averaged over the pictures."""
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """One tier at one quality; a figure that could not be had is missing."""
+class SummaryLine:
+    """Figures of one tier at one quality; a figure that no picture has is missing."""
 
     quality: int
     tier: str
@@ -43,12 +45,12 @@ class Line:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def document(self) -> dict[str, object]:
-        """For JSON: figures beside the names, intervals below `intervals`."""
-        own = {"quality": self.quality, "tier": self.tier, "pictures": self.pictures}
-        return own | self.figures | {"intervals": self.intervals}
+        """A JSON object: one key per figure, and the intervals under `intervals`."""
+        head = {"quality": self.quality, "tier": self.tier, "pictures": self.pictures}
+        return head | self.figures | {"intervals": self.intervals}
 
     def add(self, name: str, statistic: Statistic, count: int) -> None:
-        """Set `name` from the statistic of `count` pictures, where it is a finite number."""
+        """Set figure `name` to the statistic of `count` pictures, if that is a finite number."""
         estimate = bootstrap.estimate(statistic, count)
         if estimate is not None:
             self.figures[name] = estimate.value
@@ -56,50 +58,62 @@ class Line:
                 self.intervals[name] = estimate.interval
 
 
-def summary(rows: Sequence[Row], features: Features | None = None) -> list[Line]:
-    """Means over pictures, each the mean of its seeds; `features` are for KID."""
+def summary(rows: Sequence[DecodeMetrics], features: Features | None = None) -> list[SummaryLine]:
+    """One line per quality and tier; a picture's figure is the mean over its seeds.
+
+    `features` are for KID.
+    """
     lines = []
     for quality, tier in dict.fromkeys((r.quality, r.tier) for r in rows):
         at_quality = [r for r in rows if r.quality == quality]
-        own = [r for r in at_quality if r.tier == tier]
-        line = Line(quality, tier, len({r.picture for r in own}))
-        for name, value in _OF_ROW.items():
-            _add_mean(line, name, own, value)
-        line.figures["offset_max"] = max(r.offset for r in own)
-        shifts = [r.shift for r in own if r.shift is not None]
-        if shifts:
-            line.figures["shift_max"] = max(shifts)
-        for name in ("psnr", "lpips"):
-            _add_spread(line, f"{name}_seeds", own, _OF_ROW[name])
-        _compare(line, own, {r.picture: r for r in at_quality if r.tier == INSTANT})
-        if tier in baselines.NAMES:
-            _add_gap(line, own, [r for r in at_quality if r.tier == PERCEPTUAL])
-        _add_kid(line, features or {})
-        lines.append(line)
+        lines.append(_line(tier, at_quality, features or {}))
     return lines
 
 
-def _compare(line: Line, own: Sequence[Row], msh: Mapping[str, Row]) -> None:
-    """Figures relative to the instant pictures."""
-    if not msh:
+def _line(tier: str, at_quality: Sequence[DecodeMetrics], features: Features) -> SummaryLine:
+    """The line of `tier`; `at_quality` holds all tiers of one quality."""
+    rows = [r for r in at_quality if r.tier == tier]
+    line = SummaryLine(rows[0].quality, tier, len({r.picture for r in rows}))
+    for name, value in _MEANS.items():
+        _add_mean(line, name, rows, value)
+    line.figures["offset_max"] = max(r.offset for r in rows)
+    shifts = [r.shift for r in rows if r.shift is not None]
+    if shifts:
+        line.figures["shift_max"] = max(shifts)
+    for name in ("psnr", "lpips"):
+        _add_spread(line, f"{name}_seeds", rows, _MEANS[name])
+    _add_comparison(line, rows, {r.picture: r for r in at_quality if r.tier == INSTANT})
+    if tier in baselines.NAMES:
+        _add_baseline_gap(line, rows, [r for r in at_quality if r.tier == PERCEPTUAL])
+    _add_kid(line, features)
+    return line
+
+
+def _add_comparison(
+    line: SummaryLine, rows: Sequence[DecodeMetrics], instant: Mapping[str, DecodeMetrics]
+) -> None:
+    """Add the figures relative to the instant pictures."""
+    if not instant:
         return
-    lpips = _by_picture(own, lambda r: r.lpips)
-    base = [msh[picture].lpips for picture in lpips]
+    lpips = _by_picture(rows, lambda r: r.lpips)
+    base = [instant[picture].lpips for picture in lpips]
     line.add("lpips_ratio", bootstrap.ratio(list(lpips.values()), base), len(lpips))
-    _add_mean(line, "psnr_loss", own, lambda r: psnr(msh[r.picture].mse) - psnr(r.mse))
-    line.figures["worse_lpips"] = sum(v > msh[picture].lpips for picture, v in lpips.items())
-    first = {r.picture: r.seed for r in reversed(own)}
-    others = [r for r in own if r.seed != first[r.picture]]
-    _add_mean(line, "seeds_ratio", others, lambda r: _quotient(r.seeds_mse, msh[r.picture].mse))
+    _add_mean(line, "psnr_loss", rows, lambda r: psnr(instant[r.picture].mse) - psnr(r.mse))
+    line.figures["worse_lpips"] = sum(v > instant[picture].lpips for picture, v in lpips.items())
+    first = {r.picture: r.seed for r in reversed(rows)}
+    others = [r for r in rows if r.seed != first[r.picture]]
+    _add_mean(line, "seeds_ratio", others, lambda r: _quotient(r.seeds_mse, instant[r.picture].mse))
 
 
-def _add_gap(line: Line, own: Sequence[Row], perceptual: Sequence[Row]) -> None:
-    """Largest distance of a null picture from the PSNR it should have, in dB."""
-    target = {r.picture: r.mse for r in reversed(perceptual)}  # the first seed's stays
-    line.figures["null_gap"] = max(baselines.gap_db(r.mse, target[r.picture]) for r in own)
+def _add_baseline_gap(
+    line: SummaryLine, rows: Sequence[DecodeMetrics], perceptual: Sequence[DecodeMetrics]
+) -> None:
+    """Add the largest difference in dB between a baseline's PSNR and that of `perceptual`."""
+    target = {r.picture: r.mse for r in reversed(perceptual)}  # of the first seed
+    line.figures["null_gap"] = max(baselines.gap_db(r.mse, target[r.picture]) for r in rows)
 
 
-def _add_kid(line: Line, features: Features) -> None:
+def _add_kid(line: SummaryLine, features: Features) -> None:
     originals = features.get((0, ORIGINAL), {})
     decodes = features.get((line.quality, line.tier), {})
     names = [name for name, patches in decodes.items() if len(patches)]
@@ -108,31 +122,27 @@ def _add_kid(line: Line, features: Features) -> None:
         line.add("kid", kid.statistic(*pair), len(names))
 
 
-def _add_mean(
-    line: Line, name: str, rows: Sequence[Row], value: Callable[[Row], float | None]
-) -> None:
-    """Over the pictures that have the figure; nothing where none has."""
+def _add_mean(line: SummaryLine, name: str, rows: Sequence[DecodeMetrics], value: Value) -> None:
+    """Add the mean over the pictures that have the figure, if any has."""
     values = list(_by_picture(rows, value).values())
     if values:
         line.add(name, bootstrap.mean(values), len(values))
 
 
-def _add_spread(
-    line: Line, name: str, rows: Sequence[Row], value: Callable[[Row], float | None]
-) -> None:
-    """Standard deviation over a picture's seeds: the root of the mean variance over pictures."""
-    own = [v for v in _seeds_of(rows, value).values() if len(v) > 1]
-    if own:
-        line.figures[name] = float(np.sqrt(np.mean([np.var(v, ddof=1) for v in own])))
+def _add_spread(line: SummaryLine, name: str, rows: Sequence[DecodeMetrics], value: Value) -> None:
+    """Add the standard deviation over seeds: the root of the mean variance over pictures."""
+    several = [v for v in _seeds_of(rows, value).values() if len(v) > 1]
+    if several:
+        line.figures[name] = float(np.sqrt(np.mean([np.var(v, ddof=1) for v in several])))
 
 
-def _by_picture(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dict[str, float]:
-    """Picture -> mean over its seeds, where it has the figure."""
+def _by_picture(rows: Sequence[DecodeMetrics], value: Value) -> dict[str, float]:
+    """Picture -> mean of the figure over its seeds; without pictures that lack the figure."""
     return {picture: sum(v) / len(v) for picture, v in _seeds_of(rows, value).items()}
 
 
-def _seeds_of(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dict[str, list[float]]:
-    """Picture -> its figure at each seed that has one."""
+def _seeds_of(rows: Sequence[DecodeMetrics], value: Value) -> dict[str, list[float]]:
+    """Picture -> the figure of each seed; without seeds that lack the figure."""
     out: dict[str, list[float]] = {}
     for row in rows:
         figure = value(row)

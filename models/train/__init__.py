@@ -1,1 +1,1 @@
-"""Training: `python -m models.train`. Nothing outside this package imports it."""
+"""Training: `python -m models.train`. No module outside this package imports it."""

@@ -1,6 +1,6 @@
-"""`python -m models.train msh | bank | diffusion | follow | export`: see `--help` of each.
+"""`python -m models.train msh | bank | diffusion | follow | export`; each has `--help`.
 
-Several devices: `torchrun --nproc-per-node N -m models.train …` with the same options.
+To train on several devices: `torchrun --nproc-per-node N -m models.train …` with the same options.
 """
 
 import argparse
@@ -9,14 +9,15 @@ from typing import Any
 
 from models.errors import AfterimageError
 from models.train import bank
-from models.train.adapt import follow
+from models.train.adapt import adapt
 from models.train.config import RunConfig, add_options
-from models.train.decoder_config import DiffusionConfig, resolved
+from models.train.decoder_config import DiffusionConfig, resolve
 from models.train.diffusion import DiffusionTask
-from models.train.distributed import Ranks
-from models.train.msh import MshConfig, MshTask, sized
+from models.train.distributed import ProcessGroup
+from models.train.msh import MshConfig, MshTask, with_init_sizes
 from models.train.photos import photographs
-from models.train.run import Run, Task
+from models.train.run import Run
+from models.train.task import Task
 
 
 def main() -> None:
@@ -29,7 +30,8 @@ def main() -> None:
         elif command == "export":
             _export(**args)
         elif command == "follow":
-            print(f"{follow(**args):.4f} of the latents' power is left over")  # noqa: T201
+            unexplained = adapt(**args)
+            print(f"{unexplained:.4f} of the latents' power is not explained by the map")  # noqa: T201
         else:
             _train(command, args)
     except (ValueError, OSError, AfterimageError) as e:
@@ -42,48 +44,55 @@ def _parser() -> argparse.ArgumentParser:
     add_options(commands.add_parser("msh", help="train the codec"), MshConfig)
     add_options(commands.add_parser("diffusion", help="train the decoder"), DiffusionConfig)
 
-    b = commands.add_parser("bank", help="encode photographs once, onto the disk")
+    b = commands.add_parser("bank", help="encode photographs once and store the results")
     b.add_argument("--photos", type=Path, required=True, help="folder of photographs")
     b.add_argument("--out", type=Path, required=True, help="folder of the bank")
-    b.add_argument("--quality", type=int, choices=(1, 2, 3), required=True, help="of the codec")
-    b.add_argument("--codecs", type=Path, help="folder of msh_q….safetensors, if not the shipped")
-    b.add_argument("--variants", type=int, default=1, help="ways to show each photograph")
-    b.add_argument("--held-out", action="store_true", help="the held-out photographs only")
-    b.add_argument("--limit", type=int, help="only the first so many photographs")
-    b.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to encode on")
+    b.add_argument("--quality", type=int, choices=(1, 2, 3), required=True, help="codec quality")
+    b.add_argument(
+        "--codecs", type=Path, help="folder of msh_q….safetensors (default: shipped weights)"
+    )
+    b.add_argument(
+        "--variants", type=int, default=1,
+        help="scaled, flipped or transposed versions of each photograph (default: 1, unchanged)",
+    )  # fmt: skip
+    b.add_argument("--held-out", action="store_true", help="encode the held-out photographs only")
+    b.add_argument("--limit", type=int, help="encode the first N photographs only")
+    b.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device")
 
-    f = commands.add_parser("follow", help="adapt a decoder to a codec that was trained on")
+    f = commands.add_parser("follow", help="adapt a decoder to a codec that was trained further")
     f.add_argument("decoder", type=Path, help="decoder.safetensors of a run, or the shipped one")
-    f.add_argument("--quality", type=int, choices=(1, 2, 3), required=True, help="of the codecs")
-    f.add_argument("--before", type=Path, required=True, help="the codec that it knows")
-    f.add_argument("--after", type=Path, required=True, help="the same, trained on")
+    f.add_argument("--quality", type=int, choices=(1, 2, 3), required=True, help="codec quality")
+    f.add_argument("--before", type=Path, required=True, help="codec that the decoder knows")
+    f.add_argument("--after", type=Path, required=True, help="the same codec, trained further")
     f.add_argument("--photos", type=Path, required=True, help="folder of photographs")
     f.add_argument("--out", type=Path, required=True, help="file to write")
 
     e = commands.add_parser("export", help="install weights into models/weights/")
     e.add_argument("file", type=Path, help="decoder.safetensors of a run, or a codec's state dict")
-    e.add_argument("--quality", type=int, choices=(1, 2, 3), help="the file is a codec's")
+    e.add_argument(
+        "--quality", type=int, choices=(1, 2, 3), help="quality, if the file holds a codec"
+    )
     e.add_argument(
         "--sizes", type=int, nargs=2, metavar=("N", "M"),
-        help="widen that codec to so many hidden and latent channels; it computes the same",
+        help="widen the codec to N hidden and M latent channels; its output stays the same",
     )  # fmt: skip
     return parser
 
 
 def _train(command: str, args: dict[str, Any]) -> None:
-    ranks = Ranks.join(args.get("device", "auto"))
+    group = ProcessGroup.join(args.get("device", "auto"))
     try:
         task: Task
         config: RunConfig
         if command == "msh":
-            codec = sized(MshConfig(**args))
-            task, config = MshTask(codec, ranks), codec
+            codec_config = with_init_sizes(MshConfig(**args))
+            task, config = MshTask(codec_config, group), codec_config
         else:
-            decoder = resolved(DiffusionConfig(**args))
-            task, config = DiffusionTask(decoder, ranks), decoder
-        Run(task, config, ranks).go()
+            decoder_config = resolve(DiffusionConfig(**args))
+            task, config = DiffusionTask(decoder_config, group), decoder_config
+        Run(task, config, group).train()
     finally:
-        ranks.leave()
+        group.leave()
 
 
 def _bank(
@@ -97,16 +106,17 @@ def _bank(
     device: str,
 ) -> None:
     files = photographs(photos, held_out)[:limit]
-    bank.build(files, out / f"q{quality}", quality, codecs, variants, Ranks.join(device).device)
+    torch_device = ProcessGroup.join(device).device
+    bank.build(files, out / f"q{quality}", quality, codecs, variants, torch_device)
 
 
 def _export(file: Path, quality: int | None, sizes: tuple[int, int] | None) -> None:
-    from models.train import export  # needs compressai, which the trainers do not
+    from models.train import export  # imports compressai, which training does not need
 
     if sizes and not quality:
-        raise ValueError("--sizes are a codec's; --quality says which")
-    own = export.codec(file, quality, sizes=sizes) if quality else export.decoder(file)
-    print(own)  # noqa: T201
+        raise ValueError("--sizes widens a codec: add its --quality")
+    weights_id = export.codec(file, quality, sizes=sizes) if quality else export.decoder(file)
+    print(weights_id)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A decoder follows a codec that was trained on, before it learns anything anew.
+"""Adapt a decoder to a codec that was trained further, without training the decoder.
 
-Training moves a codec's latents: they turn, and scale, a little. The linear map from the new
-latents of a position to the old ones, by least squares over photographs, is folded into the layer
-that reads them. What that leaves over is for training to learn.
+Training rotates and scales a codec's latents slightly. A linear map from the new latents of a
+position to the old ones, fitted by least squares on photographs, is folded into the layer that
+reads the latents. Training then only has to learn what the map cannot express.
 """
 
 from collections.abc import Iterable
@@ -20,23 +20,23 @@ from models.train.encoder import Encoder
 from models.train.photos import photographs
 
 RIDGE = 1e-3
-"""Squared latents added to the normal equations, per position: idle channels stay unread."""
+"""Ridge term per position in the normal equations: idle channels get weight zero."""
 PHOTOGRAPHS = 60
-"""How many the map is fitted to, spread over a folder."""
+"""Upper bound of the photographs that the map is fitted to, spread evenly over the folder."""
 
 
-def follow(
-    decoder: Path, quality: int, before: Path, after: Path, photos: Path, out: Path
-) -> float:
-    """Write `decoder`, of a compact preset, for the codec `after` in place of `before`, to `out`.
+def adapt(decoder: Path, quality: int, before: Path, after: Path, photos: Path, out: Path) -> float:
+    """Adapt `decoder` (of a compact preset) from the codec `before` to `after`; write it to `out`.
 
-    Returns the part of the old latents' power that the map leaves over. A codec with fewer channels
-    than the decoder reads counts as one that was widened. `WeightsError` where a file is none of
-    what it is called.
+    Returns the fraction of the old latents' power that the map does not explain. A codec with fewer
+    channels than the decoder reads is treated as if it had been widened. Raises `WeightsError` if a
+    file holds something else.
     """
     tensors, metadata = checkpoint.read(decoder)
     if f"conditioner.latents.{quality}.weight" not in tensors:
-        raise WeightsError(f"{decoder}: reads no latents of quality {quality}")
+        raise WeightsError(
+            f"{decoder}: reads no latents of quality {quality}; give a decoder of a compact preset"
+        )
     cpu = torch.device("cpu")
     old, new = (Encoder(checkpoint.read(file)[0], cpu) for file in (before, after))
     files = photographs(photos, held_out=False)
@@ -44,43 +44,47 @@ def follow(
     pictures = (bank.Variant(path, quality, 0).pixels() for path in files)
     m = len(tensors["conditioner.latent_scale"])
     pairs = ((_latents(old, x, m), _latents(new, x, m)) for x in pictures)
-    change, left = fit(pairs)
-    tensors |= turned(tensors, quality, change)
-    metadata.pop(checkpoint.CODECS, None)  # of those before
+    latent_map, unexplained = fit_map(pairs)
+    tensors |= folded(tensors, quality, latent_map)
+    metadata.pop(checkpoint.CODECS, None)  # lists the previous codecs
     with atomic_write(out) as part:
         save_file(tensors, part, metadata)
-    return left
+    return unexplained
 
 
-def fit(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, float]:
-    """Old and new latents, each (positions, M) -> the map (M + 1, M) with its offset as last row.
+def fit_map(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, float]:
+    """Fit the affine map from new to old latents; `pairs` are (old, new), each (positions, M).
 
-    And the part of the old latents' power that it leaves over.
+    Returns the map (M + 1, M), its offset in the last row, and the fraction of the old latents'
+    power that it does not explain.
     """
     squares = products = power = torch.zeros((), dtype=torch.float64)
     for old, new in pairs:
-        known = torch.cat([new, new.new_ones(len(new), 1)], 1)
-        squares = squares + known.T @ known
-        products = products + known.T @ old
+        inputs = torch.cat([new, new.new_ones(len(new), 1)], 1)
+        squares = squares + inputs.T @ inputs
+        products = products + inputs.T @ old
         power = power + old.square().sum()
     ridge = RIDGE * squares[-1, -1] * torch.eye(len(squares), dtype=torch.float64)
-    change = torch.linalg.solve(squares + ridge, products)
-    left = power - 2 * (change * products).sum() + (change * (squares @ change)).sum()
-    return change, float(left / power)
+    latent_map = torch.linalg.solve(squares + ridge, products)
+    residual = power - 2 * (latent_map * products).sum()
+    residual = residual + (latent_map * (squares @ latent_map)).sum()
+    return latent_map, float(residual / power)
 
 
-def turned(tensors: dict[str, Tensor], quality: int, change: Tensor) -> dict[str, Tensor]:
-    """The weight of a decoder's layer for this quality, behind the map `change`."""
+def folded(tensors: dict[str, Tensor], quality: int, latent_map: Tensor) -> dict[str, Tensor]:
+    """Return the weight of the decoder's layer for `quality` with `latent_map` folded in."""
     name = f"conditioner.latents.{quality}.weight"
     weight, scale = tensors[name].double()[:, :, 0, 0], tensors["conditioner.latent_scale"].double()
     m = len(scale)
-    reads = weight[:, :m] * scale
-    offset = weight[:, -1] + reads @ change[m]  # beside the flag that latents are shown
-    made = torch.cat([reads @ change[:m].T / scale, weight[:, m:-1], offset[:, None]], 1)
-    return {name: made[:, :, None, None].to(tensors[name].dtype).contiguous()}
+    of_latents = weight[:, :m] * scale
+    # the last input is 1 where latents are visible and 0 where they are hidden
+    visible = weight[:, -1] + of_latents @ latent_map[m]
+    parts = [of_latents @ latent_map[:m].T / scale, weight[:, m:-1], visible[:, None]]
+    new_weight = torch.cat(parts, 1)[:, :, None, None]
+    return {name: new_weight.to(tensors[name].dtype).contiguous()}
 
 
 def _latents(codec: Encoder, x: Tensor, m: int) -> Tensor:
-    """(positions, m) in double precision."""
+    """Latents of a picture padded with zeros to `m` channels, (positions, m) float64."""
     y_hat = codec(x)["y_hat"].flatten(1).T.double()
     return torch.nn.functional.pad(y_hat, (0, m - y_hat.shape[1]))

@@ -1,4 +1,4 @@
-"""Configurations: dataclasses whose fields carry their help, which the command line follows."""
+"""Run configurations: dataclasses whose fields define the command-line options."""
 
 import argparse
 import dataclasses
@@ -10,81 +10,109 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def option(default: T, help: str, **more: Any) -> T:
-    """A dataclass field with its help text; `more` goes to `add_argument`."""
-    field: T = dataclasses.field(default=default, metadata={"help": help, **more})
+def option(default: T, help: str, **settings: Any) -> T:
+    """Return a dataclass field with a help text; `settings` are passed to `add_argument`."""
+    field: T = dataclasses.field(default=default, metadata={"help": help, **settings})
     return field
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stage:
-    """A part of a run: what is trained, and how long."""
+    """One stage of a run. It lasts `steps` training steps, or `minutes` if `steps` is None."""
 
     name: str
-    minutes: float
+    minutes: float = 0.0
+    steps: int | None = None
+
+    @property
+    def length(self) -> float:
+        """Length of the stage in `unit`."""
+        return self.minutes * 60 if self.steps is None else self.steps
+
+    @property
+    def unit(self) -> str:
+        """Unit in which progress through the stage is measured: `s` or `steps`."""
+        return "s" if self.steps is None else "steps"
 
     @classmethod
-    def plan(cls, text: str) -> "tuple[Stage, ...]":
-        """`name:minutes,name:minutes`; an error for the command line for anything else."""
-        stages = []
-        for part in text.split(","):
-            name, _, minutes = part.partition(":")
-            try:
-                stages.append(cls(name, float(minutes)))
-            except ValueError as e:
-                raise argparse.ArgumentTypeError(f"{part!r} is not NAME:MINUTES") from e
-        return tuple(stages)
+    def parse_plan(cls, text: str) -> "tuple[Stage, ...]":
+        """Parse `phase1:30,phase2:200steps`: a name and minutes or steps for each stage.
+
+        Raises `argparse.ArgumentTypeError` if a stage has another form.
+        """
+        return tuple(cls._parse(part) for part in text.split(","))
+
+    @classmethod
+    def _parse(cls, text: str) -> "Stage":
+        name, _, length = text.partition(":")
+        try:
+            if length.endswith("steps"):
+                return cls(name, steps=int(length.removesuffix("steps")))
+            return cls(name, float(length))
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: write NAME:MINUTES or NAME:Nsteps, such as phase1:30 or phase1:200steps"
+            ) from e
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """What every trainer's run needs; each trainer adds its own."""
+    """Options that all trainers share; each trainer adds its own."""
 
-    out: str = option("", "folder of checkpoints, log and weights; repeat to resume", required=True)
-    plan: tuple[Stage, ...] = option((), "stages and minutes, NAME:MINUTES,…", type=Stage.plan)
+    out: str = option(
+        "", "folder for checkpoints, log and weights; use the same one to resume", required=True
+    )
+    plan: tuple[Stage, ...] = option(
+        (),
+        "stages: NAME:MINUTES or NAME:Nsteps, separated by commas",
+        type=Stage.parse_plan,
+        metavar="NAME:LENGTH,…",
+    )
     init: str = option("", "safetensors file with the weights to start from")
     optimiser: str = option(
         "adam",
-        "soap goes farther in the same time, from weights that are trained already",
+        "soap learns more in the same time when it starts from trained weights",
         choices=("adam", "soap"),
     )
-    lr: float = option(0.0, "learning rate at its top; 0: the preset's own")
-    batch: int = option(8, "crops in a step, on each device")
-    crop: int = option(128, "pixels along a crop's side")
-    warm: int = option(200, "steps over which a stage's learning rate rises")
-    clip: float = option(1.0, "largest norm of a gradient")
-    ema: float = option(0.0, "decay of the averaged weights in a step; 0: the preset's own")
-    seed: int = option(0, "every draw depends on it, the rank and the step alone")
-    device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    lr: float = option(0.0, "peak learning rate; 0: the preset's value")
+    batch: int = option(8, "crops per step on each device")
+    crop: int = option(128, "side length of a crop in pixels")
+    warm: int = option(200, "steps of learning-rate warm-up at the start of each stage")
+    clip: float = option(1.0, "largest gradient norm; larger gradients are scaled down to it")
+    ema: float = option(0.0, "decay per step of the averaged weights; 0: the preset's value")
+    seed: int = option(0, "random seed; with rank and step number it determines every draw")
+    device: str = option("auto", "device to train on", choices=("auto", "cpu", "cuda"))
     bf16: bool | None = option(None, "bfloat16 in the wide layers (default: on CUDA only)")
-    compile: bool = option(False, "torch.compile the networks")
+    compile: bool = option(False, "compile the networks with torch.compile")
     save_s: float = option(120.0, "seconds between checkpoints")
-    log_s: float = option(30.0, "seconds between lines of the log")
+    log_s: float = option(30.0, "seconds between rows of the log")
 
 
 PATHS = frozenset({"out", "init", "photos", "bank", "held_out", "lpips", "codecs"})
-"""Fields that name files: a card tells their last part only."""
+"""Fields that hold paths; `card` records only the last part of each."""
 
 
 def card(config: RunConfig) -> dict[str, Any]:
-    """`config` as it is recorded with weights: JSON, without anyone's folders."""
+    """Return `config` as JSON values for a weights file's metadata, without local folder names."""
     fields = dataclasses.asdict(config)
     del fields["out"]
     return {k: Path(v).name if k in PATHS and v else v for k, v in fields.items()}
 
 
 def add_options(parser: argparse.ArgumentParser, config: type[RunConfig]) -> None:
-    """One option per field of `config`; what is not given keeps the field's default."""
+    """Add one option per field of `config`. Omitted options keep the field's default."""
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
-        settings = {"default": argparse.SUPPRESS, **_reads(hints[field.name]), **field.metadata}
+        settings = {
+            "default": argparse.SUPPRESS, **_settings_of(hints[field.name]), **field.metadata
+        }  # fmt: skip
         if "default" not in settings["help"] and field.default not in ("", (), None):
             settings["help"] += f" (default: {field.default})"
         parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
 
 
-def _reads(hint: Any) -> dict[str, Any]:
-    """How `add_argument` reads a value of this type."""
+def _settings_of(hint: Any) -> dict[str, Any]:
+    """Return the arguments of `add_argument` for a field of this type."""
     if isinstance(hint, types.UnionType):
         hint = typing.get_args(hint)[0]
     if hint is bool:

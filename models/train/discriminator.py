@@ -1,4 +1,4 @@
-"""The adversarial term of phase 2: is this picture the photograph or the decoder's?"""
+"""The discriminator of phase 2: tells photographs from pictures of the decoder."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from models.geometry import STRIDE_Y
 
 _LATENTS = 12
-"""Channels that `y_hat` is reduced to before it is laid over the pixels (HiFiC's number)."""
+"""Channels that `y_hat` is reduced to before it is upsampled to the pixels (as in HiFiC)."""
 
 
 class Discriminator(nn.Module):
@@ -28,24 +28,25 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(
-        self, x: Tensor, x_hat: Tensor, y_hat: Tensor, place: tuple[int, int] = (0, 0)
+        self, x: Tensor, x_hat: Tensor, y_hat: Tensor, offset: tuple[int, int] = (0, 0)
     ) -> Tensor:
         """`x`, `x_hat` (B, 3, H, W) in [0, 1], `y_hat` (B, M, H/16, W/16) -> logits.
 
-        It looks from the pixel at `place` on, since its strides see the same phase everywhere.
+        Rows and columns before `offset` are cut off. The strides multiply to 16, so the offset
+        determines which phase of a periodic pattern the discriminator sees.
         """
-        seen = F.leaky_relu(self.latents(torch.tanh(y_hat / 4)), 0.2)  # latents reach ±60
-        over = F.interpolate(seen, scale_factor=float(STRIDE_Y), mode="nearest")
-        whole = torch.cat([x * 2 - 1, x_hat * 2 - 1, over], 1)
-        logits: Tensor = self.layers(whole[:, :, place[0] :, place[1] :])
+        latents = F.leaky_relu(self.latents(torch.tanh(y_hat / 4)), 0.2)  # y_hat reaches ±60
+        upsampled = F.interpolate(latents, scale_factor=float(STRIDE_Y), mode="nearest")
+        stacked = torch.cat([x * 2 - 1, x_hat * 2 - 1, upsampled], 1)
+        logits: Tensor = self.layers(stacked[:, :, offset[0] :, offset[1] :])
         return logits
 
 
-def discriminator_loss(real: Tensor, made: Tensor) -> Tensor:
-    """Hinge loss of the logits."""
-    return F.relu(1 - real).mean() + F.relu(1 + made).mean()
+def discriminator_loss(real: Tensor, generated: Tensor) -> Tensor:
+    """Hinge loss of the discriminator's logits for photographs and for generated pictures."""
+    return F.relu(1 - real).mean() + F.relu(1 + generated).mean()
 
 
-def generator_loss(made: Tensor) -> Tensor:
-    """What the decoder wants of the logits."""
-    return -made.mean()
+def generator_loss(generated: Tensor) -> Tensor:
+    """Adversarial loss of the decoder, from the logits for its pictures."""
+    return -generated.mean()

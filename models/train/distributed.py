@@ -1,4 +1,4 @@
-"""The processes of one run: alone, or those that `torchrun` started, one per device."""
+"""The processes of a training run: one alone, or one per device, started by `torchrun`."""
 
 import os
 from collections.abc import Iterable
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
-    """What all ranks know after a look around."""
+class GroupStatus:
+    """State of all ranks since the last exchange."""
 
-    finite: bool  # every loss and gradient since the last look, on every rank
-    stopping: bool  # some rank was asked to stop
-    seconds: float  # the slowest rank's time since the last look
+    finite: bool  # no rank had a loss or gradient that is NaN or infinite
+    stopping: bool  # at least one rank received a stop signal
+    seconds: float  # time of the slowest rank
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
-    """This process's place among those of the run; data parallel by hand.
+class ProcessGroup:
+    """This process and its device within the group of ranks that train data-parallel.
 
     Parameters start equal and receive the same averaged gradients, so they stay equal.
     """
@@ -30,40 +30,45 @@ class Ranks:
     device: torch.device
 
     @classmethod
-    def join(cls, device: str = "auto") -> "Ranks":
-        """From `torchrun`'s environment; `auto` is CUDA where there is one."""
+    def join(cls, device: str = "auto") -> "ProcessGroup":
+        """Join the group that `torchrun`'s environment describes.
+
+        `device` is `cpu`, `cuda`, or `auto` for CUDA if available.
+        """
         world, rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0")))
         kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        own = torch.device(kind)
+        rank_device = torch.device(kind)
         if kind == "cuda":
-            own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(own)
+            rank_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(rank_device)
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")
         if world > 1:
             if kind == "cuda":
-                dist.init_process_group("nccl", device_id=own)
+                dist.init_process_group("nccl", device_id=rank_device)
             else:
                 dist.init_process_group("gloo")
-        return cls(rank, world, own)
+        return cls(rank, world, rank_device)
 
     @property
-    def first(self) -> bool:
-        """Whether this process writes the log and the checkpoints."""
+    def is_first(self) -> bool:
+        """True for the process that writes the log and the checkpoints."""
         return self.rank == 0
 
-    def equalise(self, modules: Iterable[nn.Module]) -> None:
-        """Give every rank the first one's parameters and buffers."""
+    def broadcast(self, modules: Iterable[nn.Module]) -> None:
+        """Copy the first rank's parameters and buffers to all ranks."""
         if self.world > 1:
             for module in modules:
                 for tensor in module.state_dict().values():
-                    own = tensor.contiguous()  # a collective wants rows one after another
-                    dist.broadcast(own, 0)
-                    tensor.copy_(own)
+                    buffer = tensor.contiguous()  # collectives need contiguous memory
+                    dist.broadcast(buffer, 0)
+                    tensor.copy_(buffer)
 
-    def average(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace gradients by their mean over ranks, in one message. Which parameters have one is
-        the same on all: the others are left alone."""
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace each gradient by its mean over all ranks, in a single all-reduce.
+
+        Parameters without a gradient are skipped; they must be the same ones on every rank.
+        """
         grads = [p.grad for p in parameters if p.grad is not None]
         if self.world == 1 or not grads:
             return
@@ -73,22 +78,25 @@ class Ranks:
         for g, mean in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
             g.copy_(mean.view(g.shape))
 
-    def agree(self, failed: Tensor, stopping: bool, seconds: float) -> Agreement:
-        """`failed` is a boolean on the device; reading it is what waits for the device."""
-        if self.world == 1:
-            return Agreement(not bool(failed), stopping, seconds)
-        told = torch.tensor([0.0, stopping, seconds], dtype=torch.float64, device=self.device)
-        told[0] = failed
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        bad, stop, slowest = told.tolist()
-        return Agreement(not bad, bool(stop), slowest)
+    def exchange_status(self, failed: Tensor, stopping: bool, seconds: float) -> GroupStatus:
+        """Combine the status of all ranks. `failed` is a boolean on the device.
 
-    def wait(self) -> None:
-        """Until every rank is here."""
+        Reading `failed` waits until the device has finished its queued work.
+        """
+        if self.world == 1:
+            return GroupStatus(not bool(failed), stopping, seconds)
+        values = torch.tensor([0.0, stopping, seconds], dtype=torch.float64, device=self.device)
+        values[0] = failed
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        any_failed, any_stopping, slowest = values.tolist()
+        return GroupStatus(not any_failed, bool(any_stopping), slowest)
+
+    def barrier(self) -> None:
+        """Wait until every rank has reached this call."""
         if self.world > 1:
             dist.barrier()
 
     def leave(self) -> None:
-        """End what `join` began."""
+        """Shut down the communication that `join` set up."""
         if self.world > 1:
             dist.destroy_process_group()

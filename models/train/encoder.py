@@ -1,6 +1,7 @@
-"""The codec's encoding side in torch alone, on any device: what a decoder will know of a picture.
+"""The codec's encoder in torch alone, on any device, without entropy coding.
 
-No entropy coder: a position's bits are those of the Gaussians that the coder's tables are made of.
+It computes what a decoder receives for a picture. Bits per position are computed from the Gaussians
+that the entropy coder's tables are made of.
 """
 
 from pathlib import Path
@@ -12,18 +13,15 @@ from torch import Tensor
 from models import checkpoint
 from models.codec.msh import MeanScaleHyperprior
 from models.errors import WeightsError
-from models.geometry import STRIDE_Y
-from models.train.entropy import gaussian_likelihood, tabled
-
-STRIDE_Z = 64
-"""Pixels between two positions of z."""
+from models.geometry import STRIDE_Y, STRIDE_Z
+from models.train.entropy import gaussian_likelihood, table_scales
 
 
 class Encoder:
     """The frozen codec of one quality."""
 
     def __init__(self, tensors: dict[str, Tensor], device: torch.device) -> None:
-        """`tensors` have CompressAI's names; `WeightsError` where they are no such codec's."""
+        """`tensors` is a CompressAI state dict. Raises `WeightsError` if it is of another model."""
         try:
             m, n = tensors["g_a.6.weight"].shape[:2]
             self.net = MeanScaleHyperprior(n, m)
@@ -31,14 +29,14 @@ class Encoder:
             self.net.load_state_dict(state)
             medians = tensors["entropy_bottleneck.quantiles"].float()[:, 0, 1]
         except (KeyError, RuntimeError) as e:
-            raise WeightsError(f"no mean-scale hyperprior: {e}") from e
+            raise WeightsError(f"not a mean-scale hyperprior: {e}") from e
         self.net.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
         self.medians = medians[None, :, None, None].to(device)
         self.weights_id = checkpoint.weights_id(tensors)
 
     @classmethod
     def load(cls, quality: int, folder: Path | None, device: torch.device) -> "Encoder":
-        """`folder`'s `msh_q….safetensors`; without a folder, the shipped weights."""
+        """Load `msh_q….safetensors` from `folder`, or the shipped weights if it is None."""
         if folder is not None:
             return cls(checkpoint.read(folder / f"msh_q{quality}.safetensors")[0], device)
         for entry in checkpoint.manifest():
@@ -48,16 +46,16 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
-        """`x` (3, H, W) uint8, sides multiples of 16 -> the tensors of one entry of a bank.
+        """`x` (3, H, W) uint8, sides multiples of 16 -> the tensors of one bank entry.
 
         `x`, `x_hat` (3, H, W) uint8; `y_hat` (M, H/16, W/16), `bits` (1, H/16, W/16) float16.
-        On CUDA in TF32, which rounds a latent of 60 by a sixteenth of the quantiser's step: that
-        matters to a bitstream, not to an example. A dozen processes and more on one H100 encoded 13
-        photographs a second in float32, about a hundred in TF32.
+        CUDA uses TF32: an H100 encoded about 100 photographs per second, and 13 in float32. TF32
+        rounds a latent of 60 by 1/16 of the quantiser's step, which would break a bitstream but is
+        harmless in training data.
         """
         height, width = x.shape[1:]
-        beyond = (0, -width % STRIDE_Z, 0, -height % STRIDE_Z)
-        picture = F.pad(x[None].to(self.medians.device).float() / 255, beyond, mode="replicate")
+        padding = (0, -width % STRIDE_Z, 0, -height % STRIDE_Z)
+        picture = F.pad(x[None].to(self.medians.device).float() / 255, padding, mode="replicate")
         rows, columns = height // STRIDE_Y, width // STRIDE_Y
         y = self.net.g_a(picture)
         z_hat = torch.round(self.net.h_a(y) - self.medians) + self.medians
@@ -65,7 +63,7 @@ class Encoder:
         symbols = torch.round(y - means_hat)
         y_hat = symbols + means_hat
         x_hat = self.net.g_s(y_hat)[0, :, :height, :width].clamp(0, 1)
-        p = gaussian_likelihood(symbols, tabled(scales_hat), torch.zeros_like(symbols))
+        p = gaussian_likelihood(symbols, table_scales(scales_hat), torch.zeros_like(symbols))
         bits = -p.log2().sum(1)
         return {
             "x": x,

@@ -1,4 +1,4 @@
-"""The rate's side of the codec, differentiable: densities of z and y (Ballé 2018, Minnen 2018)."""
+"""The codec's rate: differentiable densities of the latents y and z (Ballé 2018, Minnen 2018)."""
 
 import math
 from typing import Any
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 SCALE_MIN = 0.11
 """Lower bound of a latent's scale, the first entry of the decoder's scale table."""
 SCALE_TABLE = torch.linspace(math.log(SCALE_MIN), math.log(256), 64).exp()
-"""The scales that a decoder has tables for (CompressAI's)."""
+"""Scales for which the entropy decoder has tables (CompressAI's)."""
 LIKELIHOOD_MIN = 1e-9
-"""No symbol costs more than 30 bits while training."""
+"""Lower bound of a symbol's probability in training: no symbol costs more than 30 bits."""
 TAIL = 1e-9
-"""Probability beyond the outer quantiles, together."""
+"""Total probability of z outside the first and last quantile."""
 
 
 class LowerBound(torch.autograd.Function):
-    """max(x, bound) whose gradient still pulls x back up over the bound."""
+    """max(x, bound), with the gradient kept where it increases an x that is below the bound."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
@@ -33,10 +33,10 @@ class LowerBound(torch.autograd.Function):
 
 
 class EntropyBottleneck(nn.Module):
-    """Fully factorised density of z (Ballé 2018, appendix 6.1), with CompressAI's names.
+    """Fully factorised density of z (Ballé 2018, appendix 6.1), with CompressAI's parameter names.
 
-    `quantiles` (C, 1, 3) are no parameters of the loss: `settle` puts them where the density has
-    its tails and its median, around which z is rounded.
+    `quantiles` (C, 1, 3) hold the lower tail, median and upper tail of each channel. They are not
+    trained: `update_quantiles` computes them from the density. z is rounded around the median.
     """
 
     def __init__(self, channels: int, spread: float = 10.0) -> None:
@@ -56,18 +56,18 @@ class EntropyBottleneck(nn.Module):
 
     @property
     def medians(self) -> Tensor:
-        """(1, C, 1, 1)."""
+        """Medians of the channels, (1, C, 1, 1)."""
         return self.quantiles[None, :, 0, 1, None, None]
 
     def likelihood(self, z: Tensor) -> Tensor:
         """`z` (B, C, h, w) -> probability of the unit interval around each, (C, 1, B h w)."""
         v = z.transpose(0, 1).reshape(z.shape[1], 1, -1)
         p = torch.sigmoid(self._logits(v + 0.5)) - torch.sigmoid(self._logits(v - 0.5))
-        return bounded(p, LIKELIHOOD_MIN)
+        return lower_bound(p, LIKELIHOOD_MIN)
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Find the quantiles by bisection."""
+    def update_quantiles(self) -> None:
+        """Compute the quantiles of the current density by bisection."""
         logit = math.log(2 / TAIL - 1)
         target = torch.tensor([-logit, 0.0, logit], device=self.quantiles.device)
         low, high = (torch.full_like(self.quantiles, end) for end in (-1e4, 1e4))
@@ -78,7 +78,7 @@ class EntropyBottleneck(nn.Module):
         self.quantiles.copy_((low + high) / 2)
 
     def _logits(self, x: Tensor) -> Tensor:
-        """Of the cumulative density; `x` (C, 1, n)."""
+        """Logits of the cumulative distribution at `x` (C, 1, n)."""
         for i, (matrix, bias) in enumerate(zip(self.matrices, self.biases, strict=True)):
             x = F.softplus(matrix) @ x + bias
             if i < len(self.factors):
@@ -87,29 +87,30 @@ class EntropyBottleneck(nn.Module):
 
 
 def gaussian_likelihood(y: Tensor, scales: Tensor, means: Tensor) -> Tensor:
-    """Probability of the unit interval around each entry of `y`."""
-    s = bounded(scales, SCALE_MIN) * math.sqrt(2)
+    """Gaussian probability of the unit interval around each entry of `y`."""
+    s = lower_bound(scales, SCALE_MIN) * math.sqrt(2)
     v = (y - means).abs()
-    return bounded(0.5 * (torch.erfc((v - 0.5) / s) - torch.erfc((v + 0.5) / s)), LIKELIHOOD_MIN)
+    p = 0.5 * (torch.erfc((v - 0.5) / s) - torch.erfc((v + 0.5) / s))
+    return lower_bound(p, LIKELIHOOD_MIN)
 
 
-def tabled(scales: Tensor) -> Tensor:
-    """The scale whose table decodes each latent: the next one above its own."""
+def table_scales(scales: Tensor) -> Tensor:
+    """Round each scale up to the next entry of the decoder's scale table."""
     table = SCALE_TABLE.to(scales.device)
     return table[torch.bucketize(scales.contiguous(), table[:-1])]
 
 
-def bounded(x: Tensor, bound: float) -> Tensor:
-    """`LowerBound` of `x`."""
+def lower_bound(x: Tensor, bound: float) -> Tensor:
+    """Apply `LowerBound`."""
     out: Tensor = LowerBound.apply(x, bound)
     return out
 
 
-def rounded(x: Tensor, around: Tensor) -> Tensor:
-    """`x` on the grid of step 1 through `around`; the gradient passes straight through."""
-    return x + (torch.round(x - around) + around - x).detach()
+def round_straight_through(x: Tensor, offset: Tensor) -> Tensor:
+    """Round `x - offset` and add `offset` again; the gradient is that of the identity."""
+    return x + (torch.round(x - offset) + offset - x).detach()
 
 
-def noisy(x: Tensor) -> Tensor:
-    """`x` plus uniform noise as wide as the quantiser's step."""
+def add_noise(x: Tensor) -> Tensor:
+    """Add uniform noise in [-0.5, 0.5), the differentiable stand-in for rounding."""
     return x + torch.empty_like(x).uniform_(-0.5, 0.5)

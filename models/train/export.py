@@ -1,4 +1,4 @@
-"""Put weights into `models/weights/` and name them in its manifest."""
+"""Install weights into `models/weights/` and list them in its manifest."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from models import checkpoint
 from models.codec import catalogue, zoo
 from models.diffusion import presets
 from models.errors import WeightsError
-from models.train.widen import widened
+from models.train.widen import widen
 
 
 def codec(
@@ -18,16 +18,16 @@ def codec(
     folder: Path = checkpoint.WEIGHTS,
     sizes: tuple[int, int] | None = None,
 ) -> str:
-    """A CompressAI state dict (safetensors, with or without CDF tables) -> its weights id.
+    """Install a CompressAI state dict (safetensors, CDF tables optional); return its weights id.
 
-    With `sizes`, widened to that many hidden and latent channels. Needs `compressai`, which makes
-    the tables.
+    With `sizes`, the codec is widened to that many hidden and latent channels. Needs `compressai`
+    to compute the CDF tables. Raises `WeightsError` if `file` holds no codec.
     """
     state = checkpoint.read(file)[0]
     if "g_a.6.weight" not in state:
-        raise WeightsError(f"{file}: no codec's weights")
+        raise WeightsError(f"{file}: not a codec; a decoder is exported without --quality")
     if sizes:
-        state = {k: v.half() for k, v in widened(state, *sizes).items()}
+        state = {k: v.half() for k, v in widen(state, *sizes).items()}
     tensors = {k: v.contiguous() for k, v in zoo.with_tables(state).items()}
     row: dict[str, str | int] = {"kind": "codec", "quality": quality, "metric": "mse"}
     row |= _card(folder / "msh.md", tensors)
@@ -35,15 +35,15 @@ def codec(
 
 
 def decoder(file: Path, folder: Path = checkpoint.WEIGHTS) -> str:
-    """The averaged weights of a diffusion run (`decoder.safetensors`) -> their weights id.
+    """Install the averaged weights of a diffusion run (`decoder.safetensors`); return their id.
 
-    They replace the decoder that was installed, and are taken to have learned the latents of the
-    codecs that are: others' will be hidden from it. So a new codec is exported first, and the
-    decoder follows it.
+    The installed decoder is replaced. The new one is recorded as trained for the codecs that are
+    installed now; it gets no latents of other codecs. Export a new codec before its decoder.
+    Raises `WeightsError` if `file` holds no decoder.
     """
     tensors, metadata = checkpoint.read(file)
     if "config" not in metadata:
-        raise WeightsError(f"{file}: no diffusion decoder; a codec is exported with --quality")
+        raise WeightsError(f"{file}: not a diffusion decoder; a codec is exported with --quality")
     name = f"decoder_{presets.from_json(metadata['config']).preset}"
     installed = checkpoint.manifest(folder) if (folder / catalogue.MANIFEST).exists() else []
     for entry in installed:
@@ -56,6 +56,6 @@ def decoder(file: Path, folder: Path = checkpoint.WEIGHTS) -> str:
 
 
 def _card(file: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """The card in the weights' folder, where it names them by their id: else it is of others."""
-    of_these = file.exists() and checkpoint.weights_id(tensors) in file.read_text("utf-8")
-    return {"card": file.name} if of_these else {}
+    """Return the model card's manifest entry if the card names these weights by their id."""
+    matches = file.exists() and checkpoint.weights_id(tensors) in file.read_text("utf-8")
+    return {"card": file.name} if matches else {}

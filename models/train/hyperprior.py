@@ -1,16 +1,23 @@
-"""The mean-scale hyperprior as it is trained: transforms and densities in one network."""
+"""The mean-scale hyperprior for training: transforms and densities in one network."""
 
 import torch
 from torch import Tensor
 
 from models.codec.msh import GDN, MeanScaleHyperprior
-from models.train.entropy import EntropyBottleneck, gaussian_likelihood, noisy, rounded, tabled
+from models.train.entropy import (
+    EntropyBottleneck,
+    add_noise,
+    gaussian_likelihood,
+    round_straight_through,
+    table_scales,
+)
 
-ABOVE = 1 + 2.0**-10
+MARGIN = 1 + 2.0**-10
+"""`project` moves GDN's parameters to this multiple of their lower bounds."""
 
 
-class Hyperprior(MeanScaleHyperprior):
-    """The transforms and both densities, for training."""
+class TrainableHyperprior(MeanScaleHyperprior):
+    """The four transforms and the densities of y and z; computes rate and reconstruction."""
 
     def __init__(self, N: int, M: int) -> None:
         super().__init__(N, M)
@@ -19,26 +26,27 @@ class Hyperprior(MeanScaleHyperprior):
     def forward(
         self, x: Tensor, bf16: bool = False, prior_only: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """`x` (B, 3, H, W), sides multiples of 64 -> bits of all, x_hat (None for `prior_only`).
+        """`x` (B, 3, H, W), sides multiples of 64 -> (bits of the whole batch, x_hat).
 
-        In training noise stands for rounding in the rate, and rounding passes gradients straight
-        through for the picture (Minnen 2020); else bits are those of the decoder's scale table.
-        `prior_only` leaves the transforms alone.
+        In training mode the rate is computed with uniform noise in place of rounding, and x_hat
+        with rounding whose gradient is passed straight through (Minnen 2020). In evaluation mode
+        the rate is that of the decoder's scale table. With `prior_only` the transforms get no
+        gradient, and None is returned in place of x_hat.
         """
-        # latents reach ±60, where bfloat16 is coarser than the quantiser: wide layers only
+        # latents reach ±60, where bfloat16 is coarser than the quantiser's step: keep float32 there
         cast = torch.autocast(x.device.type, torch.bfloat16, enabled=bf16)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not prior_only):
             with cast:
                 a = self.g_a[:6](x)
             y = self.g_a[6](a.float())
         z = self.h_a(y)
-        z_hat = rounded(z, self.entropy_bottleneck.medians)
+        z_hat = round_straight_through(z, self.entropy_bottleneck.medians)
         scales_hat, means_hat = self.h_s(z_hat).chunk(2, 1)
-        y_hat = rounded(y, means_hat)
+        y_hat = round_straight_through(y, means_hat)
         if not self.training:
-            scales_hat = tabled(scales_hat)
-        p_z = self.entropy_bottleneck.likelihood(noisy(z) if self.training else z_hat)
-        p_y = gaussian_likelihood(noisy(y) if self.training else y_hat, scales_hat, means_hat)
+            scales_hat = table_scales(scales_hat)
+        p_z = self.entropy_bottleneck.likelihood(add_noise(z) if self.training else z_hat)
+        p_y = gaussian_likelihood(add_noise(y) if self.training else y_hat, scales_hat, means_hat)
         bits = -(p_y.log2().sum() + p_z.log2().sum())
         if prior_only:
             return bits, None
@@ -49,17 +57,17 @@ class Hyperprior(MeanScaleHyperprior):
 
     @torch.no_grad()
     def rescale(self, k: float) -> None:
-        """Make every latent `k` times as large, and undo it on the other side."""
-        own = self.state_dict()
+        """Multiply the latents y by `k`, and divide where they are read; x_hat stays the same."""
+        tensors = self.state_dict()
         for name in ("g_a.6.weight", "g_a.6.bias", "h_s.4.weight", "h_s.4.bias"):
-            own[name].mul_(k)
+            tensors[name].mul_(k)
         for name in ("g_s.0.weight", "h_a.0.weight"):
-            own[name].div_(k)
+            tensors[name].div_(k)
 
     @torch.no_grad()
     def project(self) -> None:
-        """GDN's parameters back to just above their bounds, where there still is a gradient."""
+        """Move GDN's parameters to just above their lower bounds, below which gradients vanish."""
         for layer in self.modules():
             if isinstance(layer, GDN):
-                layer.beta.clamp_(min=ABOVE * (layer.BETA_MIN + layer.PEDESTAL) ** 0.5)
-                layer.gamma.clamp_(min=ABOVE * layer.PEDESTAL**0.5)
+                layer.beta.clamp_(min=MARGIN * (layer.BETA_MIN + layer.PEDESTAL) ** 0.5)
+                layer.gamma.clamp_(min=MARGIN * layer.PEDESTAL**0.5)

@@ -1,4 +1,4 @@
-"""Losses of the diffusion decoder as functions of a denoiser; the caller knows the condition."""
+"""Losses of the diffusion decoder, as functions of a denoiser that is bound to its condition."""
 
 import functools
 import math
@@ -14,36 +14,36 @@ from models.diffusion import schedule
 from models.diffusion.sampler import ddim_step
 
 BITS = 1 / math.log(2)
-"""Bits in a nat."""
+"""Bits per nat."""
 DCT = 8
-"""Pixels along a block of which `spectrum` takes the cosine transform; blocks overlap by half."""
+"""Side of the blocks whose cosine transform `spectrum` takes, in pixels; blocks overlap by half."""
 REGION = 8
-"""Blocks along the square over which it averages their power: 36 pixels."""
+"""Side of the regions over which `spectrum` averages power, in blocks: 36 pixels."""
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-"""(x_t, t (B,)) -> what the network predicts."""
+"""(x_t, t (B,)) -> the network's prediction."""
 
 
 def stratified(n: int, generator: torch.Generator) -> Tensor:
-    """`n` times in [0, 1), one from each n-th, in random order, on the generator's device."""
+    """Draw `n` times in [0, 1), one from each interval of length 1/n, in random order."""
     device = generator.device
     t = torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device)
-    t = (t / n).clamp(max=1 - 2**-24)  # float32 rounds a sum near n up to it
+    t = (t / n).clamp(max=1 - 2**-24)  # float32 may round a sum near n up to n
     return t[torch.randperm(n, generator=generator, device=device)]
 
 
 def middle(u: Tensor) -> Tensor:
-    """Uniform `u` in [0, 1) -> times there, three quarters of them in [.1, .7].
+    """Map uniform `u` in [0, 1) to times in [0, 1), three quarters of them in [.1, .7].
 
-    Above, little but the mean can be known; below, little is left to decide.
+    At later times little but the mean can be predicted; at earlier ones little remains undecided.
     """
     return torch.maximum(torch.minimum(u, 0.02 + 0.8 * u), 2 * u - 1)
 
 
 def denoising(denoise: Denoise, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """v-loss weighted by clamp(SNR, 1, 5) / (SNR + 1), and the same for predicting zero.
+    """Return the v-loss, weighted by clamp(SNR, 1, 5) / (SNR + 1), and its value for predicting 0.
 
-    Plain min-SNR-5 is zero at t = 1, the step that every sampler starts from.
+    Plain min-SNR-5 would be zero at t = 1, where every sampler starts.
     """
     alpha, sigma = schedule.alpha_sigma(t)
     target = alpha * eps - sigma * x0
@@ -55,12 +55,15 @@ def denoising(denoise: Denoise, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Ten
 
 
 def few_steps(calls: int) -> tuple[float, ...]:
-    """Times at which a DDIM sampler with `calls` steps calls the denoiser: 1, 1 - 1 / calls, …"""
+    """Return the times at which DDIM with `calls` steps calls the denoiser: 1, 1 - 1 / calls, …"""
     return tuple(step.t for step in schedule.Continuous().steps(calls))
 
 
 def rollout(denoise: Denoise, x_t: Tensor, times: Sequence[float], calls: int) -> Tensor:
-    """x_t (B, C, H, W) after the first `calls` DDIM steps along `times`; x0 after all of them."""
+    """Take the first `calls` DDIM steps along `times` from noise `x_t` (B, C, H, W).
+
+    After all of them the result is x0.
+    """
     ends = (*times[1:], 0.0)
     for t, t_prev in list(zip(times, ends, strict=True))[:calls]:
         a_t, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
@@ -71,24 +74,25 @@ def rollout(denoise: Denoise, x_t: Tensor, times: Sequence[float], calls: int) -
 
 
 def spectrum(picture: Tensor, x: Tensor) -> Tensor:
-    """How far local power spectra of the lumas (BT.601) lie apart: mean |ln| of their amplitudes.
+    """Distance of local power spectra of the lumas (BT.601): mean |ln| of the amplitudes' ratio.
 
-    Of (B, 3, H, W) in [0, 1], H and W at least 36. Statistics of a region, not its pixels: detail
-    may stand elsewhere, but neither be missing nor have another texture. LPIPS on AlexNet, whose
-    first layer looks every fourth pixel, rewards a hatching that this sees. Compared with
-    distances of local feature statistics (Ding 2020, DISTS; Qiu 2024, Wasserstein distortion) it
-    has fixed features: cosines of 8×8 blocks, without the mean.
+    `picture` and `x` are (B, 3, H, W) in [0, 1]; H and W are at least 36. The distance compares
+    statistics of regions, not pixels: detail may move, but missing detail and another texture cost.
+    It penalises the hatching that LPIPS on AlexNet rewards (AlexNet's first layer has stride 4).
+    Related distances compare statistics of learned features (Ding 2020, DISTS; Qiu 2024,
+    Wasserstein distortion). Here the features are fixed: cosines of 8×8 blocks, without the mean.
     """
     both = torch.cat([picture, x])
     power = F.conv2d(both, _luma_cosines(x.device), stride=DCT // 2).square()
     power = F.avg_pool2d(power, REGION, REGION // 2)
-    made, real = (power + 255.0**-2).log().chunk(2)  # below one grey level nothing is seen
-    return (made - real).abs().mean() / 2
+    # the offset makes power below one grey level count little
+    log_power, log_power_x = (power + 255.0**-2).log().chunk(2)
+    return (log_power - log_power_x).abs().mean() / 2
 
 
 @functools.cache
 def _luma_cosines(device: torch.device) -> Tensor:
-    """Orthonormal DCT-II of the luma's 8×8 blocks but its mean, as kernels (63, 3, 8, 8)."""
+    """Kernels (63, 3, 8, 8) of the luma's orthonormal 8×8 DCT-II without the mean."""
     k = torch.arange(DCT, dtype=torch.float64)
     rows = torch.cos(math.pi / DCT * (k + 0.5) * k[:, None]) * math.sqrt(2 / DCT)
     rows[0] /= math.sqrt(2)
@@ -99,10 +103,10 @@ def _luma_cosines(device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PaperTerms:
-    """Terms of Nichol & Dhariwal's hybrid loss, and the picture that the prediction implies."""
+    """Terms of Nichol & Dhariwal's hybrid loss, and the predicted picture."""
 
-    simple: Tensor  # mean squared error of eps: 1 for predicting zero
-    vlb: Tensor  # bits per dimension of all T steps; its gradient reaches the variance only
+    simple: Tensor  # mean squared error of eps; 1 for predicting zero
+    vlb: Tensor  # bits per dimension of all T steps; its gradient is that of the variance only
     x0: Tensor  # (B, 3, H, W) in [-1, 1]
 
 
@@ -113,25 +117,25 @@ class Hybrid:
         process = schedule.discrete()
         self.last = process.T - 1
         a = process.alphas_cumprod
-        before = np.append(1.0, a[:-1])
-        posterior = (1 - before) / (1 - a) * process.betas
-        posterior[0] = posterior[1]  # zero at the first step, where it is never the variance
+        a_prev = np.append(1.0, a[:-1])
+        posterior = (1 - a_prev) / (1 - a) * process.betas
+        posterior[0] = posterior[1]  # the first is zero, whose logarithm is infinite; not used
         columns = np.stack(
             [
                 a,
                 np.log(process.betas),
                 np.log(posterior),
-                np.sqrt(before) * process.betas / (1 - a),  # of x0 in the posterior's mean
-                np.sqrt(1 - process.betas) * (1 - before) / (1 - a),  # of x_t
+                np.sqrt(a_prev) * process.betas / (1 - a),  # weight of x0 in the posterior's mean
+                np.sqrt(1 - process.betas) * (1 - a_prev) / (1 - a),  # weight of x_t in it
             ],
             1,
         )
         self.table = torch.from_numpy(columns).to(device)
 
     def __call__(self, denoise: Denoise, x: Tensor, index: Tensor, eps: Tensor) -> PaperTerms:
-        """`x` (B, 3, H, W) in [-1, 1], `index` (B,) in 0…T - 1 -> terms at those steps."""
+        """Return the terms at steps `index` (B,), 0 to T - 1, for `x` (B, 3, H, W) in [-1, 1]."""
         rows = self.table[index][:, :, None, None, None]
-        a, log_beta, log_posterior, of_x0, of_x_t = rows.unbind(1)
+        a, log_beta, log_posterior, weight_x0, weight_x_t = rows.unbind(1)
         root, rest = a.sqrt().float(), (1 - a).sqrt().float()
         x_t = root * x + rest * eps
         out = denoise(x_t, index.float() / self.last)
@@ -139,9 +143,9 @@ class Hybrid:
         x0 = ((x_t - rest * eps_hat) / root).clamp(-1, 1)
         fraction = (v + 1) / 2
         log_variance = fraction * log_beta.float() + (1 - fraction) * log_posterior.float()
-        mean = of_x0.float() * x0.detach() + of_x_t.float() * x_t  # Nichol 2021: detached
-        true = of_x0.float() * x + of_x_t.float() * x_t
-        kl = _kl(true, log_posterior.float(), mean, log_variance)
+        mean = weight_x0.float() * x0.detach() + weight_x_t.float() * x_t  # Nichol 2021: detached
+        true_mean = weight_x0.float() * x + weight_x_t.float() * x_t
+        kl = _kl(true_mean, log_posterior.float(), mean, log_variance)
         nll = -_log_likelihood(x, mean, log_variance)
         first = (index == 0)[:, None, None, None]
         vlb = torch.where(first, nll, kl).mean() * BITS * (self.last + 1)
@@ -149,14 +153,17 @@ class Hybrid:
 
 
 def _kl(mean: Tensor, log_variance: Tensor, mean_hat: Tensor, log_variance_hat: Tensor) -> Tensor:
-    """Of two Gaussians, in nats."""
+    """Kullback-Leibler divergence of two Gaussians, in nats."""
     ratio = torch.exp(log_variance - log_variance_hat)
-    apart = (mean - mean_hat).square() * torch.exp(-log_variance_hat)
-    return 0.5 * (log_variance_hat - log_variance - 1 + ratio + apart)
+    distance = (mean - mean_hat).square() * torch.exp(-log_variance_hat)
+    return 0.5 * (log_variance_hat - log_variance - 1 + ratio + distance)
 
 
 def _log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Of 8-bit values in [-1, 1] under a discretised Gaussian (Ho 2020, eq. 13), in nats."""
+    """Log-likelihood of 8-bit values in [-1, 1] under a discretised Gaussian, in nats.
+
+    Equation 13 of Ho 2020.
+    """
     inverse = torch.exp(-0.5 * log_variance) * 2**-0.5
     above, below = ((x - mean + d / 255) * inverse for d in (1, -1))
     upper = torch.where(x > 0.999, 1.0, 0.5 * (1 + torch.erf(above)))

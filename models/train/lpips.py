@@ -1,7 +1,8 @@
-"""LPIPS (Zhang 2018, v0.1) as a loss, with AlexNet or VGG-16, from one safetensors file.
+"""LPIPS (Zhang 2018, v0.1) as a training loss, with AlexNet or VGG-16.
 
-Tensor names are those of the package `lpips`, and say which network it is; the trainer carries its
-own copy of both so that it also runs where only torch is installed. A test compares the two.
+A reimplementation, so that training needs neither the package `lpips` nor torchvision. The tensors
+in the weights file have the names of `lpips`; they determine the network. A test compares the
+distances with those of the package.
 """
 
 from collections.abc import Mapping
@@ -18,11 +19,11 @@ from models.errors import WeightsError
 
 @dataclass(frozen=True, slots=True)
 class _Network:
-    """Convolutions by stage as (name, stride, padding); a pooling stands before some stages."""
+    """Convolutions of each stage as (name, stride, padding); `pooled` stages begin with pooling."""
 
     stages: tuple[tuple[tuple[str, int, int], ...], ...]
     pooled: tuple[int, ...]
-    window: int  # of the pooling, whose stride is 2
+    window: int  # size of the max pooling; its stride is 2
 
 
 _ALEX = _Network(
@@ -49,17 +50,17 @@ _VGG = _Network(
 )
 
 
-class Lpips:
-    """Callable distance of two batches of pictures."""
+class LpipsLoss:
+    """LPIPS distance between two batches of pictures; differentiable."""
 
     def __init__(self, file: Path, device: torch.device | None = None) -> None:
-        """Raises `WeightsError` where `file` holds no LPIPS network."""
+        """Load the network from `file`. Raises `WeightsError` if it holds no LPIPS weights."""
         tensors = {k: v.to(device or "cpu") for k, v in checkpoint.read(file)[0].items()}
         self.network = _VGG if "net.slice1.2.weight" in tensors else _ALEX
         try:
             self._read(tensors)
         except KeyError as e:
-            raise WeightsError(f"{file}: no LPIPS weights: {e}") from e
+            raise WeightsError(f"{file}: no LPIPS weights: {e} is missing") from e
 
     def _read(self, tensors: Mapping[str, Tensor]) -> None:
         self.stages = [

@@ -1,4 +1,4 @@
-"""Photographs in memory, on the device, cut into crops there: a step costs the host nothing."""
+"""Photographs in device memory, and random crops of them, cut on the device."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,27 +12,27 @@ from torch import Tensor
 from models.errors import PictureError
 
 HELD_OUT = "bsds_val_"
-"""Photographs of this prefix choose between weights; no trainer reads them."""
+"""File names with this prefix are held out: used to compare weights, never to train."""
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 LONGEST = 2048
-"""Pixels; larger photographs are reduced to it, so that each is encoded whole."""
+"""Longest side in pixels. Larger photographs are reduced, so that each can be encoded whole."""
 
 
 def photographs(folder: Path, held_out: bool) -> list[Path]:
-    """Pictures in `folder`, sorted: either the held-out ones or all others.
+    """Return the held-out photographs in `folder` and its subfolders, or all others; sorted.
 
-    Raises `FileNotFoundError` where there is none.
+    Raises `FileNotFoundError` if there are none.
     """
     files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES]
     chosen = [p for p in files if p.name.startswith(HELD_OUT) == held_out]
     if not chosen:
-        named = f"named {HELD_OUT}*" if held_out else "to train on"
-        raise FileNotFoundError(f"{folder}: no photographs {named}")
+        kind = f"named {HELD_OUT}*" if held_out else "to train on"
+        raise FileNotFoundError(f"{folder}: no photographs {kind}")
     return chosen
 
 
 def open_picture(path: Path, scale: float = 1.0) -> Image.Image:
-    """RGB, of `reduced` size. Raises `PictureError`."""
+    """Open a picture as RGB, resized to its `reduced` size. Raises `PictureError` if unreadable."""
     try:
         with Image.open(path) as picture:
             rgb = picture.convert("RGB")
@@ -43,18 +43,18 @@ def open_picture(path: Path, scale: float = 1.0) -> Image.Image:
 
 
 def reduced(size: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:
-    """`size` times `scale`, first brought down to `LONGEST`."""
+    """Return `size` reduced to at most `LONGEST` pixels per side, then scaled by `scale`."""
     scale *= min(1.0, LONGEST / max(size))
     return round(size[0] * scale), round(size[1] * scale)
 
 
 def read(path: Path) -> Tensor:
-    """(3, H, W) uint8."""
+    """Read a photograph as a tensor (3, H, W) uint8."""
     return torch.from_numpy(np.asarray(open_picture(path)).copy()).permute(2, 0, 1)
 
 
 class Ragged:
-    """Pictures of different sizes as rows of one flat tensor (positions, C)."""
+    """Pictures of different sizes, stored one after another in a flat tensor (positions, C)."""
 
     def __init__(
         self, sizes: Sequence[tuple[int, int]], channels: int, dtype: torch.dtype,
@@ -70,15 +70,15 @@ class Ragged:
         self._sizes = list(sizes)
 
     def put(self, i: int, picture: Tensor) -> None:
-        """`picture` (C, H, W) of the size announced for `i`."""
+        """Store `picture` (C, H, W), whose size is `sizes[i]`."""
         self.flat[self._slices[i]] = picture.flatten(1).T.to(self.flat.device)
 
     def get(self, i: int) -> Tensor:
-        """(C, H, W)."""
+        """Return picture `i`, (C, H, W)."""
         return self.flat[self._slices[i]].T.reshape(-1, *self._sizes[i])
 
     def crops(self, which: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
-        """Indexes and corners, each (B,) int64 -> (B, C, size, size), channels last."""
+        """Cut crops: picture indices and corners (B,) -> (B, C, size, size), channels last."""
         columns = self.columns[which]
         r = torch.arange(size, device=self.flat.device)
         corner = self.starts[which] + top * columns + left
@@ -86,17 +86,20 @@ class Ragged:
         return self.flat[index].permute(0, 3, 1, 2)
 
 
-class Draw:
-    """Which pictures, by their size, and where in them; sizes in positions of some grid."""
+class CropSampler:
+    """Draws random pictures, with probability by area, and random corners of crops in them.
+
+    `sizes` and crops are measured in the same unit: pixels or positions of the latents.
+    """
 
     def __init__(self, sizes: Sequence[tuple[int, int]], device: torch.device) -> None:
         self.sizes = torch.tensor(sizes, dtype=torch.int64, device=device)
         self.shortest = [min(size) for size in sizes]
 
     def corners(self, n: int, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """`n` crops -> index, row and column, each (n,); pictures are drawn by their area.
+        """Draw `n` crops of `size` -> picture index, top row and left column, each (n,).
 
-        Raises `ValueError` where no picture is as large as the crop.
+        Raises `ValueError` if no picture is as large as the crop.
         """
         if max(self.shortest) < size:
             raise ValueError(f"no picture is as large as a crop of {size}")
@@ -111,7 +114,7 @@ class Draw:
 
 
 class Photos:
-    """The training photographs of a folder, for the codec: crops in [0, 1]."""
+    """Photographs for training the codec. `batch` cuts augmented crops from them."""
 
     def __init__(self, files: Sequence[Path], device: torch.device) -> None:
         pictures = [read(p) for p in files]
@@ -119,26 +122,26 @@ class Photos:
         self.pixels = Ragged(sizes, 3, torch.uint8, device)
         for i, picture in enumerate(pictures):
             self.pixels.put(i, picture)
-        self.draw = Draw(sizes, device)
+        self.sampler = CropSampler(sizes, device)
 
     def batch(self, n: int, size: int, reach: float, generator: torch.Generator) -> Tensor:
-        """(n, 3, size, size): half of them reduced from cuts `reach` times as large.
+        """Return crops (n, 3, size, size) in [0, 1]; half are reduced from `reach` times the size.
 
-        `reach` >= 1 is cut down to what a tenth of the photographs can give. Half of each half is
-        mirrored, half transposed.
+        `reach` >= 1 is limited so that at least a tenth of the photographs is large enough. Half of
+        the crops are mirrored, and half are transposed, independently.
         """
-        large = sorted(self.draw.shortest)[-max(1, len(self.draw.shortest) // 10)]
+        large = sorted(self.sampler.shortest)[-max(1, len(self.sampler.shortest) // 10)]
         outer = max(size, min(round(size * reach), large))
         k = n // 2 if outer > size else 0
         x = self._cut(n - k, size, generator)
         if k:
             cut = self._cut(k, outer, generator)
             x = torch.cat([x, F.interpolate(cut, (size, size), mode="bilinear", antialias=True)])
-        turn = torch.rand(2, n, 1, 1, 1, generator=generator, device=x.device) < 0.5
-        x = torch.where(turn[0], x.flip(3), x)
-        x = torch.where(turn[1], x.transpose(2, 3), x)
+        flips = torch.rand(2, n, 1, 1, 1, generator=generator, device=x.device) < 0.5
+        x = torch.where(flips[0], x.flip(3), x)
+        x = torch.where(flips[1], x.transpose(2, 3), x)
         return x.contiguous(memory_format=torch.channels_last)
 
     def _cut(self, n: int, size: int, generator: torch.Generator) -> Tensor:
-        which, top, left = self.draw.corners(n, size, generator)
+        which, top, left = self.sampler.corners(n, size, generator)
         return self.pixels.crops(which, top, left, size).float() / 255

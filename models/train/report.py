@@ -1,4 +1,4 @@
-"""What a run tells: `log.jsonl`, TensorBoard scalars, a progress bar."""
+"""Output of a run: `log.jsonl`, TensorBoard scalars and a progress bar."""
 
 import json
 import sys
@@ -8,85 +8,90 @@ from typing import Any
 
 try:
     from tqdm import tqdm
-except ImportError:  # a machine with torch alone
+except ImportError:  # tqdm is optional
     tqdm = None  # type: ignore[assignment,misc]
 
-_EVERY_S = 30.0
-"""Between two plain lines of progress, where `tqdm` is not installed."""
+_LINE_EVERY_S = 30.0
+"""Seconds between two lines of progress if `tqdm` is not installed."""
 
 
 class Report:
-    """Writes into `folder`; one that is not `enabled` (another rank's) stays silent."""
+    """Writes log and curves into `folder`; does nothing unless `enabled` (on the first rank)."""
 
     def __init__(self, folder: Path, enabled: bool = True) -> None:
         self.folder, self.enabled = folder, enabled
         self._bar: Any = None
-        self._line = Line() if tqdm is None else None
-        self._board: Any = None
+        self._lines = ProgressLines() if tqdm is None else None
+        self._tensorboard: Any = None
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
-            self._board = _tensorboard(folder)
-            if self._board is None:
+            self._tensorboard = _tensorboard_writer(folder)
+            if self._tensorboard is None:
                 self.row(note="no TensorBoard scalars: the package tensorboard is not installed")
 
     def row(self, **values: Any) -> None:
-        """One line of `log.jsonl`."""
+        """Append a row to `log.jsonl`."""
         if self.enabled:
             with (self.folder / "log.jsonl").open("a") as f:
                 f.write(json.dumps(values) + "\n")
 
-    def scalars(self, stage: str, values: dict[str, float], step: int) -> None:
-        """One point of each curve `stage/name`."""
-        if self._board is not None:
+    def scalars(self, prefix: str, values: dict[str, float], step: int) -> None:
+        """Add one point to each TensorBoard curve `prefix/name`."""
+        if self._tensorboard is not None:
             for name, value in values.items():
-                self._board.add_scalar(f"{stage}/{name}", value, step)
-            self._board.flush()
+                self._tensorboard.add_scalar(f"{prefix}/{name}", value, step)
+            self._tensorboard.flush()
 
-    def progress(self, stage: str, spent: float, budget: float, figures: dict[str, float]) -> None:
-        """Show where the stage is, in seconds."""
+    def progress(
+        self, stage: str, done: float, total: float, unit: str, metrics: dict[str, float]
+    ) -> None:
+        """Show that `done` of `total` seconds or steps of a stage are complete."""
         if not self.enabled:
             return
-        if self._line is not None:
-            self._line.show(stage, spent, budget, figures)
+        if self._lines is not None:
+            self._lines.show(stage, done, total, unit, metrics)
             return
         if self._bar is None:
             self._bar = tqdm(
-                total=round(budget), initial=round(spent), desc=f"stage {stage}", unit="s"
+                total=round(total), initial=round(done), desc=f"stage {stage}", unit=unit
             )
-        self._bar.n = min(round(spent), round(budget))
-        self._bar.set_postfix(figures, refresh=False)
+        self._bar.n = min(round(done), round(total))
+        self._bar.set_postfix(metrics, refresh=False)
         self._bar.update(0)
 
     def end_stage(self) -> None:
-        """The next progress is another stage's."""
-        if self._line is not None:
-            self._line = Line()
+        """Close the progress bar; the next call of `progress` opens a new one."""
+        if self._lines is not None:
+            self._lines = ProgressLines()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
     def close(self) -> None:
         self.end_stage()
-        if self._board is not None:
-            self._board.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
-class Line:
-    """Progress without `tqdm`: a line now and then."""
+class ProgressLines:
+    """Progress as plain lines on stderr, for installations without `tqdm`."""
 
     def __init__(self) -> None:
-        self._shown = -_EVERY_S
+        self._last = -_LINE_EVERY_S
 
-    def show(self, stage: str, spent: float, budget: float, figures: dict[str, float]) -> None:
-        if time.monotonic() - self._shown >= _EVERY_S:
-            self._shown = time.monotonic()
-            told = " ".join(f"{k} {v}" for k, v in figures.items())
-            sys.stderr.write(f"stage {stage}: {spent:.0f} of {budget:.0f} s {told}\n")
+    def show(
+        self, stage: str, done: float, total: float, unit: str, metrics: dict[str, float]
+    ) -> None:
+        """Write a line unless the last one is less than `_LINE_EVERY_S` seconds old."""
+        if time.monotonic() - self._last >= _LINE_EVERY_S:
+            self._last = time.monotonic()
+            values = " ".join(f"{k} {v}" for k, v in metrics.items())
+            sys.stderr.write(f"stage {stage}: {done:.0f} of {total:.0f} {unit} {values}\n")
             sys.stderr.flush()
 
 
-def _tensorboard(folder: Path) -> Any:
-    """A writer, or None where the package is missing."""
+def _tensorboard_writer(folder: Path) -> Any:
+    """Return a `SummaryWriter`, or None if tensorboard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,11 +1,9 @@
-"""A run: stages in minutes, carried on from its checkpoint after any kind of end.
+"""The training loop: stages of a given time or number of steps, resumable from checkpoints.
 
-What is trained is a `Task`; the clock, the average, the fall-back, the checkpoints and the log are
-the same for all and live here.
+`Run` handles clock, averaged weights, recovery from NaN, checkpoints and log for any `Task`.
 """
 
 import hashlib
-import math
 import random
 import signal
 import time
@@ -14,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,79 +20,39 @@ from torch.optim import Optimizer
 from models.errors import WeightsError
 from models.train import shards
 from models.train.config import RunConfig, Stage, card
-from models.train.distributed import Ranks
+from models.train.distributed import ProcessGroup
 from models.train.report import Report
+from models.train.task import Task, TrainingStep, Update
 
-LOOK_CUDA = 10
-"""Steps between two looks at a CUDA device: reading a number there stops the queue of kernels."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One step of a stage; `own` and `shared` are drawn from seed and step, so need no saving."""
-
-    stage: Stage
-    number: int  # within the stage
-    part: float  # of the stage's minutes, in [0, 1]
-    own: torch.Generator  # on the device, another one on every rank
-    shared: random.Random  # the same on all ranks: for choices of what is trained
-
-
-class Play(NamedTuple):
-    """A loss, the module whose optimiser follows it, and figures for the log (0-dim, detached)."""
-
-    player: str
-    loss: Tensor
-    figures: dict[str, Tensor]
-
-
-class Task(Protocol):
-    """What is trained."""
-
-    @property
-    def modules(self) -> Mapping[str, nn.Module]:
-        """On the device, by player; their averages replace them after a stage."""
-
-    def begin(self, index: int) -> None:
-        """Prepare `modules` for the plan's stage `index`; not called where a run resumes in it."""
-
-    def optimiser(self, player: str) -> Optimizer:
-        """A new one. Groups may carry `relative`, a factor to the run's learning rate."""
-
-    def rate(self, step: int, part: float, stage: Stage) -> float:
-        """Learning rate."""
-
-    def plays(self, step: Step) -> Iterator[Play]:
-        """The losses of one step; what follows a `yield` sees that loss's update made."""
-
-    def validate(self, stage: Stage) -> dict[str, float]:
-        """Figures on held-out photographs, with `modules` as they are."""
-
-    def export(self, stage: Stage, card: dict[str, Any]) -> None:
-        """Write `modules` as weights into the run's folder, atomically."""
+SYNC_EVERY_CUDA = 10
+"""Steps between two reads of results from a CUDA device: each read empties its kernel queue."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run is; saved with it."""
+    """Position of a run. The fields are saved in checkpoints under these names."""
 
-    stage: int = 0
-    spent: float = 0.0  # seconds of the stage, while running
-    total: float = 0.0  # seconds of all stages
-    number: int = 0  # steps of the stage
-    steps: int = 0  # steps of all stages
-    begun: int = 0  # the last stage that `begin` was called for
-    setbacks: int = 0  # falls back to the average in this stage
+    stage: int = 0  # index in the plan
+    spent: float = 0.0  # seconds in the current stage, without interruptions
+    total: float = 0.0  # seconds in all stages
+    number: int = 0  # steps in the current stage
+    steps: int = 0  # steps in all stages
+    begun: int = 0  # last stage for which `Task.begin` was called
+    setbacks: int = 0  # times that this stage returned to the averaged weights
+
+    def done(self, stage: Stage) -> float:
+        """Seconds or steps of the current stage that are complete, in the stage's unit."""
+        return self.spent if stage.steps is None else self.number
 
 
-class Every:
-    """True now and then."""
+class Interval:
+    """A timer that fires at most once per `seconds`."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.last = seconds, time.monotonic()
 
     def due(self, now: float) -> bool:
-        """Whether `seconds` have passed since it last was."""
+        """Return True, and restart the timer, if `seconds` have passed since it last fired."""
         if now - self.last < self.seconds:
             return False
         self.last = now
@@ -103,150 +60,166 @@ class Every:
 
 
 class Run:
-    """The state of a run. `go` trains until the plan is fulfilled or someone asks to stop."""
+    """A training run. It resumes from the checkpoint in the output folder if there is one."""
 
-    def __init__(self, task: Task, config: RunConfig, ranks: Ranks) -> None:
-        self.task, self.config, self.ranks = task, config, ranks
+    def __init__(self, task: Task, config: RunConfig, group: ProcessGroup) -> None:
+        """Raises `WeightsError` if the checkpoint belongs to another configuration."""
+        self.task, self.config, self.group = task, config, group
         self.out = Path(config.out)
-        self.report = Report(self.out, ranks.first)
+        self.report = Report(self.out, group.is_first)
         self.progress = Progress()
-        self._asked = self._stopping = False  # by a signal to this rank; by agreement of all
-        self.look = LOOK_CUDA if ranks.device.type == "cuda" else 1
-        self._failed = torch.zeros((), dtype=torch.bool, device=ranks.device)
+        self._signalled = False  # this rank received a stop signal
+        self._stopping = False  # all ranks know that one of them did
+        self.sync_every = SYNC_EVERY_CUDA if group.device.type == "cuda" else 1
+        self._failed = torch.zeros((), dtype=torch.bool, device=group.device)
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._means: dict[str, float] = {}
         if shards.exists(self.out / "checkpoint"):
             self._resume()
         else:
             task.begin(0)
-            ranks.equalise(task.modules.values())
+            group.broadcast(task.modules.values())
             self.average = _copies(task.modules)
-            self.optimisers = self._optimisers()
+            self.optimisers = self._new_optimisers()
 
-    def go(self) -> bool:
-        """Whether the plan is fulfilled; False after SIGTERM or SIGINT, with everything saved."""
-        with _signals(self._stop):
-            self.ranks.wait()  # no rank writes while another still reads
-            self.save()  # a folder that cannot be written is known now, not after minutes
+    def train(self) -> bool:
+        """Train until the plan is complete; then return True.
+
+        After SIGTERM or SIGINT save a checkpoint and return False.
+        """
+        with _signals(self._on_signal):
+            self.group.barrier()  # no rank writes a checkpoint while another still reads one
+            self.save()  # fail now if the folder is not writable, not after minutes of training
             while self.progress.stage < len(self.config.plan) and not self._stopping:
                 self._run_stage(self.config.plan[self.progress.stage])
         self.report.close()
         return self.progress.stage == len(self.config.plan)
 
-    def _stop(self, _signal: int, _frame: FrameType | None) -> None:
-        self._asked = True
+    def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:
+        self._signalled = True
 
     def _run_stage(self, stage: Stage) -> None:
-        p, budget = self.progress, stage.minutes * 60
-        log, save = Every(self.config.log_s), Every(self.config.save_s)
+        p = self.progress
+        log, save = Interval(self.config.log_s), Interval(self.config.save_s)
         for module in self.task.modules.values():
             module.train()
-        before: float | None = None
-        while p.spent < budget and not self._stopping:
-            self._step(stage, p.spent / budget)
-            if p.number % self.look:
+        last_sync: float | None = None
+        while p.done(stage) < stage.length and not self._stopping:
+            self._step(stage, p.done(stage) / stage.length)
+            if p.number % self.sync_every and p.number != stage.steps:
                 continue
             now = time.monotonic()
-            # the first steps choose and compile kernels: that is not the stage's time
-            self._look(now - before if before is not None else 0.0)
-            before = now
+            # the first steps choose and compile kernels: their time is not counted
+            self._sync(now - last_sync if last_sync is not None else 0.0)
+            last_sync = now
             if log.due(now):
                 self._log(stage)
             if save.due(now):
                 self.save()
-            self.report.progress(stage.name, p.spent, budget, {"step": p.steps, **self._means})
+            metrics = {"step": p.steps, **self._means}
+            self.report.progress(stage.name, p.done(stage), stage.length, stage.unit, metrics)
         self._log(stage)
         if not self._stopping:
             self._end_stage(stage)
         self.report.end_stage()
         self.save()
 
-    def _look(self, seconds: float) -> None:
-        """At the last steps' outcome, on all ranks: follow it, or fall back."""
-        told = self.ranks.agree(self._failed, self._asked, seconds)
-        self.progress.spent += told.seconds
-        self.progress.total += told.seconds
-        self._stopping = told.stopping
-        if told.finite:
-            self._follow()
+    def _sync(self, seconds: float) -> None:
+        """Exchange the ranks' status; update the average, or return to it after a failed step."""
+        status = self.group.exchange_status(self._failed, self._signalled, seconds)
+        self.progress.spent += status.seconds
+        self.progress.total += status.seconds
+        self._stopping = status.stopping
+        if status.finite:
+            self._update_average()
         else:
-            self._fall_back()
+            self._restore_average()
 
-    def _step(self, stage: Stage, part: float) -> None:
+    def _step(self, stage: Stage, fraction: float) -> None:
+        """Apply all updates of one training step."""
         p = self.progress
-        rate = self.task.rate(p.number, part, stage) * 0.5 ** max(0, p.setbacks - 1)
-        seeds = [_seed(self.config.seed, p.steps, who) for who in (self.ranks.rank, "all")]
-        own = torch.Generator(self.ranks.device).manual_seed(seeds[0])
-        for play in self.task.plays(Step(stage, p.number, part, own, random.Random(seeds[1]))):
-            self._update(play, rate)
-            for name, value in play.figures.items():
+        rate = self.task.learning_rate(p.number, fraction, stage) * 0.5 ** max(0, p.setbacks - 1)
+        seeds = [_seed(self.config.seed, p.steps, rank) for rank in (self.group.rank, "all")]
+        generator = torch.Generator(self.group.device).manual_seed(seeds[0])
+        step = TrainingStep(stage, p.number, fraction, generator, random.Random(seeds[1]))
+        for update in self.task.updates(step):
+            self._apply(update, rate)
+            for name, value in update.metrics.items():
                 total, count = self._sums.get(name, (torch.zeros_like(value), 0))
                 self._sums[name] = total + value, count + 1
         p.number, p.steps = p.number + 1, p.steps + 1
 
-    def _update(self, play: Play, rate: float) -> None:
-        optimiser = self.optimisers[play.player]
-        parameters = list(self.task.modules[play.player].parameters())
+    def _apply(self, update: Update, rate: float) -> None:
+        optimiser = self.optimisers[update.module]
+        parameters = list(self.task.modules[update.module].parameters())
         optimiser.zero_grad(set_to_none=True)
-        play.loss.backward()  # type: ignore[no-untyped-call]
-        self.ranks.average(parameters)
+        update.loss.backward()  # type: ignore[no-untyped-call]
+        self.group.average_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.config.clip)
         for group in optimiser.param_groups:
             group["lr"] = rate * group.get("relative", 1.0)
         optimiser.step()
-        self._failed |= ~(torch.isfinite(play.loss.detach()) & torch.isfinite(norm))
+        self._failed |= ~(torch.isfinite(update.loss.detach()) & torch.isfinite(norm))
 
-    def _follow(self) -> None:
-        """Move the average towards weights of which every update was finite."""
+    def _update_average(self) -> None:
+        """Move the average towards the current weights, by the steps since the last sync."""
         number = self.progress.number
-        decay = min(self.config.ema, (1 + number) / (10 + number)) ** self.look
+        steps = number % self.sync_every or self.sync_every
+        decay = min(self.config.ema, (1 + number) / (10 + number)) ** steps
         for name, module in self.task.modules.items():
-            kept, state = self.average[name], module.state_dict()
+            average, state = self.average[name], module.state_dict()
             floats = [k for k, v in state.items() if v.is_floating_point()]
-            torch._foreach_lerp_([kept[k] for k in floats], [state[k] for k in floats], 1 - decay)
+            torch._foreach_lerp_(
+                [average[k] for k in floats], [state[k] for k in floats], 1 - decay
+            )
 
-    def _fall_back(self) -> None:
-        """To the averaged weights; where that happens again, at half the rate of before."""
+    def _restore_average(self) -> None:
+        """Continue from the averaged weights; from the second time on, halve the learning rate."""
         p = self.progress
         p.setbacks += 1
         self.report.row(not_finite=p.steps, setbacks=p.setbacks)
         self._load_average()
-        self.optimisers = self._optimisers()
+        self.optimisers = self._new_optimisers()
         self._sums.clear()
         self._failed.zero_()
 
     def _end_stage(self, stage: Stage) -> None:
+        """Validate and export the averaged weights, then prepare the next stage."""
         self._load_average()
         row = {"stage": stage.name, "step": self.progress.steps, "s": round(self.progress.spent)}
-        with torch.compiler.set_stance("force_eager"):  # other shapes than the steps'
-            figures = self.task.validate(stage)
-        self.report.row(**row, **figures)
-        self.report.scalars("held out", figures, self.progress.steps)
+        # held-out pictures have other shapes than crops: do not compile for them
+        with torch.compiler.set_stance("force_eager"):
+            metrics = self.task.validate(stage)
+        self.report.row(**row, **metrics)
+        self.report.scalars("held out", metrics, self.progress.steps)
         self._export(stage)
         p = self.progress
         p.stage, p.spent, p.number, p.setbacks = p.stage + 1, 0.0, 0, 0
-        self._begin()
+        self._begin_stage()
 
-    def _begin(self) -> None:
-        """The plan's next stage, if there is one: now, or when a run with a longer plan resumes."""
+    def _begin_stage(self) -> None:
+        """Prepare the current stage if the plan has it and it was not prepared before.
+
+        A finished run can be resumed with a longer plan; its new stages are prepared then.
+        """
         p = self.progress
         if p.begun < p.stage < len(self.config.plan):
             self.task.begin(p.stage)
             self.average = _copies(self.task.modules)
-            self.optimisers = self._optimisers()
+            self.optimisers = self._new_optimisers()
             p.begun = p.stage
 
     def _export(self, stage: Stage) -> None:
-        """The averaged weights; the trained ones are back when it returns."""
-        if self.ranks.first:
-            p, device = self.progress, self.ranks.device
+        """Export the averaged weights; the modules keep the current ones."""
+        if self.group.is_first:
+            p, device = self.progress, self.group.device
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
             facts = {"steps": p.steps, "minutes": round(p.total / 60, 1), "device": name}
             with self._averaged():
-                self.task.export(stage, card(self.config) | facts | {"devices": self.ranks.world})
+                self.task.export(stage, card(self.config) | facts | {"devices": self.group.world})
 
     def _log(self, stage: Stage) -> None:
-        """Means since the last line; reading them waits for the device."""
+        """Log the means of the metrics since the last row. Reading them waits for the device."""
         sums, self._sums = self._sums, {}
         if not sums:
             return
@@ -256,46 +229,63 @@ class Run:
         self.report.scalars(f"stage {stage.name}", self._means, p.steps)
 
     def save(self) -> None:
-        """A checkpoint, and the averaged weights beside it."""
-        if not self.ranks.first:
+        """Write a checkpoint, and export the averaged weights."""
+        if not self.group.is_first:
             return
         state: shards.State = {}
         for name, module in self.task.modules.items():
             state[name] = module.state_dict()
             state[f"{name}_average"] = self.average[name]
-            state[f"{name}_optimiser"] = _moments(self.optimisers[name])
+            state[f"{name}_optimiser"] = _optimiser_tensors(self.optimisers[name])
         facts = {"progress": asdict(self.progress), "config": card(self.config)}
         shards.save(self.out / "checkpoint", state, facts)
         self._export(self.config.plan[min(self.progress.stage, len(self.config.plan) - 1)])
 
     def _resume(self) -> None:
-        state, facts = shards.load(self.out / "checkpoint", self.ranks.device)
+        state, facts = shards.load(self.out / "checkpoint", self.group.device)
+        # checkpoints from before `begun` was saved: `begin` had been called for the current stage
         self.progress = Progress(**{"begun": facts["progress"]["stage"]} | facts["progress"])
-        before = facts["config"].get("optimiser", self.config.optimiser)
-        if before != self.config.optimiser:
-            raise WeightsError(f"{self.out}: this run's optimiser is {before}")
-        begun = self.progress.stage + (self.progress.number > 0)
-        names = [stage["name"] for stage in facts["config"]["plan"]][:begun]
-        if [stage.name for stage in self.config.plan][:begun] != names:
-            raise WeightsError(f"{self.out}: this run's plan begins with {', '.join(names)}")
+        self._check_config(facts["config"])
         try:
-            for name, module in self.task.modules.items():
-                module.load_state_dict(state[name])
-            self.average = _copies(self.task.modules)  # in the modules' memory format
-            for name, kept in self.average.items():
-                for key, value in state[f"{name}_average"].items():
-                    kept[key].copy_(value)
-            self.optimisers = self._optimisers()
-            for name, optimiser in self.optimisers.items():
-                _remember(optimiser, state[f"{name}_optimiser"])
+            self._load_state(state)
         except (KeyError, RuntimeError) as e:
-            raise WeightsError(f"{self.out}: a run of another configuration: {e}") from e
-        self._begin()
-        self.ranks.equalise(self.task.modules.values())
+            raise WeightsError(
+                f"{self.out}: the checkpoint belongs to another configuration: {e}"
+            ) from e
+        self._begin_stage()
+        self.group.broadcast(self.task.modules.values())
         p = self.progress
         self.report.row(resumed=p.stage, s=round(p.spent), step=p.steps)
 
-    def _optimisers(self) -> dict[str, Optimizer]:
+    def _check_config(self, saved: dict[str, object]) -> None:
+        """Raise `WeightsError` if optimiser or begun stages differ from the checkpoint's."""
+        optimiser = saved.get("optimiser", self.config.optimiser)
+        if optimiser != self.config.optimiser:
+            raise WeightsError(
+                f"{self.out}: --optimiser is {self.config.optimiser}; "
+                f"the checkpoint's optimiser is {optimiser}"
+            )
+        begun = self.progress.stage + (self.progress.number > 0)
+        names = [stage["name"] for stage in saved["plan"]][:begun]  # type: ignore[attr-defined]
+        if [stage.name for stage in self.config.plan][:begun] != names:
+            raise WeightsError(
+                f"{self.out}: the checkpoint's plan begins with {', '.join(names)}; "
+                "give a --plan that begins with the same stages"
+            )
+
+    def _load_state(self, state: shards.State) -> None:
+        """Load modules, averages and optimisers; `KeyError` or `RuntimeError` if they differ."""
+        for name, module in self.task.modules.items():
+            module.load_state_dict(state[name])
+        self.average = _copies(self.task.modules)  # copies keep the modules' memory format
+        for name, average in self.average.items():
+            for key, value in state[f"{name}_average"].items():
+                average[key].copy_(value)
+        self.optimisers = self._new_optimisers()
+        for name, optimiser in self.optimisers.items():
+            _load_optimiser(optimiser, state[f"{name}_optimiser"])
+
+    def _new_optimisers(self) -> dict[str, Optimizer]:
         return {name: self.task.optimiser(name) for name in self.task.modules}
 
     def _load_average(self) -> None:
@@ -304,23 +294,19 @@ class Run:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        own = _copies(self.task.modules)
+        """Put the averaged weights into the modules for the duration of the block."""
+        current = _copies(self.task.modules)
         self._load_average()
         try:
             yield
         finally:
             for name, module in self.task.modules.items():
-                module.load_state_dict(own[name])
+                module.load_state_dict(current[name])
 
 
-def cosine(part: float, hold: float = 0.0, floor: float = 0.02) -> float:
-    """Factor to a learning rate: 1 until `hold`, then half a cosine down to `floor` at 1."""
-    fall = min(max(part - hold, 0.0) / (1 - hold), 1.0)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * fall))
-
-
-def _seed(*of: object) -> int:
-    digest = hashlib.blake2b(repr(of).encode(), digest_size=8).digest()
+def _seed(*values: object) -> int:
+    """Return a 63-bit seed that depends on all `values`."""
+    digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 
@@ -331,31 +317,34 @@ def _copies(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def _moments(optimiser: Optimizer) -> dict[str, Tensor]:
-    """The optimiser's tensors as `parameter/name`."""
+def _optimiser_tensors(optimiser: Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's state with keys `parameter number/name`."""
     state = optimiser.state_dict()["state"]
     return {f"{i}/{key}": v for i, values in state.items() for key, v in values.items()}
 
 
-def _remember(optimiser: Optimizer, moments: Mapping[str, Tensor]) -> None:
-    """The inverse of `_moments`; the kernels need each moment in its parameter's memory format."""
+def _load_optimiser(optimiser: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Load what `_optimiser_tensors` returned.
+
+    Fused kernels need every moment in the memory format of its parameter.
+    """
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in moments.items():
+    for name, value in tensors.items():
         number, _, key = name.partition("/")
-        like = parameters[int(number)]
-        same = value.shape == like.shape and value.dim()
-        placed = torch.empty_like(like).copy_(value) if same else value
-        state.setdefault(int(number), {})[key] = placed
+        parameter = parameters[int(number)]
+        if value.shape == parameter.shape and value.dim():
+            value = torch.empty_like(parameter).copy_(value)
+        state.setdefault(int(number), {})[key] = value
     optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
 
 
 @contextmanager
-def _signals(stop: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """`stop` answers SIGTERM and SIGINT."""
-    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+def _signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle SIGTERM and SIGINT with `handler` for the duration of the block."""
+    previous = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)

@@ -1,8 +1,8 @@
-"""A run's state in a folder of small files that is readable after a kill at any moment.
+"""Checkpoints: a folder of small files that stays readable if the process is killed at any moment.
 
-A generation is `000012-….safetensors`, each at most 16 MiB so that it travels through any channel,
-and `000012.json`, written last, which names them with their digests. An older generation goes once
-the new one's index is in place.
+A generation consists of `000012-….safetensors`, each at most 16 MiB so that upload limits do not
+matter, and the index `000012.json`, which is written last and lists them with their SHA-256. Older
+generations are deleted after the new index is in place.
 """
 
 import hashlib
@@ -21,17 +21,17 @@ from torch import Tensor
 from models.errors import WeightsError
 
 LIMIT = 15 << 20
-"""Bytes of tensors in a file; the header, below, comes on top."""
+"""Largest size of the tensors and headers in a file, in bytes."""
 _HEADER = 256
-"""Bytes allowed for a tensor's name, shape and offsets in a file's header."""
+"""Bytes reserved for one tensor's name, shape and offsets in the header of a file."""
 _GENERATION = re.compile(r"^(\d{6})[-.]")
 
 State = dict[str, dict[str, Tensor]]
-"""Tensors by part ("net", "average", …) and name."""
+"""Tensors by part ("net", "net_average", …) and name."""
 
 
 def save(folder: Path, state: Mapping[str, Mapping[str, Tensor]], facts: dict[str, Any]) -> None:
-    """Write a new generation of `state` and `facts` (JSON), then remove what is older."""
+    """Write `state` and `facts` (JSON values) as a new generation, then delete older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     number = max((_number(p) for p in folder.iterdir()), default=0) + 1
     files: dict[str, str] = {}
@@ -52,14 +52,14 @@ def save(folder: Path, state: Mapping[str, Mapping[str, Tensor]], facts: dict[st
 
 
 def exists(folder: Path) -> bool:
-    """Whether `folder` holds a whole generation."""
+    """Return True if `folder` holds the index of a generation."""
     return any(folder.glob("[0-9]*.json"))
 
 
 def load(folder: Path, device: torch.device | None = None) -> tuple[State, dict[str, Any]]:
-    """The newest generation that is whole, its tensors on `device`.
+    """Return state (on `device`, by default the CPU) and facts of the newest intact generation.
 
-    Raises `WeightsError`, naming the file, where none is.
+    Raises `WeightsError` with the name of the damaged file if no generation is intact.
     """
     failure: WeightsError | None = None
     for index in sorted(folder.glob("[0-9]*.json"), reverse=True):
@@ -77,13 +77,15 @@ def _read(path: Path, device: torch.device) -> tuple[State, dict[str, Any]]:
         for name, digest in index["files"].items():
             data = (path.parent / name).read_bytes()
             if hashlib.sha256(data).hexdigest() != digest:
-                raise WeightsError(f"{path.parent / name}: altered since it was written")
-            own = pieces[name.split("-")[1]]
+                raise WeightsError(f"{path.parent / name}: its SHA-256 is not the one in the index")
+            of_part = pieces[name.split("-")[1]]
             for key, value in sorted(load_bytes(data).items()):
-                own.setdefault(key.rpartition("#")[0], []).append(value.to(device))
+                of_part.setdefault(key.rpartition("#")[0], []).append(value.to(device))
         state = {
-            part: {name: torch.cat(own[name]).reshape(shape) for name, shape in shapes.items()}
-            for (part, shapes), own in zip(index["shapes"].items(), pieces.values(), strict=True)
+            part: {name: torch.cat(of_part[name]).reshape(shape) for name, shape in shapes.items()}
+            for (part, shapes), of_part in zip(
+                index["shapes"].items(), pieces.values(), strict=True
+            )
         }
         return state, index["facts"]
     except (OSError, ValueError, KeyError) as e:
@@ -91,7 +93,10 @@ def _read(path: Path, device: torch.device) -> tuple[State, dict[str, Any]]:
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """`tensors` flat, in pieces `name#00` of at most `LIMIT` bytes, grouped into files."""
+    """Flatten `tensors`, split them into pieces `name#0000` and group these into files.
+
+    No file exceeds `LIMIT` bytes.
+    """
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors.items():
@@ -108,7 +113,7 @@ def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Down to the disk: an index must never survive a power cut that its shards did not."""
+    """Write and fsync, so that after a power cut no index exists without its shards."""
     with path.open("wb") as f:
         f.write(data)
         f.flush()
@@ -116,5 +121,6 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _number(path: Path) -> int:
+    """Return the generation of a file; 0 for files that belong to no checkpoint."""
     match = _GENERATION.match(path.name)
     return int(match[1]) if match else 0

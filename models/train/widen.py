@@ -1,4 +1,7 @@
-"""A wider codec that computes the same: what was trained small can be shipped, or go on, wider."""
+"""Widen a codec to more channels without changing its output.
+
+A codec that was trained with few channels can be shipped, or trained further, at larger sizes.
+"""
 
 from collections.abc import Mapping
 
@@ -6,64 +9,64 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import WeightsError
-from models.train.hyperprior import Hyperprior
+from models.train.hyperprior import TrainableHyperprior
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
 LAST = ("g_a.6", "h_a.4", "h_s.4")
-"""Layers whose new channels are latents, or parameters of latents: those stay silent."""
+"""Layers whose output channels are latents or parameters of latents: new ones are always zero."""
 
 
 @torch.no_grad()
-def widened(
-    tensors: Mapping[str, Tensor], N: int, M: int, alive: bool = False
-) -> dict[str, Tensor]:
-    """The state dict of a codec with `N` hidden and `M` latent channels.
+def widen(tensors: Mapping[str, Tensor], N: int, M: int, alive: bool = False) -> dict[str, Tensor]:
+    """Return the state dict of the codec `tensors` with `N` hidden and `M` latent channels.
 
-    Old channels come first and read nothing of the new ones. New latents are always zero: they cost
-    less than 1e-4 of the rate. So are new hidden channels, unless `alive`: then they start at
-    random, unread, for training to find. `WeightsError` where the codec is wider than that.
+    The old channels come first and do not read the new ones. New latents are zero for every
+    picture and cost less than 1e-4 of the rate. New hidden channels are zero too; with `alive` they
+    get random weights, unread by others, so that training can use them. Raises `WeightsError` if
+    the codec already has more channels.
     """
     m, n = tensors["g_a.6.weight"].shape[:2]
     if N < n or M < m:
         raise WeightsError(f"a codec of {n} and {m} channels cannot be widened to {N} and {M}")
-    net, old = Hyperprior(N, M), Hyperprior(n, m)
+    wide, old = TrainableHyperprior(N, M), TrainableHyperprior(n, m)
     old.load_state_dict({k: tensors[k].float() for k in old.state_dict()})
-    for (name, layer), before in zip(net.named_modules(), old.modules(), strict=True):
+    for (name, layer), old_layer in zip(wide.named_modules(), old.modules(), strict=True):
         if isinstance(layer, Convolution):
-            assert isinstance(before, Convolution)
-            _layer(layer, before, name, alive and name not in LAST)
-    own = net.state_dict()
+            assert isinstance(old_layer, Convolution)
+            _widen_layer(layer, old_layer, name, alive and name not in LAST)
+    state = wide.state_dict()
     for name, value in old.state_dict().items():
         if name.endswith(("beta", "gamma")):  # new channels do not normalise old ones
-            own[name][tuple(slice(side) for side in value.shape)] = value
-    _densities(net, old)
-    return own
+            state[name][tuple(slice(side) for side in value.shape)] = value
+    _widen_densities(wide, old)
+    return state
 
 
-def _layer(layer: Convolution, before: Convolution, name: str, alive: bool) -> None:
-    flip = (0, 1) if isinstance(layer, nn.Conv2d) else (1, 0)
-    weight, small = (w.weight.permute(*flip, 2, 3) for w in (layer, before))
-    outs, ins = small.shape[:2]
-    known = torch.arange(outs)
-    if name == "h_s.4":  # scales, then means
-        known = torch.cat([known[: outs // 2], known[: outs // 2] + len(weight) // 2])
+def _widen_layer(layer: Convolution, old: Convolution, name: str, alive: bool) -> None:
+    """Copy the weights of `old` into `layer`; set new outputs to zero unless `alive`."""
+    outputs_first = (0, 1) if isinstance(layer, nn.Conv2d) else (1, 0)
+    weight, old_weight = (w.weight.permute(*outputs_first, 2, 3) for w in (layer, old))
+    outs, ins = old_weight.shape[:2]
+    copied = torch.arange(outs)
+    if name == "h_s.4":  # half of the outputs are scales, half are means
+        copied = torch.cat([copied[: outs // 2], copied[: outs // 2] + len(weight) // 2])
     assert layer.bias is not None
-    assert before.bias is not None
+    assert old.bias is not None
     if not alive:
         weight.zero_()
         layer.bias.zero_()
-    layer.bias[known] = before.bias
-    weight[known] = 0
-    weight[known, :ins] = small
+    layer.bias[copied] = old.bias
+    weight[copied] = 0
+    weight[copied, :ins] = old_weight
 
 
-def _densities(net: Hyperprior, old: Hyperprior) -> None:
-    """New channels of z stay where the cheapest of the old ones is, with its density."""
-    n, before = old.N, old.entropy_bottleneck
-    medians = before.medians.flatten()
-    costs = -before.likelihood(medians[None, :, None, None]).flatten().log2()
+def _widen_densities(wide: TrainableHyperprior, old: TrainableHyperprior) -> None:
+    """Give every new channel of z the density and the median of the cheapest old channel."""
+    n, old_bottleneck = old.N, old.entropy_bottleneck
+    medians = old_bottleneck.medians.flatten()
+    costs = -old_bottleneck.likelihood(medians[None, :, None, None]).flatten().log2()
     cheapest = int(costs.argmin())
-    for name, value in net.entropy_bottleneck.state_dict().items():
-        value[:n] = before.state_dict()[name]
+    for name, value in wide.entropy_bottleneck.state_dict().items():
+        value[:n] = old_bottleneck.state_dict()[name]
         value[n:] = value[cheapest]
-    net.get_parameter("h_a.4.bias")[n:] = medians[cheapest]
+    wide.get_parameter("h_a.4.bias")[n:] = medians[cheapest]

@@ -1,1 +1,1 @@
-"""The command line: `afterimage`."""
+"""The command line, `afterimage`."""

@@ -1,4 +1,4 @@
-"""`python -P -m service.cli`: the same as `afterimage`."""
+"""`python -P -m service.cli` runs the `afterimage` command."""
 
 import sys
 

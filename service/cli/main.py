@@ -1,4 +1,4 @@
-"""`afterimage serve | worker | encode | decode | inspect | keys | weights`."""
+"""The `afterimage` command: serve, worker, encode, decode, inspect, keys and weights."""
 
 import argparse
 import sys
@@ -14,34 +14,41 @@ from service.cli.terminal import complain
 from service.settings import ServiceSettings
 from worker.settings import prepare_process
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells report it: 128 + SIGINT."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0, or 1 after an error that was told on stderr (2 for wrong usage)."""
+    """Run a command; returns its exit status.
+
+    The status is 1 after an error, which is printed to stderr as one line. Wrong usage raises
+    `SystemExit(2)`.
+    """
     args = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.run
     try:
         prepare_process(ServiceSettings())
         return command(args)
     except ValidationError as e:
-        wrong = "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors())
-        return complain(f"wrong settings in the environment: {wrong}")
-    except SettingsError as e:  # what should be JSON and is not
-        return complain(f"wrong settings in the environment: {e}")
+        faults = "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors())
+        return complain(f"invalid settings in the environment: {faults}")
+    except SettingsError as e:  # a value that is not valid JSON
+        return complain(f"invalid settings in the environment: {e}")
     except (AfterimageError, OSError) as e:
         return complain(str(e))
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="afterimage", description="Learned-codec decoding.")
+    parser = argparse.ArgumentParser(
+        prog="afterimage",
+        description="Encode and decode pictures with learned codecs, or serve the HTTP API.",
+    )
     parser.add_argument("--version", action="version", version=f"afterimage {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    serve.add(commands)
-    codec.add(commands)
-    keys.add(commands.add_parser("keys", help="API keys: make one"))
-    weights.add(commands.add_parser("weights", help="codec weights: import, export, list, remove"))
+    for module in (serve, codec, keys, weights):
+        module.add(commands)
     return parser
 
 

@@ -1,72 +1,97 @@
-"""Worker processes beside the API: started, started again, and ended with it."""
+"""Child processes of `afterimage serve`: started, restarted when they exit, and stopped."""
 
-import contextlib
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Self
 
-WORKER = (sys.executable, "-P", "-m", "worker.main")
-"""The worker's command; -P: a folder of the user's called `worker` must not shadow ours."""
-COURIER = (sys.executable, "-P", "-m", "worker.webhooks")
-"""That of the process which sends webhooks."""
-RESTART_S = 1.0, 30.0
-"""How long after its death a worker is started again; twice as long each time, up to the second,
-while it dies within the second: it cannot start, and trying takes a core."""
-LEAVE_S = 30.0
-"""How long a process may take to end beyond the grace that its job has."""
+from service.cli.terminal import say
+
+Command = tuple[str, ...]
+
+WORKER: Command = (sys.executable, "-P", "-m", "worker.main")
+"""Command of a worker. -P: a folder `worker` in the current directory must not be imported."""
+WEBHOOK_SENDER: Command = (sys.executable, "-P", "-m", "worker.webhooks")
+"""Command of the process that sends webhooks."""
+FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 30.0
+"""Restart delays: the first, and the limit. The delay doubles while a process exits within
+`LONGEST_DELAY_S` of its start, because a process that cannot start would keep a core busy."""
+POLL_S = 0.2
+"""Time between two checks whether a process has exited."""
+EXIT_S = 30.0
+"""How long a process may take to exit, in addition to the grace period of its job."""
 
 
-@contextlib.contextmanager
-def running(commands: Sequence[Sequence[str]], grace_s: float) -> Iterator[None]:
-    """Processes beside the API, started again when they die; at the end they finish their jobs, for
-    `grace_s` at most."""
-    from worker.queue.private_redis import die_with_parent
+class Supervisor:
+    """Context manager for child processes that run next to the API.
 
-    threads = max(len(os.sched_getaffinity(0)) // max(commands.count(WORKER), 1), 1)
-    environment = {"AFTERIMAGE_THREADS": str(threads), **os.environ}  # they share the cores
+    Entering starts them, and a process that exits is restarted. Leaving stops them; their jobs may
+    take `grace_s` to finish. Workers share the cores unless `AFTERIMAGE_THREADS` is set.
+    """
 
-    def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    def __init__(self, commands: Sequence[Command], grace_s: float) -> None:
+        self._commands = commands
+        self._stop_timeout_s = grace_s + EXIT_S
+        threads = max(len(os.sched_getaffinity(0)) // max(commands.count(WORKER), 1), 1)
+        self._environment = {"AFTERIMAGE_THREADS": str(threads), **os.environ}
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._watchers: list[threading.Thread] = []
+        self._stopping = threading.Event()
+
+    def __enter__(self) -> Self:
+        self._processes = [self._start(command) for command in self._commands]
+        self._watchers = [
+            threading.Thread(target=self._watch, args=(index,), daemon=True)
+            for index in range(len(self._processes))
+        ]
+        for watcher in self._watchers:
+            watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        # SIGTERM before the watchers end: a child also gets one when the thread that started it
+        # ends, and a worker takes two in quick succession for one.
+        self._terminate()
+        for watcher in self._watchers:
+            watcher.join()
+        self._terminate()  # a watcher may have restarted a process in the meantime
+        self._wait()
+
+    def _start(self, command: Command) -> subprocess.Popen[bytes]:
+        from worker.queue.private_redis import die_with_parent
+
         return subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=die_with_parent
+            command, env=self._environment, start_new_session=True, preexec_fn=die_with_parent
         )
 
-    stopping = threading.Event()
-    processes = [start(command) for command in commands]
-
-    def watch(i: int) -> None:
-        shortest, longest = RESTART_S
-        began, wait = time.monotonic(), shortest
-        while not stopping.wait(0.2):
-            if processes[i].poll() is None:
+    def _watch(self, index: int) -> None:
+        """Restart a process whenever it exits, until the supervisor stops."""
+        started, delay = time.monotonic(), FIRST_DELAY_S
+        while not self._stopping.wait(POLL_S):
+            status = self._processes[index].poll()
+            if status is None:
                 continue
-            wait = min(2 * wait, longest) if time.monotonic() - began < longest else shortest
-            print(  # noqa: T201
-                f"a worker ended with {processes[i].returncode}; starting another", flush=True
-            )
-            if stopping.wait(wait):
+            early = time.monotonic() - started < LONGEST_DELAY_S
+            delay = min(2 * delay, LONGEST_DELAY_S) if early else FIRST_DELAY_S
+            module = self._commands[index][-1]
+            say(f"{module} exited with status {status}; restarting it in {delay:.0f} s")
+            if self._stopping.wait(delay):
                 return
-            processes[i], began = start(commands[i]), time.monotonic()
+            self._processes[index] = self._start(self._commands[index])
+            started = time.monotonic()
 
-    watchers = [
-        threading.Thread(target=watch, args=(i,), daemon=True) for i in range(len(processes))
-    ]
-    for watcher in watchers:
-        watcher.start()
-    try:
-        yield
-    finally:
-        stopping.set()
-        for process in processes:  # before the watchers end, whose children are told again
+    def _terminate(self) -> None:
+        for process in self._processes:
             process.terminate()
-        for watcher in watchers:
-            watcher.join()
-        for process in processes:  # what was started meanwhile
-            process.terminate()
-        deadline = time.monotonic() + grace_s + LEAVE_S
-        for process in processes:
+
+    def _wait(self) -> None:
+        """Wait for all processes; kill those that are left after the timeout."""
+        deadline = time.monotonic() + self._stop_timeout_s
+        for process in self._processes:
             try:
                 process.wait(max(deadline - time.monotonic(), 0))
             except subprocess.TimeoutExpired:

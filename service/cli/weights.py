@@ -1,47 +1,53 @@
-"""`afterimage weights import | export | list | remove`: codec weights of the user's own."""
+"""`afterimage weights import`, `export`, `list` and `remove`: codec weights of the user."""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from models.codec.bitstream import METRICS
 from models.errors import AfterimageError
+from service.cli import options
 from service.cli.terminal import say
 from service.settings import ServiceSettings
 
 ZOO = "zoo"
-"""In place of a file: CompressAI's published weights."""
+"""Argument of `import` that downloads CompressAI's published weights instead of reading a file."""
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Give `afterimage weights` its commands."""
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def add(commands: Any) -> None:
+    """Add `weights` to the parser's commands."""
+    weights = commands.add_parser("weights", help="import, export, list and remove codec weights")
+    actions = weights.add_subparsers(required=True, metavar="COMMAND")
 
-    into = commands.add_parser(
-        "import", help="install a CompressAI checkpoint of mbt2018-mean; services read it on start"
+    importer = actions.add_parser(
+        "import", help="install a CompressAI checkpoint of mbt2018-mean; restart services to use it"
     )
-    into.add_argument(
-        "source", metavar="FILE|zoo", help=".pth, .pth.tar or .safetensors; zoo: download it"
+    importer.add_argument(
+        "source",
+        metavar="FILE|zoo",
+        help="checkpoint: .pth, .pth.tar or .safetensors; zoo: download CompressAI's weights",
     )
-    _which(into)
-    into.set_defaults(run=_import)
+    _add_codec(importer)
+    importer.set_defaults(run=_import)
 
-    out = commands.add_parser("export", help="write a state dict that CompressAI loads")
-    _which(out)
-    out.add_argument("--id", default="", help="these weights, where several are installed")
-    out.add_argument("-o", "--output", type=Path, required=True, help=".pth or .safetensors")
-    out.set_defaults(run=_export)
+    exporter = actions.add_parser("export", help="write a state dict that CompressAI can load")
+    _add_codec(exporter)
+    exporter.add_argument("--id", default="", help="weights id, if several are installed")
+    exporter.add_argument("-o", "--output", type=Path, required=True, help=".pth or .safetensors")
+    exporter.set_defaults(run=_export)
 
-    listed = commands.add_parser("list", help="what is installed; of equals the first is used")
-    listed.set_defaults(run=_list)
+    lister = actions.add_parser(
+        "list", help="list installed weights; the first of a quality and metric is the one in use"
+    )
+    lister.set_defaults(run=_list)
 
-    remove = commands.add_parser("remove", help="remove what was imported")
-    remove.add_argument("id", help="weights id")
-    remove.set_defaults(run=_remove)
+    remover = actions.add_parser("remove", help="remove imported weights")
+    remover.add_argument("id", help="weights id, as `afterimage weights list` prints it")
+    remover.set_defaults(run=_remove)
 
 
-def _which(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--quality", "-q", type=int, choices=range(1, 9), required=True)
-    command.add_argument("--metric", "-m", choices=METRICS, default="mse")
+def _add_codec(command: argparse.ArgumentParser) -> None:
+    options.add_quality(command, required=True, help="quality of the weights")
+    options.add_metric(command, "-m", help="metric of the weights (default: mse)")
 
 
 def _import(args: argparse.Namespace) -> int:
@@ -62,13 +68,14 @@ def _export(args: argparse.Namespace) -> int:
 
     interchange.check_suffix(args.output)
     rows = [*catalogue.imported(ServiceSettings().weights_dir), *catalogue.shipped()]
-    found = catalogue.find(rows, args.quality, args.metric, args.id)
-    if found is None:
-        named = f" with the id {args.id}" if args.id else ""
+    installed = catalogue.find(rows, args.quality, args.metric, args.id)
+    if installed is None:
+        with_id = f" with the id {args.id}" if args.id else ""
         raise AfterimageError(
-            f"no weights for quality {args.quality}, metric {args.metric}{named} are installed"
+            f"no weights for quality {args.quality}, metric {args.metric}{with_id} are installed; "
+            "see `afterimage weights list`"
         )
-    tensors = checkpoint.load(found.entry, found.folder)
+    tensors = checkpoint.load(installed.entry, installed.folder)
     interchange.write(interchange.to_compressai(tensors), args.output)
     return 0
 
@@ -76,14 +83,14 @@ def _export(args: argparse.Namespace) -> int:
 def _list(_args: argparse.Namespace) -> int:
     from models.codec import catalogue
 
-    rows = [("id", "kind", "quality", "metric", "file", "source")]
+    table = [("id", "kind", "quality", "metric", "file", "source")]
     for row in [*catalogue.imported(ServiceSettings().weights_dir), *catalogue.shipped()]:
-        e = row.entry
-        quality = str(e.quality or "-")
-        source = e.source or "shipped"
-        rows.append((e.weights_id, e.kind, quality, e.metric or "-", e.file, source))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for cells in rows:
+        entry = row.entry
+        quality, metric = str(entry.quality or "-"), entry.metric or "-"
+        source = entry.source or "shipped"
+        table.append((entry.weights_id, entry.kind, quality, metric, entry.file, source))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
         padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
         say("  ".join(padded).rstrip())
     return 0
@@ -93,10 +100,12 @@ def _remove(args: argparse.Namespace) -> int:
     from models.codec import catalogue
 
     rows = catalogue.imported(ServiceSettings().weights_dir)
-    found = [row for row in rows if row.entry.weights_id == args.id]
-    if not found:
-        raise AfterimageError(f"nothing with the id {args.id} was imported")
-    for row in found:
+    matches = [row for row in rows if row.entry.weights_id == args.id]
+    if not matches:
+        raise AfterimageError(
+            f"no imported weights have the id {args.id}; see `afterimage weights list`"
+        )
+    for row in matches:
         catalogue.remove(row)
         say(f"removed {row.folder / row.entry.file}")
     return 0

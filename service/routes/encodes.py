@@ -1,4 +1,4 @@
-"""`/v1/encodes`, `/v1/inspect`: what is done with bitstreams and needs no queue."""
+"""`POST /v1/encodes` and `POST /v1/inspect`: encode a photograph, read a bitstream's header."""
 
 import contextlib
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from models.errors import (
     WrongWeights,
 )
 from service import problems, schemas
-from service.deps import Body, Decoding, Encoding, Own
+from service.deps import DecodeCaller, EncodeCaller, RequestBody, ServicesDep
 from worker.queue import estimates
 from worker.queue.store import RedisError
 
@@ -44,9 +44,9 @@ def _upload(description: str, *media_types: str) -> dict[str, Any]:
             "headers": {"X-Afterimage-Bpp": {"schema": {"type": "number"}, "example": 0.21}},
         },
         **problems.responses(
-            *problems.OF_KEYS,
+            *problems.OF_AUTHENTICATION,
             *problems.OF_BODIES,
-            *problems.OF_LINES,
+            *problems.OF_COMPUTATION,
             PictureError,
             UnsupportedPicture,
             PictureTooLarge,
@@ -56,28 +56,30 @@ def _upload(description: str, *media_types: str) -> dict[str, Any]:
     },
 )
 async def encode(
-    own: Own,
-    caller: Encoding,
-    data: Body,
+    services: ServicesDep,
+    caller: EncodeCaller,
+    data: RequestBody,
     quality: Annotated[
-        int, Query(ge=1, le=8, description="1: smallest, 3: best; to 8 with imported weights.")
+        int, Query(ge=1, le=8, description="1: smallest, 3: best; up to 8 with imported weights.")
     ] = 2,
     metric: Annotated[
-        Metric, Query(description="What the codec was trained for; ms-ssim with imported weights.")
+        Metric,
+        Query(description="The metric the codec was trained for; ms-ssim needs imported weights."),
     ] = "mse",
-    format: Annotated[Format, Query(description="Container of the result.")] = "msh",
+    format: Annotated[Format, Query(description="Container format of the bitstream.")] = "msh",
 ) -> Response:
-    """Encode a photograph: upright by EXIF, in sRGB, transparency flattened on white."""
+    """Encode a photograph, after it is rotated by its EXIF orientation, converted to sRGB, and
+    flattened onto white."""
 
     def compute() -> Bitstream:
-        used = own.library.find(quality, metric)
-        pixels = image.read(data, own.settings.max_pixels)
+        used = services.library.find(quality, metric)
+        pixels = image.read(data, services.settings.max_pixels)
         return used.encode(codec.to_tensor(pixels), format, "exact")
 
-    b = await own.instant.run(compute)
-    made = bitstream.serialize(b)
-    headers = {"X-Afterimage-Bpp": f"{8 * len(made) / (b.width * b.height):.4f}"}
-    return Response(made, 200, headers, _MEDIA_TYPE)
+    b = await services.instant.run(compute)
+    file = bitstream.serialize(b)
+    headers = {"X-Afterimage-Bpp": f"{8 * len(file) / (b.width * b.height):.4f}"}
+    return Response(file, 200, headers, _MEDIA_TYPE)
 
 
 @router.post(
@@ -85,16 +87,18 @@ async def encode(
     summary="Read a bitstream's header",
     tags=["inspect"],
     openapi_extra=_upload("A bitstream.", _MEDIA_TYPE),
-    responses=problems.responses(*problems.OF_KEYS, *problems.OF_BITSTREAMS),
+    responses=problems.responses(*problems.OF_AUTHENTICATION, *problems.OF_BITSTREAMS),
 )
-async def inspect(own: Own, caller: Decoding, data: Body) -> schemas.Inspection:
-    """What a bitstream's header says, and what its pictures cost; nothing is decoded."""
-    b = bitstream.parse(data, own.settings.max_pixels)
+async def inspect(
+    services: ServicesDep, caller: DecodeCaller, data: RequestBody
+) -> schemas.Inspection:
+    """Read a bitstream's header and predict the cost of each tier, without decoding."""
+    b = bitstream.parse(data, services.settings.max_pixels)
     decodable, cost = True, None
     try:
-        own.library.codec_id(b)
+        services.library.codec_id(b)
     except WrongWeights:
         decodable = False
-    with contextlib.suppress(RedisError):  # without the queue, nothing is known of workers
-        cost = await anyio.to_thread.run_sync(estimates.model, own.jobs)
-    return schemas.Inspection.of(b, len(data), decodable, own.instant.megapixel_s, cost)
+    with contextlib.suppress(RedisError):  # without Redis, costs of diffusion tiers are unknown
+        cost = await anyio.to_thread.run_sync(estimates.cost_model, services.jobs)
+    return schemas.Inspection.of(b, len(data), decodable, services.instant.megapixel_s, cost)

@@ -1,4 +1,4 @@
-"""Probes, unauthenticated."""
+"""Liveness, start-up and readiness probes, without authentication."""
 
 import contextlib
 
@@ -6,35 +6,38 @@ import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Response
 
-from service.deps import Own
+from service.deps import ServicesDep
 from service.schemas import Health
 from worker.queue.store import RedisError
 
 router = APIRouter(tags=["health"])
 
 PING_S = 2.0
-"""How long Redis may take to answer before it counts as away: probes give up later."""
-_PINGS = anyio.CapacityLimiter(4)
-"""Threads that ask it, apart from those that requests need."""
+"""Seconds until an unresponsive Redis counts as down; the probe's own timeout is longer."""
+_PING_THREADS = anyio.CapacityLimiter(4)
+"""Threads that ping Redis; separate, so that an unresponsive Redis does not block requests."""
 
 
 @router.get("/livez", summary="Alive")
 async def livez() -> Health:
-    """The process answers."""
+    """The process responds."""
     return Health(status="ok", redis="unasked")
 
 
 @router.get("/startupz", summary="Started")
 async def startupz() -> Health:
-    """The models are loaded: no connection is accepted before."""
+    """The models are loaded: the server accepts no connection before that."""
     return Health(status="ok", redis="unasked")
 
 
 @router.get("/readyz", summary="Ready")
-async def readyz(own: Own, response: Response) -> Health:
-    """The models are loaded; `degraded` while Redis is away and only instant decodes work."""
+async def readyz(services: ServicesDep, response: Response) -> Health:
+    """The models are loaded. The status is `degraded` while Redis is down: only instant decodes
+    work then."""
     response.headers["Cache-Control"] = "no-store"
     with anyio.move_on_after(PING_S), contextlib.suppress(RedisError):
-        await anyio.to_thread.run_sync(own.store.ping, limiter=_PINGS, abandon_on_cancel=True)
+        await anyio.to_thread.run_sync(
+            services.store.ping, limiter=_PING_THREADS, abandon_on_cancel=True
+        )
         return Health(status="ok", redis="up")
     return Health(status="degraded", redis="down")

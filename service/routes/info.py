@@ -1,4 +1,4 @@
-"""`/v1/models`, `/v1/tiers`, `/v1/limits`: what this service can do."""
+"""`/v1/models`, `/v1/tiers` and `/v1/limits`: what this service offers and allows."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ from models.codec import catalogue
 from models.errors import ParameterError
 from models.tiers import TIERS
 from service import problems, schemas
-from service.deps import Own
+from service.deps import ServicesDep
 from service.problems import ModelNotFound
 
 router = APIRouter(prefix="/v1", tags=["about"])
@@ -17,18 +17,19 @@ router = APIRouter(prefix="/v1", tags=["about"])
 _MARKDOWN = "text/markdown"
 
 
-@router.get("/models", summary="Installed weights")
-async def models(own: Own) -> list[schemas.Model]:
-    """Codecs, shipped and imported, and the diffusion decoder: their ids are part of every decode's
-    id, and a bitstream names those that it was made with."""
+@router.get("/models", summary="List the installed weights")
+async def models(services: ServicesDep) -> list[schemas.Model]:
+    """List the codecs, shipped and imported, and the diffusion decoder. Weights ids are part of the
+    id of a decode; a bitstream may name the weights it was made with."""
     return [
-        schemas.Model.of(row.entry) for row in (*catalogue.shipped(), *own.library.imports.rows)
+        schemas.Model.of(row.entry)
+        for row in (*catalogue.shipped(), *services.library.imports.rows)
     ]
 
 
 @router.get(
     "/models/{weights_id}/card",
-    summary="A model card",
+    summary="Get a model card",
     response_class=Response,
     responses={
         200: {
@@ -41,24 +42,30 @@ async def models(own: Own) -> list[schemas.Model]:
 async def card(
     weights_id: Annotated[
         str,
-        Path(pattern="^[0-9a-f]{16}$", examples=["d78422ef2d93dd50"], description="Of a model."),
+        Path(
+            pattern="^[0-9a-f]{16}$",
+            examples=["d78422ef2d93dd50"],
+            description="Weights id of a model.",
+        ),
     ],
 ) -> Response:
-    """What the weights were made of and how well they do."""
+    """The model card: training data, training, results and licence."""
     for row in catalogue.shipped():
         if row.entry.weights_id == weights_id and row.entry.card:
             text = await anyio.to_thread.run_sync((row.folder / row.entry.card).read_text, "utf-8")
             return Response(text, media_type=_MARKDOWN)
-    raise ModelNotFound(f"there is no card of weights {weights_id}")
+    raise ModelNotFound(
+        f"there is no model card for weights {weights_id}; /v1/models lists all cards"
+    )
 
 
-@router.get("/tiers", summary="All tiers")
+@router.get("/tiers", summary="List the tiers")
 async def tiers() -> list[schemas.Tier]:
-    """Points on the curve between low distortion and natural looks."""
+    """List the tiers, from low distortion to natural looks, with their sampler settings."""
     return [schemas.Tier.of(t) for t in TIERS.values()]
 
 
-@router.get("/limits", summary="Caps on requests")
-async def limits(own: Own) -> schemas.Limits:
-    """What is refused."""
-    return schemas.Limits.of(own.settings)
+@router.get("/limits", summary="Get the limits of requests")
+async def limits(services: ServicesDep) -> schemas.Limits:
+    """The limits beyond which requests are refused."""
+    return schemas.Limits.of(services.settings)

@@ -1,4 +1,4 @@
-"""`GET /metrics`: what this process measured, and what the queue and its workers left in Redis."""
+"""`GET /metrics`: Prometheus metrics of this process, the queue and its workers."""
 
 import anyio.to_thread
 from fastapi import APIRouter
@@ -7,7 +7,7 @@ from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from service import metrics
-from service.deps import Own
+from service.deps import ServicesDep
 
 router = APIRouter(tags=["health"])
 
@@ -18,9 +18,10 @@ router = APIRouter(tags=["health"])
     response_class=PlainTextResponse,
     responses={200: {"content": {"text/plain": {"example": "afterimage_redis_up 1.0\n"}}}},
 )
-async def page(own: Own) -> Response:
-    """Prometheus text exposition: requests and stages of this process; queue, jobs and workers of
-    all. Where Redis is away, the process's own remain and `afterimage_redis_up` is 0."""
-    text = await anyio.to_thread.run_sync(generate_latest, metrics.registry(own.jobs))
+async def page(services: ServicesDep) -> Response:
+    """Metrics in the Prometheus text format: requests and decoding stages of this process; queue,
+    jobs and workers of the whole deployment. While Redis is down, only those of this process are
+    listed and `afterimage_redis_up` is 0."""
+    text = await anyio.to_thread.run_sync(generate_latest, metrics.registry(services.jobs))
     headers = {"Cache-Control": "no-store"}
     return Response(text, headers=headers, media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -1,4 +1,4 @@
-"""The page at `/`: static files, under a policy that lets nothing come from elsewhere."""
+"""The web page at `/`: static files with a strict Content-Security-Policy."""
 
 from pathlib import Path
 
@@ -12,20 +12,20 @@ HEADERS = {
     "style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # asked for each time, sent again where it has changed
+    "Cache-Control": "no-cache",  # browsers revalidate each time
 }
 
 
 class Files(StaticFiles):
-    """The document and what it names: style, scripts, samples."""
+    """The page's files: HTML, style, scripts, samples."""
 
     def __init__(self) -> None:
         super().__init__(directory=Path(__file__).parents[1] / "web")
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        answer = await super().get_response(path, scope)
-        answer.headers.update(HEADERS)
-        return answer
+        response = await super().get_response(path, scope)
+        response.headers.update(HEADERS)
+        return response
 
 
 files = Files()
@@ -34,5 +34,5 @@ router = APIRouter()
 
 @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
 async def page(request: Request) -> Response:
-    """The document."""
+    """Serve the HTML document."""
     return await files.get_response("index.html", request.scope)

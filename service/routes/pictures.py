@@ -1,44 +1,39 @@
-"""`GET /v1/decodes/{id}/image`: the best picture there is, in the format that is liked best."""
+"""`GET /v1/decodes/{id}/image` and `/preview`: the best available picture of a decode."""
 
-import contextlib
-import math
 from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import JSONResponse
 
-from models import image, tiers
-from models.codec import bitstream, codec
-from models.codec.bitstream import Bitstream
-from models.diffusion import realism
+from models import tiers
 from models.errors import ParameterError, WrongWeights
-from models.image import OutputFormat
-from models.library import provenance
-from service import image_response, problems, schemas
-from service.deps import Accepted, JobId, Own, Preferred, State, Viewing, one_of_tiers
-from service.instant import Drawn
+from service import drafts, image_response, problems, schemas, watching
+from service.deps import (
+    AcceptedFormat,
+    ImageCaller,
+    JobId,
+    PreferHeader,
+    ServicesDep,
+    tier_query,
+)
 from service.problems import Conflict, JobNotFound, PictureGone
-from service.routes import progress
-from worker.queue.records import Decode, JobState
-from worker.queue.store import RedisError
+from worker.queue.records import DecodeRequest
 
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
 
 _RANKS = {name: rank for rank, name in enumerate(tiers.TIERS)}
 
-
 _ROUTE: dict[str, Any] = {
-    "summary": "The best picture there is",
+    "summary": "Get the best available picture",
     "response_class": Response,
     "responses": {
-        200: {"content": schemas.PICTURES, "description": "The best picture there is."},
-        202: {"model": schemas.Decode, "description": "`min_tier` is not reached yet."},
+        200: {"content": schemas.PICTURES, "description": "The best available picture."},
+        202: {"model": schemas.Decode, "description": "No picture of `min_tier` is ready yet."},
         206: {"content": schemas.PICTURES, "description": "The part that `Range` asks for."},
-        304: {"description": "The picture that If-None-Match names is still the best."},
+        304: {"description": "The best available picture is the one that If-None-Match names."},
         **problems.responses(
-            *problems.OF_KEYS, *problems.OF_LINES, problems.QueueAway, JobNotFound, Conflict,
-            PictureGone, ParameterError, WrongWeights, problems.NotAcceptable,
+            *problems.OF_AUTHENTICATION, *problems.OF_COMPUTATION, problems.QueueAway, JobNotFound,
+            Conflict, PictureGone, ParameterError, WrongWeights, problems.NotAcceptable,
             problems.RangeNotSatisfiable,
         ),
     },
@@ -48,116 +43,64 @@ _ROUTE: dict[str, Any] = {
 @router.head("/{id}/image", name="picture_head", **_ROUTE)
 @router.get("/{id}/image", **_ROUTE)
 async def picture(
-    own: Own,
-    caller: Viewing,
+    services: ServicesDep,
+    caller: ImageCaller,
     id: JobId,
     request: Request,
-    format: Accepted,
-    prefer: Preferred,
+    format: AcceptedFormat,
+    prefer: PreferHeader,
     min_tier: Annotated[
-        str, one_of_tiers("At least this tier: 202 while it is pending.")
+        str, tier_query("The lowest tier to accept; the response is 202 until it is ready.")
     ] = "instant",
     realism: Annotated[
         float,
-        Query(ge=0, le=1, description="0: the instant picture; 1: the tier's. Nothing is redrawn."),
+        Query(ge=0, le=1, description="Blends the instant picture (0) with the finished one (1)."),
     ] = 1.0,
 ) -> Response:
-    """The finished picture, or the instant one while there is none; `X-Afterimage-Tier` says."""
+    """The finished picture or, until it is ready, the instant picture; the header
+    `X-Afterimage-Tier` names its tier."""
     tiers.find(min_tier)
-    state = await progress.look(own, id, caller.name)
+    state = await watching.load(services, id, caller.name)
     if min_tier != "instant" and prefer.wait_s:
-        await progress.until_ended(own, request, id, prefer.wait_s)
-        state = await progress.look(own, id, caller.name)
-    if state.status == "expired":
-        raise PictureGone(f"the picture of decode {id} is no longer kept; retry makes it again")
+        await watching.wait_until_ended(services, request, id, prefer.wait_s)
+        state = await watching.load(services, id, caller.name)
+    watching.check_kept(state)
     if _RANKS[min_tier] > _rank(state.decode):
-        raise Conflict(f"decode {id} draws {state.decode.tier}, not {min_tier}")
+        raise Conflict(f"decode {id} has tier {state.decode.tier} and will not reach {min_tier}")
     if state.status != "succeeded" and min_tier != "instant":
-        return await pending(own, state)
+        return await watching.pending_response(services, state)
     if state.status == "succeeded" and realism > 0:
-        file = await finished(own, state.decode, format, realism)
+        file = await drafts.finished_picture(services, state.decode, format, realism)
         if file is not None:
-            shown = {"X-Afterimage-Realism": f"{realism:g}"}
-            return image_response.picture(request, file, format, state.decode, shown)
-    b = await _bitstream(own, state.decode)
-    drawn = await draft(own, state.decode, b, format)
-    return image_response.picture(request, drawn.file, format, None)
+            headers = {"X-Afterimage-Realism": f"{realism:g}"}
+            return image_response.picture(services, request, file, format, state.decode, headers)
+    b = await drafts.stored_bitstream(services, state.decode)
+    draft = await drafts.draft(services, state.decode, b, format)
+    return image_response.picture(services, request, draft.data, format, None)
 
 
 @router.get(
     "/{id}/preview",
-    summary="The estimate so far",
+    summary="Get the latest preview",
     response_class=Response,
     responses={
         200: {"content": {"image/webp": {"schema": schemas.BINARY}}, "description": "A WebP file."},
-        **problems.responses(*problems.OF_KEYS, JobNotFound, ParameterError, problems.QueueAway),
+        **problems.responses(
+            *problems.OF_AUTHENTICATION, JobNotFound, ParameterError, problems.QueueAway
+        ),
     },
 )
-async def preview(own: Own, caller: Viewing, id: JobId) -> Response:
-    """The last estimate of a decode that is being drawn while its events are read."""
-    state = await progress.look(own, id, caller.name)
-    file = await anyio.to_thread.run_sync(own.store.preview, id)
+async def preview(services: ServicesDep, caller: ImageCaller, id: JobId) -> Response:
+    """The latest intermediate picture of a running decode; made only while its events are read."""
+    state = await watching.load(services, id, caller.name)
+    file = await anyio.to_thread.run_sync(services.store.preview, id)
     if file is None:
-        raise JobNotFound(f"there is no preview of decode {id}")
-    headers = {"Cache-Control": "no-store", **image_response.drawn(state.decode)}
+        raise JobNotFound(f"decode {id} has no preview")
+    headers = {"Cache-Control": "no-store", **image_response.provenance_headers(state.decode)}
     return Response(file, 200, headers, "image/webp")
 
 
-async def finished(
-    own: State, decode: Decode, format: OutputFormat, alpha: float = 1.0
-) -> bytes | None:
-    """The finished picture's file at realism `alpha`, where it is kept."""
-    png = await anyio.to_thread.run_sync(own.store.picture, decode.id)
-    if png is None or (format == "png" and alpha == 1):
-        return png
-    b = None if alpha == 1 else await _bitstream(own, decode)
-
-    def remake() -> Drawn:
-        pixels = image.read(png, own.settings.max_pixels)
-        if b is not None:
-            x_hat = codec.crop(own.library.instant(b)[1], b.height, b.width)
-            pixels = codec.to_pixels(realism.mix(x_hat, codec.to_tensor(pixels), alpha))
-        text = provenance(
-            decode.tier, decode.settings, decode.seed, decode.codec, decode.decoder, alpha
-        )
-        return Drawn(image.write(pixels, format, text))
-
-    return (await own.instant.once((decode.id, format, alpha), remake)).file
-
-
-async def draft(own: State, decode: Decode, b: Bitstream, format: OutputFormat) -> Drawn:
-    """The instant picture, from the cache or computed and kept there; without one, computed."""
-    name = decode.digest, decode.codec, format
-    with contextlib.suppress(RedisError):
-        kept = await anyio.to_thread.run_sync(own.store.draft, *name)
-        if kept is not None:
-            return Drawn(kept)
-    drawn = await own.instant.picture(b, decode.digest, format)
-    with contextlib.suppress(RedisError):
-        await anyio.to_thread.run_sync(own.store.put_draft, *name, drawn.file)
-    return drawn
-
-
-async def _bitstream(own: State, decode: Decode) -> Bitstream:
-    data = await anyio.to_thread.run_sync(own.store.bitstream, decode.digest)
-    if data is None:
-        raise JobNotFound(f"the bitstream of decode {decode.id} is no longer kept")
-    b = bitstream.parse(data, own.settings.max_pixels)
-    if own.library.codec_id(b) != decode.codec:
-        raise WrongWeights(f"decode {decode.id} is of other weights than are here now")
-    return b
-
-
-def _rank(decode: Decode) -> int:
-    """Of the best tier that has the decode's settings: one may be asked for by another's name."""
+def _rank(decode: DecodeRequest) -> int:
+    """The rank of the best tier with the decode's settings, which may not be the tier it names."""
     same = (t.name for t in tiers.TIERS.values() if t.settings == decode.settings)
     return max(_RANKS[name] for name in (decode.tier, *same))
-
-
-async def pending(own: State, state: JobState) -> Response:
-    """202 and the job's state; raises `Conflict` where its picture will not come."""
-    if state.status in {"failed", "canceled"}:
-        raise Conflict(f"decode {state.id} is {state.status}: {state.error or 'retry makes it'}")
-    shown = await anyio.to_thread.run_sync(progress.view, own, state.id)
-    headers = {"Retry-After": str(math.ceil(shown.eta_s or 1)), "Cache-Control": "no-store"}
-    return JSONResponse(shown.model_dump(mode="json"), 202, headers)

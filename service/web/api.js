@@ -1,100 +1,101 @@
-// The public API, as a page uses it. Every failure is a Problem, worded by the API.
+// Calls of the public API. Errors are Problems, with the API's title and detail.
 
 const RECONNECT_MS = 2000;
 let key = sessionStorage.getItem("key") ?? "";
 
 export class Problem extends Error {
-  constructor(status, { type = "", title = "No answer", detail = "" } = {}) {
+  constructor(status, { type = "", title = "No response", detail = "" } = {}) {
     super(detail);
     Object.assign(this, { status, title, kind: type.split(":").pop() });
   }
 }
 
-export function useKey(given) {
-  key = given;
-  sessionStorage.setItem("key", given);
+export function useKey(newKey) {
+  key = newKey;
+  sessionStorage.setItem("key", newKey);
 }
 
-const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 
-// fetch() with the key; Problem unless the answer is a success.
-export async function ask(path, { headers = {}, ...rest } = {}) {
-  const own = key ? { Authorization: `Bearer ${key}` } : {};
-  let answer;
+// fetch() with the API key. Throws a Problem.
+export async function request(path, { headers = {}, ...options } = {}) {
+  const authorization = key ? { Authorization: `Bearer ${key}` } : {};
+  let response;
   try {
-    answer = await fetch(path, { ...rest, headers: { ...headers, ...own } });
+    response = await fetch(path, { ...options, headers: { ...headers, ...authorization } });
   } catch (e) {
     if (e.name === "AbortError") throw e;
     throw new Problem(0, { detail: "The service cannot be reached." });
   }
-  if (answer.ok) return answer;
-  if (answer.status === 429 && !rest.method) { // what only asks can wait
-    await pause(1000 * (answer.headers.get("Retry-After") || 1));
-    return ask(path, { headers, ...rest });
+  if (response.ok) return response;
+  if (response.status === 429 && !options.method) {
+    await sleep(1000 * (response.headers.get("Retry-After") || 1));
+    return request(path, { headers, ...options });
   }
-  const told = await answer.json().catch(() => ({}));
-  throw new Problem(answer.status, { title: `Error ${answer.status}`, ...told });
+  const problem = await response.json().catch(() => ({}));
+  throw new Problem(response.status, { title: `Error ${response.status}`, ...problem });
 }
 
-export const json = async (path, rest) => (await ask(path, rest)).json();
+export const json = async (path, options) => (await request(path, options)).json();
 
-const picture = { Accept: "image/png" };
+const png = { Accept: "image/png" };
 
 export async function encode(file, quality, signal) {
-  const answer = await ask(`v1/encodes?quality=${quality}`, { method: "POST", body: file, signal });
-  return answer.blob();
+  const path = `v1/encodes?quality=${quality}`;
+  return (await request(path, { method: "POST", body: file, signal })).blob();
 }
 
-// The instant picture, or the finished one where it is kept, and the id of the decode.
+// The instant picture, or the tier's if it is in the cache, with the id of the decode.
 export async function decode(bitstream, tier, seed, signal) {
   const query = new URLSearchParams({ tier, seed });
-  const began = performance.now();
-  const answer = await ask(`v1/decodes?${query}`, {
-    method: "POST", body: bitstream, headers: picture, signal,
+  const start = performance.now();
+  const response = await request(`v1/decodes?${query}`, {
+    method: "POST", body: bitstream, headers: png, signal,
   });
-  const file = await answer.blob();
+  const file = await response.blob();
   return {
     file,
-    ms: performance.now() - began,
-    id: answer.headers.get("Location")?.split("/").pop(),
-    tier: answer.headers.get("X-Afterimage-Tier"),
+    ms: performance.now() - start,
+    id: response.headers.get("Location")?.split("/").pop() ?? "",
+    tier: response.headers.get("X-Afterimage-Tier"),
   };
 }
 
 export const status = (id, signal) => json(`v1/decodes/${id}`, { signal });
 export const inspect = (bitstream, signal) =>
   json("v1/inspect", { method: "POST", body: bitstream, signal });
-export async function withdraw(id) {
-  const answer = await ask(`v1/decodes/${id}`, { method: "DELETE" });
-  return { ...(await answer.json()), stopping: answer.status === 202 };
-}
 export const retry = (id) => json(`v1/decodes/${id}/retry`, { method: "POST" });
+
+export async function cancel(id) {
+  const response = await request(`v1/decodes/${id}`, { method: "DELETE" });
+  return { ...(await response.json()), stopping: response.status === 202 };
+}
 
 export async function image(id, realism, minTier, signal) {
   const query = new URLSearchParams({ realism, min_tier: minTier });
-  return (await ask(`v1/decodes/${id}/image?${query}`, { headers: picture, signal })).blob();
+  return (await request(`v1/decodes/${id}/image?${query}`, { headers: png, signal })).blob();
 }
 
 export const preview = async (path, signal) =>
-  (await ask(path.replace(/^\//, ""), { signal })).blob();
+  (await request(path.replace(/^\//, ""), { signal })).blob();
 
-// The events of a decode until its end, over broken connections. Not EventSource, which sends no key.
+// Server-sent events of a decode until it ends; reconnects. EventSource cannot send the API key.
 export async function* events(id, signal) {
-  let last = "0-0";
+  let lastId = "0-0";
   for (;;) {
     try {
-      const headers = { "Last-Event-ID": last, Accept: "text/event-stream" };
-      const answer = await ask(`v1/decodes/${id}/events`, { headers, signal });
-      for await (const event of parse(answer.body)) {
-        last = event.id;
+      const headers = { "Last-Event-ID": lastId, Accept: "text/event-stream" };
+      const response = await request(`v1/decodes/${id}/events`, { headers, signal });
+      for await (const event of parse(response.body)) {
+        lastId = event.id;
         yield event;
         if (["completed", "failed", "canceled"].includes(event.kind)) return;
       }
     } catch (e) {
-      const passing = !(e instanceof Problem) || e.status === 0 || e.status >= 500;
-      if (signal.aborted || !passing) throw e;
+      const temporary = !(e instanceof Problem) || e.status === 0 || e.status >= 500;
+      if (signal.aborted || !temporary) throw e;
     }
-    await pause(RECONNECT_MS);
+    await sleep(RECONNECT_MS);
     signal.throwIfAborted();
   }
 }
@@ -105,12 +106,12 @@ async function* parse(body) {
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
-    const parts = (text + value).replaceAll("\r\n", "\n").split("\n\n");
-    text = parts.pop();
-    for (const part of parts) {
-      const fields = Object.fromEntries(part.split("\n").map((line) => {
-        const at = line.indexOf(":");
-        return [line.slice(0, at), line.slice(at + 1).trimStart()];
+    const blocks = (text + value).replaceAll("\r\n", "\n").split("\n\n");
+    text = blocks.pop();
+    for (const block of blocks) {
+      const fields = Object.fromEntries(block.split("\n").map((line) => {
+        const colon = line.indexOf(":");
+        return [line.slice(0, colon), line.slice(colon + 1).trimStart()];
       }));
       if (fields.data) yield { ...JSON.parse(fields.data), id: fields.id, kind: fields.event };
     }

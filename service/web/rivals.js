@@ -1,4 +1,4 @@
-// A worker: what the browser's own encoder makes of a picture in so many bytes, by bisection.
+// Web worker: encodes a picture as JPEG and WebP with at most `bytes` bytes, by bisection.
 
 const TRIES = 7;
 
@@ -7,25 +7,25 @@ onmessage = async ({ data: { bitmap, bytes, types } }) => {
   canvas.getContext("2d").drawImage(bitmap, 0, 0);
   bitmap.close();
   for (const type of types) {
-    const made = await largest(canvas, type, bytes).catch(() => ({ file: null })); // too wide
-    postMessage({ type, ...made });
+    const result = await best(canvas, type, bytes).catch(() => ({ file: null })); // too wide
+    postMessage({ type, ...result });
   }
 };
 
-// The file of the highest quality within `bytes`; the smallest one where none is.
-async function largest(canvas, type, bytes) {
+// The file of the highest quality within `bytes`; if none fits, the one of the lowest quality.
+async function best(canvas, type, bytes) {
   let [low, high] = [0, 1];
-  let best = { file: await canvas.convertToBlob({ type, quality: 0 }), quality: 0 };
-  if (best.file.type !== type) return { file: null, quality: 0 };
-  for (let i = 0; i < TRIES && best.file.size <= bytes; i += 1) {
+  let result = { file: await canvas.convertToBlob({ type, quality: 0 }), quality: 0 };
+  if (result.file.type !== type) return { file: null }; // the browser has no such encoder
+  for (let i = 0; i < TRIES && result.file.size <= bytes; i += 1) {
     const quality = (low + high) / 2;
     const file = await canvas.convertToBlob({ type, quality });
     if (file.size <= bytes) {
       low = quality;
-      best = { file, quality };
+      result = { file, quality };
     } else {
       high = quality;
     }
   }
-  return best;
+  return result;
 }

@@ -1,9 +1,9 @@
-"""Decoding against CompressAI's `decompress()`: the same bytes, one process, interleaved.
+"""Benchmark of decoding against CompressAI's `decompress()`: same bytes, one process, interleaved.
 
 make bench PART=decode
 
-With the shipped weights, half of whose channels do not reach the picture (ours leaves them out,
-CompressAI does not), and with weights that use every channel.
+Measured with the shipped weights, half of whose channels have no effect on the picture (our decoder
+skips them, CompressAI does not), and with weights that use every channel.
 """
 
 import json
@@ -27,7 +27,7 @@ import machine
 from models import checkpoint, geometry, image
 from models.codec import bitstream, codec, rans, zoo
 from models.codec.codec import Codec
-from models.codec.inference_synthesis import Folded
+from models.codec.inference_synthesis import InferenceSynthesis
 from models.codec.msh import GDN
 from models.codec.synthesis import Synthesis
 from worker.settings import WorkerSettings, prepare_process
@@ -39,34 +39,34 @@ QUALITY = 2
 WEIGHTS = ("shipped", "every channel")
 
 
-def one(weights: str, width: int, height: int, kept: Path) -> dict[str, Any]:
-    """Figures of one size in this process; its bitstream is left in `kept`."""
-    own = _codec(weights)
+def measure(weights: str, width: int, height: int, file: Path) -> dict[str, Any]:
+    """Measure one picture size in this process; write its bitstream to `file`."""
+    ours = _codec(weights)
     photo = image.read(PHOTO.read_bytes(), 10**7)
     across = -(-height // photo.shape[0]), -(-width // photo.shape[1])
     x = codec.to_tensor(np.tile(photo, (*across, 1))[:height, :width].copy())
-    streams = [bitstream.serialize(own.encode(x, f, "exact")) for f in ("compressai", "msh")]
+    streams = [bitstream.serialize(ours.encode(x, f, "exact")) for f in ("compressai", "msh")]
     b, exact = (bitstream.parse(data) for data in streams)
-    kept.write_bytes(streams[1])
-    reference = _reference(own)
+    file.write_bytes(streams[1])
+    reference = _reference(ours)
     shape = [side // 64 for side in geometry.padded(height, width)]
 
-    def theirs() -> Tensor:
-        made: Tensor = reference.decompress([[b.y_string], [b.z_string]], shape)["x_hat"]
-        return made
+    def decompress() -> Tensor:
+        x_hat: Tensor = reference.decompress([[b.y_string], [b.z_string]], shape)["x_hat"]
+        return x_hat
 
-    ways: dict[str, Callable[[], Tensor]] = {
-        "compressai": theirs,
-        "float": lambda: own.synthesis(own.latents(b).y_hat),
-        "exact": lambda: own.synthesis(own.latents(exact).y_hat),
+    decoders: dict[str, Callable[[], Tensor]] = {
+        "compressai": decompress,
+        "float": lambda: ours.reconstruct(b)[1],
+        "exact": lambda: ours.reconstruct(exact)[1],
     }
     with torch.inference_mode():
-        pictures = {name: way() for name, way in ways.items()}  # compiled and warm
-        ms = _interleaved(ways, 7 if width < 1000 else 2)
-        stages = _stages(own, b, 5 if width < 1000 else 2)
+        pictures = {name: decode() for name, decode in decoders.items()}  # compiles and warms up
+        ms = _interleaved(decoders, 7 if width < 1000 else 2)
+        stages = _stages(ours, b, 5 if width < 1000 else 2)
     rate = machine.gflops()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        Folded(own.net.g_s)(own.latents(b).y_hat)  # windows' overlaps count as loss
+        InferenceSynthesis(ours.net.g_s)(ours.latents(b).y_hat)  # useful FLOPs, no overlaps
     g_s_gflops = counter.get_total_flops() / stages["g_s"] / 1e6
     return {
         "weights": weights,
@@ -81,66 +81,72 @@ def one(weights: str, width: int, height: int, kept: Path) -> dict[str, Any]:
     }
 
 
-def alone(weights: str, kept: Path) -> dict[str, Any]:
-    """The memory of a process that only decodes."""
-    own = _codec(weights)
-    own.synthesis(own.latents(bitstream.parse(kept.read_bytes())).y_hat)
+def measure_memory(weights: str, file: Path) -> dict[str, Any]:
+    """Peak memory of a process that only decodes the bitstream in `file`."""
+    ours = _codec(weights)
+    ours.synthesis(ours.latents(bitstream.parse(file.read_bytes())).y_hat)
     return {"peak_mib": machine.peak_mib()}
 
 
 def _codec(weights: str) -> Codec:
-    own = zoo.load(QUALITY)
+    shipped = zoo.load(QUALITY)
     if weights == "shipped":
-        return own
-    for layer in own.net.g_s:  # too little to be seen, and yet to be computed
+        return shipped
+    for layer in shipped.net.g_s:  # too small to change a pixel, but every channel is computed
         p = layer.gamma if isinstance(layer, GDN) else layer.weight
         assert isinstance(p, torch.Tensor)
         p.data[p.abs() < 2e-5] = 2e-5  # GDN's pedestal is 1.5e-5
-    return replace(own, synthesis=Synthesis(own.net.g_s, own.net.M))
+    return replace(shipped, synthesis=Synthesis(shipped.net.g_s, shipped.net.M))
 
 
-def _reference(own: Codec) -> Any:
+def _reference(ours: Codec) -> Any:
+    """CompressAI's model with the same weights."""
     entry = next(e for e in checkpoint.manifest() if e.quality == QUALITY)
     weights = {k: v.float() for k, v in checkpoint.load(entry).items() if v.is_floating_point()}
-    reference = zoo.reference(own.net.N, own.net.M)
+    reference = zoo.reference(ours.net.N, ours.net.M)
     reference.update()
     reference.load_state_dict({**reference.state_dict(), **weights})
-    reference.g_s.load_state_dict(own.net.g_s.state_dict(), strict=False)
+    reference.g_s.load_state_dict(ours.net.g_s.state_dict(), strict=False)
     reference.update(force=True)
     return reference.eval()
 
 
-def _interleaved(ways: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, float]:
-    """Milliseconds of the fastest: the machine is shared, and what disturbs it only ever adds."""
-    spent: dict[str, list[float]] = {name: [] for name in ways}
+def _interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Time the calls in turns; milliseconds of the fastest round of each.
+
+    The fastest, because other load on the machine can only add time.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, way in ways.items():
+        for name, call in calls.items():
             began = time.perf_counter()
-            way()
-            spent[name].append((time.perf_counter() - began) * 1e3)
-    return {name: min(values) for name, values in spent.items()}
+            call()
+            times[name].append((time.perf_counter() - began) * 1e3)
+    return {name: min(values) for name, values in times.items()}
 
 
-def _stages(own: Codec, b: bitstream.Bitstream, rounds: int) -> dict[str, float]:
-    """Milliseconds of the parts of ours, `float` profile."""
-    h = own.hyperprior
+def _stages(ours: Codec, b: bitstream.Bitstream, rounds: int) -> dict[str, float]:
+    """Milliseconds of each stage of our decoder, `float` profile."""
+    h = ours.latent_coder
     size = geometry.padded(b.height, b.width)
     contexts = np.broadcast_to(
-        np.arange(own.net.N, dtype=np.int32)[:, None, None],
-        (own.net.N, size[0] // 64, size[1] // 64),
+        np.arange(ours.net.N, dtype=np.int32)[:, None, None],
+        (ours.net.N, size[0] // 64, size[1] // 64),
     )
     contexts = np.ascontiguousarray(contexts)
     z = rans.decode(b.z_string, contexts, h.z_tables)
     z_hat = torch.from_numpy(z)[None].float() + h.medians
-    y_hat = own.latents(b).y_hat
-    parts: dict[str, Callable[[], Any]] = {
+    y_hat = ours.latents(b).y_hat
+    stages: dict[str, Callable[[], Any]] = {
         "z": lambda: rans.decode(b.z_string, contexts, h.z_tables),
-        "h_s": lambda: own.net.h_s(z_hat),
-        "latents": lambda: own.latents(b),
-        "g_s": lambda: own.synthesis(y_hat),
+        "h_s": lambda: ours.net.h_s(z_hat),
+        "latents": lambda: ours.latents(b),
+        "g_s": lambda: ours.synthesis(y_hat),
     }
-    ms = _interleaved(parts, rounds)
-    ms["other"] = ms["latents"] - ms["h_s"] - ms["z"]  # indexes, y, its bits and its sum
+    ms = _interleaved(stages, rounds)
+    ms["other"] = (
+        ms["latents"] - ms["h_s"] - ms["z"]
+    )  # CDF indices, decoding y, bit map, adding the means
     return ms
 
 
@@ -150,8 +156,8 @@ def _table(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
     lines = [
         "# Decoding\n",
         ", ".join(f"{k} {v}" for k, v in about.items()) + "\n",
-        "Bytes to latents to picture, without the picture's file. MiB: peak of a process that does"
-        " only this.\n",
+        "Times are from the bytes to the decoded picture, without writing a PNG. MiB: peak memory"
+        " of a process that only decodes.\n",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
     ]
@@ -173,21 +179,21 @@ def _table(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
 def main() -> int:
     prepare_process(WorkerSettings())
     if len(sys.argv) > 1:
-        weights, *size, kept = sys.argv[1:]
-        found = (
-            one(weights, int(size[0]), int(size[1]), Path(kept))
+        weights, *size, file = sys.argv[1:]
+        result = (
+            measure(weights, int(size[0]), int(size[1]), Path(file))
             if size
-            else alone(weights, Path(kept))
+            else measure_memory(weights, Path(file))
         )
-        print(json.dumps(found))  # noqa: T201
+        print(json.dumps(result))  # noqa: T201
         return 0
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        kept = f"{folder}/stream"
+        file = f"{folder}/stream"
         for weights, threads, size in product(WEIGHTS, THREADS, SIZES):
-            row = machine.alone(__file__, threads, weights, *size, kept)
+            row = machine.alone(__file__, threads, weights, *size, file)
             rows.append(
-                row | machine.alone(__file__, threads, weights, kept) | {"threads": threads}
+                row | machine.alone(__file__, threads, weights, file) | {"threads": threads}
             )
     about = machine.describe()
     machine.write("decode", {"machine": about, "rows": rows}, _table(rows, about))

@@ -1,4 +1,4 @@
-"""Time and memory of the diffusion decoder, per step and per tier, at three sizes.
+"""Benchmark of the diffusion decoder: time and memory per step and per tier, at three sizes.
 
 make bench PART=diffusion
 """
@@ -29,20 +29,19 @@ THREADS = (1, 2)
 ROUNDS = 5
 
 
-def one(width: int, height: int) -> dict[str, Any]:
-    """Figures of one size in this process, whose peak memory is then that size's."""
-    own, drawing = zoo.load(2), decoder.load()
-    draft = _draft(own, width, height)
+def measure(width: int, height: int) -> dict[str, Any]:
+    """Measure one picture size in this process, so that its peak memory belongs to this size."""
+    shipped, item = decoder.load(), _input(width, height)
     once, steps = [], []
     for _ in range(2):
-        spent = _step_times(drawing, draft, ROUNDS if width < 1000 else 2)
-        once.append(spent[0])
-        steps += spent[1:]
-    step = min(steps)  # the machine is shared: what disturbs it only ever adds
+        times = _step_times(shipped, item, ROUNDS if width < 1000 else 2)
+        once.append(times[0])
+        steps += times[1:]
+    step = min(steps)  # the fastest, because other load on the machine can only add time
     maps = min(once) - step
     rate = machine.gflops()
-    flops = _flops(drawing, draft)
-    found = {
+    flops = _flops(shipped, item)
+    result = {
         "size": f"{width}x{height}",
         "once_s": maps,
         "step_s": step,
@@ -54,48 +53,51 @@ def one(width: int, height: int) -> dict[str, Any]:
         "peak_mib": machine.peak_mib(),
     }
     if width < 1000:
-        found["measured_s"] = {n: _whole(drawing, draft, n) for n in ("perceptual", "ddim-10")}
-        found["openvino_step_s"] = _openvino(drawing, draft)
-    return found
+        result["measured_s"] = {n: _tier(shipped, item, n) for n in ("perceptual", "ddim-10")}
+        result["openvino_step_s"] = _openvino(shipped, item)
+    return result
 
 
-def _draft(own: codec.Codec, width: int, height: int) -> DiffusionInput:
+def _input(width: int, height: int) -> DiffusionInput:
+    """The sample photograph, tiled to this size and encoded at quality 2."""
+    q2 = zoo.load(2)
     photo = image.read(PHOTO.read_bytes(), 10**7)
     across = -(-width // photo.shape[1]), -(-height // photo.shape[0])
     pixels = np.tile(photo, (across[1], across[0], 1))[:height, :width].copy()
-    latents = own.latents(own.encode(codec.to_tensor(pixels), "msh", "exact"))
-    return DiffusionInput(latents, own.synthesis(latents.y_hat), 2, 0)
+    latents = q2.latents(q2.encode(codec.to_tensor(pixels), "msh", "exact"))
+    return DiffusionInput(latents, q2.synthesis(latents.y_hat), 2, 0)
 
 
-def _step_times(drawing: Decoder, draft: DiffusionInput, count: int) -> list[float]:
-    """Seconds of the maps and the first step together, then of each step."""
+def _step_times(diffusion: Decoder, item: DiffusionInput, count: int) -> list[float]:
+    """Seconds of conditioner and first step together, then of `count` single steps."""
     marks = [time.perf_counter()]
-    drawing.sample_batch(
-        [draft], Settings("ddim", count + 1), lambda *_: marks.append(time.perf_counter())
+    diffusion.sample_batch(
+        [item], Settings("ddim", count + 1), lambda *_: marks.append(time.perf_counter())
     )
     return [b - a for a, b in zip(marks, marks[1:], strict=False)]
 
 
-def _whole(drawing: Decoder, draft: DiffusionInput, tier: str) -> float:
+def _tier(diffusion: Decoder, item: DiffusionInput, tier: str) -> float:
+    """Seconds of a whole tier."""
     settings = TIERS[tier].settings
     assert settings is not None
     began = time.perf_counter()
-    drawing.sample_batch([draft], settings)
+    diffusion.sample_batch([item], settings)
     return time.perf_counter() - began
 
 
-def _flops(drawing: Decoder, draft: DiffusionInput) -> float:
-    """Of one step: of two steps less those of one."""
+def _flops(diffusion: Decoder, item: DiffusionInput) -> float:
+    """FLOPs of one step: those of two steps minus those of one."""
     totals = []
     for count in (1, 2):
         with FlopCounterMode(display=False) as counter:
-            drawing.sample_batch([draft], Settings("ddim", count))
+            diffusion.sample_batch([item], Settings("ddim", count))
         totals.append(counter.get_total_flops())
     return float(totals[1] - totals[0])
 
 
-def _openvino(drawing: Decoder, draft: DiffusionInput) -> float | None:
-    """The same step in OpenVINO, where that is installed: what the choice of torch rests on."""
+def _openvino(diffusion: Decoder, item: DiffusionInput) -> float | None:
+    """Seconds of the same step in OpenVINO, to compare with torch; None if it is not installed."""
     try:
         import openvino
     except ImportError:
@@ -104,15 +106,15 @@ def _openvino(drawing: Decoder, draft: DiffusionInput) -> float | None:
     class Flat(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.denoiser = drawing.net.denoiser
+            self.denoiser = diffusion.net.denoiser
 
-        def forward(self, *given: torch.Tensor) -> torch.Tensor:
-            x_t, t, quality, beta, *maps = given
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            x_t, t, quality, beta, *maps = inputs
             out: torch.Tensor = self.denoiser(x_t, t, tuple(maps), quality, beta)
             return out
 
-    _, _, height, width = draft.x_hat.shape
-    c = drawing.config
+    _, _, height, width = item.x_hat.shape
+    c = diffusion.config
     widths = zip(c.condition, c.map_strides, strict=True)
     maps = [torch.randn(1, w, height // s, width // s) for w, s in widths]
     x_t, half = torch.randn(1, 3, height, width), torch.tensor([0.5])
@@ -121,7 +123,7 @@ def _openvino(drawing: Decoder, draft: DiffusionInput) -> float | None:
     model = openvino.convert_model(flat, example_input=inputs)
     options = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "f32",  # its own choice is bfloat16 where a CPU has it
+        "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 on CPUs that support it
         "PERFORMANCE_HINT": "LATENCY",
     }
     request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
@@ -129,13 +131,15 @@ def _openvino(drawing: Decoder, draft: DiffusionInput) -> float | None:
     with torch.inference_mode():
         gap = np.abs(request.infer(arrays)[0] - flat(*inputs).numpy()).max()
     if gap > 1e-3:
-        raise RuntimeError(f"OpenVINO's step differs by {gap}")
-    spent = []
+        raise RuntimeError(
+            f"OpenVINO's output differs from torch's by {gap}; at most 1e-3 is allowed"
+        )
+    times = []
     for _ in range(ROUNDS):
         began = time.perf_counter()
         request.infer(arrays, share_inputs=True)
-        spent.append(time.perf_counter() - began)
-    return min(spent)
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 def _table(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
@@ -144,8 +148,8 @@ def _table(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
     lines = [
         "# Diffusion decoder\n",
         ", ".join(f"{k} {v}" for k, v in about.items()) + "\n",
-        "Best of several. Tiers: seconds from latents to picture, once + steps; measured whole in"
-        " brackets.\n",
+        "Fastest of several rounds. Tiers: seconds from the latents to the picture, computed as"
+        " once + steps; in brackets the measured time of the whole tier.\n",
         "| " + " | ".join([*head, *tiers]) + " |",
         "|" + "---|" * (len(head) + len(tiers)),
     ]
@@ -172,7 +176,7 @@ def _table(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
 def main() -> None:
     prepare_process(WorkerSettings())
     if len(sys.argv) == 3:
-        print(json.dumps(one(int(sys.argv[1]), int(sys.argv[2]))))  # noqa: T201
+        print(json.dumps(measure(int(sys.argv[1]), int(sys.argv[2]))))  # noqa: T201
         return
     rows = []
     for threads in THREADS:

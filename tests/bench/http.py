@@ -1,9 +1,9 @@
-"""`instant` over HTTP: against the same decode in-process, and against a plain CompressAI server.
+"""Benchmark of `instant` over HTTP, against the same decode in-process and a CompressAI server.
 
 make bench PART=http
 
-Each server in turn, in a process of its own with all cores; the client keeps so many requests in
-flight. The pictures are PNG; every request is computed (no cache).
+The servers run one after the other, each in a process with all cores. The client keeps a constant
+number of requests in flight. Responses are PNGs; the instant cache is off.
 """
 
 import asyncio
@@ -41,12 +41,12 @@ from fastapi import FastAPI, Request, Response
 from PIL import Image
 sys.path.append({bench!r})
 import decode as bench
+from models import geometry
 from models.codec import bitstream
-own = bench._codec("shipped")
-net = bench._reference(own)
+net = bench._reference(bench._codec("shipped"))
 app = FastAPI()
 
-def draw(data):
+def decode_png(data):
     b = bitstream.parse(data)
     shape = [side // 64 for side in geometry.padded(b.height, b.width)]
     with torch.inference_mode():
@@ -63,8 +63,8 @@ def livez():
 @app.post("/v1/decodes")
 async def decode(request: Request):
     from starlette.concurrency import run_in_threadpool
-    made = await run_in_threadpool(draw, await request.body())
-    return Response(made, media_type="image/png")
+    png = await run_in_threadpool(decode_png, await request.body())
+    return Response(png, media_type="image/png")
 
 uvicorn.run(app, port={port}, log_level="warning")
 """
@@ -72,7 +72,7 @@ uvicorn.run(app, port={port}, log_level="warning")
 
 @contextlib.contextmanager
 def server(plain: bool) -> Iterator[str]:
-    """Ours, without workers, or the plain one."""
+    """Run our service without workers, or the plain CompressAI server; yields its URL."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -96,56 +96,60 @@ def server(plain: bool) -> Iterator[str]:
 
 
 async def load(url: str, data: bytes, at_once: int, requests: int) -> dict[str, float]:
-    """Latencies in ms and pictures a second."""
-    spent: list[float] = []
+    """Send `requests` requests, `at_once` in flight; latencies in ms and pictures per second."""
+    latencies: list[float] = []
     left = iter(range(requests))
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
 
-        async def one() -> None:
+        async def worker() -> None:
             for _ in left:
                 began = time.perf_counter()
-                answer = await client.post("/v1/decodes", content=data)
-                answer.raise_for_status()
-                spent.append((time.perf_counter() - began) * 1e3)
+                response = await client.post("/v1/decodes", content=data)
+                response.raise_for_status()
+                latencies.append((time.perf_counter() - began) * 1e3)
 
         await client.post("/v1/decodes", content=data)
         began = time.perf_counter()
-        await asyncio.gather(*(one() for _ in range(at_once)))
+        await asyncio.gather(*(worker() for _ in range(at_once)))
         seconds = time.perf_counter() - began
-    cuts = statistics.quantiles(spent, n=100, method="inclusive")
-    found = {"p50": cuts[49], "p90": cuts[89], "p99": cuts[98], "best": min(spent)}
-    return found | {"per_s": requests / seconds}
+    percentiles = statistics.quantiles(latencies, n=100, method="inclusive")
+    p50, p90, p99 = (percentiles[p - 1] for p in (50, 90, 99))
+    result = {"p50": p50, "p90": p90, "p99": p99, "best": min(latencies)}
+    return result | {"per_s": requests / seconds}
 
 
 def side_by_side(url: str, data: bytes) -> dict[str, float]:
-    """Medians in ms of a request that is alone and of the same work in-process, in turns: what
-    else the machine does falls on both."""
-    own = zoo.load(QUALITY)
+    """Median ms of single requests and of the same work in-process.
+
+    They alternate, so that other load on the machine affects both.
+    """
+    q2 = zoo.load(QUALITY)
     b = bitstream.parse(data)
     rows: list[tuple[float, ...]] = []
     with httpx.Client(base_url=url, timeout=120) as client:
         for _ in range(ALONE):
             marks = [time.perf_counter()]
-            answer = client.post("/v1/decodes", content=data)
+            response = client.post("/v1/decodes", content=data)
             marks.append(time.perf_counter())
-            x_hat = own.synthesis(own.latents(bitstream.parse(data)).y_hat)
+            x_hat = q2.synthesis(q2.latents(bitstream.parse(data)).y_hat)
             pixels = codec.to_pixels(codec.crop(x_hat, b.height, b.width))
             marks.append(time.perf_counter())
             image.write(pixels, "png")
             marks.append(time.perf_counter())
-            asked, decoded, written = ((y - x) * 1e3 for x, y in itertools.pairwise(marks))
-            inside = sum(map(float, re.findall(r"dur=([\d.]+)", answer.headers["server-timing"])))
-            rows.append((asked, decoded, written, asked - decoded - written, asked - inside))
+            request, decode, png = ((y - x) * 1e3 for x, y in itertools.pairwise(marks))
+            timing = response.headers["server-timing"]
+            stages = sum(map(float, re.findall(r"dur=([\d.]+)", timing)))
+            rows.append((request, decode, png, request - decode - png, request - stages))
     names = ("request", "decode", "png", "added", "around")
     return dict(zip(names, map(statistics.median, zip(*rows[2:], strict=True)), strict=True))
 
 
 def main() -> int:
     prepare_process(WorkerSettings())
-    own = zoo.load(QUALITY)
+    q2 = zoo.load(QUALITY)
     x = codec.to_tensor(image.read(PHOTO.read_bytes(), 10**7))
     streams = {
-        name: bitstream.serialize(own.encode(x, format, "exact"))
+        name: bitstream.serialize(q2.encode(x, format, "exact"))
         for name, format in (("float", "compressai"), ("exact", "msh"))
     }
     alone: dict[str, dict[str, float]] = {}
@@ -156,8 +160,8 @@ def main() -> int:
                 alone[name] = side_by_side(url, streams[name])
             for at_once in CONCURRENCY:
                 data = streams.get(name, streams["float"])
-                found = asyncio.run(load(url, data, at_once, REQUESTS[at_once]))
-                rows.append({"server": name, "at_once": at_once} | found)
+                latencies = asyncio.run(load(url, data, at_once, REQUESTS[at_once]))
+                rows.append({"server": name, "at_once": at_once} | latencies)
     about = machine.describe()
     document = {"machine": about, "alone": alone, "rows": rows}
     machine.write("http", document, _table(rows, alone, about))
@@ -170,18 +174,19 @@ def _table(
     lines = [
         "# `instant` over HTTP, 768×512\n",
         ", ".join(f"{k} {v}" for k, v in about.items()) + "\n",
-        "| server | requests at once | p50 ms | p90 | p99 | best | pictures/s |",
+        "| server | concurrent requests | p50 ms | p90 | p99 | best | pictures/s |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         cells = [f"{r[name]:.0f}" for name in ("p50", "p90", "p99", "best")]
         lines.append(f"| {r['server']} | {r['at_once']} | {' | '.join(cells)} | {r['per_s']:.1f} |")
-    lines.append("\nA request that is alone, in turns with the same work in-process (medians):\n")
+    lines.append("\nSingle requests, alternating with the same work in-process (medians):\n")
     for name, ms in alone.items():
         lines.append(
-            f"- {name}: request {ms['request']:.0f} ms; decode {ms['decode']:.0f} and PNG file "
-            f"{ms['png']:.0f} in-process; HTTP adds {ms['added']:.1f} ms, of which "
-            f"{ms['around']:.1f} lie outside the stages of Server-Timing."
+            f"- {name}: the request takes {ms['request']:.0f} ms. In-process, decoding takes "
+            f"{ms['decode']:.0f} ms and writing the PNG {ms['png']:.0f} ms, so HTTP adds "
+            f"{ms['added']:.1f} ms. {ms['around']:.1f} ms of the request are outside the stages "
+            f"of Server-Timing."
         )
     return "\n".join(lines) + "\n"
 

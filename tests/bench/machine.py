@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: the machine, its threads, its memory."""
+"""Shared by the benchmarks: the machine, its speed and memory, child processes, result files."""
 
 import json
 import os
@@ -17,14 +17,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def describe() -> dict[str, str]:
-    """Processor and versions that the figures belong to."""
-    names = [
+    """Processor, GPU and versions of torch and Python."""
+    models = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
     ]
     return {
-        "cpu": f"{len(names)} x {names[0] if names else platform.machine()}",
+        "cpu": f"{len(models)} x {models[0] if models else platform.machine()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": version("torch"),
         "python": platform.python_version(),
@@ -32,10 +32,10 @@ def describe() -> dict[str, str]:
 
 
 def gflops(size: int = 2048, rounds: int = 5) -> float:
-    """float32 matrix products on as many threads as torch has now: the best of `rounds`."""
+    """GFLOP/s of a float32 matrix product with torch's current threads: the best of `rounds`."""
     a, b = torch.randn(2, size, size)
     best = 0.0
-    for _ in range(rounds + 1):  # the first warms up
+    for _ in range(rounds + 1):  # the first one warms up
         began = time.perf_counter()
         a @ b
         best = max(best, 2 * size**3 / (time.perf_counter() - began) / 1e9)
@@ -43,28 +43,28 @@ def gflops(size: int = 2048, rounds: int = 5) -> float:
 
 
 def peak_mib() -> int:
-    """Largest resident memory of this process so far."""
+    """Peak resident memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def resident_mb(pid: int) -> float:
-    """Resident memory of a process now."""
+    """Current resident memory of a process in MB."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) * 1024 / 1e6
 
 
 def alone(script: str, threads: int, *arguments: object) -> dict[str, Any]:
-    """What `script` prints as JSON, run in a process of its own on `threads` threads."""
+    """Run `script` in a separate process with `threads` threads; return the JSON that it prints."""
     command = [sys.executable, "-P", "-W", "ignore", script, *map(str, arguments)]
-    # threads that sleep while they wait, as in the product's own processes
+    # waiting threads sleep instead of spinning, as in the service's processes
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 def write(name: str, document: dict[str, Any], text: str) -> None:
-    """`results/NAME.json` and `.md`; the text is printed too."""
+    """Write `results/NAME.json` and `results/NAME.md`, and print the text."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
     (RESULTS / f"{name}.md").write_text(text)

@@ -1,10 +1,10 @@
-"""Jobs under kills and restarts, for minutes: nothing is lost, nothing is committed twice.
+"""Kill workers and Redis for minutes: no job may be lost, none committed twice.
 
 make chaos MINUTES=10
 
-First everything is drawn undisturbed, which gives the expected bytes and shows how well times are
-predicted; then again, while workers and the queue's Redis are killed; then the queue is flooded,
-and instant pictures are timed. Exits 1 where something does not hold.
+First all jobs run undisturbed, which gives the expected bytes and the accuracy of predictions. Then
+they run again while workers and the queue's Redis are killed. At last the queue is flooded while
+instant pictures are timed. Exits with 1 if an expectation fails.
 """
 
 import argparse
@@ -26,15 +26,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from models import image
 from models.codec import bitstream, codec, zoo
 from tests.bench import machine
-from tests.chaos.rig import Rig, Worker, rig, until
-from tests.conftest import Service, run_service
+from tests.support.rig import Rig, Worker, rig
+from tests.support.service import Service, run_service
+from tests.support.waiting import until
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
 WORKERS = 3
 JOBS_A_MINUTE = 20
 WARM, KNOWN = 36, 24
-"""Jobs that come first, and how many of them have ended when the rest comes, whose times are
-predicted: what a step costs while all workers are busy must be known."""
+"""Jobs that are submitted first, and how many of them end before the others are submitted, whose
+durations are predicted: the cost model needs jobs that ran while all workers were busy."""
 KILL_S = (4.0, 14.0)
 RESTART_S = (25.0, 60.0)
 AWAY_S = (0.5, 3.0)
@@ -45,7 +46,7 @@ TIERS_TRIED = ("perceptual", "ddim-10", "ddim-100", "ddpm-100")
 
 @dataclass(slots=True)
 class Job:
-    """A job over HTTP, and what became of it."""
+    """A job submitted over HTTP, and its result."""
 
     data: bytes
     asked: dict[str, str | int]
@@ -58,7 +59,7 @@ class Job:
 
 @dataclass(slots=True)
 class Report:
-    """Lines of the table, and what did not hold."""
+    """Lines of the report, and the expectations that failed."""
 
     lines: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -71,7 +72,7 @@ class Report:
 
 
 def jobs(count: int, seed: int) -> list[Job]:
-    """Each of a bitstream of its own: 64 to 128 pixels a side."""
+    """Jobs with different bitstreams of 64 to 128 pixels per side."""
     own, photo, rng = zoo.load(2), image.read(PHOTO.read_bytes(), 10**7), random.Random(seed)
     made = []
     for number in range(count):
@@ -84,7 +85,7 @@ def jobs(count: int, seed: int) -> list[Job]:
 
 
 def connected(service: Service) -> httpx.Client:
-    """With as many connections as there are jobs to follow."""
+    """A client without a limit of connections: each job is polled on one."""
     limits = httpx.Limits(max_connections=None)
     return httpx.Client(base_url=service.client.base_url, timeout=120, limits=limits)
 
@@ -95,7 +96,7 @@ def send(client: httpx.Client, job: Job) -> httpx.Response:
 
 
 def submit(client: httpx.Client, job: Job) -> None:
-    """Until it is taken, whatever Redis does."""
+    """Submit a job; repeat until it is accepted, whatever Redis does."""
     while (answer := send(client, job)).status_code not in {200, 202}:
         time.sleep(0.5)
     job.began = time.monotonic()
@@ -103,7 +104,7 @@ def submit(client: httpx.Client, job: Job) -> None:
 
 
 def follow(client: httpx.Client, job: Job) -> None:
-    """Until its end; what it took, and the digest of the picture."""
+    """Poll a job until it ends; store its duration and the digest of its picture."""
     while True:
         answer = client.get(job.location, headers={"Prefer": "wait=30"})
         if answer.status_code == 200 and answer.json()["status"] not in {"queued", "running"}:
@@ -117,7 +118,7 @@ def follow(client: httpx.Client, job: Job) -> None:
 
 
 def all_of(client: httpx.Client, wanted: list[Job], over_s: float) -> None:
-    """Submit them evenly over so many seconds, and follow each to its end."""
+    """Submit jobs evenly over so many seconds, and wait for the end of each."""
     with concurrent.futures.ThreadPoolExecutor(len(wanted)) as pool:
         followed = []
         for number, job in enumerate(wanted):
@@ -151,7 +152,7 @@ def undisturbed(own: Rig, client: httpx.Client, wanted: list[Job], report: Repor
 
 
 class Chaos(threading.Thread):
-    """Kills workers and the queue's server, until it is stopped."""
+    """Kills workers and the queue's server until it is stopped."""
 
     def __init__(self, own: Rig, seed: int) -> None:
         super().__init__(daemon=True)
@@ -170,7 +171,7 @@ class Chaos(threading.Thread):
                 self._end_one()
 
     def _end_one(self) -> None:
-        """SIGTERM now and then, else SIGKILL; but twice over one bitstream would be its end."""
+        """SIGTERM or SIGKILL a worker; never SIGKILL for the second crash of a bitstream."""
         alive = [w for w in self.own.workers if w.process.poll() is None]
         running = [self.own.jobs.record(name) for name in self.own.jobs.running]
         marked = [s for s in running if s and self.own.jobs.crash_count(s.decode.digest)]
@@ -195,7 +196,7 @@ def disturbed(
     chaos = Chaos(own, 1)
     chaos.start()
     all_of(client, wanted, minutes * 60)
-    went_on = chaos.is_alive()  # an exception would have ended it
+    went_on = chaos.is_alive()  # False after an exception
     chaos.stopped.set()
     chaos.join()
     report.tell(
@@ -216,7 +217,7 @@ def disturbed(
 
 
 def flooded(own: Rig, client: httpx.Client, report: Report) -> None:
-    """Ten times more jobs than the queue takes; instant pictures meanwhile."""
+    """Submit ten times more jobs than the queue accepts, and time instant pictures meanwhile."""
     data = (PHOTO.parent / "kodim23.msh").read_bytes()
 
     def p99() -> float:
@@ -265,7 +266,7 @@ def flooded(own: Rig, client: httpx.Client, report: Report) -> None:
     )
     late = flood[-1]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        load = pool.submit(p99)  # as before: the cores are what the prediction is about
+        load = pool.submit(p99)  # the same load as while the prediction was made
         while (answer := send(client, late)).status_code != 503:
             late = flood.pop()
         said = float(answer.headers["retry-after"])

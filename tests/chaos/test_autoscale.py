@@ -1,4 +1,4 @@
-"""Workers that come with the jobs and go with them, by the metric that KEDA would read."""
+"""Workers that are started and stopped by the metric that KEDA reads."""
 
 import math
 import random
@@ -15,8 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from models.tiers import Settings
 from service import metrics
-from tests.chaos.rig import Rig, Worker, rig, until
-from tests.conftest import free_port
+from tests.support.rig import Rig, Worker, rig
+from tests.support.service import free_port
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]
 
@@ -33,7 +34,7 @@ def own(tmp_path: Path) -> Iterator[Rig]:
 
 
 class Autoscaler(threading.Thread):
-    """Keeps ceil(metric / threshold) workers; what is too much is told to end, whichever it is."""
+    """Keeps ceil(metric / threshold) workers; stops random ones if there are more."""
 
     def __init__(self, own: Rig, url: str) -> None:
         super().__init__(daemon=True)
@@ -70,7 +71,7 @@ class Autoscaler(threading.Thread):
                 self.leaving.append(victim)
 
 
-def test_workers_come_and_go_and_no_running_job_dies(own: Rig, small_msh: bytes) -> None:
+def test_autoscaling_interrupts_no_running_job(own: Rig, small_msh: bytes) -> None:
     port = free_port()
     stop = metrics.serve(port, own.jobs, "127.0.0.1")
     scaler = Autoscaler(own, f"http://127.0.0.1:{port}/metrics")

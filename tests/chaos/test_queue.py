@@ -1,4 +1,4 @@
-"""Faults, injected for real: what `design` promises of the queue, row by row."""
+"""Injected faults: killed workers, signals, and a Redis that is down."""
 
 import signal
 import time
@@ -11,40 +11,41 @@ from models.codec import bitstream, codec
 from models.codec.codec import Codec
 from models.errors import Quarantined
 from models.tiers import Settings
-from tests.chaos.rig import Rig, Worker, rig, until
+from tests.support.rig import Rig, Worker, rig
+from tests.support.waiting import until
 from worker.queue.jobs import QUARANTINED
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
 LONG = Settings("ddim", 150)
-"""At 150×100 pixels longer than the workers' grace."""
+"""Takes longer than the workers' grace period at 150×100 pixels."""
 SHORT = Settings("ddim", 60)
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    """For all tests, so that they need fewer workers; each asks for decodes of its own."""
+    """One rig for all tests, to start fewer workers; each test uses other decodes."""
     with rig(tmp_path_factory.mktemp("rig") / "own", AFTERIMAGE_GRACE_S="2") as made:
         yield made
 
 
 @pytest.fixture
 def worker(own: Rig) -> Worker:
-    """One that is ready: what another test left, else a new one."""
+    """A worker that is ready: one that another test left, or a new one."""
     return own.one()
 
 
 @pytest.fixture(scope="module")
 def other(shipped: Codec, photo: image.Pixels) -> bytes:
-    """Another bitstream than `small_msh`."""
+    """A bitstream other than `small_msh`."""
     x = codec.to_tensor(photo[200:300, 300:450].copy())
     return bitstream.serialize(shipped.encode(x, "msh", "exact"))
 
 
-def test_a_killed_workers_job_runs_elsewhere_and_what_kills_two_is_quarantined(
+def test_a_killed_workers_job_is_retried_and_quarantined_after_two_kills(
     own: Rig, worker: Worker, small_msh: bytes, other: bytes
 ) -> None:
-    own.worker().ready()  # one draws, the other is idle, in a blocking read
+    own.worker().ready()  # one worker draws, the other is idle
     job = own.submit(other, LONG)
     own.at_step(job, 3)
     own.drawing(job).kill()
@@ -62,7 +63,7 @@ def test_a_killed_workers_job_runs_elsewhere_and_what_kills_two_is_quarantined(
     assert (healthy.status, healthy.attempts) == ("succeeded", 1)
 
 
-def test_a_worker_that_is_told_to_end_leaves_a_long_job_at_the_front(
+def test_a_stopping_worker_puts_a_long_job_back_at_the_front(
     own: Rig, worker: Worker, small_msh: bytes
 ) -> None:
     job, behind = own.submit(small_msh, LONG), own.submit(small_msh, SHORT, 2)
@@ -80,7 +81,7 @@ def test_a_worker_that_is_told_to_end_leaves_a_long_job_at_the_front(
         assert (own.state(name).attempts, own.commits(name)) == (1, 1)
 
 
-def test_a_picture_finished_while_redis_is_away_is_stored_later(
+def test_a_picture_finished_while_redis_is_down_is_stored_later(
     own: Rig, worker: Worker, small_msh: bytes
 ) -> None:
     expected = own.submit(small_msh, SHORT)
@@ -93,7 +94,7 @@ def test_a_picture_finished_while_redis_is_away_is_stored_later(
     assert own.state(waiting).status == "succeeded"
     third = own.submit(small_msh, SHORT, 4)
     own.queue.process.kill()
-    until(lambda: list((own.folder / "own/spool").rglob("*.png")), "the picture is kept")
+    until(lambda: list((own.folder / "own/spool").rglob("*.png")), "the picture is spooled")
     own.restart_queue(2)
     state = own.ended(job)
     assert (state.status, state.attempts, own.commits(job)) == ("succeeded", 1, 1)
@@ -103,7 +104,7 @@ def test_a_picture_finished_while_redis_is_away_is_stored_later(
     assert not list((own.folder / "own/spool").rglob("*.png"))
 
 
-def test_pictures_are_never_in_the_queues_store(own: Rig, worker: Worker, small_msh: bytes) -> None:
+def test_pictures_are_never_stored_in_the_queue(own: Rig, worker: Worker, small_msh: bytes) -> None:
     job = own.submit(small_msh, LONG, 5)
     own.jobs.watch(job)
     assert own.ended(job).status == "succeeded"
@@ -116,20 +117,16 @@ def test_pictures_are_never_in_the_queues_store(own: Rig, worker: Worker, small_
         assert queue.ttl(key) > 0 or key.startswith(b"rq:")
 
 
-def test_a_worker_that_is_told_to_end_finishes_what_fits(
-    own: Rig, worker: Worker, small_msh: bytes
-) -> None:
+def test_a_stopping_worker_finishes_a_short_job(own: Rig, worker: Worker, small_msh: bytes) -> None:
     job = own.submit(small_msh, SHORT, 6)
     own.at_step(job, 50)
     assert worker.terminate() == 0
     assert (own.state(job).status, own.commits(job)) == ("succeeded", 1)
 
 
-def test_a_worker_that_waits_for_its_queue_ends_when_it_is_told_to(
-    own: Rig, worker: Worker
-) -> None:
+def test_a_worker_without_its_queue_exits_on_sigterm(own: Rig, worker: Worker) -> None:
     own.queue.kill()
-    time.sleep(1.5)  # it tries again every second
+    time.sleep(1.5)  # the worker reconnects every second
     assert worker.process.poll() is None
     assert worker.terminate(5) == 0
     own.start_queue()

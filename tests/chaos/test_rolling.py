@@ -1,4 +1,4 @@
-"""Two API processes over one queue; new processes for old ones, while requests come."""
+"""Two API processes with one queue, and a rolling restart under load."""
 
 import concurrent.futures
 import contextlib
@@ -10,15 +10,16 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.chaos.rig import Rig, rig, until
-from tests.conftest import Service, run_service
+from tests.support.rig import Rig, rig
+from tests.support.service import Service, run_service
+from tests.support.waiting import until
 from worker.queue import counters
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]
 
 
 class Load(threading.Thread):
-    """Five pictures a second, every fifth with a job; where requests go may change."""
+    """Five requests per second to `url`, every fifth for a job."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(daemon=True)
@@ -32,8 +33,8 @@ class Load(threading.Thread):
                 return
             tier = "instant" if number % 5 else "perceptual"
             with httpx.Client(base_url=self.url, timeout=60) as client:
-                asked = {"tier": tier, "seed": number}
-                answer = client.post("/v1/decodes", params=asked, content=self.data)
+                params = {"tier": tier, "seed": number}
+                answer = client.post("/v1/decodes", params=params, content=self.data)
             self.answers.append(answer)
 
 
@@ -45,7 +46,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 
 @pytest.fixture(scope="module")
 def two(own: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Service]]:
-    """API processes without workers."""
+    """Two API processes without workers."""
     with contextlib.ExitStack() as stack:
         first, second = (
             stack.enter_context(
@@ -56,7 +57,7 @@ def two(own: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Se
         yield first, second
 
 
-def test_a_hundred_duplicates_at_two_processes_are_one_computation(
+def test_a_hundred_equal_requests_to_two_processes_run_one_job(
     own: Rig, two: tuple[Service, Service], small_msh: bytes
 ) -> None:
     clients = [service.client for service in two]
@@ -83,10 +84,10 @@ def test_a_hundred_duplicates_at_two_processes_are_one_computation(
     job = again.headers["location"].rpartition("/")[2]
     assert (own.state(job).attempts, own.commits(job)) == (1, 1)
     after = counters.read(own.store).get(counters.SUCCEEDED)
-    assert after - before == 1  # over all records of the job
+    assert after - before == 1  # counted over all records of the job
 
 
-def test_a_rolling_restart_under_load_answers_every_request(
+def test_a_rolling_restart_under_load_fails_no_request(
     own: Rig, two: tuple[Service, Service], small_msh: bytes
 ) -> None:
     old, new = two
@@ -96,8 +97,8 @@ def test_a_rolling_restart_under_load_answers_every_request(
     load.start()
     until(lambda: len(load.answers) > 10, "some requests")
     own.worker().ready()
-    load.url = str(new.client.base_url)  # as a Service does before it ends a pod
-    time.sleep(1)  # its preStop: what was on its way arrives
+    load.url = str(new.client.base_url)  # as Kubernetes does before it stops a pod
+    time.sleep(1)  # the preStop delay, for requests in flight
     old.process.terminate()
     assert old.process.wait(60) == 0
     assert {worker.terminate() for worker in old_workers} == {0}

@@ -1,30 +1,13 @@
 """Chromium, and tabs of it that a test looks through; a service with API keys."""
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Error, Page, Playwright, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Error, Page, sync_playwright
 
-from service import keys
-from tests.conftest import Service, run_service
-
-INSTALLED = ("chromium", "google-chrome")
-TABLE = """
-[[keys]]
-name = "{name}"
-sha256 = "{digest}"
-scopes = [{scopes}]
-{more}
-"""
-TOKENS = {name: f"ai_{name * 10}" for name in ("both", "decoder", "hasty", "single")}
-"""Of the guarded service's keys; `both` may decode and encode, without limits."""
-
-
-def launch(playwright: Playwright) -> Browser:
-    """The machine's own Chromium, else Playwright's."""
-    own = next(filter(None, map(shutil.which, INSTALLED)), None)
-    return playwright.chromium.launch(executable_path=own, args=["--no-sandbox"])
+from tests.support.api_keys import guarded_settings
+from tests.support.browser import launch
+from tests.support.service import Service, run_service
 
 
 @pytest.fixture(scope="module")
@@ -61,25 +44,7 @@ def page(context: BrowserContext) -> Page:
 
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service with these keys, and a queue that never refuses."""
+    """A service with the API keys `TOKENS`, and a queue that never refuses."""
     folder = tmp_path_factory.mktemp("guarded")
-    more = {"hasty": "requests_per_minute = 3", "single": "jobs_at_once = 1"}
-    tables = [
-        TABLE.format(
-            name=name,
-            digest=keys.digest(token),
-            scopes='"decode", "encode"' if name == "both" else '"decode"',
-            more=more.get(name, ""),
-        )
-        for name, token in TOKENS.items()
-    ]
-    (folder / "keys.toml").write_text("".join(tables))
-    environment = {
-        "AFTERIMAGE_API_KEYS": str(folder / "keys.toml"),
-        "AFTERIMAGE_LINK_SECRET": "s" * 40,
-        "AFTERIMAGE_CORS_ORIGINS": '["https://gallery.example"]',
-        "AFTERIMAGE_MAX_PIXELS": "1000000",
-        "AFTERIMAGE_MAX_BACKLOG_S": "1000000",
-    }
-    with run_service(folder, **environment) as running:
+    with run_service(folder, **guarded_settings(folder)) as running:
         yield running

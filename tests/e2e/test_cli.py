@@ -1,4 +1,4 @@
-"""The command line as a user types it."""
+"""The `afterimage` command."""
 
 import concurrent.futures
 import contextlib
@@ -19,20 +19,21 @@ from PIL import Image
 from models import image
 from models.codec import bitstream
 from service.cli import main
-from tests.chaos.rig import until
-from tests.conftest import DATA, PHOTO, Service, psnr, run_service, wait_for
+from tests.support.data import DATA, PHOTO, psnr
+from tests.support.service import Service, children, run_service
+from tests.support.waiting import until, wait_for
 
-pytestmark = pytest.mark.weights
+pytestmark = [pytest.mark.weights, pytest.mark.usefixtures("loaded_once")]
 
 
-def typed(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command as a process of its own."""
+def run_process(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the installed command in a new process."""
     command = [str(Path(sys.executable).with_name("afterimage")), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
 def afterimage(*args: object, cwd: Path | str = ".") -> subprocess.CompletedProcess[str]:
-    """The command in this process, where torch is there already."""
+    """Run the command in this process, which has imported torch already."""
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(out),
@@ -47,9 +48,10 @@ def afterimage(*args: object, cwd: Path | str = ".") -> subprocess.CompletedProc
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
-def refused(done: subprocess.CompletedProcess[str], said: str, status: int = 1) -> None:
+def refused(done: subprocess.CompletedProcess[str], message: str, status: int = 1) -> None:
+    """Check the exit status, and that stderr has the message and no traceback."""
     assert done.returncode == status
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -57,15 +59,13 @@ def read(path: Path) -> image.Pixels:
     return image.read(path.read_bytes(), 10**6)
 
 
-def test_a_photograph_becomes_a_file_and_a_picture_again(
-    tmp_path: Path, photo: image.Pixels
-) -> None:
-    assert typed("encode", PHOTO, "-o", tmp_path / "a.msh", "-q", 3).returncode == 0
-    assert typed("decode", tmp_path / "a.msh", "-o", tmp_path / "a.png").returncode == 0
+def test_encode_and_decode_a_photograph(tmp_path: Path, photo: image.Pixels) -> None:
+    assert run_process("encode", PHOTO, "-o", tmp_path / "a.msh", "-q", 3).returncode == 0
+    assert run_process("decode", tmp_path / "a.msh", "-o", tmp_path / "a.png").returncode == 0
     assert psnr(read(tmp_path / "a.png"), photo) > 31
 
 
-def test_several_inputs_go_into_a_folder(tmp_path: Path, small: image.Pixels) -> None:
+def test_several_inputs_are_written_to_a_folder(tmp_path: Path, small: image.Pixels) -> None:
     for name in ("one.png", "two.png"):
         (tmp_path / name).write_bytes(image.write(small, "png"))
     (tmp_path / "three.png").write_text("no picture")
@@ -73,19 +73,21 @@ def test_several_inputs_go_into_a_folder(tmp_path: Path, small: image.Pixels) ->
     done = afterimage("encode", *sources, "-o", tmp_path / "out", "--format", "compressai")
     assert done.returncode == 1
     assert "three.png" in done.stderr
-    made = sorted((tmp_path / "out").iterdir())
-    assert [p.name for p in made] == ["one.bin", "two.bin"]
-    assert bitstream.parse(made[0].read_bytes()).format == "compressai"
+    bitstreams = sorted((tmp_path / "out").iterdir())
+    assert [p.name for p in bitstreams] == ["one.bin", "two.bin"]
+    assert bitstream.parse(bitstreams[0].read_bytes()).format == "compressai"
 
-    done = afterimage("decode", *made, "-o", tmp_path / "pictures", "--tier", "perceptual")
+    done = afterimage("decode", *bitstreams, "-o", tmp_path / "pictures", "--tier", "perceptual")
     assert done.returncode == 0, done.stderr
     one, two = (read(tmp_path / f"pictures/{name}.png") for name in ("one", "two"))
     assert np.array_equal(one, two)
-    afterimage("decode", made[0], "-o", tmp_path / "other.png", "--tier", "perceptual", "--seed", 9)
+    afterimage(
+        "decode", bitstreams[0], "-o", tmp_path / "other.png", "--tier", "perceptual", "--seed", 9
+    )
     assert not np.array_equal(one, read(tmp_path / "other.png"))
 
 
-def test_sampler_settings_and_realism_can_be_chosen(tmp_path: Path, small: image.Pixels) -> None:
+def test_options_override_sampler_settings_and_realism(tmp_path: Path, small: image.Pixels) -> None:
     (tmp_path / "a.png").write_bytes(image.write(small, "png"))
     afterimage("encode", tmp_path / "a.png", "-o", tmp_path / "a.msh")
     source, out = tmp_path / "a.msh", tmp_path / "b.png"
@@ -96,9 +98,9 @@ def test_sampler_settings_and_realism_can_be_chosen(tmp_path: Path, small: image
         return read(out)
 
     solver = decoded("--sampler", "dpmpp-2m", "--steps", 3, "--guidance", 1.5)
-    told = Image.open(out).text  # type: ignore[attr-defined]
-    assert told["afterimage:sampler"].startswith("dpmpp-2m")
-    assert (told["afterimage:steps"], told["afterimage:realism"]) == ("3", "1.0")
+    metadata = Image.open(out).text  # type: ignore[attr-defined]
+    assert metadata["afterimage:sampler"].startswith("dpmpp-2m")
+    assert (metadata["afterimage:steps"], metadata["afterimage:realism"]) == ("3", "1.0")
     instant, half = decoded("--realism", 0), decoded("--steps", 3, "--realism", 0.5).astype(int)
     afterimage("decode", source, "-o", out)
     assert np.array_equal(instant, read(out))
@@ -109,26 +111,24 @@ def test_sampler_settings_and_realism_can_be_chosen(tmp_path: Path, small: image
         refused(afterimage("decode", source, "-o", out, "--tier", "ddim-10", *wrong), wrong[0][2:])
 
 
-def test_one_input_goes_into_a_folder_that_is_named_as_one(
-    tmp_path: Path, small: image.Pixels
-) -> None:
+def test_an_output_that_ends_with_a_slash_is_a_folder(tmp_path: Path, small: image.Pixels) -> None:
     (tmp_path / "a.png").write_bytes(image.write(small, "png"))
     assert afterimage("encode", "a.png", "-o", "coded/", cwd=tmp_path).returncode == 0
     assert (tmp_path / "coded/a.msh").is_file()
 
 
-def test_a_synthesised_picture_says_so(tmp_path: Path, small_msh: bytes) -> None:
+def test_a_diffusion_picture_declares_synthesised_detail(tmp_path: Path, small_msh: bytes) -> None:
     (tmp_path / "a.msh").write_bytes(small_msh)
     done = afterimage("decode", "a.msh", "-o", "a.png", "--tier", "ddim-10", cwd=tmp_path)
     assert done.returncode == 0
     assert b"synthesised detail" in (tmp_path / "a.png").read_bytes()
 
 
-def test_wrong_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFTERIMAGE_MAX_PIXELS", "many")
     refused(afterimage("inspect", DATA / "kodim23.msh"), "max_pixels")
     monkeypatch.delenv("AFTERIMAGE_MAX_PIXELS")
-    monkeypatch.setenv("AFTERIMAGE_CORS_ORIGINS", "https://a.example")  # no JSON
+    monkeypatch.setenv("AFTERIMAGE_CORS_ORIGINS", "https://a.example")  # not JSON
     refused(afterimage("inspect", DATA / "kodim23.msh"), "cors_origins")
 
 
@@ -142,7 +142,7 @@ def test_inspect_prints_a_json_line_for_each_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (("decode", "missing.msh", "-o", "a.png"), "No such file"),
         (("decode", "empty.msh", "-o", "a.png"), "empty"),
@@ -153,13 +153,13 @@ def test_inspect_prints_a_json_line_for_each_input(tmp_path: Path) -> None:
         (("encode", "empty.msh", "b.png", "-o", "empty.msh"), "folder"),
     ],
 )
-def test_wrong_use_is_told_in_a_line(tmp_path: Path, args: tuple[str, ...], said: str) -> None:
+def test_wrong_arguments_are_an_error(tmp_path: Path, args: tuple[str, ...], message: str) -> None:
     (tmp_path / "empty.msh").touch()
-    refused(afterimage(*args, cwd=tmp_path), said)
+    refused(afterimage(*args, cwd=tmp_path), message)
 
 
 @pytest.mark.parametrize(
-    ("args", "said", "status"),
+    ("args", "message", "status"),
     [
         (("worker",), "REDIS_URL", 2),
         (("serve", "--workers", "-1"), "--workers", 1),
@@ -167,61 +167,47 @@ def test_wrong_use_is_told_in_a_line(tmp_path: Path, args: tuple[str, ...], said
         (("decode", DATA / "kodim23.msh", "-o", "a.png", "--url", "http://a:b"), "http://a:b", 1),
     ],
 )
-def test_what_cannot_start_is_told_in_a_line(args: tuple[str, ...], said: str, status: int) -> None:
-    refused(typed(*args), said, status)
+def test_a_command_that_cannot_start_says_why(
+    args: tuple[str, ...], message: str, status: int
+) -> None:
+    refused(run_process(*args), message, status)
 
 
-def test_a_folder_called_worker_does_not_shadow_ours(tmp_path: Path) -> None:
+def test_packages_in_the_current_directory_are_not_imported(tmp_path: Path) -> None:
     for name in ("worker", "models", "service"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('shadowed')")
-    done = typed("inspect", DATA / "kodim23.msh", cwd=tmp_path)
+    done = run_process("inspect", DATA / "kodim23.msh", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-def children(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def stopped(service: Service, by: signal.Signals) -> None:
-    """End it; its exit status is 0, and no child outlives it."""
+def stop(service: Service, by: signal.Signals) -> None:
+    """Send a signal; the exit status must be 0, and all child processes must exit."""
     left = children(service.process.pid)
     assert left
     service.process.send_signal(by)
     assert service.process.wait(30) == 0
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), "its children's end", 10)
+    until(
+        lambda: not any(Path(f"/proc/{pid}").exists() for pid in left),
+        "the exit of all child processes",
+        10,
+    )
 
 
 @pytest.mark.redis
-def test_a_stopped_service_leaves_nothing_behind_and_keeps_its_queue(
+def test_a_stopped_service_leaves_no_process_and_keeps_its_queue(
     tmp_path: Path, small_msh: bytes
 ) -> None:
-    asked = {"tier": "perceptual"}
+    params = {"tier": "perceptual"}
     with run_service(tmp_path, "--workers", "0") as first:
-        answer = first.client.post("/v1/decodes", params=asked, content=small_msh)
+        answer = first.client.post("/v1/decodes", params=params, content=small_msh)
         location = answer.headers["location"]
         assert first.client.get(location).json()["position"] == 0
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(first.client.get, location, headers={"Prefer": "wait=60"})
             time.sleep(1)
-            stopped(first, signal.SIGINT)
-        assert waiting.result().json()["status"] == "queued"  # answered, and not cut off
+            stop(first, signal.SIGINT)
+        assert waiting.result().json()["status"] == "queued"  # the connection was not cut
     with run_service(tmp_path) as second:
         assert wait_for(second.client, location)["status"] == "succeeded"
-        stopped(second, signal.SIGTERM)
-
-
-@pytest.mark.redis
-def test_the_job_of_a_killed_worker_runs_again(service: Service, small_msh: bytes) -> None:
-    asked = {"tier": "ddpm-1000", "steps": 60}
-    answer = service.client.post("/v1/decodes", params=asked, content=small_msh)
-    location = answer.headers["location"]
-    (worker,) = (
-        pid for pid in children(service.process.pid)
-        if b"worker.main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    )  # fmt: skip
-    until(lambda: service.client.get(location).json()["step"] >= 2, "the second step")
-    os.kill(worker, signal.SIGKILL)
-    state = wait_for(service.client, location)
-    assert (state["status"], state["attempts"], state["step"]) == ("succeeded", 2, 60)
-    assert "starting another" in service.log.read_text()
+        stop(second, signal.SIGTERM)

@@ -12,9 +12,9 @@ from models import image
 from models.errors import Canceled
 from service.cli.main import main
 from service.client import ApiError, AsyncClient, Client
-from tests.conftest import Service, run_service
+from tests.support.service import Service, run_service
 
-pytestmark = [pytest.mark.redis, pytest.mark.weights]
+pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.usefixtures("loaded_once")]
 
 
 @pytest.fixture
@@ -23,17 +23,18 @@ def url(service: Service) -> str:
 
 
 def stream(client: Client, photo: image.Pixels, at: int) -> bytes:
+    """Bitstream of a part of the photograph; each `at` gives another one."""
     cut = photo[at : at + 90, at : at + 140].copy()
     return client.encode(image.write(cut, "png"))
 
 
 def location(service: Service, data: bytes, steps: int) -> str:
-    """Of the `ddim-100` decode with so many steps."""
-    asked = {"tier": "ddim-100", "steps": steps}
-    return service.client.post("/v1/decodes", params=asked, content=data).headers["location"]
+    """URL path of the `ddim-100` decode with this number of steps."""
+    params = {"tier": "ddim-100", "steps": steps}
+    return service.client.post("/v1/decodes", params=params, content=data).headers["location"]
 
 
-def test_a_decode_is_a_draft_then_progress_then_the_picture(url: str, photo: image.Pixels) -> None:
+def test_decode_yields_draft_progress_and_final_picture(url: str, photo: image.Pixels) -> None:
     with Client(url) as client:
         data = stream(client, photo, 11)
         assert client.inspect(data)["width"] == 140
@@ -51,13 +52,13 @@ def test_a_decode_is_a_draft_then_progress_then_the_picture(url: str, photo: ima
         assert [u.kind for u in client.decode(data, "instant")] == ["final"]
 
 
-def test_a_decode_that_another_asked_for_by_another_name_is_had(
+def test_a_picture_queued_under_another_tier_s_name_is_used(
     service: Service, url: str, photo: image.Pixels
 ) -> None:
     with Client(url) as client:
         data = stream(client, photo, 31)
-        asked = {"tier": "ddpm-100", "steps": 3}
-        service.client.post("/v1/decodes", params=asked, content=data)
+        params = {"tier": "ddpm-100", "steps": 3}
+        service.client.post("/v1/decodes", params=params, content=data)
         updates = list(client.decode(data, "ddpm-1000", steps=3))
         assert (updates[-1].kind, updates[-1].tier) == ("final", "ddpm-100")
 
@@ -67,7 +68,7 @@ async def _collect(url: str, data: bytes) -> list[str]:
         return [update.kind async for update in client.decode(data, seed=5)]
 
 
-def test_the_same_without_threads(url: str, photo: image.Pixels) -> None:
+def test_the_async_client_yields_the_same_updates(url: str, photo: image.Pixels) -> None:
     import anyio
 
     with Client(url) as client:
@@ -76,7 +77,7 @@ def test_the_same_without_threads(url: str, photo: image.Pixels) -> None:
     assert (kinds[0], kinds[-1]) == ("draft", "final")
 
 
-def test_previews_are_pictures(service: Service, url: str, photo: image.Pixels) -> None:
+def test_previews_are_picture_files(service: Service, url: str, photo: image.Pixels) -> None:
     with Client(url) as client:
         data = stream(client, photo, 37)
         for update in client.decode(data, "ddim-100", steps=600):
@@ -85,10 +86,10 @@ def test_previews_are_pictures(service: Service, url: str, photo: image.Pixels) 
                 break
         else:
             pytest.fail("no preview came")
-        client.cancel(location(service, data, 600))  # others wait behind it
+        client.cancel(location(service, data, 600))  # it would delay other tests
 
 
-def test_refusals_are_errors_with_the_problem(url: str, small_msh: bytes) -> None:
+def test_an_error_response_raises_api_error_with_the_problem(url: str, small_msh: bytes) -> None:
     with Client(url) as client:
         with pytest.raises(ApiError, match="unknown tier") as refused:
             list(client.decode(small_msh, "best"))
@@ -99,7 +100,7 @@ def test_refusals_are_errors_with_the_problem(url: str, small_msh: bytes) -> Non
         assert refused.value.problem["type"].startswith("urn:afterimage:problem:")
 
 
-def test_a_redirect_is_told(url: str, tmp_path: Path) -> None:
+def test_a_redirect_is_an_error_with_its_target(url: str, tmp_path: Path) -> None:
     class Redirecting(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
@@ -115,21 +116,21 @@ def test_a_redirect_is_told(url: str, tmp_path: Path) -> None:
         server.shutdown()
 
 
-def test_a_transport_that_is_brought_along_gets_address_and_key() -> None:
+def test_a_given_http_client_gets_base_url_and_key() -> None:
     http = httpx.AsyncClient(timeout=1)
     AsyncClient("https://there.example", "secret", http=http)
     assert http.base_url.host == "there.example"
     assert http.headers["authorization"] == "Bearer secret"
 
 
-def test_a_wrong_address_leaves_nothing_running() -> None:
+def test_an_invalid_url_leaves_no_thread_running() -> None:
     before = threading.active_count()
     with pytest.raises(httpx.InvalidURL):
         Client("http://host:port")
     assert threading.active_count() == before
 
 
-def test_a_canceled_decode_says_so(service: Service, url: str, photo: image.Pixels) -> None:
+def test_a_canceled_decode_raises_canceled(service: Service, url: str, photo: image.Pixels) -> None:
     with Client(url) as client:
         data = stream(client, photo, 41)
         with pytest.raises(Canceled):
@@ -138,34 +139,34 @@ def test_a_canceled_decode_says_so(service: Service, url: str, photo: image.Pixe
                     client.cancel(location(service, data, 900))
 
 
-def test_a_restarted_service_does_not_lose_its_listeners(
+def test_events_continue_at_another_api_process_when_one_is_killed(
     service: Service, url: str, tmp_path: Path, photo: image.Pixels
 ) -> None:
-    """Two API processes over one Redis: the events go on at the other when the first is gone."""
+    """Two API processes share one Redis; the client reconnects to the second one."""
     stores = {"REDIS_URL": service.urls[0], "CACHE_REDIS_URL": service.urls[1]}
     with Client(url) as client:
         data = stream(client, photo, 53)
-    with run_service(tmp_path, "--workers", "0", **stores) as own:
-        there = str(own.client.base_url)
+    with run_service(tmp_path, "--workers", "0", **stores) as first:
+        first_url = str(first.client.base_url)
 
         class Balancer(httpx.AsyncHTTPTransport):
-            """To our own, at first; to the other once that is gone."""
+            """Sends requests to the first process while it runs, then to the other."""
 
             async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-                gone = own.process.poll() is not None
-                target = httpx.URL(url if gone else there)
+                exited = first.process.poll() is not None
+                target = httpx.URL(url if exited else first_url)
                 request.url = request.url.copy_with(host=target.host, port=target.port)
                 return await super().handle_async_request(request)
 
         async def listen() -> list[str]:
             http = httpx.AsyncClient(transport=Balancer(), timeout=60)
             kinds = []
-            async with AsyncClient(there, http=http) as client:
+            async with AsyncClient(first_url, http=http) as client:
                 async for update in client.decode(data, "ddim-100", steps=100):
                     kinds.append(update.kind)
                     if kinds.count("progress") == 3:
-                        own.process.kill()
-                        own.process.wait()
+                        first.process.kill()
+                        first.process.wait()
             return kinds
 
         import anyio
@@ -176,17 +177,17 @@ def test_a_restarted_service_does_not_lose_its_listeners(
         assert kinds.count("started") == 1
 
 
-def test_the_command_line_draws_at_a_service(
+def test_the_decode_command_can_use_a_service(
     url: str, tmp_path: Path, small_msh: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.msh").write_bytes(small_msh)
     source, out = str(tmp_path / "a.msh"), tmp_path / "a.webp"
     assert main(["decode", source, "-o", str(out), "--url", url, "--tier", "ddim-10"]) == 0
-    there = image.read(out.read_bytes(), 10**6)
+    remote = image.read(out.read_bytes(), 10**6)
     assert main(["decode", source, "-o", str(tmp_path / "b.png"), "--tier", "ddim-10"]) == 0
-    here = image.read((tmp_path / "b.png").read_bytes(), 10**6)
-    assert np.abs(there.astype(int) - here).max() <= 1  # other threads, other roundings
+    local = image.read((tmp_path / "b.png").read_bytes(), 10**6)
+    assert np.abs(remote.astype(int) - local).max() <= 1  # rounding depends on threads
     assert main(["decode", source, "-o", str(out), "--url", "http://127.0.0.1:1"]) == 1
-    told = capsys.readouterr().err
-    assert "127.0.0.1:1" in told
-    assert "Traceback" not in told
+    error = capsys.readouterr().err
+    assert "127.0.0.1:1" in error
+    assert "Traceback" not in error

@@ -17,11 +17,12 @@ from PIL import ExifTags, Image
 
 from models import image
 from models.tiers import TIERS
-from tests.chaos.rig import until
-from tests.conftest import Service, psnr, wait_for
+from tests.support.data import psnr
+from tests.support.service import Service
+from tests.support.waiting import until, wait_for
 from worker.queue import counters, estimates
 from worker.queue.jobs import Jobs
-from worker.queue.records import Decode, fresh
+from worker.queue.records import DecodeRequest, JobState
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
@@ -130,7 +131,7 @@ def test_a_client_may_name_the_id_that_it_computed(client: httpx.Client, stream:
     assert settings is not None
     digest = hashlib.sha256(stream).hexdigest()
     ids = weights["msh_q2"], weights["decoder_compact"]
-    own = Decode(digest, "ddim-10", settings, 7, *ids, 2, 150, 100)
+    own = DecodeRequest(digest, "ddim-10", settings, 7, *ids, 2, 150, 100)
     asked = {"tier": "ddim-10", "seed": 7}
     first = client.put(f"/v1/decodes/{own.id}", params=asked, content=stream)
     assert (first.status_code, first.headers["x-afterimage-tier"]) == (201, "instant")
@@ -437,7 +438,7 @@ def test_a_long_queue_refuses_new_jobs_but_no_repeats(service: Service, stream: 
         client.delete(withdrawn)
         reaches(client, withdrawn, "canceled")
         first = submit(client, stream, **SLOW)
-        million = estimates.Sums.of(1e6, 1.0)  # seconds a megapixel-step
+        million = estimates.RegressionSums.of(1e6, 1.0)  # seconds a megapixel-step
         slow = json.dumps((*million.values, 0))
         try:
             for seed in (1, 2, 3):  # a job that ended before may still write over it
@@ -485,7 +486,7 @@ def test_a_decode_by_weights_that_are_gone_is_mixed_with_no_others(
         state = Jobs(store).get(location.rpartition("/")[2])
         assert state is not None
         past = replace(state.decode, codec="0" * 16)
-        ended = {**fresh(past), "status": "succeeded"}
+        ended = {**JobState.queued(past).new_record(), "status": "succeeded"}
         store.queue.hset(store.key("job", past.id), mapping=ended)
         store.cache.set(store.key("picture", past.id), client.get(f"{location}/image").content)
     whole, mixed = (client.get(f"/v1/decodes/{past.id}/image?realism={a}") for a in (1, 0.5))

@@ -11,8 +11,9 @@ from playwright.sync_api import Page, expect
 
 from models.tiers import Settings
 from service.client import Client
-from tests.chaos.rig import Rig, Worker, rig, until
-from tests.conftest import Service, run_service, wait_for
+from tests.support.rig import Rig, Worker, rig
+from tests.support.service import Service, run_service
+from tests.support.waiting import until, wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 

@@ -1,4 +1,4 @@
-"""`make demo` against a running service."""
+"""`make demo` with a running service."""
 
 import re
 import subprocess
@@ -9,20 +9,20 @@ import pytest
 from PIL import Image
 
 from models import image
-from tests.conftest import Service
+from tests.support.service import Service
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
 
-def test_the_demo_prints_a_table_and_saves_pictures_side_by_side(
+def test_the_demo_prints_a_table_and_saves_side_by_side_pictures(
     service: Service, small: image.Pixels, tmp_path: Path
 ) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # a photograph that a phone took upright
+    exif[0x0112] = 6  # rotated, as phones store portrait photographs
     Image.fromarray(small).save(tmp_path / "phone.jpg", exif=exif, quality=95)
     url = str(service.client.base_url)
     command = [sys.executable, "-P", "-m", "service.cli.demo", "phone.jpg", "--url", url]
-    for _ in range(2):  # the second time from the cache
+    for _ in range(2):  # the second run uses the cache
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     rows = re.findall(r"([123]) (instant|perceptual) +([\d.]+) +([\d.]+) +([\d.]+)", done.stdout)

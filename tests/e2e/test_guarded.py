@@ -9,8 +9,9 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from service.client import ApiError, Client
-from tests.conftest import Service, wait_for
-from tests.e2e.conftest import TOKENS
+from tests.support.api_keys import TOKENS
+from tests.support.service import Service
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
@@ -34,22 +35,21 @@ def test_without_a_key_only_probes_and_lists_answer(guarded: Service, small_msh:
     assert answer.headers["cache-control"].startswith("private, ")
 
 
-def test_pages_of_named_origins_may_call_the_api(guarded: Service, service: Service) -> None:
+def test_pages_of_named_origins_may_call_the_api(guarded: Service) -> None:
     asked = {
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "x-api-key, prefer",
     }
 
-    def allowed(client: httpx.Client, origin: str) -> str | None:
+    def allowed(origin: str) -> str | None:
         headers = {"Origin": origin, **asked}
-        return client.options("/v1/decodes", headers=headers).headers.get(
+        return guarded.client.options("/v1/decodes", headers=headers).headers.get(
             "access-control-allow-origin"
         )
 
     origin = "https://gallery.example"
-    assert allowed(guarded.client, origin) == origin
-    assert allowed(guarded.client, "https://other.example") is None
-    assert allowed(service.client, origin) is None
+    assert allowed(origin) == origin
+    assert allowed("https://other.example") is None
     answer = guarded.client.get("/v1/tiers", headers={"Origin": origin})
     assert answer.headers["access-control-expose-headers"] == "*"
     assert answer.headers["x-request-id"]
@@ -60,7 +60,7 @@ def test_the_page_asks_for_a_key(guarded: Service, small_msh: bytes, page: Page)
     expect(page.locator("[name=tier]")).to_have_value("perceptual")
     coded = {"name": "small.msh", "mimeType": "", "buffer": small_msh}
     page.set_input_files("#chosen", files=[coded])  # type: ignore[list-item]
-    for key, said in (("", "neither an API key"), ("wrong", "the API key is not valid")):
+    for key, said in (("", "no API key and no valid"), ("wrong", "the API key is not valid")):
         if key:
             page.get_by_label("API key").fill(key)
             page.keyboard.press("Enter")
@@ -154,3 +154,10 @@ def test_the_client_and_the_command_line_bring_their_key(
     assert main(command) == 1
     monkeypatch.setenv("AFTERIMAGE_API_KEY", TOKENS["both"])
     assert main(command) == 0
+
+
+def test_without_a_secret_webhooks_are_refused(guarded: Service, small_msh: bytes) -> None:
+    asked = {"tier": "perceptual", "webhook": "https://example.org/", "seed": 77}
+    answer = guarded.client.post("/v1/decodes", params=asked, content=small_msh, headers=by("both"))
+    assert answer.status_code == 422
+    assert "AFTERIMAGE_WEBHOOK_SECRET" in answer.json()["detail"]

@@ -4,18 +4,17 @@ import json
 import re
 from functools import partial
 
-import anyio
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from models import image
-from service.app import create_app
 from service.settings import ServiceSettings
-from tests.chaos.rig import until
-from tests.conftest import Service, free_port, wait_for
+from tests.support.api import run_app
+from tests.support.service import Service, free_port
+from tests.support.waiting import until, wait_for
 
-pytestmark = [pytest.mark.redis, pytest.mark.weights]
+pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.usefixtures("loaded_once")]
 
 
 def samples(service: Service) -> dict[str, float]:
@@ -87,17 +86,7 @@ def test_metrics_may_have_a_port_of_their_own(redis_urls: tuple[str, str]) -> No
     port = free_port()
     queue, cache = redis_urls
     settings = ServiceSettings(REDIS_URL=queue, CACHE_REDIS_URL=cache, metrics_port=port)
-    app = create_app(settings)
-
-    async def served() -> None:
-        transport = httpx.ASGITransport(app)
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://here") as client,
-        ):
-            assert (await client.get("/livez")).status_code == 200
-            assert (await client.get("/metrics")).status_code == 404
-            there = await httpx.AsyncClient().get(f"http://127.0.0.1:{port}/metrics")
-            assert "afterimage_redis_up" in there.text
-
-    anyio.run(served)
+    with run_app(settings) as client:
+        assert client.get("/livez").status_code == 200
+        assert client.get("/metrics").status_code == 404
+        assert "afterimage_redis_up" in httpx.get(f"http://127.0.0.1:{port}/metrics").text

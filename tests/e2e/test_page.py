@@ -17,14 +17,14 @@ from playwright.sync_api import BrowserContext, Page, Request, Route, expect
 from models import image
 from models.image import Pixels
 from service.routes.page import files
-from tests.conftest import Service
+from tests.support.service import Service
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
 HEAVIEST = 60_000
-"""Bytes that opening the page may load."""
+"""Largest number of bytes that opening the page may load."""
 SLOW = 30_000
-"""Milliseconds that a picture may be drawn in beside other tests."""
+"""Milliseconds a decode may take while other tests run."""
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def choose(page: Page, file: Path) -> None:
 
 
 def drawn(page: Page) -> None:
-    """Wait for the end of what was begun."""
+    """Wait until the page is idle."""
     expect(page.locator("#canvas")).to_have_attribute("aria-busy", "false", timeout=SLOW)
 
 
@@ -65,7 +65,7 @@ def draw(page: Page, file: Path) -> None:
 
 
 def screen(page: Page) -> Pixels:
-    """What the canvas holds, (H, W, 3)."""
+    """The canvas's pixels, (H, W, 3)."""
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
     url = page.evaluate("document.querySelector('#canvas').toDataURL()")
     data = base64.b64decode(url.partition(",")[2])
@@ -73,14 +73,14 @@ def screen(page: Page) -> Pixels:
 
 
 def centre(pixels: Pixels, like: Pixels) -> Pixels:
-    """The part of a canvas that a picture of the size of `like` covers, pixel for pixel."""
+    """The centre of a canvas, of the size of `like`: a picture shown at 1:1."""
     height, width = like.shape[:2]
     top, left = ((a - b + 1) // 2 for a, b in zip(pixels.shape, (height, width), strict=False))
     return pixels[top : top + height, left : left + width]
 
 
 def only(page: Page, side: str, name: str) -> Pixels:
-    """One picture alone on the canvas, its pixels the screen's."""
+    """The canvas with one picture at 1:1, the divider at its edge."""
     page.locator(f"[name={side}]").select_option(name)
     page.locator("[data-do=one]").click()
     page.locator("#split").fill("100" if side == "left" else "0")
@@ -88,7 +88,7 @@ def only(page: Page, side: str, name: str) -> Pixels:
 
 
 def job(page: Page) -> str:
-    """The id of the decode that the page's address names."""
+    """The decode's id in the page's address."""
     return re.findall(r"decode=([0-9a-f]{32})", page.url)[0]
 
 
@@ -99,16 +99,16 @@ def api_image(service: Service, id: str, **params: Any) -> Pixels:
 
 
 def requests(page: Page) -> list[Request]:
-    """What the page asks for from now on."""
-    made: list[Request] = []
-    page.on("request", lambda request: made.append(request))
-    return made
+    """List that collects the page's requests from now on."""
+    sent: list[Request] = []
+    page.on("request", lambda request: sent.append(request))
+    return sent
 
 
-# What is taken
+# Files
 
 
-def test_a_photograph_that_is_picked_is_encoded_drawn_and_measured(
+def test_a_chosen_photograph_is_encoded_and_decoded_and_its_sizes_are_shown(
     opened: Page, service: Service, small: Pixels, small_png: Path
 ) -> None:
     draw(opened, small_png)
@@ -123,13 +123,13 @@ def test_a_photograph_that_is_picked_is_encoded_drawn_and_measured(
     np.testing.assert_array_equal(centre(only(opened, "left", "original"), small), small)
 
 
-def test_a_photograph_that_is_dropped_is_taken(opened: Page, small_png: Path) -> None:
+def test_a_dropped_photograph_is_opened(opened: Page, small_png: Path) -> None:
     transfer(opened, small_png, "drop")
     expect(opened.locator("#file")).to_have_text("small.png")
     drawn(opened)
 
 
-def test_a_photograph_that_is_pasted_is_taken(opened: Page, small_png: Path) -> None:
+def test_a_pasted_photograph_is_opened(opened: Page, small_png: Path) -> None:
     transfer(opened, small_png, "paste")
     expect(opened.locator("#file")).to_have_text("small.png")
     drawn(opened)
@@ -141,19 +141,21 @@ def transfer(page: Page, file: Path, kind: str) -> None:
             const data = new DataTransfer();
             const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
             data.items.add(new File([bytes], name, { type: "image/png" }));
-            const made = kind === "drop"
+            const event = kind === "drop"
                 ? new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true })
                 : new ClipboardEvent("paste", { clipboardData: data, bubbles: true });
-            document.body.dispatchEvent(made);
+            document.body.dispatchEvent(event);
         }""",
         [base64.b64encode(file.read_bytes()).decode(), file.name, kind],
     )
 
 
-def test_a_bitstream_is_decoded_as_it_is(opened: Page, service: Service, small_file: Path) -> None:
-    asked = requests(opened)
+def test_a_bitstream_is_decoded_without_encoding(
+    opened: Page, service: Service, small_file: Path
+) -> None:
+    sent = requests(opened)
     draw(opened, small_file)
-    assert not any("/v1/encodes" in r.url for r in asked)
+    assert not any("/v1/encodes" in r.url for r in sent)
     expect(opened.locator("#qualities")).to_be_hidden()
     expect(opened.locator("#rows")).not_to_contain_text("JPEG")
     expected = api_image(service, job(opened), min_tier="perceptual")
@@ -161,13 +163,13 @@ def test_a_bitstream_is_decoded_as_it_is(opened: Page, service: Service, small_f
 
 
 @pytest.mark.parametrize("name", ["parrots", "girl", "lighthouse"])
-def test_each_sample_is_there(opened: Page, name: str) -> None:
+def test_each_sample_can_be_opened(opened: Page, name: str) -> None:
     opened.locator(f"[data-sample={name}]").click()
     expect(opened.locator("#size")).to_have_text("768 × 512")
     expect(opened.locator("#times")).to_contain_text("Instant", timeout=SLOW)
 
 
-def test_another_quality_encodes_again(opened: Page, small_png: Path) -> None:
+def test_changing_the_quality_encodes_again(opened: Page, small_png: Path) -> None:
     draw(opened, small_png)
     before = opened.locator("#rows tr", has_text="Bitstream").inner_text()
     first = job(opened)
@@ -177,13 +179,13 @@ def test_another_quality_encodes_again(opened: Page, small_png: Path) -> None:
     assert job(opened) != first
 
 
-def test_a_quality_that_is_being_encoded_is_not_lost(
+def test_changing_the_tier_while_a_quality_is_encoded_keeps_the_quality(
     opened: Page, service: Service, small_png: Path
 ) -> None:
     draw(opened, small_png)
     late = Late(opened, "**/v1/encodes?quality=3")
     opened.locator("#qualities label", has_text="3").click()
-    late.asked()
+    late.wait()
     opened.locator("[name=tier]").select_option("ddim-10")
     late.go_on()
     expect(opened.locator("#right")).to_have_text("DDIM-10", timeout=SLOW)
@@ -194,14 +196,14 @@ def test_a_quality_that_is_being_encoded_is_not_lost(
 
 
 class Late:
-    """Requests that get no answer until they may."""
+    """Holds back requests that match a pattern, until `go_on`."""
 
     def __init__(self, page: Page, pattern: str) -> None:
         self.page, self.pattern, self.routes = page, pattern, list[Route]()
         page.route(pattern, lambda route: self.routes.append(route))
 
-    def asked(self) -> None:
-        """Wait for the first."""
+    def wait(self) -> None:
+        """Wait for the first request."""
         while not self.routes:
             self.page.wait_for_timeout(20)
 
@@ -211,14 +213,14 @@ class Late:
         self.page.unroute(self.pattern)
 
 
-def test_a_photograph_without_a_type_is_encoded(opened: Page, small_png: Path) -> None:
+def test_a_photograph_without_a_media_type_is_encoded(opened: Page, small_png: Path) -> None:
     untyped = {"name": "photo", "mimeType": "", "buffer": small_png.read_bytes()}
     opened.set_input_files("#chosen", files=[untyped])  # type: ignore[list-item]
     expect(opened.locator("#right")).to_have_text("Perceptual", timeout=SLOW)
     expect(opened.locator("#qualities")).to_be_visible()
 
 
-def test_jpeg_and_webp_of_the_same_size_are_made_by_the_browser(opened: Page) -> None:
+def test_the_browser_encodes_jpeg_and_webp_of_the_same_size(opened: Page) -> None:
     opened.locator("[data-sample=parrots]").click()
     rows = {n: opened.locator("#rows tr", has_text=n) for n in ("Bitstream", "JPEG", "WebP")}
     for row in rows.values():
@@ -226,30 +228,30 @@ def test_jpeg_and_webp_of_the_same_size_are_made_by_the_browser(opened: Page) ->
         expect(row).not_to_contain_text("…", timeout=SLOW)
     sizes = {n: int(r.inner_text().split("\t")[1].replace(",", "")) for n, r in rows.items()}
     assert 0.9 * sizes["Bitstream"] < sizes["WebP"] <= sizes["Bitstream"]
-    assert "its smallest" in rows["JPEG"].inner_text() or sizes["JPEG"] <= sizes["Bitstream"]
+    assert "lowest quality" in rows["JPEG"].inner_text() or sizes["JPEG"] <= sizes["Bitstream"]
     original = only(opened, "left", "original")
     webp = only(opened, "left", "webp")
     error = np.abs(webp.astype(int) - original).mean()
     assert 0 < error < 8
 
 
-# Draft and upgrade
+# Draft and final picture
 
 
-def test_the_draft_is_there_at_once_and_the_final_picture_takes_its_place(
+def test_the_draft_is_shown_first_and_then_replaced_by_the_final_picture(
     opened: Page, service: Service
 ) -> None:
     opened.emulate_media(reduced_motion="no-preference")
     opened.locator("[name=seed]").fill("31")
     opened.locator("[data-sample=girl]").click()
     expect(opened.locator("#times")).to_contain_text(re.compile(r"Instant: \d+ ms"), timeout=SLOW)
-    shown = opened.evaluate("performance.getEntriesByName('draft').map((e) => e.duration)")
-    assert len(shown) == 1
+    draft_ms = opened.evaluate("performance.getEntriesByName('draft').map((e) => e.duration)")
+    assert len(draft_ms) == 1
     expect(opened.locator("#ring")).to_be_visible()
     opened.locator("[data-do=one]").click()
     opened.locator("#split").fill("0")
     draft = screen(opened)
-    expect(opened.locator("#times")).to_contain_text("drawn:", timeout=SLOW)
+    expect(opened.locator("#times")).to_contain_text("final:", timeout=SLOW)
     expect(opened.locator("#ring")).to_be_hidden()
     opened.wait_for_timeout(400)
     after = screen(opened)
@@ -260,9 +262,7 @@ def test_the_draft_is_there_at_once_and_the_final_picture_takes_its_place(
         assert np.abs(centre(draft, instant).astype(int) - instant).mean() < 8
 
 
-def test_previews_sharpen_in_place_while_the_ring_counts_steps(
-    opened: Page, small_file: Path
-) -> None:
+def test_previews_are_shown_while_the_status_counts_steps(opened: Page, small_file: Path) -> None:
     opened.locator("[name=tier]").select_option("ddim-100")
     choose(opened, small_file)
     expect(opened.locator("#stand")).to_have_text(re.compile(r"step \d+ of 100"), timeout=SLOW)
@@ -280,7 +280,7 @@ def test_previews_sharpen_in_place_while_the_ring_counts_steps(
     assert len(seen) == 3
 
 
-def test_a_place_in_the_queue_is_shown_and_a_job_is_cancelled(
+def test_the_queue_position_is_shown_and_a_job_can_be_cancelled_and_retried(
     opened: Page, service: Service, small_file: Path, small_msh: bytes
 ) -> None:
     blocker = service.client.post(
@@ -291,19 +291,19 @@ def test_a_place_in_the_queue_is_shown_and_a_job_is_cancelled(
     )
     opened.locator("[name=seed]").fill("78")
     choose(opened, small_file)
-    expect(opened.locator("#stand")).to_have_text(re.compile("before it|next in the queue"))
+    expect(opened.locator("#stand")).to_have_text(re.compile("(ahead|next) in the queue"))
     opened.locator("#cancel").click()
-    expect(opened.locator("#problem")).to_contain_text("Withdrawn", timeout=SLOW)
+    expect(opened.locator("#problem")).to_contain_text("Cancelled", timeout=SLOW)
     state = service.client.get(f"/v1/decodes/{job(opened)}").json()
     assert state["status"] == "canceled"
     service.client.delete(f"/v1/decodes/{blocker.json()['id']}")
     opened.locator("#retry").click()
     drawn(opened)
     expect(opened.locator("#problem")).to_be_hidden()
-    expect(opened.locator("#times")).to_contain_text("drawn")
+    expect(opened.locator("#times")).to_contain_text("final")
 
 
-def test_a_link_opened_elsewhere_finds_the_same_job(
+def test_a_copied_link_opens_the_same_decode(
     opened: Page, context: BrowserContext, service: Service, small_file: Path
 ) -> None:
     opened.locator("[name=seed]").fill("5")
@@ -315,21 +315,21 @@ def test_a_link_opened_elsewhere_finds_the_same_job(
     expect(opened.locator("#link")).to_have_text("Copied")
     assert opened.evaluate("() => navigator.clipboard.readText()") == opened.url
     for other in (context.new_page(), opened):  # elsewhere, and again
-        asked = requests(other)
+        sent = requests(other)
         if other is opened:
             other.reload()
         else:
             other.goto(opened.url)
         expect(other.locator("#right")).to_have_text("Perceptual")
         np.testing.assert_array_equal(only(other, "right", "drawn"), expected)
-        assert not any(r.method == "POST" for r in asked)
+        assert not any(r.method == "POST" for r in sent)
         assert job(other) == id
         expect(other.locator("[name=tier]")).to_be_disabled()
         expect(other.locator("[name=seed]")).to_have_value("5")
         expect(other.locator("#rows")).to_contain_text("Bitstream")
 
 
-def test_another_picture_withdraws_the_drawing_that_goes_on(
+def test_opening_another_file_cancels_the_running_decode(
     opened: Page, service: Service, small_file: Path, small_png: Path
 ) -> None:
     opened.locator("[name=tier]").select_option("ddpm-1000")
@@ -341,13 +341,13 @@ def test_another_picture_withdraws_the_drawing_that_goes_on(
     assert service.client.get(f"/v1/decodes/{first}").json()["status"] == "canceled"
 
 
-def test_a_choice_that_is_replaced_before_its_answer_is_withdrawn(
+def test_a_decode_that_is_replaced_before_its_response_is_cancelled(
     opened: Page, service: Service, small_file: Path, small_png: Path
 ) -> None:
     opened.locator("[name=tier]").select_option("ddpm-1000")
     late = Late(opened, "**/v1/decodes?*")
     choose(opened, small_file)
-    late.asked()
+    late.wait()
     opened.locator("[name=tier]").evaluate("e => e.value = 'perceptual'")
     choose(opened, small_png)
     with opened.expect_response(re.compile("tier=ddpm-1000")) as answer:
@@ -357,7 +357,7 @@ def test_a_choice_that_is_replaced_before_its_answer_is_withdrawn(
     assert first.json()["status"] == "canceled"
 
 
-def test_a_quota_that_is_used_up_delays_the_picture(opened: Page, small_file: Path) -> None:
+def test_a_request_over_the_quota_is_retried(opened: Page, small_file: Path) -> None:
     refused: list[Route] = []
 
     def once(route: Route) -> None:
@@ -373,20 +373,20 @@ def test_a_quota_that_is_used_up_delays_the_picture(opened: Page, small_file: Pa
     expect(opened.locator("#problem")).to_be_hidden()
 
 
-def test_a_picture_is_not_shown_under_the_name_of_the_next(
+def test_the_old_picture_is_removed_when_another_file_is_opened(
     opened: Page, small_file: Path, small_png: Path
 ) -> None:
     draw(opened, small_png)
     late = Late(opened, "**/v1/decodes?*")
     choose(opened, small_file)
-    late.asked()
+    late.wait()
     expect(opened.locator("#file")).to_have_text("small.msh")
     assert np.ptp(screen(opened).reshape(-1, 3), axis=0).max() == 0
     late.go_on()
     drawn(opened)
 
 
-def test_a_tier_that_is_too_much_for_a_picture_leaves_the_instant_one(opened: Page) -> None:
+def test_the_instant_picture_is_shown_if_the_tier_is_too_expensive(opened: Page) -> None:
     opened.locator("[name=tier]").select_option("ddpm-1000")
     opened.locator("[data-sample=parrots]").click()
     expect(opened.locator("#problem")).to_contain_text("megapixel", timeout=SLOW)
@@ -396,10 +396,10 @@ def test_a_tier_that_is_too_much_for_a_picture_leaves_the_instant_one(opened: Pa
     expect(opened.locator("#problem")).to_be_hidden()
 
 
-# Comparing
+# Comparison
 
 
-def test_the_divider_moves_by_mouse_and_by_keyboard(opened: Page, small_file: Path) -> None:
+def test_mouse_and_keyboard_move_the_divider(opened: Page, small_file: Path) -> None:
     draw(opened, small_file)
     left, right = only(opened, "left", "instant"), only(opened, "right", "drawn")
     split = opened.locator("#split")
@@ -426,7 +426,7 @@ def test_the_divider_moves_by_mouse_and_by_keyboard(opened: Page, small_file: Pa
     check()
 
 
-def test_zoom_and_pan_go_together_down_to_single_pixels(
+def test_zoom_and_pan_move_both_pictures_and_show_single_pixels(
     opened: Page, small: Pixels, small_png: Path
 ) -> None:
     draw(opened, small_png)
@@ -438,7 +438,7 @@ def test_zoom_and_pan_go_together_down_to_single_pixels(
     before = screen(opened)
     blocks = before[before.shape[0] // 2 - 64 :, before.shape[1] // 2 - 64 :][:128, :128]
     colours = {tuple(c) for c in blocks.reshape(-1, 3)}
-    assert colours <= {tuple(c) for c in small.reshape(-1, 3)}  # nothing between pixels
+    assert colours <= {tuple(c) for c in small.reshape(-1, 3)}  # no interpolation
     assert len(colours) <= 5 * 5
     canvas.focus()
     opened.keyboard.press("ArrowRight")
@@ -463,9 +463,7 @@ def test_zoom_and_pan_go_together_down_to_single_pixels(
     expect(opened.locator("#zoom")).to_have_text("100 %")
 
 
-def test_gestures_that_change_nothing_leave_the_picture_fitted(
-    opened: Page, small_png: Path
-) -> None:
+def test_gestures_without_effect_leave_the_picture_fitted(opened: Page, small_png: Path) -> None:
     draw(opened, small_png)
     box = opened.locator("#canvas").bounding_box()
     assert box is not None
@@ -483,7 +481,7 @@ def test_gestures_that_change_nothing_leave_the_picture_fitted(
     expect(opened.locator("#zoom")).to_have_text("100 %")
 
 
-def test_two_fingers_zoom_and_one_moves_the_divider(
+def test_one_finger_moves_the_divider_and_two_fingers_zoom(
     browser_touch: Page, service: Service, small_file: Path
 ) -> None:
     page = browser_touch
@@ -506,7 +504,7 @@ def test_two_fingers_zoom_and_one_moves_the_divider(
     assert float(page.locator("#split").input_value()) == pytest.approx(moved, abs=2)
 
     before = page.locator("#zoom").inner_text()
-    page.locator("[data-do=in]").tap()  # beyond fitting, all gestures are the picture's
+    page.locator("[data-do=in]").tap()  # zoomed in, gestures pan and zoom the picture
     middle = page.locator("#zoom").inner_text()
     fingers("touchStart", (x - 30, y), (x + 30, y))
     for d in (40, 50, 60):
@@ -527,7 +525,7 @@ def browser_touch(browser: Any) -> Any:
     context.close()
 
 
-def test_the_difference_is_shown_four_times_as_large(opened: Page, small_file: Path) -> None:
+def test_the_difference_is_amplified_four_times(opened: Page, small_file: Path) -> None:
     draw(opened, small_file)
     left, right = only(opened, "left", "instant"), only(opened, "right", "drawn")
     opened.locator("[data-do=difference]").click()
@@ -538,25 +536,27 @@ def test_the_difference_is_shown_four_times_as_large(opened: Page, small_file: P
     expect(opened.locator("[data-do=difference]")).to_have_attribute("aria-pressed", "false")
 
 
-# Knobs
+# Settings
 
 
-def test_realism_moves_at_once_and_asks_nothing(
+def test_realism_is_mixed_in_the_browser_without_a_request(
     opened: Page, service: Service, small_file: Path
 ) -> None:
     draw(opened, small_file)
     only(opened, "right", "drawn")
-    asked = requests(opened)
+    sent = requests(opened)
     opened.locator("[name=realism]").fill("40")
     expect(opened.locator("#right")).to_have_text("Perceptual at 40 %")
     expect(opened.locator("#percent")).to_have_text("40 %")
     mixed = screen(opened)
-    assert [r.url for r in asked if "readyz" not in r.url] == []
+    assert [r.url for r in sent if "readyz" not in r.url] == []
     expected = api_image(service, job(opened), min_tier="perceptual", realism=0.4)
     assert np.abs(centre(mixed, expected).astype(int) - expected).max() <= 2
 
 
-def test_tier_and_seed_draw_again_and_say_what_they_are(opened: Page, small_file: Path) -> None:
+def test_changing_tier_or_seed_decodes_again_and_shows_the_tier(
+    opened: Page, small_file: Path
+) -> None:
     draw(opened, small_file)
     ids = [job(opened)]
     with opened.expect_request(re.compile(r"tier=perceptual&seed=1$")):
@@ -576,15 +576,15 @@ def test_tier_and_seed_draw_again_and_say_what_they_are(opened: Page, small_file
     expect(opened.locator("#right")).to_have_text("Perceptual")
 
 
-def test_a_line_says_what_is_synthesised(opened: Page) -> None:
+def test_a_note_says_that_detail_is_synthesised(opened: Page) -> None:
     expect(opened.locator("#note")).to_contain_text("synthesised")
     expect(opened.locator("#note")).to_contain_text("not recorded by a camera")
 
 
-# Errors, access, and looks
+# Errors, accessibility, layout
 
 
-def test_errors_are_shown_as_the_api_words_them(
+def test_errors_are_shown_with_the_api_s_title_and_detail(
     opened: Page, service: Service, tmp_path: Path, small_msh: bytes
 ) -> None:
     broken = tmp_path / "broken.msh"
@@ -594,19 +594,19 @@ def test_errors_are_shown_as_the_api_words_them(
     text = tmp_path / "text.png"
     text.write_bytes(b"no picture")
     for file, path in ((broken, "decodes"), (wide, "encodes"), (text, "encodes")):
-        told = service.client.post(f"/v1/{path}", content=file.read_bytes()).json()
+        problem = service.client.post(f"/v1/{path}", content=file.read_bytes()).json()
         choose(opened, file)
         expect(opened.locator("#problem")).to_have_attribute("role", "alert")
-        expect(opened.locator("#problem p")).to_have_text(f"{told['title']} {told['detail']}")
+        expect(opened.locator("#problem p")).to_have_text(f"{problem['title']} {problem['detail']}")
         expect(opened.locator("#retry")).to_be_hidden()
         opened.locator("#dismiss").press("Enter")
         expect(opened.locator("#problem")).to_be_hidden()
-        if file != wide:  # which is shown
+        if file != wide:  # a valid picture, shown although it is too large to encode
             expect(opened.locator("#welcome")).to_be_visible()
             expect(opened.locator("#pick")).to_be_focused()  # the button is gone
 
 
-def test_a_service_that_is_gone_can_be_asked_again(opened: Page, small_file: Path) -> None:
+def test_a_request_can_be_retried_when_the_service_is_back(opened: Page, small_file: Path) -> None:
     opened.route("**/v1/decodes?*", lambda route: route.abort())
     choose(opened, small_file)
     expect(opened.locator("#problem")).to_contain_text("cannot be reached")
@@ -618,7 +618,7 @@ def test_a_service_that_is_gone_can_be_asked_again(opened: Page, small_file: Pat
     expect(opened.locator("#source")).to_be_visible()
 
 
-def test_a_full_queue_leaves_the_instant_picture(opened: Page, small_file: Path) -> None:
+def test_the_instant_picture_is_shown_if_the_queue_is_full(opened: Page, small_file: Path) -> None:
     problem = {
         "type": "urn:afterimage:problem:busy", "title": "Busy", "status": 503,
         "detail": "2000 s of work are queued",
@@ -638,7 +638,7 @@ def test_a_full_queue_leaves_the_instant_picture(opened: Page, small_file: Path)
     expect(opened.locator("#problem")).to_be_hidden()
 
 
-def test_tiers_that_could_not_be_loaded_are_asked_for_again(
+def test_tiers_are_loaded_again_after_a_failure(
     page: Page, service: Service, small_file: Path
 ) -> None:
     page.route("**/v1/tiers", lambda route: route.abort())
@@ -649,11 +649,11 @@ def test_tiers_that_could_not_be_loaded_are_asked_for_again(
     expect(page.locator("#right")).to_have_text("Perceptual", timeout=SLOW)
 
 
-def test_of_two_quick_samples_the_second_is_shown(opened: Page) -> None:
+def test_the_second_of_two_quick_samples_is_shown(opened: Page) -> None:
     both = [Late(opened, f"**/samples/{name}.webp") for name in ("parrots", "girl")]
     for name, late in zip(("parrots", "girl"), both, strict=True):
         opened.locator(f"[data-sample={name}]").click()
-        late.asked()
+        late.wait()
     expect(opened.locator("#ring")).to_be_visible()
     expect(opened.locator("#cancel")).to_be_hidden()  # nothing is drawn yet
     for late in both:
@@ -663,7 +663,7 @@ def test_of_two_quick_samples_the_second_is_shown(opened: Page) -> None:
     drawn(opened)
 
 
-def test_of_two_quick_choices_the_second_is_shown(
+def test_the_second_of_two_quick_files_is_shown(
     opened: Page, photo: Pixels, tmp_path: Path
 ) -> None:
     cuts = [photo[:90, :120].copy(), photo[200:290, 200:320].copy()]
@@ -671,11 +671,11 @@ def test_of_two_quick_choices_the_second_is_shown(
         (tmp_path / f"{name}.png").write_bytes(image.write(pixels, "png"))
     opened.evaluate(
         """() => {
-          const made = createImageBitmap;
+          const original = createImageBitmap;
           let calls = 0;
-          window.createImageBitmap = async (...given) => {
+          window.createImageBitmap = async (...args) => {
             if ((calls += 1) === 1) await new Promise((done) => setTimeout(done, 1500));
-            return made(...given);
+            return original(...args);
           };
         }"""
     )
@@ -686,8 +686,8 @@ def test_of_two_quick_choices_the_second_is_shown(
     assert np.array_equal(centre(only(opened, "left", "original"), cuts[1]), cuts[1])
 
 
-def test_what_is_transparent_lies_on_white(opened: Page, tmp_path: Path) -> None:
-    """In the original too, as in what is made of it; the page around is dark."""
+def test_transparent_pixels_are_white(opened: Page, tmp_path: Path) -> None:
+    """In the original as in the decoded picture, although the page is dark."""
     opened.emulate_media(color_scheme="dark")
     Image.new("RGBA", (120, 90), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     draw(opened, tmp_path / "clear.png")
@@ -695,7 +695,7 @@ def test_what_is_transparent_lies_on_white(opened: Page, tmp_path: Path) -> None
     assert np.array_equal(centre(only(opened, "left", "original"), white), white)
 
 
-def test_the_canvas_has_the_screen_s_own_pixels(opened: Page, small_file: Path) -> None:
+def test_the_canvas_has_one_pixel_per_screen_pixel(opened: Page, small_file: Path) -> None:
     draw(opened, small_file)
     for width in (900, 1111):
         opened.set_viewport_size({"width": width, "height": 700})
@@ -712,7 +712,7 @@ def test_the_canvas_has_the_screen_s_own_pixels(opened: Page, small_file: Path) 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [(360, 640), (1280, 800), (3840, 2160)])
-def test_it_is_accessible_in_both_schemes_from_360_pixels_to_4k(
+def test_the_page_is_accessible_in_both_colour_schemes_from_360_pixels_to_4k(
     opened: Page, small_png: Path, scheme: Any, size: tuple[int, int]
 ) -> None:
     opened.emulate_media(color_scheme=scheme)
@@ -720,8 +720,8 @@ def test_it_is_accessible_in_both_schemes_from_360_pixels_to_4k(
     axe = Axe()
 
     def check() -> None:
-        found = axe.run(opened, options={"resultTypes": ["violations"]}).response["violations"]
-        assert [(v["id"], [n["target"] for n in v["nodes"]]) for v in found] == []
+        violations = axe.run(opened, options={"resultTypes": ["violations"]}).response["violations"]
+        assert [(v["id"], [n["target"] for n in v["nodes"]]) for v in violations] == []
         wide = opened.evaluate("document.documentElement.scrollWidth")
         assert wide <= size[0]
 
@@ -737,7 +737,7 @@ def background(page: Page) -> str:
     return text
 
 
-def test_what_has_the_focus_is_seen(opened: Page, small_file: Path) -> None:
+def test_the_focus_is_visible(opened: Page, small_file: Path) -> None:
     draw(opened, small_file)
     seen = set()
     for _ in range(40):
@@ -759,10 +759,10 @@ def test_what_has_the_focus_is_seen(opened: Page, small_file: Path) -> None:
     assert {"canvas", "split", "left", "right", "tier", "seed", "again", "realism"} <= seen
 
 
-def test_with_reduced_motion_nothing_fades(opened: Page, small_file: Path) -> None:
+def test_reduced_motion_disables_fades(opened: Page, small_file: Path) -> None:
     opened.locator("[name=seed]").fill("32")
     choose(opened, small_file)
-    expect(opened.locator("#times")).to_contain_text("drawn:", timeout=SLOW)
+    expect(opened.locator("#times")).to_contain_text("final:", timeout=SLOW)
     first = screen(opened)
     opened.wait_for_timeout(400)
     np.testing.assert_array_equal(screen(opened), first)
@@ -770,7 +770,7 @@ def test_with_reduced_motion_nothing_fades(opened: Page, small_file: Path) -> No
     assert opened.evaluate(arc) == "0s"
 
 
-def test_opening_the_page_loads_little_and_nothing_from_elsewhere(
+def test_the_page_is_small_and_loads_nothing_from_other_origins(
     page: Page, service: Service
 ) -> None:
     answers: list[Any] = []

@@ -13,7 +13,7 @@ import pytest
 
 from models import checkpoint
 from service import __version__
-from tests.conftest import run_service
+from tests.support.service import run_service
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
@@ -40,19 +40,26 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_version_is_said_in_one_place() -> None:
     said = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert __version__ == version("afterimage") == said
-    assert re.search(
-        rf"^## (Unreleased|{re.escape(said)}\b)", (ROOT / "CHANGELOG.md").read_text(), re.M
-    )
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(rf"^## \[{re.escape(said)}\] - ", changes, re.M)
 
 
 def test_the_wheel_has_the_weights_and_nothing_of_the_tests(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"models/weights/{e.file}" for e in checkpoint.manifest()} <= set(names)
+    assert {f"{package}/py.typed" for package in ("models", "service", "worker")} <= set(names)
     assert not [n for n in names if n.startswith(("tests/", "models/train/weights/"))]
     (sdist,) = built.glob("*.tar.gz")
     inside = {n.partition("/")[2] for n in tarfile.open(sdist).getnames()}
-    assert {"LICENSE", "README.md", "CHANGELOG.md", "Dockerfile", "deploy/compose.yaml"} <= inside
+    pages = {
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "models/train/README.md",
+    }
+    assert {"LICENSE", "Dockerfile", "deploy/compose.yaml", *pages} <= inside
 
 
 def test_the_wheel_serves_from_an_empty_folder(
@@ -68,7 +75,7 @@ def test_the_wheel_serves_from_an_empty_folder(
     asked = [sys.executable, "-P", "-c", "import service; print(service.__file__)"]
     where = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     assert where == str(installed / "service/__init__.py")
-    with run_service(cache) as service:
+    with run_service(cache, "--workers", "0") as service:
         assert service.client.get("/openapi.json").json()["info"]["version"] == __version__
         for path in ("/", "/web/main.js", "/web/samples/parrots.webp"):
             assert service.client.get(path).is_success

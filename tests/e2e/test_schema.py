@@ -11,8 +11,9 @@ import httpx
 import pytest
 
 from models import image
-from tests.conftest import Service, wait_for
-from tests.e2e.conftest import TOKENS
+from tests.support.api_keys import TOKENS
+from tests.support.service import Service
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]
 

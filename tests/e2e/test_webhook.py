@@ -9,8 +9,8 @@ import httpx
 import pytest
 from standardwebhooks import Webhook
 
-from tests.conftest import WEBHOOK_SECRET, Service, wait_for
-from tests.e2e.conftest import TOKENS
+from tests.support.service import WEBHOOK_SECRET, Service
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
@@ -63,11 +63,3 @@ def test_the_end_of_a_decode_is_told_signed(
     for event in told:
         assert event["type"] == "decode.succeeded"
         assert event["data"]["image"] == f"{location}/image"
-
-
-def test_without_a_secret_webhooks_are_refused(guarded: Service, small_msh: bytes) -> None:
-    asked = {"tier": "perceptual", "webhook": "https://example.org/", "seed": 77}
-    headers = {"X-API-Key": TOKENS["both"]}
-    answer = guarded.client.post("/v1/decodes", params=asked, content=small_msh, headers=headers)
-    assert answer.status_code == 422
-    assert "AFTERIMAGE_WEBHOOK_SECRET" in answer.json()["detail"]

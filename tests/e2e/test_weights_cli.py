@@ -1,4 +1,4 @@
-"""`afterimage weights` as a user types it, and what the service does with what was imported."""
+"""`afterimage weights`, and a service that uses imported weights."""
 
 from pathlib import Path
 
@@ -9,41 +9,43 @@ from compressai.models import MeanScaleHyperprior as Reference
 
 from models import checkpoint, image
 from models.codec import bitstream, codec
-from tests.conftest import DATA, run_service, wait_for
 from tests.e2e.test_cli import afterimage, read
+from tests.support.data import DATA
+from tests.support.service import run_service
+from tests.support.waiting import wait_for
 from tests.unit.test_zoo import compressed, random_codec
 
-pytestmark = pytest.mark.weights
+pytestmark = [pytest.mark.weights, pytest.mark.usefixtures("loaded_once")]
 
 
 @pytest.fixture(scope="module")
 def net() -> Reference:
-    """Of the size that quality 5 has."""
+    """A random network with the sizes of quality 5."""
     return random_codec(192, 320, 5)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, net: Reference) -> Path:
-    """The user's, with that network imported for metric ms-ssim."""
-    made = tmp_path_factory.mktemp("import")
-    torch.save({"state_dict": net.state_dict()}, made / "mine.pth.tar")
+    """A weights folder with that network imported for metric ms-ssim."""
+    root = tmp_path_factory.mktemp("import")
+    torch.save({"state_dict": net.state_dict()}, root / "mine.pth.tar")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(made / "own"))
-        done = afterimage("weights", "import", made / "mine.pth.tar", "-q", 5, "-m", "ms-ssim")
+        patch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(root / "weights"))
+        done = afterimage("weights", "import", root / "mine.pth.tar", "-q", 5, "-m", "ms-ssim")
     assert (done.returncode, done.stderr) == (0, "")
-    (entry,) = checkpoint.manifest(made / "own")
+    (entry,) = checkpoint.manifest(root / "weights")
     assert done.stdout == f"{entry.weights_id} is installed as quality 5, metric ms-ssim\n"
-    return made / "own"
+    return root / "weights"
 
 
 @pytest.fixture
 def imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Its weights id, with the folder in the environment."""
+    """Set AFTERIMAGE_WEIGHTS_DIR to the folder; the id of the imported weights."""
     monkeypatch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(folder))
     return checkpoint.manifest(folder)[0].weights_id
 
 
-def test_what_is_installed_is_listed(imported: str) -> None:
+def test_list_shows_imported_and_shipped_weights(imported: str) -> None:
     done = afterimage("weights", "list")
     assert done.returncode == 0
     head, first, *shipped = (line.split() for line in done.stdout.splitlines())
@@ -54,7 +56,7 @@ def test_what_is_installed_is_listed(imported: str) -> None:
     assert sorted(row[2] for row in shipped) == ["-", "1", "2", "3"]
 
 
-def test_pictures_go_through_imported_weights(
+def test_encode_and_decode_use_imported_weights(
     tmp_path: Path, imported: str, small: image.Pixels
 ) -> None:
     (tmp_path / "a.png").write_bytes(image.write(small, "png"))
@@ -63,8 +65,8 @@ def test_pictures_go_through_imported_weights(
     assert done.returncode == 0
     b = bitstream.parse((tmp_path / "a.msh").read_bytes())
     assert (b.quality, b.metric, b.weights_id) == (5, "ms-ssim", imported)
-    asked = ("--tier", "perceptual", "--steps", 1)
-    done = afterimage("decode", tmp_path / "a.msh", "-o", tmp_path / "b.webp", *asked)
+    options = ("--tier", "perceptual", "--steps", 1)
+    done = afterimage("decode", tmp_path / "a.msh", "-o", tmp_path / "b.webp", *options)
     assert done.returncode == 0
     assert read(tmp_path / "b.webp").shape == small.shape
     assert b"synthesised detail" in (tmp_path / "b.webp").read_bytes()
@@ -72,7 +74,7 @@ def test_pictures_go_through_imported_weights(
     assert np.load(tmp_path / "b.npy").shape == small.shape
 
 
-def test_compressai_loads_what_is_exported(tmp_path: Path, imported: str, net: Reference) -> None:
+def test_compressai_loads_exported_weights(tmp_path: Path, imported: str, net: Reference) -> None:
     options = ("-q", 5, "-m", "ms-ssim", "-o", tmp_path / "out.pth")
     assert afterimage("weights", "export", *options).returncode == 0
     state = torch.load(tmp_path / "out.pth")
@@ -90,39 +92,39 @@ def test_the_service_serves_imported_weights(
     expected = codec.to_pixels(codec.crop(theirs.clamp(0, 1), b.height, b.width)).astype(int)
     with run_service(tmp_path) as service:
         client = service.client
-        asked = {"tier": "perceptual", "steps": 1}
-        draft = client.post("/v1/decodes", params=asked, content=bytes(data))
+        params = {"tier": "perceptual", "steps": 1}
+        draft = client.post("/v1/decodes", params=params, content=bytes(data))
         assert np.abs(image.read(draft.content, 10**6) - expected).max() <= 1
         state = wait_for(client, draft.headers["location"])
         assert (state["status"], state["codec_weights"]) == ("succeeded", imported)
 
-        asked = {"quality": "5", "metric": "ms-ssim"}
+        params = {"quality": "5", "metric": "ms-ssim"}
         picture = image.write(small, "png")
-        made = client.post("/v1/encodes", params=asked, content=picture)
-        assert bitstream.parse(made.content).weights_id == imported
-        found = client.post("/v1/inspect", content=made.content).json()
-        assert (found["weights_id"], found["decodable"]) == (imported, True)
+        encoded = client.post("/v1/encodes", params=params, content=picture)
+        assert bitstream.parse(encoded.content).weights_id == imported
+        header = client.post("/v1/inspect", content=encoded.content).json()
+        assert (header["weights_id"], header["decodable"]) == (imported, True)
         assert client.post("/v1/decodes", content=small_msh).status_code == 200
         missing = client.post("/v1/encodes", params={"quality": "6"}, content=picture)
         assert missing.status_code == 422
         assert "quality 6, metric mse" in missing.json()["detail"]
 
 
-def test_a_failed_download_is_told_in_a_line(
+def test_a_failed_download_is_an_error_of_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(tmp_path / "weights"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
     done = afterimage("weights", "import", "zoo", "--quality", 4, "--metric", "ms-ssim")
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("afterimage: mbt2018-mean-ms-ssim-4-")
     assert "cannot be downloaded from CompressAI's zoo" in line
-    assert not (tmp_path / "own").exists()
+    assert not (tmp_path / "weights").exists()
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (("import", "missing.pth", "-q", "5"), "No such file"),
         (("import", DATA / "kodim23.png", "-q", "5"), "kodim23.png: no checkpoint"),
@@ -132,14 +134,16 @@ def test_a_failed_download_is_told_in_a_line(
         (("remove", "00" * 8), "0000000000000000"),
     ],
 )
-def test_wrong_use_is_named(args: tuple[str, ...], said: str, tmp_path: Path) -> None:
+def test_wrong_arguments_are_an_error_of_one_line(
+    args: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
     done = afterimage("weights", *args, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
-    assert said in line
+    assert message in line
 
 
-def test_removed_weights_are_gone(
+def test_remove_deletes_the_file_and_the_manifest_entry(
     tmp_path: Path, imported: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in folder.iterdir():

@@ -1,15 +1,17 @@
-"""Mutated bitstreams through `parse` and `Codec.latents`: make fuzz N=1000000 SEED=0
+"""Fuzz `bitstream.parse` and `Codec.latents` with mutated bitstreams: make fuzz N=1000000 SEED=0
 
-Works in child processes, so that a crash or a hang is a figure too. One in `FRESH` evaluates `h_s`
-as the service does, helper process included; the others remember what it gave for the same z, which
-no mutation of y changes. Exits 1 on a crash, a hang, an unexpected error, memory that grows, a
-wrong decode of `.msh`, a stream of CompressAI's format that does not encode to the same bytes, or
-more such streams that pass than the format can help.
+Inputs run in child processes, so that crashes and hangs are counted too. One input in `FRESH`
+computes `h_s` as the service does, including the recovery process; the others use cached results
+for the same z, which mutations of y do not change.
 
-It has no checksum. Far from the mean symbols have the least frequency, 1 in 65536: where one of
-them lies bare in the stream, one flipped bit makes it its neighbour, the coder stays in step, and
-an encoder would have written the same bytes. Of all flips in y of twelve 96×96 cuts of photographs
-3, 8 and 13 in 10,000 pass at qualities 1, 2 and 3; of rewritten bytes a tenth as many; in z none.
+Exits with 1 on a crash, a hang, an unexpected error, growing memory, an `.msh` file that decodes to
+wrong symbols, a bitstream in CompressAI's format whose symbols do not encode to the same bytes, or
+too many mutated bitstreams accepted in that format.
+
+CompressAI's format has no checksum, so some mutations cannot be detected. Symbols far from the mean
+have the lowest frequency, 1 in 65536; a flipped bit can turn one into its neighbour, which gives a
+valid bitstream. With twelve 96×96 crops of photographs, 3, 8 and 13 of 10,000 flipped bits in y are
+accepted at qualities 1, 2 and 3, a tenth of that for changed bytes, and none in z.
 """
 
 import argparse
@@ -35,26 +37,27 @@ import mutate
 from models import image
 from models.codec import bitstream, rans, recovery, zoo
 from models.codec.codec import Codec
-from models.codec.hyperprior import Hyperprior
+from models.codec.hyperprior import LatentCoder
 from models.errors import BitstreamError, ChecksumMismatch, PictureTooLarge, WrongWeights
 from models.library import Library
 from worker.settings import WorkerSettings, prepare_process
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
 FRESH = 50
+"""One input in so many computes `h_s` instead of using cached results."""
 PART = 20_000
-"""Inputs for one child process."""
+"""Inputs per child process."""
 HANG_S = 60.0
-"""A child that is silent for longer hangs: an input of full size takes about 1 s, but the helper's
-start 20 s on a machine that is busy otherwise."""
+"""Longest time for one input before its child counts as hanging. An input of full size takes about
+1 s, but on a busy machine the recovery process takes 20 s to start."""
 GROWTH_MIB = 128
-"""More memory than this, between a half of a child's inputs and its last, is a leak. It is for the
-1,000 inputs of full size: glibc finds its arenas among them (1,201 MiB at the first, 1,413 from the
-700th on). Small inputs stay at 990 MiB from the first to the 60,000th."""
+"""Largest growth of memory between the middle of a child's inputs and its last; more is a leak.
+Inputs of full size need it: glibc's arenas grow from 1,201 MiB at the first input to 1,413 at the
+700th, and stay. Small inputs stay at 990 MiB from the first to the 60,000th."""
 LIMITS = {"one bit": 2e-3, "one byte": 5e-4}
-"""Share of mutants of CompressAI's format that may pass; 8e-4 and 1e-4 are usual at quality 3."""
+"""Limit on the share of accepted mutants in CompressAI's format; usual are 8e-4 and 1e-4."""
 TOLERATED = 3
-"""As many may pass in runs that are too short for shares."""
+"""Accepted mutants that are always allowed, for runs that are too short for a share."""
 
 STAGES = (
     "header", "checksum", "weights", "z string", "y string", "symbols' checksum",
@@ -64,11 +67,12 @@ STAGES = (
 COLUMNS = (".msh", ".msh, recomputed", "CompressAI")
 
 
-class Remembered(Hyperprior):
-    """Remembers `h_s` for the seeds' z, and how far the last decode came."""
+class CachingCoder(LatentCoder):
+    """Caches results of `h_s` for the z of the seeds, and keeps the last decode's z symbols."""
 
-    def __init__(self, own: Hyperprior) -> None:
-        super().__init__(own.net, own.z_tables, own.y_tables, own.medians, own.scale_table)
+    def __init__(self, coder: LatentCoder) -> None:
+        tables = coder.z_tables, coder.y_tables
+        super().__init__(coder.net, *tables, coder.medians, coder.scale_table)
         self.priors: dict[tuple[bytes, str], tuple[rans.Int32Array, Tensor]] = {}
         self.recovered: dict[bytes, list[tuple[str, rans.Int32Array, Tensor]]] = {}
         self.known: set[bytes] = set()
@@ -95,22 +99,22 @@ class Remembered(Hyperprior):
 
 
 class Shared:
-    """What a child leaves for its parent, whatever becomes of it.
+    """Memory that a child shares with its parent, so that counts survive a crash.
 
-    `counts` (classes, columns, stages); `changed` (classes,) is the largest number of symbols that
-    differ in a stream of CompressAI's format that passed.
+    `counts` (classes, columns, stages) counts inputs; `changed` (classes,) is the largest number of
+    symbols that differ in an accepted bitstream of CompressAI's format.
     """
 
     def __init__(self) -> None:
         kinds, columns, stages = len(mutate.CLASSES), len(COLUMNS), len(STAGES)
         self._memory = mmap.mmap(-1, 8 * (kinds * columns * stages + kinds + 3))
-        every = np.frombuffer(self._memory, np.int64)
-        self._state, self.changed = every[:3], every[3 : 3 + kinds]
-        self.counts = every[3 + kinds :].reshape(kinds, columns, stages)
+        array = np.frombuffer(self._memory, np.int64)
+        self._state, self.changed = array[:3], array[3 : 3 + kinds]
+        self.counts = array[3 + kinds :].reshape(kinds, columns, stages)
 
     @property
     def at(self) -> int:
-        """The input that a child is working on."""
+        """Index of the input that a child is working on."""
         return int(self._state[0])
 
     @at.setter
@@ -119,12 +123,12 @@ class Shared:
 
     @property
     def growth(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Bytes that a child and its helper grew by, at most."""
+        """Largest growth, in bytes, of a child and of its recovery process."""
         return self._state[1:]
 
 
 def judge(codecs: Library, m: mutate.Mutant, fresh: bool) -> tuple[str, int]:
-    """Which of `STAGES` ends a mutant's way, and how many symbols differ from its seed's."""
+    """Decode a mutant; return the one of `STAGES` that it reached, and how many symbols differ."""
     try:
         b = bitstream.parse(m.data)
     except ChecksumMismatch:
@@ -132,18 +136,18 @@ def judge(codecs: Library, m: mutate.Mutant, fresh: bool) -> tuple[str, int]:
     except (BitstreamError, PictureTooLarge):
         return "header", 0
     try:
-        own = codecs.codec(b)
-        hyperprior = own.hyperprior
-        assert isinstance(hyperprior, Remembered)
-        hyperprior.fresh, hyperprior.z_symbols = fresh, None
-        latents = own.latents(b)
+        codec = codecs.codec(b)
+        coder = codec.latent_coder
+        assert isinstance(coder, CachingCoder)
+        coder.fresh, coder.z_symbols = fresh, None
+        latents = codec.latents(b)
     except WrongWeights:
         return "weights", 0
     except ChecksumMismatch:
         return "symbols' checksum", 0
     except BitstreamError:
-        return ("z string" if hyperprior.z_symbols is None else "y string"), 0
-    if b.format == "compressai" and not canonical(own, b, hyperprior, latents.arithmetic):
+        return ("z string" if coder.z_symbols is None else "y string"), 0
+    if b.format == "compressai" and not canonical(b, coder, latents.arithmetic):
         return "not canonical", 0
     if latents.symbols.shape != m.seed.symbols.shape:
         return "accepted, other symbols", latents.symbols.size
@@ -151,44 +155,46 @@ def judge(codecs: Library, m: mutate.Mutant, fresh: bool) -> tuple[str, int]:
     return f"accepted, {'other' if different else 'same'} symbols", different
 
 
-def canonical(own: Codec, b: bitstream.Bitstream, h: Remembered, arithmetic: str) -> bool:
-    """Whether what was decoded encodes to the bytes that it came from."""
-    z_symbols = h.z_symbols
+def canonical(b: bitstream.Bitstream, coder: CachingCoder, arithmetic: str) -> bool:
+    """Check that the decoded symbols encode to the same bytes."""
+    z_symbols = coder.z_symbols
     assert z_symbols is not None
     indexes = (
-        h._prior(z_symbols, arithmetic)[0]
+        coder._prior(z_symbols, arithmetic)[0]
         if arithmetic == "float"
-        else next(i for name, i, _ in h._priors(z_symbols) if name == arithmetic)
+        else next(i for name, i, _ in coder._priors(z_symbols) if name == arithmetic)
     )
-    symbols = rans.decode(b.y_string, indexes, h.y_tables)
+    symbols = rans.decode(b.y_string, indexes, coder.y_tables)
     channels = np.broadcast_to(np.arange(len(z_symbols))[:, None, None], z_symbols.shape)
     return (
-        rans.encode(symbols, indexes, h.y_tables) == b.y_string
-        and rans.encode(z_symbols, channels, h.z_tables) == b.z_string
+        rans.encode(symbols, indexes, coder.y_tables) == b.y_string
+        and rans.encode(z_symbols, channels, coder.z_tables) == b.z_string
     )
 
 
 class Fuzzer:
-    """Inputs by number: the same seed and number give the same input."""
+    """Makes and runs inputs by number: the same seed and number give the same input."""
 
     def __init__(self, codecs: dict[int, Codec], seeds: list[mutate.Seed], seed: int) -> None:
-        own = {q: replace(c, hyperprior=Remembered(c.hyperprior)) for q, c in codecs.items()}
-        self.library = Library({(q, "mse"): c for q, c in own.items()}, None)
+        caching = {
+            q: replace(c, latent_coder=CachingCoder(c.latent_coder)) for q, c in codecs.items()
+        }
+        self.library = Library({(q, "mse"): c for q, c in caching.items()}, None)
         self.seeds, self.seed = seeds, seed
         self.small = seeds[0].symbols.size < 10**5
         for s in seeds if self.small else ():
-            h = own[s.parsed.quality].hyperprior
-            assert isinstance(h, Remembered)
-            own[s.parsed.quality].latents(s.parsed)
-            assert h.z_symbols is not None
-            h.known.add(h.z_symbols.tobytes())
+            coder = caching[s.parsed.quality].latent_coder
+            assert isinstance(coder, CachingCoder)
+            caching[s.parsed.quality].latents(s.parsed)
+            assert coder.z_symbols is not None
+            coder.known.add(coder.z_symbols.tobytes())
 
     def mutant(self, i: int) -> mutate.Mutant:
-        """Input number `i`."""
+        """Return input number `i`."""
         return mutate.mutant(random.Random(f"{self.seed}/{self.small}/{i}"), self.seeds)
 
     def work(self, shared: Shared, start: int, stop: int, failures: Path) -> None:
-        """Inputs `start` to `stop`, in a child process."""
+        """Run inputs `start` to `stop`; called in a child process."""
         first = 0, 0
         for i in range(start, stop):
             shared.at = i
@@ -207,13 +213,13 @@ class Fuzzer:
                 first = _memory()
             if stage in STAGES[-2:] or (column < 2 and changed):
                 keep(failures, m, i, stage)
-        if stop - start >= 1000:  # fewer say nothing about leaks
+        if stop - start >= 1000:  # fewer are no evidence of a leak
             now = _memory()
             shared.growth[:] = np.maximum(shared.growth, [now[0] - first[0], now[1] - first[1]])
 
 
 def keep(failures: Path, m: mutate.Mutant, i: int, what: str) -> None:
-    """A remarkable input and the file that it was made of."""
+    """Save an input, and the file that it is a mutant of, to the folder `failures`."""
     failures.mkdir(parents=True, exist_ok=True)
     name = "".join(c if c.isalnum() else "-" for c in what)
     (failures / f"{i}-{m.kind.replace(' ', '-')}-{name}.bin").write_bytes(m.data)
@@ -223,7 +229,7 @@ def keep(failures: Path, m: mutate.Mutant, i: int, what: str) -> None:
 def run(
     fuzzer: Fuzzer, shared: Shared, inputs: int, failures: Path, deadline: float
 ) -> collections.Counter[str]:
-    """Inputs in children until the deadline; what became of children that did not end well."""
+    """Run inputs in child processes until the deadline; count the crashes and hangs."""
     lost: collections.Counter[str] = collections.Counter()
     start = 0
     while start < inputs and time.monotonic() < deadline:
@@ -246,7 +252,7 @@ def run(
 
 
 def _watch(child: int, shared: Shared) -> str:
-    """Wait for a child: "crash", "hang", or nothing where it ended well."""
+    """Wait for a child; return "crash", "hang", or "" if it ended normally."""
     at, since = shared.at, time.monotonic()
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -262,8 +268,8 @@ def _watch(child: int, shared: Shared) -> str:
 
 
 def _memory() -> tuple[int, int]:
-    """Resident bytes of this process and of its helper."""
-    return _resident(os.getpid()), _resident(recovery.HELPER.pid)
+    """Return the resident bytes of this process and of its recovery process."""
+    return _resident(os.getpid()), _resident(recovery.PROCESS.pid)
 
 
 def _resident(pid: int | None) -> int:
@@ -273,7 +279,7 @@ def _resident(pid: int | None) -> int:
 
 
 def report(shared: Shared, lost: collections.Counter[str]) -> tuple[str, bool]:
-    """The table, and whether all is well."""
+    """Return the table of results, and True if there was no failure."""
     c = shared.counts
     total, stage = int(c.sum()), dict(zip(STAGES, c.sum(0).T, strict=True))
     lines = [f"{'':26}" + "".join(f"{name:>18}" for name in COLUMNS)]
@@ -284,13 +290,15 @@ def report(shared: Shared, lost: collections.Counter[str]) -> tuple[str, bool]:
     passed = {
         k: (int(n), int(of)) for k, n, of in zip(mutate.CLASSES, other, c[:, 2].sum(1), strict=True)
     }
-    lines.append("CompressAI's format, accepted with other symbols (what it cannot tell):")
+    lines.append("CompressAI's format, accepted with other symbols (it has no checksum):")
     lines += [
         f"  {name:15}{n:8} of {of:8}, {most} symbols differ at most"
         for (name, (n, of)), most in zip(passed.items(), shared.changed, strict=True)
     ]
     growth = [int(n) >> 20 for n in shared.growth]
-    lines.append(f"memory grew by {growth[0]} MiB, the helper's by {growth[1]} MiB, at most")
+    lines.append(
+        f"memory grew by {growth[0]} MiB, the recovery process's by {growth[1]} MiB, at most"
+    )
     lines.append(f"crashes: {lost['crash']}, hangs: {lost['hang']}")
     wrong = int(stage["accepted, other symbols"][:2].sum())
     lines.append(f".msh decoded to other symbols: {wrong}")
@@ -309,17 +317,24 @@ def report(shared: Shared, lost: collections.Counter[str]) -> tuple[str, bool]:
 
 
 def main() -> int:
-    """Fuzz, print, judge."""
+    """Run the fuzzer, print the table, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("inputs", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--full-size", type=int, help="inputs of 768×512; else a thousandth")
-    parser.add_argument("--cuts", type=int, default=12, help="pictures to mutate streams of")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="no new part after")
+    parser.add_argument("--full-size", type=int, help="inputs of 768×512 (default: N / 1000)")
+    parser.add_argument(
+        "--cuts", type=int, default=12, help="crops of the photograph to encode and mutate"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="start no further child process after so many minutes",
+    )
     parser.add_argument("--failures", type=Path, default=Path("runs/fuzz"))
     options = parser.parse_args()
     large = options.inputs // 1000 if options.full_size is None else options.full_size
-    torch.set_num_threads(1)  # a process whose OpenMP threads run cannot be forked
+    torch.set_num_threads(1)  # OpenMP does not survive a fork once its threads run
     codecs = {q: zoo.load(q) for q in zoo.QUALITIES}
     photo = image.read(PHOTO.read_bytes(), 10**6)
     shared, lost = Shared(), collections.Counter[str]()

@@ -1,4 +1,4 @@
-"""Real bitstreams, and what is done to them."""
+"""Make seed bitstreams and mutate them."""
 
 import random
 import struct
@@ -20,9 +20,9 @@ KINDS: tuple[tuple[Format, Profile], ...] = (
     ("msh", "float"),
     ("compressai", "float"),
 )
-"""Half of all inputs are CompressAI's; a quarter are `.msh` of either profile."""
+"""Half of all inputs have CompressAI's format, a quarter each is `.msh` with either profile."""
 CLASSES = ("one bit", "one byte", "several bytes", "header")
-"""What a mutation is counted as."""
+"""Classes of mutations, by which results are counted."""
 
 _MSH_CRC = slice(32, 36)
 _COMPRESSAI_HEADER = 23
@@ -30,7 +30,7 @@ _COMPRESSAI_HEADER = 23
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """A good file and what it decodes to."""
+    """A valid file and the symbols it decodes to."""
 
     data: bytes
     parsed: Bitstream
@@ -39,7 +39,7 @@ class Seed:
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A changed file: which of `CLASSES` it is, and whether its CRC-32C was made to hold."""
+    """A changed file, its class in `CLASSES`, and whether its CRC-32C was recomputed to match."""
 
     data: bytes
     seed: Seed
@@ -48,12 +48,12 @@ class Mutant:
 
 
 def seeds(codecs: list[Codec], photo: Pixels, cuts: int, sides: tuple[int, int]) -> list[Seed]:
-    """Every kind of stream of `cuts` cuts of `photo`, their sides within `sides`, per codec.
+    """Encode `cuts` random crops of `photo` in every format and profile with every codec.
 
-    One cut is noise, whose symbols lie far out.
+    Their sides lie within `sides`. One crop is replaced by noise, which has large symbols.
     """
     rng = np.random.default_rng(0)
-    found = []
+    result = []
     for i in range(cuts):
         height, width = (
             int(rng.integers(min(sides[0], n), min(sides[1], n) + 1)) for n in photo.shape[:2]
@@ -67,24 +67,24 @@ def seeds(codecs: list[Codec], photo: Pixels, cuts: int, sides: tuple[int, int])
         )
         if i == 1:
             pixels = rng.integers(0, 256, pixels.shape, np.uint8)
-        for own in codecs:
+        for c in codecs:
             for format, profile in dict.fromkeys(KINDS):
-                b = own.encode(codec.to_tensor(pixels), format, profile)
-                found.append(Seed(bitstream.serialize(b), b, own.latents(b).symbols))
-    return found
+                b = c.encode(codec.to_tensor(pixels), format, profile)
+                result.append(Seed(bitstream.serialize(b), b, c.latents(b).symbols))
+    return result
 
 
 def mutant(rng: random.Random, of: list[Seed]) -> Mutant:
-    """Any file that is none of the seeds."""
+    """Return a random mutation of one of the seeds, which differs from it."""
     kind = rng.choice(KINDS)
-    own = [s for s in of if (s.parsed.format, s.parsed.profile) == kind]
+    candidates = [s for s in of if (s.parsed.format, s.parsed.profile) == kind]
     while True:
-        seed = rng.choice(own)
+        seed = rng.choice(candidates)
         recompute = rng.random() < 0.5
         if rng.random() < 0.17:
             name, data = "header", _header(rng, seed)
         else:
-            name, data = _strings(rng, seed, rng.choice(own))
+            name, data = _strings(rng, seed, rng.choice(candidates))
         if seed.parsed.format == "msh" and len(data) >= 36:
             data = _with_checksum(data) if recompute else _with_checksum_of(seed, data)
         if data != seed.data:
@@ -92,7 +92,7 @@ def mutant(rng: random.Random, of: list[Seed]) -> Mutant:
 
 
 def _strings(rng: random.Random, seed: Seed, other: Seed) -> tuple[str, bytes]:
-    """One of the strings changed; the lengths in the header agree with it."""
+    """Change one of the strings; return the class and a file whose header has the right lengths."""
     name = rng.choice(("y_string", "y_string", "z_string"))
     old = getattr(seed.parsed, name)
     if rng.random() < 0.6:
@@ -177,7 +177,7 @@ _CHANGES: tuple[Callable[[random.Random, bytes, bytes], bytes], ...] = (
 
 
 def _header(rng: random.Random, seed: Seed) -> bytes:
-    """A header that says something else, or bytes of it rewritten."""
+    """Change fields or bytes of the header."""
     b = seed.parsed
     if rng.random() < 0.5:
         side = rng.choice(("height", "width"))

@@ -1,8 +1,8 @@
-"""CUDA against the CPU, one minute of each trainer, and timings against the design's figures.
+"""GPU check: compare CUDA with the CPU, run each trainer for a minute, and time the tiers.
 
-make gpu-check            exits 3 where there is no CUDA device, 1 where a check fails
+make gpu-check            exits with 3 without a CUDA device, with 1 if a check fails
 
-`--device cpu` runs the same checks without a device, to work on them.
+`--device cpu` runs the same checks on the CPU, for work on the checks themselves.
 """
 
 import argparse
@@ -34,44 +34,44 @@ from models.tiers import TIERS, Settings
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
 PERCEPTUAL = Settings("ddim", 4, beta=1.0)
-REACH_MS = {
+GOAL_MS = {
     "instant": 15.0,
     "compact, a step": 4.0,
     "ddim-10, bytes to PNG": 120.0,
     "paper, a step": 30.0,
 }
-"""The design's "reach" column, at 768×512 on one H100."""
-REACH_PICTURES_S = 40.0
+"""Goals of the design for 768×512 on one H100; a missed goal does not fail the check."""
+GOAL_PICTURES_S = 40.0
 TRAINERS = {
     "msh": ("msh", "2"),
     "compact": ("diffusion", "--preset", "compact", "phase1"),
     "paper": ("diffusion", "--preset", "paper", "phase1"),
 }
-"""Commands of `python -m models.train`, with the stage that each runs."""
+"""Name -> arguments of `python -m models.train`, the last of them the stage to run."""
 
 
 class Check:
-    """Collects what was found; `failed` where a tolerance did not hold."""
+    """Results of the checks; `failed` is set if a value exceeds its limit."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.failed = device, False
-        self.found: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
 
     def holds(self, name: str, value: float, limit: float) -> None:
-        """`value` must be at most `limit`."""
-        good = value <= limit
-        self.failed |= not good
-        self.found[name] = {"value": value, "limit": limit, "holds": good}
-        print(f"{'ok  ' if good else 'FAIL'}  {name}: {value:.4g} (at most {limit:g})")  # noqa: T201
+        """Check that `value` is at most `limit`."""
+        ok = value <= limit
+        self.failed |= not ok
+        self.results[name] = {"value": value, "limit": limit, "holds": ok}
+        print(f"{'ok  ' if ok else 'FAIL'}  {name}: {value:.4g} (at most {limit:g})")  # noqa: T201
 
-    def timed(self, name: str, ms: float, reach: float | None = None) -> None:
-        """A timing misses its figure without failing the check."""
-        self.found[name] = {"ms": ms, "reach_ms": reach}
-        verdict = "" if reach is None else "  reached" if ms <= reach else "  MISSED"
-        print(f"      {name}: {ms:.1f} ms" + (f" of {reach:g}" if reach else "") + verdict)  # noqa: T201
+    def timed(self, name: str, ms: float, goal: float | None = None) -> None:
+        """Record a time; a missed goal does not fail the check."""
+        self.results[name] = {"ms": ms, "reach_ms": goal}
+        verdict = "" if goal is None else "  reached" if ms <= goal else "  MISSED"
+        print(f"      {name}: {ms:.1f} ms" + (f" of {goal:g}" if goal else "") + verdict)  # noqa: T201
 
     def fastest(self, call: Callable[[], object], rounds: int = 5) -> float:
-        """Milliseconds of the best of some calls, after one to warm up."""
+        """Milliseconds of the fastest of `rounds` calls, after one to warm up."""
         call()
         best = float("inf")
         for _ in range(rounds):
@@ -87,117 +87,123 @@ class Check:
             torch.cuda.synchronize()
 
 
-def draft(own: codec.Codec, width: int, height: int, seed: int = 0) -> DiffusionInput:
-    """A picture of this size made of the sample photograph."""
+def tiled_photo(q2: codec.Codec, width: int, height: int, seed: int = 0) -> DiffusionInput:
+    """The sample photograph, tiled to this size and encoded."""
     photo = image.read(PHOTO.read_bytes(), 10**7)
     across = -(-height // photo.shape[0]), -(-width // photo.shape[1])
     pixels = np.tile(photo, (*across, 1))[:height, :width].copy()
-    latents = own.latents(own.encode(codec.to_tensor(pixels), "msh", "exact"))
-    return DiffusionInput(latents, own.synthesis(latents.y_hat), 2, seed)
+    latents = q2.latents(q2.encode(codec.to_tensor(pixels), "msh", "exact"))
+    return DiffusionInput(latents, q2.synthesis(latents.y_hat), 2, seed)
 
 
 def levels(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Largest and mean difference of two pictures in 1/255."""
+    """Largest and mean absolute difference of two pictures, in 1/255."""
     gap = (a - b).abs() * 255
     return float(gap.max()), float(gap.mean())
 
 
-def equality(check: Check, own: codec.Codec, here: Decoder, there: Decoder) -> None:
-    """The same pictures as on the CPU, alone and in batches."""
+def equality(check: Check, q2: codec.Codec, on_cpu: Decoder, on_device: Decoder) -> None:
+    """Check that the device gives the same pictures as the CPU, alone and in batches."""
     device = check.device
     a, b = (noise.words(7, 3, (64, 64), device=d).cpu() for d in (None, device))
-    check.holds("noise integers that differ", float((a != b).sum()), 0)
+    check.holds("noise, integers that differ", float((a != b).sum()), 0)
     a, b = (noise.normals(7, 3, (3, 256, 256), device=d).cpu() for d in (None, device))
     check.holds("noise, largest difference", float((a - b).abs().max()), 1e-5)
 
-    small = draft(own, 384, 256)
-    on_device = Synthesis(copy.deepcopy(own.net.g_s), own.net.M, device)
-    worst, _ = levels(on_device(small.latents.y_hat), small.x_hat)
+    small = tiled_photo(q2, 384, 256)
+    g_s = Synthesis(copy.deepcopy(q2.net.g_s), q2.net.M, device)
+    worst, _ = levels(g_s(small.latents.y_hat), small.x_hat)
     check.holds("instant picture, 1/255", worst, 1.0)
-    for kind in (torch.float16, torch.bfloat16):
-        with torch.autocast(device.type, kind):
-            worst, mean = levels(on_device(small.latents.y_hat), small.x_hat)
-        check.holds(f"instant picture in {kind}, mean 1/255", mean, 0.5)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast(device.type, dtype):
+            worst, mean = levels(g_s(small.latents.y_hat), small.x_hat)
+        check.holds(f"instant picture in {dtype}, mean 1/255", mean, 0.5)
     for name, settings in (("perceptual", PERCEPTUAL), ("ddpm, 10 steps", Settings("ddpm", 10))):
-        pictures = [d.sample_batch([small], settings) for d in (here, there)]
+        pictures = [d.sample_batch([small], settings) for d in (on_cpu, on_device)]
         worst, mean = levels(*pictures)
         check.holds(f"{name}, mean 1/255", mean, 0.5)
         check.holds(f"{name}, largest 1/255", worst, 16.0)
     served = library.load().diffusion
-    check.holds("workers draw elsewhere", float(served.device.type != device.type), 0)
+    check.holds("workers use another device", float(served.device.type != device.type), 0)
     previews: list[Tensor] = []
-    served.sample_batch([small], PERCEPTUAL, lambda _step, _steps, now: previews.append(now()))
+    served.sample_batch(
+        [small], PERCEPTUAL, lambda _step, _steps, preview: previews.append(preview())
+    )
     pixels = [codec.to_pixels(codec.crop(preview, 256, 384)) for preview in previews]
-    check.holds("previews that are missing", float(PERCEPTUAL.steps - len(pixels)), 0)
-    batch = [draft(own, 384, 256, seed) for seed in range(4)]
-    together = there.sample_batch(batch, PERCEPTUAL)
-    alone = torch.cat([there.sample_batch([d], PERCEPTUAL) for d in batch])
+    check.holds("missing previews", float(PERCEPTUAL.steps - len(pixels)), 0)
+    batch = [tiled_photo(q2, 384, 256, seed) for seed in range(4)]
+    together = on_device.sample_batch(batch, PERCEPTUAL)
+    alone = torch.cat([on_device.sample_batch([item], PERCEPTUAL) for item in batch])
     check.holds("a batch of 4 against each alone, mean 1/255", levels(together, alone)[1], 0.1)
 
 
-def timings(check: Check, own: codec.Codec, there: Decoder, sizes: list[tuple[int, int]]) -> None:
-    """Every tier, a step of each preset, and a batch."""
-    g_s = Synthesis(copy.deepcopy(own.net.g_s), own.net.M, check.device)
+def timings(
+    check: Check, q2: codec.Codec, diffusion: Decoder, sizes: list[tuple[int, int]]
+) -> None:
+    """Time every tier, a step of each preset, and a batch."""
+    g_s = Synthesis(copy.deepcopy(q2.net.g_s), q2.net.M, check.device)
     for width, height in sizes:
         first = (width, height) == sizes[0]
-        at, given = f"{width}x{height}", draft(own, width, height)
-        b = own.encode(codec.to_tensor(codec.to_pixels(given.x_hat)), "msh", "exact")
+        size, item = f"{width}x{height}", tiled_photo(q2, width, height)
+        b = q2.encode(codec.to_tensor(codec.to_pixels(item.x_hat)), "msh", "exact")
 
         def instant(b: Any = b) -> Tensor:
-            return g_s(own.latents(b).y_hat)
+            return g_s(q2.latents(b).y_hat)
 
-        def finished(b: Any = b, given: DiffusionInput = given) -> bytes:
-            latents = own.latents(b)
-            x = there.sample(latents, g_s(latents.y_hat), 2, Settings("ddim", 10), 0)
+        def to_png(b: Any = b) -> bytes:
+            latents = q2.latents(b)
+            x = diffusion.sample(latents, g_s(latents.y_hat), 2, Settings("ddim", 10), 0)
             return image.write(codec.to_pixels(x), "png")
 
-        check.timed(f"instant {at}", check.fastest(instant), REACH_MS["instant"] if first else None)
-        reach = REACH_MS["ddim-10, bytes to PNG"] if first else None
-        check.timed(f"ddim-10, bytes to PNG {at}", check.fastest(finished, 2), reach)
-        reach = REACH_MS["compact, a step"] if first else None
-        check.timed(f"compact, a step {at}", step_ms(check, there, given), reach)
+        check.timed(
+            f"instant {size}", check.fastest(instant), GOAL_MS["instant"] if first else None
+        )
+        goal = GOAL_MS["ddim-10, bytes to PNG"] if first else None
+        check.timed(f"ddim-10, bytes to PNG {size}", check.fastest(to_png, 2), goal)
+        goal = GOAL_MS["compact, a step"] if first else None
+        check.timed(f"compact, a step {size}", step_ms(check, diffusion, item), goal)
         for tier in TIERS.values():
             if tier.settings is not None and (first or tier.settings.steps <= 100):
-                chosen = tier.settings
+                settings = tier.settings
 
-                def whole(given: DiffusionInput = given, chosen: Settings = chosen) -> Tensor:
-                    return there.sample_batch([given], chosen)
+                def whole(item: DiffusionInput = item, settings: Settings = settings) -> Tensor:
+                    return diffusion.sample_batch([item], settings)
 
                 rounds = 3 if tier.settings.steps <= 10 else 1
-                check.timed(f"{tier.name} {at}", check.fastest(whole, rounds))
+                check.timed(f"{tier.name} {size}", check.fastest(whole, rounds))
         paper = Decoder("0" * 16, UNet(PAPER), check.device)
-        reach = REACH_MS["paper, a step"] if first else None
-        check.timed(f"paper, a step {at}", step_ms(check, paper, given), reach)
+        goal = GOAL_MS["paper, a step"] if first else None
+        check.timed(f"paper, a step {size}", step_ms(check, paper, item), goal)
         del paper
-    many = [draft(own, *sizes[0], seed) for seed in range(16)]
-    rate = 16e3 / check.fastest(lambda: there.sample_batch(many, PERCEPTUAL), 2)
-    check.found["16 together, pictures/s"] = {"value": rate, "reach": REACH_PICTURES_S}
-    print(f"      16 together: {rate:.1f} pictures/s of {REACH_PICTURES_S:g}")  # noqa: T201
+    many = [tiled_photo(q2, *sizes[0], seed) for seed in range(16)]
+    rate = 16e3 / check.fastest(lambda: diffusion.sample_batch(many, PERCEPTUAL), 2)
+    check.results["16 together, pictures/s"] = {"value": rate, "reach": GOAL_PICTURES_S}
+    print(f"      16 together: {rate:.1f} pictures/s of {GOAL_PICTURES_S:g}")  # noqa: T201
 
 
-def step_ms(check: Check, drawing: Decoder, given: DiffusionInput) -> float:
-    """One step: eight of them less four, so that what is done once drops out."""
-    spent = [
-        check.fastest(lambda n=n: drawing.sample_batch([given], Settings("ddim", n)), 2)  # type: ignore[misc]
+def step_ms(check: Check, diffusion: Decoder, item: DiffusionInput) -> float:
+    """Milliseconds of a step: eight steps minus four, which cancels the conditioner's time."""
+    four, eight = [
+        check.fastest(lambda n=n: diffusion.sample_batch([item], Settings("ddim", n)), 2)  # type: ignore[misc]
         for n in (4, 8)
     ]
-    return (spent[1] - spent[0]) / 4
+    return (eight - four) / 4
 
 
 def trainers(check: Check, labels: list[str], minutes: float) -> None:
-    """Each trainer on cuts of the sample photograph; what matters is that it runs to its end."""
+    """Run each trainer on crops of the sample photograph; check that it exits without an error."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         photo = image.read(PHOTO.read_bytes(), 10**7)
         for i in range(12):
             y, x = divmod(i, 4)
-            cut = photo[y * 80 : y * 80 + 352, x * 128 : x * 128 + 384]
+            crop = photo[y * 80 : y * 80 + 352, x * 128 : x * 128 + 384]
             prefix = "bsds_val_" if i > 9 else "cut_"
-            Image.fromarray(cut).save(folder / f"{prefix}{i}.png")
+            Image.fromarray(crop).save(folder / f"{prefix}{i}.png")
         for label in labels:
-            *words, stage = TRAINERS[label]
-            words += ["--plan", f"{stage}:{minutes}", "--photos", name]
-            command = [sys.executable, "-m", "models.train", *words]
+            *arguments, stage = TRAINERS[label]
+            arguments += ["--plan", f"{stage}:{minutes}", "--photos", name]
+            command = [sys.executable, "-m", "models.train", *arguments]
             command += ["--out", str(folder / label), "--device", check.device.type]
             done = subprocess.run(command, capture_output=True, text=True)
             check.holds(f"trainer {label}, failed", float(done.returncode != 0), 0)
@@ -208,22 +214,22 @@ def trainers(check: Check, labels: list[str], minutes: float) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--minutes", type=float, default=1.0, help="of each trainer")
+    parser.add_argument("--minutes", type=float, default=1.0, help="of each trainer; default: 1")
     parser.add_argument("--trainers", nargs="*", default=list(TRAINERS), choices=TRAINERS)
     parser.add_argument("--sizes", nargs="+", default=["768x512", "3840x2160"])
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device")  # noqa: T201
+        print("no CUDA device; use --device cpu to run the checks on the CPU")  # noqa: T201
         return 3
     check = Check(torch.device(args.device))
-    own = zoo.load(2)
-    here, there = decoder.load(), decoder.load(device=check.device)
-    equality(check, own, here, there)
+    q2 = zoo.load(2)
+    on_cpu, on_device = decoder.load(), decoder.load(device=check.device)
+    equality(check, q2, on_cpu, on_device)
     trainers(check, args.trainers, args.minutes)
     sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
-    timings(check, own, there, sizes)
+    timings(check, q2, on_device, sizes)
     if args.device == "cuda":
-        document = {"machine": machine.describe(), "found": check.found}
+        document = {"machine": machine.describe(), "found": check.results}
         machine.write("gpu", document, "")
     return 1 if check.failed else 0
 

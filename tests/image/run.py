@@ -26,7 +26,7 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.bench import machine
-from tests.conftest import free_port
+from tests.support.service import free_port
 
 ROOT = Path(__file__).parents[2]
 IMAGE = f"afterimage:{sys.argv[1] if sys.argv[1:] else 'cpu'}"

@@ -1,4 +1,4 @@
-"""A worker's hold on a job, in this process: who may write, and what short memory does."""
+"""Attempts and the task, in this process: leases, batches, cancellation, errors of memory."""
 
 import logging
 import math
@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,18 @@ from models.codec.bitstream import Bitstream
 from models.diffusion.decoder import DiffusionInput
 from models.library import Library
 from models.tiers import Settings
-from tests.chaos.rig import decode_of
-from worker import tasks
+from tests.support.jobs import FAST, decode_of
+from worker import context, tasks
 from worker.attempt import Attempt, LeaseLost
-from worker.heartbeat import Keeper
+from worker.context import WorkerContext
+from worker.heartbeat import Heartbeat
 from worker.queue import counters, estimates
-from worker.queue.jobs import DEATHS, LEASE_S, MAX_ATTEMPTS, QUARANTINED, Jobs
+from worker.queue.jobs import LEASE_S, MAX_ATTEMPTS, MAX_CRASHES, QUARANTINED, Jobs
 from worker.queue.records import JobState
 from worker.queue.store import RECORD_TTL_S, Store
 from worker.spool import Spool
-from worker.tasks import Context
 
 pytestmark = pytest.mark.redis
-
-FAST = Settings("ddim", 2, beta=1.0)
 
 
 @pytest.fixture
@@ -43,8 +40,9 @@ def jobs(store: Store) -> Jobs:
 
 
 def begin(jobs: Jobs, data: bytes, seed: int = 0) -> Attempt:
+    """Submit a job and begin an attempt, as a worker does."""
     job_id = submit(jobs, data, seed)
-    jobs.queue.remove(job_id)  # as a worker takes it
+    jobs.queue.remove(job_id)  # as RQ does
     attempt = Attempt.begin(jobs, job_id)
     assert attempt is not None
     return attempt
@@ -55,23 +53,23 @@ def submit(jobs: Jobs, data: bytes, seed: int = 0, settings: Settings = FAST) ->
 
 
 def state(jobs: Jobs, job_id: str) -> JobState:
-    found = jobs.get(job_id)
-    assert found is not None
-    return found
+    state = jobs.get(job_id)
+    assert state is not None
+    return state
 
 
-def silence(jobs: Jobs, attempt: Attempt) -> None:
-    """Its worker was last heard of too long ago."""
+def expire_lease(jobs: Jobs, attempt: Attempt) -> None:
+    """Set the last heartbeat of the attempt's worker to a time before the lease."""
     jobs.store.queue.zadd(jobs.leases, {attempt.id: jobs.now() - LEASE_S - 1})
 
 
-def test_a_job_is_begun_once(jobs: Jobs, small_msh: bytes) -> None:
+def test_a_job_has_one_attempt_at_a_time(jobs: Jobs, small_msh: bytes) -> None:
     first = begin(jobs, small_msh)
     assert Attempt.begin(jobs, first.id) is None
     assert Attempt.begin(jobs, "0" * 32) is None
 
 
-def test_two_that_take_a_job_at_once_are_one_attempt(jobs: Jobs, small_msh: bytes) -> None:
+def test_of_concurrent_attempts_at_a_job_one_begins(jobs: Jobs, small_msh: bytes) -> None:
     job_id = submit(jobs, small_msh)
     begun: list[Attempt | None] = []
     threads = [
@@ -86,22 +84,22 @@ def test_two_that_take_a_job_at_once_are_one_attempt(jobs: Jobs, small_msh: byte
     assert state(jobs, job_id).attempts == 1
 
 
-def test_who_lost_the_lease_writes_nothing(jobs: Jobs, small_msh: bytes) -> None:
+def test_an_attempt_without_its_lease_writes_nothing(jobs: Jobs, small_msh: bytes) -> None:
     stale = begin(jobs, small_msh)
-    silence(jobs, stale)
+    expire_lease(jobs, stale)
     jobs.reap()
     assert state(jobs, stale.id).status == "queued"
     fresh = Attempt.begin(jobs, stale.id)
     assert fresh is not None and fresh.state.fence > stale.state.fence
     leased = jobs.store.queue.zscore(jobs.leases, stale.id)
     for write in (
-        lambda: stale.look(1), lambda: stale.commit(b"stale"), lambda: stale.fail("stale"),
-        stale.stop, stale.put_back, stale.blame,
+        lambda: stale.poll(1), lambda: stale.commit(b"stale"), lambda: stale.fail("stale"),
+        stale.cancel, stale.put_back, stale.record_crash,
     ):  # fmt: skip
         with pytest.raises(LeaseLost):
             write()
     time.sleep(0.01)
-    stale.beat()
+    stale.renew_lease()
     assert jobs.store.queue.zscore(jobs.leases, stale.id) == leased
     assert jobs.store.picture(stale.id) is None
     fresh.commit(b"fresh")
@@ -111,12 +109,12 @@ def test_who_lost_the_lease_writes_nothing(jobs: Jobs, small_msh: bytes) -> None
     assert jobs.store.queue.hget(jobs.key(stale.id), "commits") == b"1"
 
 
-def test_who_was_cut_off_may_still_commit_before_another_begins(
+def test_an_attempt_may_commit_after_its_lease_until_another_begins(
     jobs: Jobs, small_msh: bytes
 ) -> None:
-    """And was not dead: nothing is held against the bitstream."""
+    """Its worker did not crash after all: the crash is not counted."""
     late = begin(jobs, small_msh)
-    silence(jobs, late)
+    expire_lease(jobs, late)
     jobs.reap()
     assert jobs.crash_count(late.state.decode.digest) == 1
     late.commit(b"late")
@@ -125,7 +123,7 @@ def test_who_was_cut_off_may_still_commit_before_another_begins(
     assert jobs.crash_count(late.state.decode.digest) == 0
 
 
-def test_a_new_submission_outranks_every_attempt_at_the_old_one(
+def test_a_new_submission_has_a_higher_fence_than_former_attempts(
     jobs: Jobs, small_msh: bytes
 ) -> None:
     old = begin(jobs, small_msh)
@@ -136,12 +134,10 @@ def test_a_new_submission_outranks_every_attempt_at_the_old_one(
         old.commit(b"old")
 
 
-def test_deaths_count_against_the_bitstream_whatever_is_asked_of_it(
-    jobs: Jobs, small_msh: bytes
-) -> None:
-    for seed in range(DEATHS):
+def test_crashes_are_counted_per_bitstream_over_all_its_jobs(jobs: Jobs, small_msh: bytes) -> None:
+    for seed in range(MAX_CRASHES):
         attempt = begin(jobs, small_msh, seed)
-        silence(jobs, attempt)
+        expire_lease(jobs, attempt)
         jobs.reap()
     assert (state(jobs, attempt.id).status, state(jobs, attempt.id).error) == (
         "failed", QUARANTINED
@@ -150,155 +146,154 @@ def test_deaths_count_against_the_bitstream_whatever_is_asked_of_it(
     assert 0 < jobs.store.queue.ttl(key) <= 24 * 3600
 
 
-def test_the_log_says_why_a_job_ended_without_a_picture(
+def test_the_log_has_the_reason_of_every_job_without_a_picture(
     jobs: Jobs, small_msh: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     failed = begin(jobs, small_msh)
-    failed.fail("it took longer than 3600 s")
+    failed.fail("timed out after 3600 s")
     canceled = begin(jobs, small_msh, seed=1)
     jobs.withdraw(canceled.id, "")
-    assert canceled.stop()
-    for seed in range(2, 2 + DEATHS):
-        buried = begin(jobs, small_msh, seed)
-        buried.blame()
+    assert canceled.cancel()
+    for seed in range(2, 2 + MAX_CRASHES):
+        crashed = begin(jobs, small_msh, seed)
+        crashed.record_crash()
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("WARNING", f"job {failed.id} failed: it took longer than 3600 s"),
+        ("WARNING", f"job {failed.id} failed: timed out after 3600 s"),
         ("INFO", f"job {canceled.id} canceled"),
-        ("WARNING", f"job {buried.id} failed: {QUARANTINED}"),
+        ("WARNING", f"job {crashed.id} failed: {QUARANTINED}"),
     ]
 
 
-def test_pictures_that_are_drawn_together_are_done_together(jobs: Jobs, small_msh: bytes) -> None:
+def test_jobs_of_one_batch_have_the_same_eta(jobs: Jobs, small_msh: bytes) -> None:
     ids = [submit(jobs, small_msh, seed) for seed in range(3)]
-    estimates.present(jobs)
-    estimates.measured(jobs, 2.0, decode_of(small_msh, FAST).work)  # each, two seconds
+    estimates.mark_alive(jobs)
+    estimates.record_duration(jobs, 2.0, decode_of(small_msh, FAST).work)  # 2 s each
     for job_id, owner in zip(ids, ("batch", "batch", "other"), strict=True):
-        jobs.queue.remove(job_id)  # as RQ takes it
+        jobs.queue.remove(job_id)  # as RQ does
         assert Attempt.begin(jobs, job_id, owner) is not None
-    left = [estimates.eta_s(jobs, state(jobs, job_id)) for job_id in ids]
-    assert left == pytest.approx([4.0, 4.0, 2.0])
-    assert estimates.backlog_s(jobs) == pytest.approx(4.0)  # of the one worker that says it lives
+    etas = [estimates.eta_s(jobs, state(jobs, job_id)) for job_id in ids]
+    assert etas == pytest.approx([4.0, 4.0, 2.0])
+    assert estimates.backlog_s(jobs) == pytest.approx(4.0)  # one worker is alive
 
 
-def test_a_keeper_that_slept_gives_the_others_time_to_speak(
+def test_after_a_suspension_other_workers_get_time_for_a_heartbeat(
     jobs: Jobs, small_msh: bytes, tmp_path: Path
 ) -> None:
     attempt = begin(jobs, small_msh)
-    silence(jobs, attempt)
-    keeper = Keeper(jobs, Spool(tmp_path), tmp_path / "alive")
-    keeper._trust_from, keeper._last = 0.0, jobs.now() - LEASE_S - 1
-    keeper._beat()
+    expire_lease(jobs, attempt)
+    heartbeat = Heartbeat(jobs, Spool(tmp_path), tmp_path / "alive")
+    heartbeat._reap_from, heartbeat._last_beat = 0.0, jobs.now() - LEASE_S - 1
+    heartbeat._beat()
     assert state(jobs, attempt.id).status == "running"
-    keeper._trust_from = 0.0
-    keeper._beat()
+    heartbeat._reap_from = 0.0
+    heartbeat._beat()
     assert state(jobs, attempt.id).status == "queued"
 
 
-def test_a_worker_that_falls_silent_over_several_jobs_is_one(jobs: Jobs, small_msh: bytes) -> None:
+def test_a_worker_that_loses_a_batch_is_counted_once(jobs: Jobs, small_msh: bytes) -> None:
     for seed, owner in enumerate(("batch", "batch", "other")):
         job_id = submit(jobs, small_msh, seed)
         jobs.queue.remove(job_id)
         attempt = Attempt.begin(jobs, job_id, owner)
         assert attempt is not None
-        silence(jobs, attempt)
+        expire_lease(jobs, attempt)
     jobs.reap()
     assert counters.read(jobs.store).get(counters.LEASES_LOST) == 2
 
 
-def test_a_worker_whose_drawing_never_ends_falls_silent(
+def test_a_worker_that_hangs_sends_no_heartbeat(
     jobs: Jobs, small_msh: bytes, tmp_path: Path
 ) -> None:
-    """Also to who probes its process: no signal reaches it."""
+    """Its liveness file is gone as well, so that a health check restarts the process."""
     attempt = begin(jobs, small_msh)
-    silence(jobs, attempt)
-    keeper = Keeper(jobs, Spool(tmp_path), tmp_path / "alive")
-    keeper.attempts = [attempt]
-    keeper.stopped.set()  # one turn
-    keeper.until = time.monotonic()
-    keeper.run()
-    assert not keeper.file.exists()
+    expire_lease(jobs, attempt)
+    heartbeat = Heartbeat(jobs, Spool(tmp_path), tmp_path / "alive")
+    heartbeat.attempts = [attempt]
+    heartbeat.stopped.set()  # one turn
+    heartbeat.deadline = time.monotonic()
+    heartbeat.run()
+    assert not heartbeat.file.exists()
     jobs.reap()
     assert state(jobs, attempt.id).status == "queued"
-    keeper.until = time.monotonic() + 60
+    heartbeat.deadline = time.monotonic() + 60
     again = Attempt.begin(jobs, attempt.id)
     assert again is not None
-    silence(jobs, again)
-    keeper.attempts = [again]
-    keeper.run()
+    expire_lease(jobs, again)
+    heartbeat.attempts = [again]
+    heartbeat.run()
     jobs.reap()
     assert state(jobs, attempt.id).status == "running"
 
 
-def test_jobs_that_nobody_waits_for_delay_no_other(jobs: Jobs, small_msh: bytes) -> None:
+def test_jobs_without_subscribers_do_not_count_in_etas(jobs: Jobs, small_msh: bytes) -> None:
     first, second = (submit(jobs, small_msh, seed) for seed in range(2))
-    estimates.measured(jobs, 2.0, decode_of(small_msh, FAST).work)
+    estimates.record_duration(jobs, 2.0, decode_of(small_msh, FAST).work)
     assert estimates.eta_s(jobs, state(jobs, second)) == pytest.approx(4.0)
-    jobs.store.queue.zadd(jobs.subscribers(first), {"": jobs.now() - 1})  # its deadline has passed
+    ended = jobs.now() - 1
+    jobs.store.queue.zadd(jobs.subscribers(first), {"": ended})
     assert estimates.eta_s(jobs, state(jobs, second)) == pytest.approx(2.0)
     assert estimates.backlog_s(jobs) == pytest.approx(2.0)
 
 
-def test_what_is_predicted_once_a_quick_worker_has_begun_counts(
-    jobs: Jobs, small_msh: bytes
-) -> None:
+def test_an_eta_saved_after_the_attempt_began_is_counted(jobs: Jobs, small_msh: bytes) -> None:
     attempt = begin(jobs, small_msh)
     jobs.save_eta(attempt.id, 1000.0)
     attempt.commit(b"png")
-    attempt.measured(1.0)
+    attempt.record_duration(1.0)
     assert counters.read(jobs.store).get("eta_ratio:0.1") == 1
 
 
-def test_interest_ends_by_the_servers_clock(
+def test_subscriptions_end_by_the_servers_clock(
     jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt = begin(jobs, small_msh)
-    here = time.time()
-    monkeypatch.setattr(time, "time", lambda: here + 7 * 24 * 3600)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 7 * 24 * 3600)
     assert jobs.has_subscribers(attempt.id)
-    assert attempt.look().wanted
+    assert attempt.poll().subscribed
 
 
-def test_a_job_is_not_like_itself(jobs: Jobs, small_msh: bytes) -> None:
-    """Where a keeper queued it again while its worker was about to begin it."""
+def test_a_batch_does_not_contain_a_job_twice(jobs: Jobs, small_msh: bytes) -> None:
+    """Another worker may queue it again while this one is about to begin it."""
     job_id = submit(jobs, small_msh)
-    assert jobs.claim_alike(state(jobs, job_id), 4) == []
+    assert jobs.claim_similar(state(jobs, job_id), 4) == []
     assert jobs.queue.job_ids == [job_id]
 
 
-def test_workers_that_are_gone_are_forgotten(jobs: Jobs) -> None:
-    for number in range(estimates.REMEMBERED + 5):
-        estimates.measured(jobs, 1.0, 1.0, f"worker-{-number}")
-    known = jobs.store.queue.hkeys(jobs.store.key("sums"))
-    last = (f"worker-{-number}".encode() for number in range(4, estimates.REMEMBERED + 5))
-    assert set(known) == {*last}  # whatever their names
+def test_durations_of_long_dead_workers_are_removed(jobs: Jobs) -> None:
+    for number in range(estimates.MAX_DEAD_WORKERS + 5):
+        estimates.record_duration(jobs, 1.0, 1.0, f"worker-{-number}")
+    stored = jobs.store.queue.hkeys(jobs.store.key("sums"))
+    last = (f"worker-{-number}".encode() for number in range(4, estimates.MAX_DEAD_WORKERS + 5))
+    assert set(stored) == {*last}  # by time, not by name
 
 
-def test_a_bitstream_that_was_drawn_is_not_to_blame(jobs: Jobs, small_msh: bytes) -> None:
+def test_a_success_resets_the_crashes_of_a_bitstream(jobs: Jobs, small_msh: bytes) -> None:
     job_id = submit(jobs, small_msh)
-    for end in (Attempt.blame, lambda attempt: attempt.commit(b"png")):
-        assert jobs.crash_count(decode_of(small_msh, FAST).digest) == (end is not Attempt.blame)
+    for end in (Attempt.record_crash, lambda attempt: attempt.commit(b"png")):
+        assert jobs.crash_count(decode_of(small_msh, FAST).digest) == (
+            end is not Attempt.record_crash
+        )
         attempt = Attempt.begin(jobs, job_id)
         assert attempt is not None
         end(attempt)
     assert jobs.crash_count(decode_of(small_msh, FAST).digest) == 0
 
 
-def test_a_job_whose_workers_are_cut_off_again_and_again_is_given_up(
-    jobs: Jobs, small_msh: bytes
-) -> None:
+def test_a_job_fails_after_its_workers_lost_too_many_leases(jobs: Jobs, small_msh: bytes) -> None:
     job_id = submit(jobs, small_msh)
     for n in range(MAX_ATTEMPTS):
         assert state(jobs, job_id).status == "queued", n
         attempt = Attempt.begin(jobs, job_id)
         assert attempt is not None
-        silence(jobs, attempt)
+        expire_lease(jobs, attempt)
         jobs.reap()
         jobs.forgive_worker(attempt.state)
     assert (state(jobs, job_id).status, state(jobs, job_id).attempts) == ("failed", MAX_ATTEMPTS)
 
 
-def test_a_drained_attempt_does_not_count(
+def test_an_attempt_ended_by_a_shutdown_is_not_counted(
     jobs: Jobs, small_msh: bytes, small_compressai: bytes
 ) -> None:
     attempt = begin(jobs, small_msh)
@@ -308,30 +303,30 @@ def test_a_drained_attempt_does_not_count(
     assert (state(jobs, attempt.id).attempts, state(jobs, attempt.id).status) == (0, "queued")
 
 
-def test_a_kept_picture_is_handed_over_by_whoever_finds_it(
+def test_a_spooled_picture_is_committed_by_another_process(
     jobs: Jobs, small_msh: bytes, tmp_path: Path
 ) -> None:
     spool = Spool(tmp_path)
     gone, late = begin(jobs, small_msh), begin(jobs, small_msh, 1)
-    spool.keep(gone, b"kept")
-    spool.keep(late, b"too late")
+    spool.save(gone, b"spooled")
+    spool.save(late, b"too late")
     late.fail("another end")
-    spool.hand_over(jobs, busy={gone.id})
+    spool.commit_all(jobs, exclude={gone.id})
     assert [file.name[:32] for file in tmp_path.glob("*.png")] == [gone.id]
-    spool.hand_over(jobs)
-    assert jobs.store.picture(gone.id) == b"kept"
+    spool.commit_all(jobs)
+    assert jobs.store.picture(gone.id) == b"spooled"
     assert state(jobs, gone.id).status == "succeeded"
     assert (state(jobs, late.id).status, jobs.store.picture(late.id)) == ("failed", None)
     assert not list(tmp_path.iterdir())
 
 
-def test_kept_pictures_of_stores_that_are_gone_are_removed(tmp_path: Path) -> None:
+def test_spooled_pictures_older_than_any_record_are_removed(tmp_path: Path) -> None:
     for name, age_s in (("old", RECORD_TTL_S + 60), ("new", 60)):
         (tmp_path / name).mkdir()
         file = tmp_path / name / f"{'0' * 32}.1.png"
-        file.write_bytes(b"kept")
+        file.write_bytes(b"spooled")
         os.utime(file, (time.time() - age_s,) * 2)
-    Spool.forget(tmp_path)
+    Spool.remove_expired(tmp_path)
     assert [file.parent.name for file in tmp_path.rglob("*.png")] == ["new"]
 
 
@@ -341,30 +336,28 @@ def loaded() -> Library:
 
 
 @pytest.fixture
-def context(
+def worker(
     jobs: Jobs, loaded: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    """This process as a worker."""
-    own: dict[str, Any] = {
-        "jobs": jobs, "library": loaded, "spool": Spool(tmp_path), "max_pixels": 10**6,
-        "keeper": Keeper(jobs, Spool(tmp_path), tmp_path), "stopping": False, "afterwards": [],
-    }  # fmt: skip
-    for name, value in own.items():
-        monkeypatch.setattr(Context, name, value, raising=False)
-    yield
+) -> WorkerContext:
+    """The context that makes this process a worker."""
+    spool = Spool(tmp_path)
+    heartbeat = Heartbeat(jobs, spool, tmp_path)
+    worker = WorkerContext(jobs, loaded, heartbeat, spool, max_pixels=10**6)
+    monkeypatch.setattr(context, "_current", worker)
+    return worker
 
 
 def pictures(jobs: Jobs, ids: list[str]) -> list[image.Pixels]:
-    found = []
+    read = []
     for job_id in ids:
         assert state(jobs, job_id).status == "succeeded", state(jobs, job_id).error
-        found.append(image.read(jobs.store.picture(job_id) or b"", 10**6))
-    return found
+        read.append(image.read(jobs.store.picture(job_id) or b"", 10**6))
+    return read
 
 
 @pytest.mark.weights
-def test_jobs_of_one_shape_are_drawn_together_as_each_alone(
-    context: None,
+def test_a_batch_gives_the_same_pictures_as_single_jobs(
+    worker: WorkerContext,
     jobs: Jobs,
     small_msh: bytes,
     small_compressai: bytes,
@@ -378,19 +371,19 @@ def test_jobs_of_one_shape_are_drawn_together_as_each_alone(
         ]
         other = submit(jobs, small_msh, 0, Settings("ddim", 3))
         assert jobs.queue.job_ids == [*ids, other]
-        jobs.queue.remove(ids[0])  # as RQ takes it
+        jobs.queue.remove(ids[0])  # as RQ does
         return [*ids, other]
 
-    monkeypatch.setattr(Context, "batch", 4)
+    worker.batch = 4
     *ids, other = submitted()
     tasks.enhance(ids[0])
     together = pictures(jobs, ids)
-    assert jobs.queue.job_ids == [other]  # of other settings
+    assert jobs.queue.job_ids == [other]  # its settings differ
     assert [jobs.store.queue.hget(jobs.key(i), "commits") for i in ids] == [b"1"] * 3
 
     jobs.store.queue.flushall()
     jobs.store.cache.flushall()
-    monkeypatch.setattr(Context, "batch", 1)
+    worker.batch = 1
     submitted()
     for job_id in ids:
         tasks.enhance(job_id)
@@ -399,10 +392,10 @@ def test_jobs_of_one_shape_are_drawn_together_as_each_alone(
 
 
 @pytest.mark.weights
-def test_a_cpu_draws_no_more_together_than_fits_into_a_window(
-    context: None, jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+def test_a_batch_on_a_cpu_fits_into_one_window(
+    worker: WorkerContext, jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Context, "batch", 4)
+    worker.batch = 4
     monkeypatch.setattr(tasks, "WINDOW", 2 * 12 * 8 + 1)  # 150×100 pixels have 12×8 positions
     ids = [submit(jobs, small_msh, seed) for seed in range(4)]
     jobs.queue.remove(ids[0])
@@ -412,27 +405,31 @@ def test_a_cpu_draws_no_more_together_than_fits_into_a_window(
 
 
 @pytest.mark.weights
-def test_one_of_several_is_canceled_at_once_and_who_comes_back_is_served(
-    context: None, jobs: Jobs, loaded: Library, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+def test_a_job_of_a_batch_is_canceled_at_once_unless_resubscribed(
+    worker: WorkerContext,
+    jobs: Jobs,
+    loaded: Library,
+    small_msh: bytes,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Context, "batch", 3)
+    worker.batch = 3
     settings, forward = Settings("ddim", 8), loaded.diffusion.net.denoiser.forward
     first, second, third = (submit(jobs, small_msh, seed, settings) for seed in range(3))
-    jobs.queue.remove(first)  # as RQ takes it
+    jobs.queue.remove(first)  # as RQ does
     seen: list[tuple[str, ...]] = []
 
-    def meanwhile(*given: Any) -> torch.Tensor:
+    def withdrawing(*args: Any) -> torch.Tensor:
         seen.append(tuple(state(jobs, name).status for name in (first, second, third)))
         if len(seen) == 3:
             jobs.withdraw(first, "")
             jobs.withdraw(second, "")
         if len(seen) == 6:
             jobs.subscribe(first, "", 60)
-        return forward(*given)
+        return forward(*args)
 
-    monkeypatch.setattr(loaded.diffusion.net.denoiser, "forward", meanwhile)
+    monkeypatch.setattr(loaded.diffusion.net.denoiser, "forward", withdrawing)
     tasks.enhance(first)
-    tasks.settle()
+    worker.run_deferred()
     assert seen[2] == ("running", "running", "running")
     assert seen[4] == ("running", "canceled", "running")
     assert len(pictures(jobs, [first, third])) == 2
@@ -441,45 +438,45 @@ def test_one_of_several_is_canceled_at_once_and_who_comes_back_is_served(
 
 @pytest.mark.weights
 @pytest.mark.parametrize("disk", ["good", "full"])
-def test_what_is_drawn_waits_for_its_store_as_long_as_it_takes(
-    context: None, jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch, disk: str
+def test_a_picture_waits_for_its_store_without_a_time_limit(
+    worker: WorkerContext, jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch, disk: str
 ) -> None:
-    """The time limits are of drawing, and the wait is no part of what drawing costs."""
-    put, left = Store.put_picture, []
-    draw, until = tasks._draw, []
+    """Timeouts are for drawing, and the wait is not recorded as its duration."""
+    put, alarms = Store.put_picture, []
+    draw, limits = tasks._draw, []
 
-    def drawn(*given: Any) -> None:
-        until.append(Context.keeper.until - time.monotonic())
-        draw(*given)
+    def drawing(*args: Any) -> None:
+        limits.append(worker.heartbeat.deadline - time.monotonic())
+        draw(*args)
 
     def full(*_: Any) -> Path:
         raise OSError("no space left on device")
 
-    def away(own: Store, *given: Any) -> None:
-        left.append(signal.alarm(0))
-        assert Context.keeper.until == math.inf
-        if len(left) < 3:
+    def failing(store: Store, *args: Any) -> None:
+        alarms.append(signal.alarm(0))
+        assert worker.heartbeat.deadline == math.inf
+        if len(alarms) < 3:
             raise redis.ConnectionError("injected")
-        put(own, *given)
+        put(store, *args)
 
-    monkeypatch.setattr(Store, "put_picture", away)
-    monkeypatch.setattr(tasks, "_draw", drawn)
+    monkeypatch.setattr(Store, "put_picture", failing)
+    monkeypatch.setattr(tasks, "_draw", drawing)
     if disk == "full":
-        monkeypatch.setattr(Spool, "keep", full)
+        monkeypatch.setattr(Spool, "save", full)
     job_id = submit(jobs, small_msh)
     signal.alarm(600)
     tasks.enhance(job_id)
-    tasks.settle()
-    assert left == [0, 0, 0]
-    assert 0 < until[0] - jobs.timeout_s <= tasks.LATE_S
+    worker.run_deferred()
+    assert alarms == [0, 0, 0]
+    assert 0 < limits[0] - jobs.timeout_s <= tasks.LATE_S
     assert state(jobs, job_id).status == "succeeded"
-    assert estimates.model(jobs) is None
-    assert not list(Context.spool.folder.glob("*.png"))
+    assert estimates.cost_model(jobs) is None
+    assert not list(worker.spool.folder.glob("*.png"))
 
 
 @pytest.mark.weights
-def test_one_bad_bitstream_fails_alone(
-    context: None,
+def test_a_damaged_bitstream_fails_alone_in_its_batch(
+    worker: WorkerContext,
     jobs: Jobs,
     small_msh: bytes,
     small_compressai: bytes,
@@ -487,7 +484,7 @@ def test_one_bad_bitstream_fails_alone(
 ) -> None:
     bad = bytearray(small_compressai)
     bad[-100] ^= 255
-    monkeypatch.setattr(Context, "batch", 4)
+    worker.batch = 4
     good, broken = submit(jobs, small_msh), submit(jobs, bytes(bad))
     jobs.queue.remove(good)
     tasks.enhance(good)
@@ -497,34 +494,34 @@ def test_one_bad_bitstream_fails_alone(
     jobs.queue.remove(good)
     draft = Library.draft
 
-    def drawn(own: Library, b: Bitstream, seed: int) -> DiffusionInput:
+    def failing(library: Library, b: Bitstream, seed: int) -> DiffusionInput:
         if b.format == "compressai":
             raise RuntimeError("injected")
-        return draft(own, b, seed)
+        return draft(library, b, seed)
 
-    monkeypatch.setattr(Library, "draft", drawn)
+    monkeypatch.setattr(Library, "draft", failing)
     tasks.enhance(good)
     assert [state(jobs, i).status for i in (good, odd)] == ["succeeded", "failed"]
     assert state(jobs, odd).error == "internal error"
 
 
-def short_of_memory(monkeypatch: pytest.MonkeyPatch, loaded: Library, most: int) -> list[int]:
-    """The denoiser finds no memory for more pixels than `most`; the sizes that it was asked for."""
-    denoiser, asked = loaded.diffusion.net.denoiser, []
+def limit_memory(monkeypatch: pytest.MonkeyPatch, loaded: Library, pixels: int) -> list[int]:
+    """Make the denoiser run out of memory above `pixels`; returns the sizes of its inputs."""
+    denoiser, sizes = loaded.diffusion.net.denoiser, []
     forward = denoiser.forward
 
     def limited(x_t: torch.Tensor, *rest: Any) -> torch.Tensor:
-        asked.append(x_t.shape[2] * x_t.shape[3])
-        if asked[-1] > most:
+        sizes.append(x_t.shape[2] * x_t.shape[3])
+        if sizes[-1] > pixels:
             raise torch.OutOfMemoryError("injected")
         return forward(x_t, *rest)
 
     monkeypatch.setattr(denoiser, "forward", limited)
-    return asked
+    return sizes
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, loaded: Library, error: Exception) -> None:
-    """The denoiser raises `error` whatever it is asked."""
+def fail_with(monkeypatch: pytest.MonkeyPatch, loaded: Library, error: Exception) -> None:
+    """Make the denoiser raise `error`."""
 
     def fail(*_: Any) -> torch.Tensor:
         raise error
@@ -536,122 +533,144 @@ def failing(monkeypatch: pytest.MonkeyPatch, loaded: Library, error: Exception) 
 def large(loaded: Library, photo: image.Pixels) -> bytes:
     from models.codec import bitstream, codec
 
-    cut = codec.to_tensor(photo[:512, :512].copy())
-    return bitstream.serialize(loaded.find(2, "mse").encode(cut, "msh", "exact"))
+    crop = codec.to_tensor(photo[:512, :512].copy())
+    return bitstream.serialize(loaded.find(2, "mse").encode(crop, "msh", "exact"))
 
 
 @pytest.mark.weights
-def test_short_memory_makes_smaller_tiles(
-    context: None, jobs: Jobs, loaded: Library, large: bytes, monkeypatch: pytest.MonkeyPatch
+def test_out_of_memory_is_retried_with_smaller_tiles(
+    worker: WorkerContext,
+    jobs: Jobs,
+    loaded: Library,
+    large: bytes,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("worker.drawing.WINDOW", 1024)
-    monkeypatch.setattr("worker.drawing.SMALLEST", 128)
+    monkeypatch.setattr("worker.drawing.MIN_WINDOW", 128)
     job_id = submit(jobs, large)
     tasks.enhance(job_id)
     (whole,) = pictures(jobs, [job_id])
     jobs.store.cache.flushall()
-    asked = short_of_memory(monkeypatch, loaded, 400 * 400)
+    sizes = limit_memory(monkeypatch, loaded, 400 * 400)
     submit(jobs, large)
     tasks.enhance(job_id)
-    assert asked[0] == 512 * 512 and max(asked[-4:]) <= 400 * 400
+    assert sizes[0] == 512 * 512 and max(sizes[-4:]) <= 400 * 400
     (tiled,) = pictures(jobs, [job_id])
     assert np.abs(whole.astype(int) - tiled).max() <= 1
-    assert not Context.stopping
+    assert not worker.stopping
 
 
 @pytest.mark.weights
-def test_no_memory_at_all_ends_the_worker_and_leaves_the_job(
-    context: None, jobs: Jobs, loaded: Library, large: bytes, monkeypatch: pytest.MonkeyPatch
+def test_out_of_memory_with_the_smallest_tiles_stops_the_worker_and_keeps_the_job(
+    worker: WorkerContext,
+    jobs: Jobs,
+    loaded: Library,
+    large: bytes,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = short_of_memory(monkeypatch, loaded, 0)
+    sizes = limit_memory(monkeypatch, loaded, 0)
     job_id = submit(jobs, large)
     jobs.queue.remove(job_id)
     tasks.enhance(job_id)
-    tasks.settle()
-    assert Context.stopping
-    assert len(asked) > 2
+    worker.run_deferred()
+    assert worker.stopping
+    assert len(sizes) > 2
     assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
     assert jobs.crash_count(decode_of(large, FAST).digest) == 1
 
 
 @pytest.mark.weights
-def test_a_device_that_fails_at_everything_ends_the_worker_and_leaves_the_job(
-    context: None, jobs: Jobs, loaded: Library, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+def test_a_lost_device_stops_the_worker_and_keeps_the_job(
+    worker: WorkerContext,
+    jobs: Jobs,
+    loaded: Library,
+    small_msh: bytes,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lost = RuntimeError("CUDA error: an illegal memory access was encountered")
-    failing(monkeypatch, loaded, lost)
+    fail_with(monkeypatch, loaded, lost)
     job_id = submit(jobs, small_msh)
     jobs.queue.remove(job_id)
     tasks.enhance(job_id)
-    tasks.settle()
-    assert Context.stopping
+    worker.run_deferred()
+    assert worker.stopping
     assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
 
 
 @pytest.mark.weights
-def test_a_job_that_takes_too_long_fails_and_the_worker_goes_on(
-    context: None, jobs: Jobs, loaded: Library, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+def test_a_job_that_times_out_fails_and_the_worker_continues(
+    worker: WorkerContext,
+    jobs: Jobs,
+    loaded: Library,
+    small_msh: bytes,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    failing(monkeypatch, loaded, JobTimeoutException("as RQ's timer does"))
+    fail_with(monkeypatch, loaded, JobTimeoutException("as RQ's timer does"))
     job_id = submit(jobs, small_msh)
     tasks.enhance(job_id)
     ended = state(jobs, job_id)
-    assert (ended.status, ended.error) == ("failed", "it took longer than 3600 s")
-    assert not Context.stopping
+    assert (ended.status, ended.error) == ("failed", "timed out after 3600 s")
+    assert not worker.stopping
 
 
-def test_who_comes_while_a_worker_stops_is_served(jobs: Jobs, small_msh: bytes) -> None:
+def test_a_job_resubscribed_during_its_cancellation_is_queued_again(
+    jobs: Jobs, small_msh: bytes
+) -> None:
     job_id = submit(jobs, small_msh)
     jobs.queue.remove(job_id)
     attempt = Attempt.begin(jobs, job_id)
     assert attempt is not None
     jobs.withdraw(job_id, "")
-    jobs.subscribe(job_id, "late", 60)
-    attempt.stop()
+    jobs.subscribe(job_id, "other", 60)
+    attempt.cancel()
     assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
     jobs.queue.remove(job_id)
-    jobs.drop(job_id)  # the same of one that was not begun
+    jobs.cancel_unless_subscribed(job_id)  # of a job that no attempt has begun
     assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
 
 
 @pytest.mark.weights
-def test_what_is_canceled_keeps_its_best_preview(
-    context: None, jobs: Jobs, loaded: Library, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+def test_a_canceled_job_keeps_its_last_preview(
+    worker: WorkerContext,
+    jobs: Jobs,
+    loaded: Library,
+    small_msh: bytes,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job_id = submit(jobs, small_msh, 0, Settings("ddim", 50))
     calls: list[int] = []
     forward = loaded.diffusion.net.denoiser.forward
 
-    def withdrawing(*given: Any) -> torch.Tensor:
+    def withdrawing(*args: Any) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 5:
             jobs.withdraw(job_id, "")
-        return forward(*given)
+        return forward(*args)
 
     monkeypatch.setattr(loaded.diffusion.net.denoiser, "forward", withdrawing)
     tasks.enhance(job_id)
-    tasks.settle()
+    worker.run_deferred()
     assert (state(jobs, job_id).status, len(calls)) == ("canceled", 5)
     preview = jobs.store.preview(job_id)
     assert preview is not None
     assert image.read(preview, 10**6).shape == (100, 150, 3)
 
 
-def test_an_answer_that_is_lost_on_its_way_loses_no_job(
+def test_a_lost_reply_of_redis_loses_no_job(
     jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server took the job for us; the connection broke before it could say so."""
+    """The transaction succeeds, but the connection breaks before its reply."""
     job_id = submit(jobs, small_msh)
     change, calls = Jobs.change, []
 
-    def broken(self: Jobs, *given: Any) -> bool:
-        done = change(self, *given)
+    def losing_reply(self: Jobs, *args: Any) -> bool:
+        done = change(self, *args)
         calls.append(done)
         return done and len(calls) > 1
 
-    monkeypatch.setattr(Jobs, "change", broken)
+    monkeypatch.setattr(Jobs, "change", losing_reply)
     attempt = Attempt.begin(jobs, job_id)
     assert attempt is not None
-    assert attempt.look(1).wanted
+    assert attempt.poll(1).subscribed
     assert state(jobs, job_id).attempts == 1
     assert Attempt.begin(jobs, job_id) is None

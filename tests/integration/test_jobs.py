@@ -1,4 +1,4 @@
-"""Jobs over a real Redis, and a real worker process that runs them."""
+"""Jobs in a real Redis, and a real worker process."""
 
 import os
 import re
@@ -15,28 +15,19 @@ import pytest
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from models import checkpoint, image
-from models.codec import bitstream
+from models import image
 from models.tiers import TIERS, Settings
+from tests.support.jobs import decode_of
 from worker.attempt import Attempt, LeaseLost
-from worker.heartbeat import Keeper
+from worker.heartbeat import Heartbeat
 from worker.queue import events
-from worker.queue.jobs import BEAT_S, Jobs
-from worker.queue.records import Decode, JobState
+from worker.queue.jobs import HEARTBEAT_S, Jobs
+from worker.queue.records import DecodeRequest, JobState
 from worker.queue.store import Store
 from worker.queue.urls import NoRedis
 from worker.spool import Spool
 
 pytestmark = pytest.mark.redis
-
-FAST = Settings("ddim", 2, beta=1.0)
-
-
-def request_for(data: bytes, seed: int = 0, tier: str = "perceptual") -> Decode:
-    b = bitstream.parse(data)
-    ids = {e.kind: e.weights_id for e in checkpoint.manifest() if e.quality in {0, b.quality}}
-    return Decode(bitstream.digest(data), tier, FAST, seed, ids["codec"], ids["decoder"],
-                  b.quality, b.width, b.height)  # fmt: skip
 
 
 @pytest.fixture
@@ -48,7 +39,7 @@ def jobs(store: Store) -> Jobs:
 def worker(
     redis_urls: tuple[str, str], store: Store, tmp_path: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker process, as a service starts it."""
+    """A worker process, started as the service does."""
     environment = {"REDIS_URL": redis_urls[0], "CACHE_REDIS_URL": redis_urls[1]}
     command = [sys.executable, "-P", "-m", "worker.main"]
     process = subprocess.Popen(command, env=os.environ | environment)
@@ -65,19 +56,19 @@ def ended(jobs: Jobs, job_id: str, seconds: float = 120) -> JobState:
         if state.status not in {"queued", "running"}:
             return state
         time.sleep(0.05)
-    pytest.fail("the job did not end")
+    pytest.fail(f"job {job_id} did not end within {seconds} s")
 
 
-def test_the_id_is_the_content(small_msh: bytes) -> None:
-    a = request_for(small_msh)
-    assert a.id == request_for(small_msh).id
-    assert a.id == request_for(small_msh, tier="another name, same settings").id
-    assert a.id != request_for(small_msh, seed=1).id
+def test_the_job_id_depends_on_all_but_the_tiers_name(small_msh: bytes) -> None:
+    a = decode_of(small_msh)
+    assert a.id == decode_of(small_msh).id
+    assert a.id == decode_of(small_msh, tier="another name, same settings").id
+    assert a.id != decode_of(small_msh, seed=1).id
     assert len(a.id) == 32
 
 
-def test_the_id_follows_the_published_recipe() -> None:
-    d = Decode("ab" * 32, "ddim-10", Settings("ddim", 10), 5, "c" * 16, "d" * 16, 2, 64, 64)
+def test_the_job_id_follows_the_documented_recipe() -> None:
+    d = DecodeRequest("ab" * 32, "ddim-10", Settings("ddim", 10), 5, "c" * 16, "d" * 16, 2, 64, 64)
     import hashlib
 
     settings = '{"beta":0.0,"eta":0.0,"gamma":1.0,"guidance":1.0,"sampler":"ddim","steps":10}'
@@ -85,7 +76,7 @@ def test_the_id_follows_the_published_recipe() -> None:
     assert d.id == hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def test_a_store_that_is_too_old_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_redis_that_is_too_old_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.check()
     monkeypatch.setattr(store.queue, "info", lambda _section: {"redis_version": "6.0.16"})
     with pytest.raises(NoRedis, match=r"is 6\.0\.16; 6\.2 or later"):
@@ -93,64 +84,60 @@ def test_a_store_that_is_too_old_is_refused(store: Store, monkeypatch: pytest.Mo
 
 
 def test_a_new_job_is_queued_once(jobs: Jobs, small_msh: bytes) -> None:
-    d = request_for(small_msh)
-    first, made = jobs.submit(d, small_msh)
-    again, made_again = jobs.submit(d, small_msh)
-    assert (made, made_again) == (True, False)
+    d = decode_of(small_msh)
+    first, is_new = jobs.submit(d, small_msh)
+    again, is_new_again = jobs.submit(d, small_msh)
+    assert (is_new, is_new_again) == (True, False)
     assert first == again
     assert (first.status, first.step, first.total) == ("queued", 0, 2)
     assert jobs.queue.job_ids == [d.id]
-    assert jobs.position(d.id) == 0
+    assert jobs.position(first) == 0
     assert jobs.store.bitstream(d.digest) == small_msh
 
 
-def test_simultaneous_submissions_make_one_job(jobs: Jobs, small_msh: bytes) -> None:
-    d = request_for(small_msh)
-    made: list[bool] = []
+def test_concurrent_submissions_queue_one_job(jobs: Jobs, small_msh: bytes) -> None:
+    d = decode_of(small_msh)
+    is_new: list[bool] = []
     threads = [
-        threading.Thread(target=lambda: made.append(jobs.submit(d, small_msh)[1]))
+        threading.Thread(target=lambda: is_new.append(jobs.submit(d, small_msh)[1]))
         for _ in range(20)
     ]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert sorted(made) == [False] * 19 + [True]
+    assert sorted(is_new) == [False] * 19 + [True]
     assert jobs.queue.job_ids == [d.id]
 
 
-def test_every_key_of_ours_expires(jobs: Jobs, small_msh: bytes) -> None:
-    jobs.submit(request_for(small_msh), small_msh)
-    keys = [k for k in jobs.store.queue.keys("afterimage:*")]
+def test_every_key_of_a_job_expires(jobs: Jobs, small_msh: bytes) -> None:
+    jobs.submit(decode_of(small_msh), small_msh)
+    keys = jobs.store.queue.keys("afterimage:*")
     assert len(keys) == 5
     assert all(jobs.store.queue.ttl(k) > 0 for k in keys)
 
 
-def test_jobs_are_json_and_name_one_task(jobs: Jobs, small_msh: bytes) -> None:
-    d = request_for(small_msh)
+def test_queued_jobs_are_json_and_name_the_task(jobs: Jobs, small_msh: bytes) -> None:
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh)
     job = Job.fetch(d.id, jobs.store.queue, serializer=JSONSerializer)
     assert (job.func_name, list(job.args)) == ("worker.tasks.enhance", [d.id])
     assert small_msh not in jobs.store.queue.hget(f"rq:job:{d.id}", "data")
 
 
-def test_a_job_that_fell_between_queue_and_worker_is_found_and_queued_again(
-    jobs: Jobs, small_msh: bytes
-) -> None:
-    d = request_for(small_msh)
+def test_a_job_lost_between_queue_and_worker_is_queued_again(jobs: Jobs, small_msh: bytes) -> None:
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh)
     assert jobs.missing() == set()
-    jobs.queue.remove(d.id)  # a worker took it and died before it said so
+    jobs.queue.remove(d.id)  # a worker took it and crashed before it began
     assert jobs.missing() == {d.id}
     jobs.requeue({d.id})
     assert jobs.queue.job_ids == [d.id]
     assert jobs.missing() == set()
 
 
-def test_a_job_queued_again_after_a_failure_does_not_expire_with_it(
-    jobs: Jobs, small_msh: bytes
-) -> None:
-    d = request_for(small_msh)
+def test_a_job_queued_again_after_a_failure_does_not_expire(jobs: Jobs, small_msh: bytes) -> None:
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh)
     jobs.store.queue.expire(f"rq:job:{d.id}", 60)  # as RQ does when a job raises
     jobs.fail_queued(d.id, "internal error")
@@ -158,59 +145,59 @@ def test_a_job_queued_again_after_a_failure_does_not_expire_with_it(
     assert jobs.store.queue.ttl(f"rq:job:{d.id}") == -1
 
 
-def test_a_record_lost_while_its_job_ran_is_no_record(jobs: Jobs, small_msh: bytes) -> None:
-    d = request_for(small_msh)
+def test_a_record_lost_during_an_attempt_counts_as_none(jobs: Jobs, small_msh: bytes) -> None:
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh)
     attempt = Attempt.begin(jobs, d.id)
     assert attempt is not None
     jobs.store.queue.flushall()
     with pytest.raises(LeaseLost):
-        attempt.look(1)
+        attempt.poll(1)
     assert jobs.get(d.id) is None
     assert jobs.submit(d, small_msh)[1]
 
 
-def test_a_full_queue_store_does_not_stop_the_keeper(
+def test_a_full_queue_store_does_not_stop_the_heartbeat(
     jobs: Jobs, small_msh: bytes, tmp_path: Path
 ) -> None:
-    d = request_for(small_msh)
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh)
     attempt = Attempt.begin(jobs, d.id)
     assert attempt is not None
     before = jobs.store.queue.config_get("maxmemory")["maxmemory"]
     jobs.store.queue.config_set("maxmemory", "1")
     try:
-        keeper = Keeper(jobs, Spool(tmp_path), tmp_path / "alive")
-        keeper.attempts = [attempt]
-        keeper.start()
-        time.sleep(BEAT_S + 1)
-        assert keeper.is_alive()
-        (alive,) = (tmp_path / "alive").iterdir()  # what probes look at
-        assert time.time() - alive.stat().st_mtime < BEAT_S + 1
+        heartbeat = Heartbeat(jobs, Spool(tmp_path), tmp_path / "alive")
+        heartbeat.attempts = [attempt]
+        heartbeat.start()
+        time.sleep(HEARTBEAT_S + 1)
+        assert heartbeat.is_alive()
+        (alive,) = (tmp_path / "alive").iterdir()  # read by health checks
+        assert time.time() - alive.stat().st_mtime < HEARTBEAT_S + 1
     finally:
         jobs.store.queue.config_set("maxmemory", before)
-        keeper.stopped.set()
-        keeper.join()
+        heartbeat.stopped.set()
+        heartbeat.join()
     assert not alive.exists()
 
 
-def test_a_worker_that_is_told_to_end_while_it_loads_ends_at_once(
+def test_a_worker_that_gets_sigterm_while_it_loads_exits_at_once(
     redis_urls: tuple[str, str],
 ) -> None:
     environment = {"REDIS_URL": redis_urls[0], "CACHE_REDIS_URL": redis_urls[1]}
     command = [sys.executable, "-P", "-m", "worker.main"]
     process = subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE)
-    while not caught(process.pid) >> signal.SIGTERM - 1 & 1:
+    while not handled_signals(process.pid) >> signal.SIGTERM - 1 & 1:
         assert process.poll() is None
         time.sleep(0.01)
     process.terminate()
-    _, told = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert b"ready" not in told
+    assert b"ready" not in stderr
 
 
-def caught(pid: int) -> int:
-    """Bits of the signals that a process has handlers for."""
+def handled_signals(pid: int) -> int:
+    """Bit mask of the signals for which a process has handlers."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("SigCgt:")[2].split()[0], 16)
 
@@ -220,42 +207,42 @@ def test_an_unknown_job_is_none(jobs: Jobs) -> None:
 
 
 def test_a_failed_job_may_be_submitted_again(jobs: Jobs, small_msh: bytes) -> None:
-    d = request_for(small_msh)
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh)
     jobs.queue.empty()
     jobs.fail_queued(d.id, "broken")
     state = jobs.get(d.id)
     assert state is not None and (state.status, state.error) == ("failed", "broken")
     assert jobs.submit(d, small_msh)[1]
-    told = jobs.store.queue.xrange(events.key(jobs.store, d.id))
-    assert [fields[b"kind"] for _, fields in told] == [b"queued"]  # who follows it: no old end
+    stream = jobs.store.queue.xrange(events.key(jobs.store, d.id))
+    assert [fields[b"kind"] for _, fields in stream] == [b"queued"]  # the old end is gone
 
 
-def test_a_job_that_is_withdrawn_leaves_nothing_that_stays(jobs: Jobs, small_msh: bytes) -> None:
-    d = request_for(small_msh)
+def test_all_keys_of_a_withdrawn_job_expire(jobs: Jobs, small_msh: bytes) -> None:
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh)
     assert not jobs.withdraw(d.id, "")
     assert jobs.queue.job_ids == []
-    left = set(jobs.store.queue.keys("*")) - {b"rq:queues"}  # the names of all queues
-    assert all(jobs.store.queue.ttl(k) > 0 for k in left)
+    keys = set(jobs.store.queue.keys("*")) - {b"rq:queues"}  # RQ's set of queue names
+    assert all(jobs.store.queue.ttl(k) > 0 for k in keys)
 
 
-def test_who_joins_while_another_withdraws_keeps_the_job(
+def test_a_submission_during_a_withdrawal_keeps_the_job(
     jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    d = request_for(small_msh)
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh, "first")
-    has_subscribers, asked = Jobs.has_subscribers, 0
+    has_subscribers, calls = Jobs.has_subscribers, 0
 
-    def joined(own: Jobs, job_id: str) -> bool:
-        nonlocal asked
-        asked += 1
-        found = has_subscribers(own, job_id)
-        if asked == 1:
-            own.submit(d, small_msh, "second")
-        return found
+    def submitting(jobs: Jobs, job_id: str) -> bool:
+        nonlocal calls
+        calls += 1
+        result = has_subscribers(jobs, job_id)
+        if calls == 1:
+            jobs.submit(d, small_msh, "second")
+        return result
 
-    monkeypatch.setattr(Jobs, "has_subscribers", joined)
+    monkeypatch.setattr(Jobs, "has_subscribers", submitting)
     assert jobs.withdraw(d.id, "first")
     state = jobs.get(d.id)
     assert state is not None and state.status == "queued"
@@ -263,10 +250,10 @@ def test_who_joins_while_another_withdraws_keeps_the_job(
 
 
 @pytest.mark.weights
-def test_a_worker_draws_the_picture_and_says_how_far_it_is(
+def test_a_worker_draws_the_picture_and_reports_progress(
     worker: subprocess.Popen[bytes], jobs: Jobs, small_msh: bytes
 ) -> None:
-    d = request_for(small_msh)
+    d = decode_of(small_msh)
     jobs.submit(d, small_msh)
     state = ended(jobs, d.id)
     assert (state.status, state.error) == ("succeeded", "")
@@ -286,7 +273,7 @@ def test_a_worker_draws_the_picture_and_says_how_far_it_is(
 
 
 @pytest.mark.weights
-def test_a_worker_goes_on_after_what_it_cannot_or_must_not_do(
+def test_a_worker_continues_after_foreign_and_failing_jobs(
     worker: subprocess.Popen[bytes], jobs: Jobs, small_compressai: bytes, small_msh: bytes,
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -294,21 +281,21 @@ def test_a_worker_goes_on_after_what_it_cannot_or_must_not_do(
     jobs.queue.enqueue_call("pathlib.Path.touch", args=(str(mark),), job_id="foreign")
     damaged = bytearray(small_compressai)
     damaged[-100] ^= 255
-    broken = request_for(bytes(damaged))
+    broken = decode_of(bytes(damaged))
     jobs.submit(broken, bytes(damaged))
-    other = replace(request_for(small_msh), decoder="0" * 16)
+    other = replace(decode_of(small_msh), decoder="0" * 16)
     jobs.submit(other, small_msh)
-    good = request_for(small_msh)
+    good = decode_of(small_msh)
     jobs.submit(good, small_msh)
     assert ended(jobs, good.id).status == "succeeded"
     assert not mark.exists()
-    for d, said in ((broken, "entropy|escape"), (other, "other weights")):
+    for d, message in ((broken, "entropy|escape"), (other, "other weights")):
         state = ended(jobs, d.id)
         assert state.status == "failed"
-        assert re.search(said, state.error)
+        assert re.search(message, state.error)
 
 
-def test_a_worker_without_redis_says_so() -> None:
+def test_a_worker_without_redis_exits_with_an_error() -> None:
     command = [sys.executable, "-P", "-m", "worker.main"]
     environment = {k: v for k, v in os.environ.items() if "REDIS_URL" not in k}
     for extra, text in (({}, "REDIS_URL"), ({"REDIS_URL": "redis://127.0.0.1:1"}, "cannot start")):
@@ -318,6 +305,6 @@ def test_a_worker_without_redis_says_so() -> None:
         assert "Traceback" not in done.stderr
 
 
-def test_the_perceptual_tier_is_a_few_step_decode() -> None:
+def test_the_perceptual_tier_has_few_steps() -> None:
     settings = TIERS["perceptual"].settings
     assert settings is not None and settings.steps <= 10 and settings.beta == 1

@@ -1,4 +1,4 @@
-"""Limits of callers over a real Redis."""
+"""Rate limits and job limits of callers, in a real Redis."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ from service.problems import TooManyRequests
 from service.quotas import JOB_TTL_S, SUBMIT_S, WINDOW_S, Quotas
 from worker.queue import estimates, private_redis
 from worker.queue.jobs import Jobs
-from worker.queue.records import Decode
+from worker.queue.records import DecodeRequest
 from worker.queue.store import Store, connect
 from worker.settings import WorkerSettings
 
@@ -43,7 +43,7 @@ def counted(jobs: Jobs) -> Quotas:
 
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Moves this process's wall clock; the server's stands where it was."""
+    """Moves the wall clock of this process; that of the Redis server stays."""
     now = time.time
 
     def move(seconds: float) -> None:
@@ -52,16 +52,16 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return move
 
 
-def refused(ask: Callable[[], object]) -> dict[str, str]:
-    """The headers of the refusal."""
-    with pytest.raises(TooManyRequests) as caught:
-        ask()
-    return caught.value.headers
+def refused(call: Callable[[], object]) -> dict[str, str]:
+    """The headers of the error that the call raises."""
+    with pytest.raises(TooManyRequests) as error:
+        call()
+    return error.value.headers
 
 
-def decode(seed: int) -> Decode:
+def decode(seed: int) -> DecodeRequest:
     settings = Settings("ddim", 10, beta=1.0)
-    return Decode("00" * 32, "perceptual", settings, seed, "c", "d", 2, 1000, 1000)
+    return DecodeRequest("00" * 32, "perceptual", settings, seed, "c", "d", 2, 1000, 1000)
 
 
 def job_id(seed: int) -> str:
@@ -72,7 +72,7 @@ def submit(jobs: Jobs, seed: int) -> None:
     jobs.submit(decode(seed), b"bitstream")
 
 
-def test_what_is_left_is_said_until_nothing_is(counted: Quotas) -> None:
+def test_headers_state_the_remaining_requests(counted: Quotas) -> None:
     for left in (2, 1, 0):
         headers = counted.request(GALLERY)
         assert headers["RateLimit-Policy"] == '"requests";q=3;w=60'
@@ -82,7 +82,7 @@ def test_what_is_left_is_said_until_nothing_is(counted: Quotas) -> None:
     assert headers["RateLimit"] == f'"requests";r=0;t={headers["Retry-After"]}'
 
 
-def test_retry_after_is_the_first_second_that_passes(
+def test_retry_after_is_the_first_second_in_which_a_request_passes(
     counted: Quotas, later: Callable[[float], None]
 ) -> None:
     for offset in (0, 7.5, 20):
@@ -93,20 +93,20 @@ def test_retry_after_is_the_first_second_that_passes(
         wait_s = int(refused(lambda: counted.request(GALLERY))["Retry-After"])
         assert wait_s == pytest.approx(WINDOW_S - offset, abs=1)
         later(offset + wait_s - 1)
-        refused(lambda: counted.request(GALLERY))  # which costs nothing
+        refused(lambda: counted.request(GALLERY))  # a refused request is not counted
     later(offset + wait_s)
     assert '"requests";r=0' in counted.request(GALLERY)["RateLimit"]
     assert refused(lambda: counted.request(GALLERY))["Retry-After"] in {"7", "8"}
 
 
-def test_callers_are_counted_apart(counted: Quotas) -> None:
+def test_callers_are_counted_separately(counted: Quotas) -> None:
     for _ in range(3):
         counted.request(GALLERY)
     refused(lambda: counted.request(GALLERY))
     assert '"requests";r=2' in counted.request(PRESS)["RateLimit"]
 
 
-def test_who_has_no_limit_has_the_services_or_none(jobs: Jobs) -> None:
+def test_a_caller_without_limits_has_the_services_limits_if_any(jobs: Jobs) -> None:
     assert Quotas(jobs).request(FREE) == {}
     for n in range(20):
         Quotas(jobs).job(FREE, str(n))
@@ -125,15 +125,15 @@ def test_several_processes_share_one_limit(redis_urls: tuple[str, str], store: S
     busy = replace(GALLERY, requests_per_minute=20, jobs_at_once=7)
 
     def passes(n: int) -> tuple[bool, bool]:
-        done = []
-        own = processes[n % 3]
-        for ask in (lambda: own.request(busy), lambda: own.job(busy, f"job{n}")):
+        results = []
+        quotas = processes[n % 3]
+        for call in (lambda: quotas.request(busy), lambda: quotas.job(busy, f"job{n}")):
             try:
-                ask()
-                done.append(True)
+                call()
+                results.append(True)
             except TooManyRequests:
-                done.append(False)
-        return done[0], done[1]
+                results.append(False)
+        return results[0], results[1]
 
     with ThreadPoolExecutor(6) as pool:
         requests, begun = zip(*pool.map(passes, range(50)), strict=True)
@@ -142,14 +142,14 @@ def test_several_processes_share_one_limit(redis_urls: tuple[str, str], store: S
         s.close()
 
 
-def test_every_key_has_our_prefix_and_expires(store: Store) -> None:
+def test_every_key_has_the_prefix_and_expires(store: Store) -> None:
     prefixed = Quotas(Jobs(replace(store, prefix="mine")))
     prefixed.request(GALLERY)
     prefixed.job(GALLERY, "one")
     keys = sorted(key.decode() for key in store.queue.keys())  # type: ignore[union-attr]
     assert keys == ["mine:jobs-of:gallery", "mine:quota:requests/gallery/3/1/minute"]
-    left = [store.queue.ttl(key) for key in keys]
-    assert left == [pytest.approx(JOB_TTL_S, abs=5), pytest.approx(WINDOW_S, abs=5)]
+    ttls = [store.queue.ttl(key) for key in keys]
+    assert ttls == [pytest.approx(JOB_TTL_S, abs=5), pytest.approx(WINDOW_S, abs=5)]
 
 
 def test_jobs_beyond_the_limit_are_refused_until_one_ends(counted: Quotas, jobs: Jobs) -> None:
@@ -165,14 +165,14 @@ def test_jobs_beyond_the_limit_are_refused_until_one_ends(counted: Quotas, jobs:
     jobs.fail_queued(job_id(1), "broken")
     counted.job(GALLERY, job_id(3))
     refused(lambda: counted.job(GALLERY, job_id(1)))
-    counted.ended(GALLERY, job_id(2))
+    counted.release_job(GALLERY, job_id(2))
     counted.job(GALLERY, job_id(1))
 
 
-def test_a_job_that_is_not_submitted_yet_counts(counted: Quotas, jobs: Jobs) -> None:
+def test_a_job_counts_before_it_is_submitted(counted: Quotas, jobs: Jobs) -> None:
     submit(jobs, 1)
     jobs.fail_queued(job_id(1), "broken")
-    counted.job(GALLERY, job_id(1))  # to be tried again
+    counted.job(GALLERY, job_id(1))  # for a retry
     counted.job(GALLERY, job_id(2))
     refused(lambda: counted.job(GALLERY, job_id(3)))
     submit(jobs, 1)
@@ -180,7 +180,7 @@ def test_a_job_that_is_not_submitted_yet_counts(counted: Quotas, jobs: Jobs) -> 
     refused(lambda: counted.job(GALLERY, job_id(3)))
 
 
-def test_a_job_that_never_was_submitted_does_not_count_for_long(
+def test_a_job_that_is_never_submitted_counts_for_a_short_time(
     counted: Quotas, later: Callable[[float], None]
 ) -> None:
     counted.job(GALLERY, "one")
@@ -191,7 +191,7 @@ def test_a_job_that_never_was_submitted_does_not_count_for_long(
     counted.job(GALLERY, "three")
 
 
-def test_a_job_that_never_ends_counts_no_longer_than_it_can_be_wanted(
+def test_a_job_that_never_ends_counts_until_the_longest_subscription_ends(
     counted: Quotas, jobs: Jobs, later: Callable[[float], None]
 ) -> None:
     for seed in (1, 2):
@@ -203,16 +203,20 @@ def test_a_job_that_never_ends_counts_no_longer_than_it_can_be_wanted(
     counted.job(GALLERY, job_id(3))
 
 
-def test_retry_after_is_when_the_first_job_ends(counted: Quotas, jobs: Jobs, store: Store) -> None:
+def test_retry_after_is_the_eta_of_the_first_job_to_end(
+    counted: Quotas, jobs: Jobs, store: Store
+) -> None:
     for seed in (1, 2):
         counted.job(GALLERY, job_id(seed))
         submit(jobs, seed)
-    assert refused(lambda: counted.job(GALLERY, job_id(3)))["Retry-After"] == "5"  # none measured
-    estimates.measured(jobs, 5.9, decode(1).work, "a worker")  # as much as each of them
+    assert (
+        refused(lambda: counted.job(GALLERY, job_id(3)))["Retry-After"] == "5"
+    )  # no cost model yet
+    estimates.record_duration(jobs, 5.9, decode(1).work, "a worker")  # the duration of each job
     assert refused(lambda: counted.job(GALLERY, job_id(3)))["Retry-After"] == "6"
 
 
-def test_without_redis_requests_pass_and_jobs_do_not(
+def test_without_redis_requests_pass_and_jobs_are_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with private_redis.servers(tmp_path) as (queue, _):
@@ -225,7 +229,7 @@ def test_without_redis_requests_pass_and_jobs_do_not(
         for _ in range(5):
             assert counted.request(GALLERY) == {}
     assert [r.getMessage().split(":")[0] for r in caplog.records] == [
-        "requests are not counted, Redis is away"
+        "requests are not counted while Redis is unavailable"
     ]
     with pytest.raises(redis.RedisError):
         counted.job(GALLERY, "one")
@@ -234,13 +238,13 @@ def test_without_redis_requests_pass_and_jobs_do_not(
 
 @pytest.fixture
 def stopped(store: Store) -> Iterator[Callable[[int], None]]:
-    """Sends the queue's server a signal."""
+    """Sends signals to the queue's server."""
     pid = store.queue.info()["process_id"]
     yield lambda number: os.kill(pid, number)
     os.kill(pid, signal.SIGCONT)
 
 
-def test_a_silent_redis_holds_up_one_request_and_counts_again_when_it_is_back(
+def test_a_hanging_redis_delays_one_request_and_is_used_again_later(
     redis_urls: tuple[str, str],
     store: Store,
     stopped: Callable[[int], None],
@@ -252,10 +256,10 @@ def test_a_silent_redis_holds_up_one_request_and_counts_again_when_it_is_back(
     monkeypatch.setattr(quotas, "PAUSE_S", 0.5)
     stopped(signal.SIGSTOP)
     assert counted.request(GALLERY) == {}
-    begun = time.monotonic()
+    began = time.monotonic()
     for _ in range(100):
         assert counted.request(GALLERY) == {}
-    assert time.monotonic() - begun < 0.1
+    assert time.monotonic() - began < 0.1
     stopped(signal.SIGCONT)
     time.sleep(0.6)
     assert "r=" in counted.request(GALLERY)["RateLimit"]

@@ -1,4 +1,4 @@
-"""Every kind of URL against a real server: TLS, users with few rights, Sentinel and a failover."""
+"""Every kind of Redis URL with a real server: TLS, restricted users, Sentinel and a failover."""
 
 import asyncio
 import contextlib
@@ -18,8 +18,9 @@ from rq import SimpleWorker
 
 from models.codec import bitstream
 from models.tiers import Settings
-from tests.chaos.rig import decode_of, until
-from tests.conftest import free_port
+from tests.support.jobs import decode_of
+from tests.support.service import free_port
+from tests.support.waiting import until
 from worker.attempt import Attempt
 from worker.queue import estimates, private_redis, urls
 from worker.queue.jobs import Jobs
@@ -35,7 +36,7 @@ OPERATING = Path(__file__).parents[2] / "deploy/OPERATING.md"
 
 @contextlib.contextmanager
 def server(folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server on a port of this machine."""
+    """A Redis server on a local port."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [
         str(private_redis.find_server()),
@@ -56,8 +57,8 @@ def server(folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def life(store: Store, data: bytes) -> None:
-    """All that API and workers do with a job."""
+def run_job(store: Store, data: bytes) -> None:
+    """Do all that the API and workers do with a job."""
     jobs = Jobs(store)
     job_id = jobs.submit(decode_of(data, FAST), data, "somebody")[0].id
     assert estimates.backlog_s(jobs) == 0
@@ -65,24 +66,24 @@ def life(store: Store, data: bytes) -> None:
     jobs.queue.remove(job_id)
     attempt = Attempt.begin(jobs, job_id)
     assert attempt is not None
-    attempt.beat()
-    estimates.present(jobs)
-    assert attempt.look(1).wanted
+    attempt.renew_lease()
+    estimates.mark_alive(jobs)
+    assert attempt.poll(1).subscribed
     attempt.commit(b"picture")
-    attempt.measured(1.0)
+    attempt.record_duration(1.0)
     jobs.reap()
     state = jobs.get(job_id)
     assert state is not None and state.status == "succeeded"
     assert store.picture(job_id) == b"picture"
 
 
-def up(port: int) -> None:
+def wait_for_server(port: int) -> None:
     with redis.Redis(port=port) as client:
         until(client.ping, "the server starts")
 
 
 @contextlib.contextmanager
-def opened(url: str) -> Iterator[Store]:
+def connected_to(url: str) -> Iterator[Store]:
     store = connect(settings(url))
     try:
         yield store
@@ -96,7 +97,7 @@ def settings(url: str) -> WorkerSettings:
 
 @contextlib.contextmanager
 def tls_in_front(port: int, folder: Path) -> Iterator[tuple[int, Path]]:
-    """A proxy that speaks TLS and passes what it hears to `port`; its port and its CA's file."""
+    """A TLS proxy in front of `port`: its port, and the file of its CA."""
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(folder / "ca.pem"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -108,7 +109,7 @@ def tls_in_front(port: int, folder: Path) -> Iterator[tuple[int, Path]]:
                 target.sendall(data)
             target.shutdown(socket.SHUT_RDWR)
 
-    def passed(plain: socket.socket) -> None:
+    def forward(plain: socket.socket) -> None:
         with plain, contextlib.suppress(OSError):
             with (
                 context.wrap_socket(plain, server_side=True) as near,
@@ -123,7 +124,7 @@ def tls_in_front(port: int, folder: Path) -> Iterator[tuple[int, Path]]:
         with contextlib.suppress(OSError):
             while True:
                 plain, _ = listener.accept()
-                threading.Thread(target=passed, args=(plain,), daemon=True).start()
+                threading.Thread(target=forward, args=(plain,), daemon=True).start()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=serve, daemon=True).start()
@@ -131,29 +132,29 @@ def tls_in_front(port: int, folder: Path) -> Iterator[tuple[int, Path]]:
         listener.shutdown(socket.SHUT_RDWR)
 
 
-def test_over_tls_the_server_must_be_who_it_says(tmp_path: Path, small_msh: bytes) -> None:
+def test_tls_verifies_the_servers_certificate(tmp_path: Path, small_msh: bytes) -> None:
     port = free_port()
     with server(tmp_path, "--port", str(port)), tls_in_front(port, tmp_path) as (secure, ca):
-        up(port)
-        with opened(f"rediss://127.0.0.1:{secure}/0?ssl_ca_certs={ca}") as store:
-            life(store, small_msh)
+        wait_for_server(port)
+        with connected_to(f"rediss://127.0.0.1:{secure}/0?ssl_ca_certs={ca}") as store:
+            run_job(store, small_msh)
         with (
-            opened(f"rediss://127.0.0.1:{secure}/0") as store,
+            connected_to(f"rediss://127.0.0.1:{secure}/0") as store,
             pytest.raises(redis.ConnectionError, match="certificate"),
         ):
             store.ping()
 
 
 @pytest.mark.parametrize("connect", [urls.client, urls.asynchronous])
-def test_a_sentinel_that_is_away_is_asked_once(connect: Callable[..., Any]) -> None:
-    """The next one knows: ten more tries of each took half a minute."""
-    asked: list[int] = []
+def test_an_unreachable_sentinel_is_tried_once(connect: Callable[..., Any]) -> None:
+    """redis-py would retry ten times, which delays the next Sentinel by half a minute."""
+    attempts: list[int] = []
 
     def refuse(number: int, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while True:
                 listener.accept()[0].close()
-                asked.append(number)
+                attempts.append(number)
 
     with socket.create_server(("127.0.0.1", 0)) as a, socket.create_server(("127.0.0.1", 0)) as b:
         for number, listener in enumerate((a, b)):
@@ -161,33 +162,35 @@ def test_a_sentinel_that_is_away_is_asked_once(connect: Callable[..., Any]) -> N
         hosts = ",".join(f"127.0.0.1:{s.getsockname()[1]}" for s in (a, b))
         connected = connect(f"redis+sentinel://{hosts}/queue", socket_connect_timeout=2)
         with pytest.raises(redis.ConnectionError):
-            answer = connected.ping()
-            asyncio.run(answer) if inspect.isawaitable(answer) else None
-        assert asked == [0, 1]
+            reply = connected.ping()
+            asyncio.run(reply) if inspect.isawaitable(reply) else None
+        assert attempts == [0, 1]
         for listener in (a, b):
             listener.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_user_with_the_documented_rights_is_enough(tmp_path: Path, small_msh: bytes) -> None:
-    """The rule that the page on operating shows, as it stands there."""
+def test_the_documented_rights_of_a_redis_user_are_sufficient(
+    tmp_path: Path, small_msh: bytes
+) -> None:
+    """The ACL rule of OPERATING.md."""
     (rule,) = (
         line.strip() for line in OPERATING.read_text().splitlines()
         if line.strip().startswith("ACL SETUSER")
     )  # fmt: skip
     port = free_port()
     with server(tmp_path, "--port", str(port)):
-        up(port)
+        wait_for_server(port)
         with redis.Redis(port=port) as admin:
             admin.execute_command(*rule.replace("PASSWORD", "secret").split())
             admin.execute_command("ACL", "SETUSER", "default", "off")
-        with opened(f"redis://afterimage:secret@127.0.0.1:{port}/0") as store:
-            life(store, small_msh)
-            SimpleWorker([Jobs(store).queue], connection=store.queue)  # may name and find itself
-            for forbidden in (lambda: store.queue.get("another's key"), store.queue.flushall):
+        with connected_to(f"redis://afterimage:secret@127.0.0.1:{port}/0") as store:
+            run_job(store, small_msh)
+            SimpleWorker([Jobs(store).queue], connection=store.queue)  # may register itself
+            for forbidden in (lambda: store.queue.get("foreign key"), store.queue.flushall):
                 with pytest.raises(redis.RedisError, match="permission"):
                     forbidden()
         with (
-            opened(f"redis://afterimage:wrong@127.0.0.1:{port}/0") as store,
+            connected_to(f"redis://afterimage:wrong@127.0.0.1:{port}/0") as store,
             pytest.raises(redis.AuthenticationError),
         ):
             store.ping()
@@ -210,9 +213,9 @@ def test_a_failover_by_sentinel_loses_no_job(tmp_path: Path, small_msh: bytes) -
         )
         with (
             server(tmp_path / "s", str(tmp_path / "sentinel.conf"), "--sentinel"),
-            opened(url) as store,
+            connected_to(url) as store,
         ):
-            until(lambda: sentinel.sentinel_slaves("queue"), "it sees both")
+            until(lambda: sentinel.sentinel_slaves("queue"), "the Sentinel knows the replica")
             jobs = Jobs(store)
             job_id = jobs.submit(decode_of(small_msh, FAST), small_msh)[0].id
             until(lambda: replica.exists(jobs.key(job_id)), "the job is on the replica")
@@ -243,15 +246,15 @@ def test_a_failover_by_sentinel_loses_no_job(tmp_path: Path, small_msh: bytes) -
     ["http://host", "redis+sentinel://host:26379", "redis+sentinel:///queue",
      "redis+sentinel://host:port/queue", "redis://host:port"],
 )  # fmt: skip
-def test_what_is_no_redis_url_is_told_without_its_password(url: str) -> None:
+def test_the_error_of_an_invalid_url_hides_the_password(url: str) -> None:
     secret = url.replace("://", "://user:hunter2@", 1)
-    for wrong in (url, secret):
-        with pytest.raises(NoRedis) as told:
-            urls.client(wrong)
-        assert "hunter2" not in str(told.value)
+    for invalid in (url, secret):
+        with pytest.raises(NoRedis) as error:
+            urls.client(invalid)
+        assert "hunter2" not in str(error.value)
 
 
-def test_a_sentinel_url_carries_users_and_tls() -> None:
+def test_a_sentinel_url_has_users_and_tls_options() -> None:
     url = (
         "rediss+sentinel://app:pw@a:1,b/queue/3?ssl_ca_certs=/ca.pem&sentinel_password=other%20one"
     )
@@ -263,7 +266,7 @@ def test_a_sentinel_url_carries_users_and_tls() -> None:
     assert issubclass(pool.connection_class, redis.SSLConnection)
     (a, b) = pool.sentinel_manager.sentinels
     for sentinel, host, port in ((a, "a", 1), (b, "b", 26379)):
-        own = sentinel.connection_pool.connection_kwargs
-        assert (own["host"], own["port"], own["password"]) == (host, port, "other one")
-        assert "username" not in own or own["username"] is None
+        options = sentinel.connection_pool.connection_kwargs
+        assert (options["host"], options["port"], options["password"]) == (host, port, "other one")
+        assert "username" not in options or options["username"] is None
         assert issubclass(sentinel.connection_pool.connection_class, redis.SSLConnection)

@@ -1,4 +1,4 @@
-"""Webhooks over a real Redis to real receivers."""
+"""Webhooks, with a real Redis and real receivers."""
 
 import contextlib
 import json
@@ -24,10 +24,10 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from models.errors import ParameterError
 from models.tiers import Settings
-from tests.chaos.rig import until
+from tests.support.waiting import until
 from worker.queue import outbox
-from worker.queue.outbox import DEAD_KEPT, Message, Messages
-from worker.queue.records import Decode, JobState, Status
+from worker.queue.outbox import MAX_DEAD, Message, Outbox
+from worker.queue.records import DecodeRequest, JobState, Status
 from worker.queue.store import Store
 from worker.webhooks.sender import deliver_forever
 from worker.webhooks.settings import WebhookSettings, check_url
@@ -54,7 +54,7 @@ class Received:
 
 
 Answer = Callable[[BaseHTTPRequestHandler, int], None]
-"""Answers the n-th request, from 1."""
+"""Answers the n-th request, counted from 1."""
 
 
 def status(code: int, headers: dict[str, str] | None = None, body: bytes = b"") -> Answer:
@@ -75,7 +75,7 @@ def in_turn(*codes: int) -> Answer:
 
 @dataclass
 class Receiver:
-    """A server of a client's, on its own port."""
+    """A server that receives webhooks."""
 
     answer: Answer = field(default_factory=lambda: status(204))
     address: str = "127.0.0.1"
@@ -91,15 +91,15 @@ class Receiver:
 
     @contextlib.contextmanager
     def serving(self, tls: ssl.SSLContext | None = None) -> Iterator["Receiver"]:
-        own = self
+        receiver = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 headers = {k.lower(): v for k, v in self.headers.items()}
-                own.requests.append(Received(self.path, headers, body, time.monotonic()))
-                with contextlib.suppress(OSError):  # who had enough hangs up
-                    own.answer(self, len(own.requests))
+                receiver.requests.append(Received(self.path, headers, body, time.monotonic()))
+                with contextlib.suppress(OSError):  # the sender may close the connection
+                    receiver.answer(self, len(receiver.requests))
 
             def log_message(self, *_: object) -> None: ...
 
@@ -146,33 +146,33 @@ def delivering(
 ) -> Iterator[None]:
     stop = threading.Event()
     arguments = (store, settings, stop, resolver)
-    consumer = threading.Thread(target=deliver_forever, args=arguments)
-    consumer.start()
+    sender = threading.Thread(target=deliver_forever, args=arguments)
+    sender.start()
     try:
         yield
     finally:
         stop.set()
-        consumer.join()
+        sender.join()
 
 
 def deliver_all(store: Store, settings: WebhookSettings, resolver: Resolver = resolve) -> None:
-    """Until nothing waits."""
+    """Send messages until the outbox is empty."""
     with delivering(store, settings, resolver):
-        until(lambda: not store.queue.exists(Messages(store).due), "all are sent")
+        until(lambda: not store.queue.exists(Outbox(store).due), "the outbox is empty")
 
 
-def dead(store: Store) -> list[dict[str, Any]]:
-    found: list[bytes] = store.queue.lrange(Messages(store).dead, 0, -1)  # type: ignore[assignment]
-    return [json.loads(x) for x in found]
+def dead_letters(store: Store) -> list[dict[str, Any]]:
+    letters: list[bytes] = store.queue.lrange(Outbox(store).dead, 0, -1)  # type: ignore[assignment]
+    return [json.loads(letter) for letter in letters]
 
 
-def test_the_end_of_a_job_is_told_in_a_signed_request(store: Store, receiver: Receiver) -> None:
+def test_the_end_of_a_job_is_sent_in_a_signed_request(store: Store, receiver: Receiver) -> None:
     end_job(store, receiver.url())
     deliver_all(store, settings(receiver))
     [got] = receiver.requests
-    told = Webhook(SECRET).verify(got.body, got.headers)
-    assert (told["type"], told["data"]) == ("decode.succeeded", DATA)
-    assert told["timestamp"].endswith("Z")
+    payload = Webhook(SECRET).verify(got.body, got.headers)
+    assert (payload["type"], payload["data"]) == ("decode.succeeded", DATA)
+    assert payload["timestamp"].endswith("Z")
     assert got.headers["content-type"] == "application/json"
     assert got.headers["host"] == receiver.host
     assert got.path == "/hook?token=s3cret-of-receiver"
@@ -180,10 +180,10 @@ def test_the_end_of_a_job_is_told_in_a_signed_request(store: Store, receiver: Re
         Webhook(OTHER).verify(got.body, got.headers)
     with pytest.raises(WebhookVerificationError):
         Webhook(SECRET).verify(got.body.replace(b"succeeded", b"failed"), got.headers)
-    assert dead(store) == []
+    assert dead_letters(store) == []
 
 
-def test_while_a_secret_changes_both_sign(store: Store, receiver: Receiver) -> None:
+def test_two_secrets_sign_every_message(store: Store, receiver: Receiver) -> None:
     end_job(store, receiver.url())
     deliver_all(store, settings(receiver, webhook_secret=f"{OTHER} {SECRET}"))
     [got] = receiver.requests
@@ -191,7 +191,7 @@ def test_while_a_secret_changes_both_sign(store: Store, receiver: Receiver) -> N
         Webhook(secret).verify(got.body, got.headers)
 
 
-def test_several_urls_are_told_once_each(store: Store, receiver: Receiver) -> None:
+def test_each_url_gets_one_message(store: Store, receiver: Receiver) -> None:
     a, b = receiver.url() + "&a", receiver.url() + "&b"
     end_job(store, a, b, a)
     outbox.job_ended(store, "job", "decode.succeeded", DATA)
@@ -200,22 +200,22 @@ def test_several_urls_are_told_once_each(store: Store, receiver: Receiver) -> No
     assert len({r.id for r in receiver.requests}) == 2
 
 
-def test_nothing_is_queued_for_a_job_that_nobody_asked_about(store: Store) -> None:
+def test_a_job_without_webhooks_adds_no_message(store: Store) -> None:
     end_job(store)
     assert store.queue.keys("*") == []
 
 
-def test_a_message_is_a_part_of_the_transaction_that_ends_the_job(store: Store) -> None:
+def test_a_message_is_added_in_the_transaction_that_ends_the_job(store: Store) -> None:
     outbox.register(store, "job", "https://a.example/")
     with store.queue.pipeline() as pipe:
         pipe.set("mark", 1, ex=60)
         outbox.job_ended(store, "job", "decode.failed", DATA, pipe)
-        assert not store.queue.exists(Messages(store).due)
+        assert not store.queue.exists(Outbox(store).due)
         pipe.execute()
-    assert store.queue.exists("mark") and store.queue.zcard(Messages(store).due) == 1
+    assert store.queue.exists("mark") and store.queue.zcard(Outbox(store).due) == 1
 
 
-def test_a_job_has_so_many_webhooks_and_no_more(store: Store) -> None:
+def test_the_webhooks_of_a_job_are_limited(store: Store) -> None:
     for i in range(outbox.MAX_URLS):
         outbox.register(store, "job", f"https://a.example/{i}")
     outbox.register(store, "job", "https://a.example/0")
@@ -225,8 +225,10 @@ def test_a_job_has_so_many_webhooks_and_no_more(store: Store) -> None:
 
 
 @pytest.mark.parametrize("end", ["succeeded", "failed", "canceled"])
-def test_what_is_told_says_how_the_job_ended(end: Status) -> None:
-    decode = Decode("ab" * 32, "perceptual", Settings("ddim", 4), 5, "c" * 16, "d" * 16, 2, 64, 32)
+def test_the_event_states_how_the_job_ended(end: Status) -> None:
+    decode = DecodeRequest(
+        "ab" * 32, "perceptual", Settings("ddim", 4), 5, "c" * 16, "d" * 16, 2, 64, 32
+    )
     error = "broken" if end == "failed" else ""
     kind, data = outbox.event(JobState(decode.id, end, decode, 4, 4, 1, 1.0, 2.0, 3.0, error))
     assert kind == f"decode.{end}"
@@ -237,7 +239,7 @@ def test_what_is_told_says_how_the_job_ended(end: Status) -> None:
     assert data["error"] == (error or None)
 
 
-def test_a_failed_attempt_is_repeated_with_the_same_id(store: Store, receiver: Receiver) -> None:
+def test_a_failed_attempt_is_retried_with_the_same_id(store: Store, receiver: Receiver) -> None:
     receiver.answer = in_turn(500, 404, 200)
     end_job(store, receiver.url())
     deliver_all(store, settings(receiver))
@@ -245,52 +247,54 @@ def test_a_failed_attempt_is_repeated_with_the_same_id(store: Store, receiver: R
     assert len({(r.id, r.body) for r in receiver.requests}) == 1
     for got in receiver.requests:
         Webhook(SECRET).verify(got.body, got.headers)
-    assert dead(store) == []
+    assert dead_letters(store) == []
 
 
-def test_attempts_are_counted_and_put_off(store: Store, receiver: Receiver) -> None:
+def test_attempts_are_counted_and_delayed(store: Store, receiver: Receiver) -> None:
     receiver.answer = status(500)
     end_job(store, receiver.url())
     with delivering(store, settings(receiver, webhook_retries_s=(0, 86400, 86400))):
         until(lambda: len(receiver.requests) == 2, "a second attempt")
-        queue = Messages(store)
+        queue = Outbox(store)
         [(name, due)] = store.queue.zrange(queue.due, 0, -1, withscores=True)
         key = queue.key(name.decode())
         until(
             lambda: store.queue.zscore(queue.due, name) != due or due > time.time() + 60,
-            "the third is put off",
+            "the third is delayed",
         )
     assert store.queue.hget(key, "attempts") == b"2"
     assert len(receiver.requests) == 2
 
 
-def test_what_never_succeeds_is_kept_among_the_dead(store: Store, receiver: Receiver) -> None:
+def test_a_message_that_never_succeeds_becomes_a_dead_letter(
+    store: Store, receiver: Receiver
+) -> None:
     receiver.answer = status(500)
     end_job(store, receiver.url())
     deliver_all(store, settings(receiver, webhook_retries_s=(0, 0)))
     assert len(receiver.requests) == 3
-    [last] = dead(store)
+    [last] = dead_letters(store)
     assert (last["id"], last["attempts"]) == (receiver.requests[0].id, 3)
-    assert (last["error"], last["job"]) == ("it answered 500", "job")
+    assert (last["error"], last["job"]) == ("status 500", "job")
     assert json.loads(last["body"])["data"] == DATA
 
 
-def test_the_dead_are_bounded(store: Store) -> None:
-    queue = Messages(store)
-    store.queue.rpush(queue.dead, *(["{}"] * DEAD_KEPT))
+def test_the_number_of_dead_letters_is_limited(store: Store) -> None:
+    queue = Outbox(store)
+    store.queue.rpush(queue.dead, *(["{}"] * MAX_DEAD))
     end_job(store, "https://a.example/")
     message = queue.claim(10)
-    assert message is not None and queue.give_up(message, "it answered 500")
-    assert store.queue.llen(queue.dead) == DEAD_KEPT
-    assert dead(store)[0]["id"] == message.id
+    assert message is not None and queue.give_up(message, "status 500")
+    assert store.queue.llen(queue.dead) == MAX_DEAD
+    assert dead_letters(store)[0]["id"] == message.id
 
 
-def test_a_receiver_that_is_gone_is_not_asked_again(store: Store, receiver: Receiver) -> None:
+def test_status_410_is_final(store: Store, receiver: Receiver) -> None:
     receiver.answer = status(410)
     end_job(store, receiver.url())
     deliver_all(store, settings(receiver))
     assert len(receiver.requests) == 1
-    assert dead(store)[0]["error"] == "it answered 410"
+    assert dead_letters(store)[0]["error"] == "status 410"
 
 
 def test_redirects_are_not_followed(store: Store, receiver: Receiver) -> None:
@@ -300,16 +304,16 @@ def test_redirects_are_not_followed(store: Store, receiver: Receiver) -> None:
         allowed = f"{receiver.host},{elsewhere.host}"
         deliver_all(store, settings(receiver, webhook_allow=allowed, webhook_retries_s=()))
         assert (len(receiver.requests), elsewhere.requests) == (1, [])
-    assert dead(store)[0]["error"] == "it answered 307"
+    assert dead_letters(store)[0]["error"] == "status 307"
 
 
 @pytest.mark.parametrize("as_date", [False, True])
 @pytest.mark.parametrize("code", [429, 503])
-def test_a_receiver_may_put_us_off(
+def test_retry_after_is_respected(
     store: Store, receiver: Receiver, code: int, as_date: bool
 ) -> None:
-    asked = formatdate(time.time() + 5, usegmt=True) if as_date else "2"
-    first, then = status(code, {"Retry-After": asked}), status(204)
+    retry_after = formatdate(time.time() + 5, usegmt=True) if as_date else "2"
+    first, then = status(code, {"Retry-After": retry_after}), status(204)
     receiver.answer = lambda handler, n: (first if n == 1 else then)(handler, n)
     end_job(store, receiver.url())
     deliver_all(store, settings(receiver))
@@ -317,22 +321,22 @@ def test_a_receiver_may_put_us_off(
     assert 1.5 < after - before < 10
 
 
-def test_a_receiver_may_not_put_us_off_for_ever(store: Store, receiver: Receiver) -> None:
+def test_retry_after_has_an_upper_limit(store: Store, receiver: Receiver) -> None:
     receiver.answer = status(503, {"Retry-After": "9" * 50})
     end_job(store, receiver.url())
-    queue = Messages(store)
+    queue = Outbox(store)
     with delivering(store, settings(receiver)):
-        until(lambda: _due_in(store, queue) > 600, "it is put off")
+        until(lambda: _due_in(store, queue) > 600, "it is delayed")
     assert _due_in(store, queue) <= 3600
 
 
-def _due_in(store: Store, queue: Messages) -> float:
+def _due_in(store: Store, queue: Outbox) -> float:
     return max(score for _, score in store.queue.zrange(queue.due, 0, -1, withscores=True)) - (
         time.time()
     )
 
 
-def test_other_answers_may_not_put_us_off(store: Store, receiver: Receiver) -> None:
+def test_retry_after_of_other_statuses_is_ignored(store: Store, receiver: Receiver) -> None:
     receiver.answer = lambda handler, n: status(500 if n == 1 else 200, {"Retry-After": "600"})(
         handler, n
     )
@@ -341,12 +345,12 @@ def test_other_answers_may_not_put_us_off(store: Store, receiver: Receiver) -> N
     assert len(receiver.requests) == 2
 
 
-def test_who_does_not_listen_is_a_failure(store: Store, receiver: Receiver) -> None:
+def test_a_refused_connection_is_a_failure(store: Store, receiver: Receiver) -> None:
     with Receiver().serving() as closed:
         pass
     end_job(store, closed.url())
     deliver_all(store, settings(closed, webhook_retries_s=(0,)))
-    assert "ConnectError" in dead(store)[0]["error"]
+    assert "ConnectError" in dead_letters(store)[0]["error"]
 
 
 def drip_headers(handler: BaseHTTPRequestHandler, _n: int) -> None:
@@ -357,11 +361,11 @@ def drip_headers(handler: BaseHTTPRequestHandler, _n: int) -> None:
 
 
 def say_nothing(handler: BaseHTTPRequestHandler, _n: int) -> None:
-    handler.connection.recv(1)  # until it is hung up on
+    handler.connection.recv(1)  # until the sender closes the connection
 
 
 @pytest.mark.parametrize("slow", [drip_headers, say_nothing])
-def test_a_slow_receiver_has_one_deadline_for_everything(
+def test_one_timeout_covers_the_whole_attempt(
     store: Store, receiver: Receiver, slow: Answer
 ) -> None:
     receiver.answer = slow
@@ -369,7 +373,7 @@ def test_a_slow_receiver_has_one_deadline_for_everything(
     start = time.monotonic()
     deliver_all(store, settings(receiver, webhook_timeout_s=0.5, webhook_retries_s=()))
     assert time.monotonic() - start < 3
-    assert "Timeout" in dead(store)[0]["error"]
+    assert "Timeout" in dead_letters(store)[0]["error"]
 
 
 def test_endless_headers_are_a_failure(store: Store, receiver: Receiver) -> None:
@@ -381,10 +385,10 @@ def test_endless_headers_are_a_failure(store: Store, receiver: Receiver) -> None
     receiver.answer = answer
     end_job(store, receiver.url())
     deliver_all(store, settings(receiver, webhook_retries_s=()))
-    assert "bytes of headers" in dead(store)[0]["error"]
+    assert "bytes of headers" in dead_letters(store)[0]["error"]
 
 
-def test_a_huge_answer_is_not_read(store: Store, receiver: Receiver) -> None:
+def test_a_large_response_is_not_read(store: Store, receiver: Receiver) -> None:
     sent: list[int] = []
 
     def answer(handler: BaseHTTPRequestHandler, _n: int) -> None:
@@ -398,13 +402,13 @@ def test_a_huge_answer_is_not_read(store: Store, receiver: Receiver) -> None:
     receiver.answer = answer
     end_job(store, receiver.url())
     deliver_all(store, settings(receiver))
-    until(lambda: not _answering(), "the answers end")
-    assert len(receiver.requests) == 1 and dead(store) == []
+    until(lambda: not _answering(), "all handlers have returned")
+    assert len(receiver.requests) == 1 and dead_letters(store) == []
     assert sum(sent) < 20 * 2**20  # what the system's socket buffers took
 
 
-def test_who_has_answered_is_not_listened_to(store: Store, receiver: Receiver) -> None:
-    hung_up: list[bool] = []
+def test_the_connection_is_closed_after_the_response(store: Store, receiver: Receiver) -> None:
+    closed: list[bool] = []
 
     def answer(handler: BaseHTTPRequestHandler, _n: int) -> None:
         handler.send_response(200)
@@ -413,43 +417,43 @@ def test_who_has_answered_is_not_listened_to(store: Store, receiver: Receiver) -
         handler.wfile.write(b"x")
         handler.connection.settimeout(3)
         try:
-            hung_up.append(handler.connection.recv(1) == b"")
+            closed.append(handler.connection.recv(1) == b"")
         except ConnectionResetError:
-            hung_up.append(True)
+            closed.append(True)
         except TimeoutError:
-            hung_up.append(False)
+            closed.append(False)
 
     receiver.answer = answer
     end_job(store, receiver.url())
     deliver_all(store, settings(receiver))
-    until(lambda: hung_up, "it hangs up")
-    assert hung_up == [True] and dead(store) == []
+    until(lambda: closed, "the connection is closed")
+    assert closed == [True] and dead_letters(store) == []
 
 
 def _answering() -> bool:
     return any("process_request_thread" in t.name for t in threading.enumerate())
 
 
-def test_what_is_not_http_is_a_failure(store: Store, receiver: Receiver) -> None:
+def test_a_response_that_is_not_http_is_a_failure(store: Store, receiver: Receiver) -> None:
     receiver.answer = lambda handler, _n: (
         handler.wfile.write(b"220 smtp.example ESMTP\r\n") and None
     )
     end_job(store, receiver.url())
     deliver_all(store, settings(receiver, webhook_retries_s=()))
-    assert "RemoteProtocolError" in dead(store)[0]["error"]
+    assert "RemoteProtocolError" in dead_letters(store)[0]["error"]
 
 
-def test_one_slow_receiver_does_not_hold_up_the_others(store: Store, receiver: Receiver) -> None:
+def test_a_slow_receiver_does_not_delay_others(store: Store, receiver: Receiver) -> None:
     with Receiver(drip_headers).serving() as slow:
         both = settings(receiver, webhook_allow=f"{receiver.host} {slow.host}")
         end_job(store, slow.url(), job="slow")
         with delivering(store, both):
-            until(lambda: slow.requests, "the slow one is asked")
+            until(lambda: slow.requests, "the slow receiver gets its request")
             end_job(store, receiver.url(), job="quick")
-            until(lambda: receiver.requests, "the other is told", 3)
+            until(lambda: receiver.requests, "the other receiver gets its request", 3)
 
 
-def test_proxies_of_the_environment_are_not_used(
+def test_proxy_variables_are_ignored(
     store: Store, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"):
@@ -463,14 +467,14 @@ def test_proxies_of_the_environment_are_not_used(
 class Certificate:
     tls: ssl.SSLContext
     file: Path
-    names: list[str | None]  # that clients asked for
+    names: list[str | None]  # that clients sent as SNI
 
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    """Of hooks.test, signed by itself."""
+    """A self-signed certificate of hooks.test."""
     if not shutil.which("openssl"):
-        pytest.skip("there is no openssl to make a certificate")
+        pytest.skip("needs openssl to make a certificate")
     folder = tmp_path_factory.mktemp("tls")
     key, file = folder / "key.pem", folder / "certificate.pem"
     subprocess.run(
@@ -485,14 +489,14 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
     return Certificate(tls, file, names)
 
 
-def test_tls_goes_to_the_checked_address_and_is_verified_against_the_name(
+def test_tls_connects_to_the_checked_address_and_verifies_the_name(
     store: Store, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate.file))
-    asked: list[str] = []
+    hosts: list[str] = []
 
     def resolver(host: str) -> list[str]:
-        asked.append(host)
+        hosts.append(host)
         return ["127.0.0.1"]
 
     with Receiver().serving(certificate.tls) as receiver:
@@ -501,7 +505,7 @@ def test_tls_goes_to_the_checked_address_and_is_verified_against_the_name(
     [got] = receiver.requests
     Webhook(SECRET).verify(got.body, got.headers)
     assert got.headers["host"] == f"hooks.test:{receiver.port}"
-    assert (asked, certificate.names[-1]) == (["hooks.test"], "hooks.test")
+    assert (hosts, certificate.names[-1]) == (["hooks.test"], "hooks.test")
 
 
 @pytest.mark.parametrize("host", ["other.test", "127.0.0.1"])
@@ -514,7 +518,7 @@ def test_a_certificate_of_another_name_is_refused(
         chosen = settings(receiver, webhook_allow=host, webhook_retries_s=())
         deliver_all(store, chosen, lambda _host: ["127.0.0.1"])
     assert receiver.requests == []
-    assert "CERTIFICATE_VERIFY_FAILED" in dead(store)[0]["error"]
+    assert "CERTIFICATE_VERIFY_FAILED" in dead_letters(store)[0]["error"]
 
 
 def test_a_certificate_of_an_unknown_authority_is_refused(
@@ -526,13 +530,11 @@ def test_a_certificate_of_an_unknown_authority_is_refused(
         chosen = settings(receiver, webhook_allow="hooks.test", webhook_retries_s=())
         deliver_all(store, chosen, lambda _host: ["127.0.0.1"])
     assert receiver.requests == []
-    assert "CERTIFICATE_VERIFY_FAILED" in dead(store)[0]["error"]
+    assert "CERTIFICATE_VERIFY_FAILED" in dead_letters(store)[0]["error"]
 
 
-def test_a_name_that_changes_its_address_is_followed_nowhere(
-    store: Store, receiver: Receiver
-) -> None:
-    """The resolver is asked once an attempt, and its first answer is where the request goes."""
+def test_a_name_that_changes_its_address_has_no_effect(store: Store, receiver: Receiver) -> None:
+    """A host is resolved once per attempt, and the request goes to that address."""
     with Receiver(address="127.0.0.2", port=receiver.port).serving() as rebound:
         answers = iter(["127.0.0.1", "127.0.0.2", "127.0.0.2"])
         end_job(store, receiver.url("rebind.test"))
@@ -542,7 +544,7 @@ def test_a_name_that_changes_its_address_is_followed_nowhere(
     assert list(answers) == ["127.0.0.2"] * 2
 
 
-def test_a_name_that_was_public_when_given_and_is_private_now_is_not_sent_to(
+def test_a_name_that_becomes_private_after_submission_gets_no_request(
     store: Store, receiver: Receiver
 ) -> None:
     answers = iter([["93.184.216.34"], ["127.0.0.1"], ["93.184.216.34", "127.0.0.1"]])
@@ -552,41 +554,43 @@ def test_a_name_that_was_public_when_given_and_is_private_now_is_not_sent_to(
     end_job(store, url)
     deliver_all(store, chosen, lambda _host: next(answers))
     assert receiver.requests == []
-    assert "public addresses only" in dead(store)[0]["error"]
+    assert "public addresses only" in dead_letters(store)[0]["error"]
 
 
-def test_an_address_that_is_away_does_not_hide_the_next(store: Store, receiver: Receiver) -> None:
+def test_the_next_address_is_tried_if_one_is_unreachable(store: Store, receiver: Receiver) -> None:
     end_job(store, receiver.url("hooks.test"))
     chosen = settings(receiver, webhook_allow="hooks.test", webhook_retries_s=())
     deliver_all(store, chosen, lambda _host: ["127.0.0.3", "127.0.0.1"])
     assert len(receiver.requests) == 1
 
 
-def test_consumers_share_the_work_and_send_nothing_twice(store: Store, receiver: Receiver) -> None:
+def test_concurrent_senders_send_each_message_once(store: Store, receiver: Receiver) -> None:
     for i in range(60):
         end_job(store, receiver.url(), job=f"job-{i}")
     with delivering(store, settings(receiver)), delivering(store, settings(receiver)):
-        until(lambda: not store.queue.exists(Messages(store).due), "all are sent")
+        until(lambda: not store.queue.exists(Outbox(store).due), "the outbox is empty")
     assert len(receiver.requests) == 60
     assert len({r.id for r in receiver.requests}) == 60
 
 
-def test_who_lost_its_lease_notes_nothing(store: Store) -> None:
-    queue = Messages(store)
+def test_a_sender_without_its_lease_records_nothing(store: Store) -> None:
+    queue = Outbox(store)
     end_job(store, "https://a.example/")
     late = queue.claim(2)  # long enough on a busy machine
     assert late is not None and queue.claim(10) is None
     time.sleep(2.1)
     now = queue.claim(10)
     assert now is not None and (now.id, now.attempts) == (late.id, 2)
-    assert not queue.put_off(late, 0) and not queue.give_up(late, "") and not queue.delivered(late)
+    assert not queue.retry_in(late, 0) and not queue.give_up(late, "") and not queue.delivered(late)
     assert queue.delivered(now)
     assert store.queue.keys("*") == []
 
 
 @contextlib.contextmanager
-def consumer(redis_url: str, receiver: Receiver, **changed: str) -> Iterator[subprocess.Popen[str]]:
-    """A process of its own, as a service starts it."""
+def sender_process(
+    redis_url: str, receiver: Receiver, **changed: str
+) -> Iterator[subprocess.Popen[str]]:
+    """A sender process, started as the service does."""
     environment = {
         "REDIS_URL": redis_url,
         "AFTERIMAGE_WEBHOOK_SECRET": SECRET,
@@ -606,13 +610,13 @@ def consumer(redis_url: str, receiver: Receiver, **changed: str) -> Iterator[sub
         process.communicate()
 
 
-def test_what_a_killed_consumer_held_is_sent_by_another(
+def test_a_message_of_a_killed_sender_is_sent_by_another(
     redis_urls: tuple[str, str], store: Store, receiver: Receiver
 ) -> None:
     held = threading.Event()
     receiver.answer = lambda handler, n: status(200)(handler, n) if n > 1 else _wait(held)
     end_job(store, receiver.url())
-    with consumer(redis_urls[0], receiver) as first:
+    with sender_process(redis_urls[0], receiver) as first:
         until(lambda: receiver.requests, "the first attempt")
         first.send_signal(signal.SIGKILL)
         first.wait()
@@ -620,14 +624,14 @@ def test_what_a_killed_consumer_held_is_sent_by_another(
         until(lambda: len(receiver.requests) == 2, "a second attempt")
     held.set()
     assert len({r.id for r in receiver.requests}) == 1
-    assert not store.queue.exists(Messages(store).due)
+    assert not store.queue.exists(Outbox(store).due)
 
 
 def _wait(event: threading.Event) -> None:
     event.wait(60)
 
 
-def test_a_consumer_that_is_stopped_finishes_what_it_began_and_logs_no_secret(
+def test_a_stopped_sender_finishes_its_attempt_and_logs_no_secret(
     redis_urls: tuple[str, str], store: Store, receiver: Receiver
 ) -> None:
     def answer(handler: BaseHTTPRequestHandler, n: int) -> None:
@@ -637,16 +641,16 @@ def test_a_consumer_that_is_stopped_finishes_what_it_began_and_logs_no_secret(
 
     receiver.answer = answer
     end_job(store, receiver.url())
-    with consumer(redis_urls[0], receiver) as process:
-        _, told = process.communicate(timeout=60)
+    with sender_process(redis_urls[0], receiver) as process:
+        _, stderr = process.communicate(timeout=60)
         assert process.returncode == 0
-    assert not store.queue.exists(Messages(store).due)
-    assert "delivered at attempt 1" in told and "job" in told
+    assert not store.queue.exists(Outbox(store).due)
+    assert "delivered at attempt 1" in stderr and "job" in stderr
     for secret in (SECRET, SECRET[6:], "s3cret-of-receiver", "v1,"):
-        assert secret not in told
+        assert secret not in stderr
 
 
-def test_a_process_without_a_queue_or_a_secret_says_so() -> None:
+def test_a_sender_without_a_queue_or_a_secret_exits_with_an_error() -> None:
     environment = {k: v for k, v in os.environ.items() if "REDIS_URL" not in k}
     good = {"REDIS_URL": "redis://127.0.0.1:1", "AFTERIMAGE_WEBHOOK_SECRET": SECRET}
     for changed, text in (
@@ -664,14 +668,14 @@ def test_a_process_without_a_queue_or_a_secret_says_so() -> None:
         assert "Traceback" not in done.stderr and "c2hvcnQ" not in done.stderr
 
 
-def test_logs_hold_no_secret_of_ours_or_of_the_receivers(
+def test_logs_contain_no_secret(
     store: Store, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     receiver.answer = in_turn(500, 200)
     end_job(store, receiver.url())
     deliver_all(store, settings(receiver))
-    assert "attempt 1 failed: it answered 500" in caplog.text
+    assert "attempt 1 failed: status 500" in caplog.text
     signature = receiver.requests[0].headers["webhook-signature"]
     for secret in (SECRET, SECRET[6:], "s3cret-of-receiver", signature):
         assert secret not in caplog.text
@@ -688,8 +692,8 @@ def test_every_key_expires(store: Store, receiver: Receiver) -> None:
     assert all(key.startswith(b"afterimage:") and store.queue.ttl(key) > 0 for key in keys)
 
 
-def test_a_message_that_expired_is_passed_over(store: Store) -> None:
-    queue = Messages(store)
+def test_an_expired_message_is_skipped(store: Store) -> None:
+    queue = Outbox(store)
     end_job(store, "https://a.example/1", job="1")
     end_job(store, "https://a.example/2", job="2")
     first: list[bytes] = store.queue.zrange(queue.due, 0, 0)  # type: ignore[assignment]
@@ -699,7 +703,7 @@ def test_a_message_that_expired_is_passed_over(store: Store) -> None:
     assert store.queue.zcard(queue.due) == 1
 
 
-def test_webhooks_are_refused_where_nobody_can_sign_them() -> None:
+def test_webhooks_without_a_secret_are_refused() -> None:
     with pytest.raises(ParameterError, match="AFTERIMAGE_WEBHOOK_SECRET"):
         check_url("https://a.example/", WebhookSettings(webhook_secret=""))
 
@@ -712,7 +716,7 @@ def test_private_urls_are_refused_at_submission() -> None:
 
 
 @pytest.mark.parametrize("secret", ["plain", "whsec_", "whsec_c2hvcnQ=", "whsec_%%%", SECRET[6:]])
-def test_a_weak_secret_is_refused_and_not_repeated(secret: str) -> None:
+def test_an_invalid_secret_is_refused_and_not_in_the_error(secret: str) -> None:
     with pytest.raises(ValidationError) as e:
         WebhookSettings(webhook_secret=secret)
     assert "whsec_ and base64" in str(e.value)
@@ -723,7 +727,7 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("AFTERIMAGE_WEBHOOK_SECRET", SECRET)
     monkeypatch.setenv("AFTERIMAGE_WEBHOOK_ALLOW", "Hooks.Internal, 10.0.0.1:8080")
     monkeypatch.setenv("AFTERIMAGE_WEBHOOK_RETRIES_S", "[1, 2.5]")
-    found = WebhookSettings()
-    assert found.secrets == [SECRET] and SECRET not in repr(found)
-    assert found.allow == {"hooks.internal", "10.0.0.1:8080"}
-    assert found.webhook_retries_s == (1, 2.5)
+    settings = WebhookSettings()
+    assert settings.secrets == [SECRET] and SECRET not in repr(settings)
+    assert settings.allow == {"hooks.internal", "10.0.0.1:8080"}
+    assert settings.webhook_retries_s == (1, 2.5)

@@ -20,8 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.bench import machine
-from tests.chaos.rig import Rig, rig
-from tests.conftest import Service, run_service
+from tests.support.rig import Rig, rig
+from tests.support.service import Service, run_service
 
 LOCUST = Path(__file__).parents[2] / ".venv/load/bin/locust"
 USERS = 8

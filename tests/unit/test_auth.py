@@ -1,4 +1,4 @@
-"""API keys and signed links, asked for by a small application."""
+"""API keys and signed links, in a small application."""
 
 import logging
 import os
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import anyio
@@ -15,7 +16,8 @@ import pytest
 from fastapi import Depends, FastAPI
 
 from service import auth, problems, signed_urls
-from service.auth import Caller, Keys, require
+from service.auth import Caller, Keys
+from service.deps import require
 from service.keys import KeysError, digest
 
 TOKEN = "ai_" + "k" * 43
@@ -36,15 +38,15 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is looked at for every key."""
+def checked_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is checked for changes at every request."""
     monkeypatch.setattr(auth, "CHECK_S", 0.0)
 
 
 def application(keys: Keys | None, secret: bytes | None = None) -> FastAPI:
     app = FastAPI()
     problems.install(app)
-    app.state.keys, app.state.link_secret = keys, secret
+    app.state.services = SimpleNamespace(keys=keys, link_secret=secret)
 
     @app.get("/decodes")
     @app.post("/decodes")
@@ -62,12 +64,14 @@ def application(keys: Keys | None, secret: bytes | None = None) -> FastAPI:
     return app
 
 
-def ask(app: FastAPI, url: str = "/decodes", method: str = "GET", **headers: str) -> httpx.Response:
+def send_request(
+    app: FastAPI, url: str = "/decodes", method: str = "GET", **headers: str
+) -> httpx.Response:
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app, client=("192.0.2.7", 1))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            sent = {name.replace("_", "-"): value for name, value in headers.items()}
-            return await client.request(method, url, headers=sent)
+            dashed = {name.replace("_", "-"): value for name, value in headers.items()}
+            return await client.request(method, url, headers=dashed)
 
     return anyio.run(send)
 
@@ -81,9 +85,9 @@ def ask(app: FastAPI, url: str = "/decodes", method: str = "GET", **headers: str
         {"Authorization": "Basic Zm9vOmJhcg==", "X_API_Key": TOKEN},
     ],
 )
-def test_a_key_lets_its_caller_in(file: Path, headers: dict[str, str]) -> None:
-    answer = ask(application(Keys.read(file)), **headers)
-    assert (answer.status_code, answer.json()) == (200, "gallery")
+def test_a_valid_key_authenticates_its_caller(file: Path, headers: dict[str, str]) -> None:
+    response = send_request(application(Keys.read(file)), **headers)
+    assert (response.status_code, response.json()) == (200, "gallery")
 
 
 @pytest.mark.parametrize(
@@ -100,45 +104,45 @@ def test_a_key_lets_its_caller_in(file: Path, headers: dict[str, str]) -> None:
         ({"Authorization": "Bearer x", "X_API_Key": TOKEN}, 'Bearer error="invalid_token"'),
     ],
 )
-def test_no_key_or_a_wrong_one_is_unauthorized(
+def test_a_missing_or_wrong_key_is_unauthorized(
     file: Path, headers: dict[str, str], challenge: str
 ) -> None:
-    answer = ask(application(Keys.read(file)), **headers)
-    assert answer.status_code == 401
-    assert answer.headers["www-authenticate"] == challenge
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert answer.json()["type"] == "urn:afterimage:problem:unauthorized"
-    assert TOKEN not in answer.text
+    response = send_request(application(Keys.read(file)), **headers)
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == challenge
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json()["type"] == "urn:afterimage:problem:unauthorized"
+    assert TOKEN not in response.text
 
 
-def test_a_key_that_is_no_ascii_is_unauthorized(file: Path) -> None:
+def test_a_key_with_non_ascii_characters_is_unknown(file: Path) -> None:
     assert Keys.read(file).find("schlüssel\x00") is None
 
 
 def test_a_key_without_the_scope_is_forbidden(file: Path) -> None:
-    answer = ask(application(Keys.read(file)), "/encodes", X_API_Key=TOKEN)
-    assert answer.status_code == 403
-    assert answer.json()["detail"] == "the API key lacks the scope encode"
-    assert 'scope="encode"' in answer.headers["www-authenticate"]
+    response = send_request(application(Keys.read(file)), "/encodes", X_API_Key=TOKEN)
+    assert response.status_code == 403
+    assert response.json()["detail"] == "the API key lacks the scope encode"
+    assert 'scope="encode"' in response.headers["www-authenticate"]
 
 
-def test_without_keys_everybody_may_do_everything_under_its_address() -> None:
+def test_without_keys_every_client_has_all_scopes_and_is_named_by_its_address() -> None:
     app = application(None)
     for url in ("/decodes", "/encodes"):
-        assert ask(app, url).json() == "192.0.2.7"
-    assert ask(app, X_API_Key="any").json() == "192.0.2.7"
+        assert send_request(app, url).json() == "192.0.2.7"
+    assert send_request(app, X_API_Key="any").json() == "192.0.2.7"
 
 
-def test_a_key_is_good_through_its_last_day(file: Path) -> None:
+def test_a_key_is_valid_through_its_last_day(file: Path) -> None:
     today = datetime.now(UTC).date()
     for days, name in ((0, "gallery"), (30, "gallery"), (-1, None)):
         expires = f"expires = {today + timedelta(days)}"
         file.write_text(table(TOKEN, "gallery", '["decode"]', expires))
-        found = Keys.read(file).find(TOKEN)
-        assert (found.name if found else None) == name
+        caller = Keys.read(file).find(TOKEN)
+        assert (caller.name if caller else None) == name
 
 
-def test_each_key_has_its_own_scopes_and_limits(file: Path) -> None:
+def test_each_key_sets_scopes_and_limits(file: Path) -> None:
     limits = ("requests_per_minute = 60", "jobs_at_once = 4")
     other = table("ai_other", "press", '["encode", "decode"]', *limits)
     file.write_text(f"{table()}\n{other}\n")
@@ -147,17 +151,17 @@ def test_each_key_has_its_own_scopes_and_limits(file: Path) -> None:
     assert keys.find("ai_other") == Caller("press", frozenset({"encode", "decode"}), 60, 4)
 
 
-@pytest.mark.usefixtures("at_once")
-def test_a_changed_file_is_read_again(file: Path) -> None:
+@pytest.mark.usefixtures("checked_each_time")
+def test_a_changed_file_is_reloaded(file: Path) -> None:
     app = application(Keys.read(file))
     file.write_text(table("ai_new", "press"))
-    assert ask(app, X_API_Key=TOKEN).status_code == 401
-    assert ask(app, X_API_Key="ai_new").json() == "press"
+    assert send_request(app, X_API_Key=TOKEN).status_code == 401
+    assert send_request(app, X_API_Key="ai_new").json() == "press"
     file.write_text("")
-    assert ask(app, X_API_Key="ai_new").status_code == 401
+    assert send_request(app, X_API_Key="ai_new").status_code == 401
 
 
-def test_a_withdrawn_key_is_refused_within_two_seconds(file: Path) -> None:
+def test_a_removed_key_is_refused_within_two_seconds(file: Path) -> None:
     keys = Keys.read(file)
     file.write_text("")
     deadline = time.monotonic() + 2
@@ -166,13 +170,13 @@ def test_a_withdrawn_key_is_refused_within_two_seconds(file: Path) -> None:
     assert keys.find(TOKEN) is None
 
 
-@pytest.mark.usefixtures("at_once")
-@pytest.mark.parametrize("breakage", [lambda f: f.write_text("[[keys]"), os.remove])
-def test_a_file_that_breaks_keeps_the_last_good_keys_and_is_told_once(
-    file: Path, breakage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+@pytest.mark.usefixtures("checked_each_time")
+@pytest.mark.parametrize("damage", [lambda f: f.write_text("[[keys]"), os.remove])
+def test_a_file_that_becomes_invalid_keeps_the_previous_keys_and_is_logged_once(
+    file: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = Keys.read(file)
-    breakage(file)
+    damage(file)
     with caplog.at_level(logging.ERROR):
         for _ in range(3):
             assert keys.find(TOKEN) is not None
@@ -184,7 +188,7 @@ def test_a_file_that_breaks_keeps_the_last_good_keys_and_is_told_once(
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("[[keys]]\nname = \n", "at line 2"),
         ("keys = 3", "keys: Input should be a valid list"),
@@ -199,50 +203,53 @@ def test_a_file_that_breaks_keeps_the_last_good_keys_and_is_told_once(
         (table(TOKEN, "a", '["decode"]', "jobs_at_once = 0"), "keys.0.jobs_at_once: Input should"),
         (table(TOKEN, "a", '["decode"]', 'expires = "soon"'), "keys.0.expires: Input should be"),
         (table(TOKEN, "a", '["decode"]', "requests = 1"), "keys.0.requests: Extra inputs"),
-        (f'{table()}\n[[keys]]\nname = "cut', "no TOML"),
-        (f"{table()}\n{table(name='press')}", "two have the same sha256"),
+        (f'{table()}\n[[keys]]\nname = "cut', "not valid TOML"),
+        (f"{table()}\n{table(name='press')}", "two keys have the same sha256"),
         (table().replace(digest(TOKEN), TOKEN), "keys.0.sha256: String should match"),
     ],
 )
-def test_a_wrong_file_is_named_by_line_or_field(file: Path, text: str, said: str) -> None:
+def test_the_error_of_an_invalid_file_names_line_or_field(
+    file: Path, text: str, message: str
+) -> None:
     file.write_text(text)
     with pytest.raises(KeysError) as caught:
         Keys.read(file)
     assert str(caught.value).startswith(f"{file}: ")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert TOKEN not in str(caught.value)
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_the_error_of_an_unreadable_file_names_it(tmp_path: Path) -> None:
     with pytest.raises(KeysError, match="missing.toml: No such file or directory"):
         Keys.read(tmp_path / "missing.toml")
     (tmp_path / "keys.toml").write_bytes(b"\xff")
-    with pytest.raises(KeysError, match="keys.toml: no UTF-8"):
+    with pytest.raises(KeysError, match="keys.toml: not UTF-8"):
         Keys.read(tmp_path / "keys.toml")
 
 
-def test_a_link_opens_its_picture_and_nothing_else(file: Path) -> None:
+def test_a_link_allows_only_its_own_picture(file: Path) -> None:
     app = application(Keys.read(file), SECRET)
     later = int(time.time()) + 60
     url = signed_urls.sign(SECRET, "/image", "realism=0.5", later)
-    assert ask(app, url).json() == "link:192.0.2.7 []"
-    assert ask(app, url, "HEAD").status_code == 200
-    assert ask(app, url, "POST").status_code == 401
-    assert ask(app, url.replace("0.5", "0.6")).status_code == 401
-    assert ask(app, url.replace("/image", "/decodes")).status_code == 401
-    assert (
-        ask(app, signed_urls.sign(SECRET, "/decodes", "", later)).status_code == 401
-    )  # takes no links
-    assert ask(app, signed_urls.sign(SECRET, "/image", "", later - 61)).status_code == 401
-    assert ask(app, signed_urls.sign(secrets.token_bytes(), "/image", "", later)).status_code == 401
-    assert ask(application(Keys.read(file)), url).status_code == 401  # no secret, no links
-    assert ask(app, url, X_API_Key="wrong").status_code == 401
-    assert ask(app, url, X_API_Key=TOKEN).json() == "gallery ['decode']"
+    assert send_request(app, url).json() == "link:192.0.2.7 []"
+    assert send_request(app, url, "HEAD").status_code == 200
+    assert send_request(app, url, "POST").status_code == 401
+    refused = (
+        url.replace("0.5", "0.6"),
+        url.replace("/image", "/decodes"),
+        signed_urls.sign(SECRET, "/decodes", "", later),  # this route accepts no links
+        signed_urls.sign(SECRET, "/image", "", later - 61),
+        signed_urls.sign(secrets.token_bytes(), "/image", "", later),
+    )
+    assert [send_request(app, other).status_code for other in refused] == [401] * len(refused)
+    assert send_request(application(Keys.read(file)), url).status_code == 401  # without a secret
+    assert send_request(app, url, X_API_Key="wrong").status_code == 401
+    assert send_request(app, url, X_API_Key=TOKEN).json() == "gallery ['decode']"
 
 
-def test_the_ways_to_send_a_key_are_described() -> None:
-    described = application(None).openapi()
-    assert described["components"]["securitySchemes"].keys() == {"HTTPBearer", "APIKeyHeader"}
-    used = described["paths"]["/decodes"]["post"]["security"]
-    assert used == [{"HTTPBearer": []}, {"APIKeyHeader": []}]
+def test_openapi_lists_both_ways_to_send_a_key() -> None:
+    document = application(None).openapi()
+    assert document["components"]["securitySchemes"].keys() == {"HTTPBearer", "APIKeyHeader"}
+    security = document["paths"]["/decodes"]["post"]["security"]
+    assert security == [{"HTTPBearer": []}, {"APIKeyHeader": []}]

@@ -1,4 +1,4 @@
-"""Containers: what is refused, with which error, before anything is decoded."""
+"""Parsing and serialising both container formats, and the errors for invalid files."""
 
 import random
 import struct
@@ -26,56 +26,61 @@ def compressai_header(model: int = 3, code: int = 1, h: int = 100, w: int = 150,
     return struct.pack(">BBIIBIII", model, code, h, w, depth, *z, strings)
 
 
-def test_both_formats_survive_a_round_trip(small_msh: bytes, small_compressai: bytes) -> None:
+def test_both_formats_round_trip(small_msh: bytes, small_compressai: bytes) -> None:
     for data in (small_msh, small_compressai):
         assert bitstream.serialize(bitstream.parse(data)) == data
 
 
-def test_msh_costs_at_most_40_bytes_over_its_strings(small_msh: bytes) -> None:
+def test_msh_adds_at_most_40_bytes_to_its_strings(small_msh: bytes) -> None:
     b = bitstream.parse(small_msh)
     assert len(small_msh) - len(b.y_string) - len(b.z_string) <= 40
 
 
 @pytest.mark.parametrize("end", [1, 3, 4, 20, 35])
-def test_less_than_a_header_is_malformed(small_msh: bytes, end: int) -> None:
+def test_a_file_shorter_than_the_msh_header_is_malformed(small_msh: bytes, end: int) -> None:
     with pytest.raises(MalformedHeader):
         bitstream.parse(small_msh[:end])
 
 
-def test_nothing_is_malformed() -> None:
+def test_an_empty_file_is_malformed() -> None:
     with pytest.raises(MalformedHeader, match="empty"):
         bitstream.parse(b"")
 
 
 @pytest.mark.parametrize("end", [1, 10, 22])
-def test_less_than_a_compressai_header_is_malformed(small_compressai: bytes, end: int) -> None:
+def test_a_file_shorter_than_the_compressai_header_is_malformed(
+    small_compressai: bytes, end: int
+) -> None:
     with pytest.raises(MalformedHeader):
         bitstream.parse(small_compressai[:end])
 
 
-def test_another_compressai_model_is_named() -> None:
+def test_the_error_names_the_compressai_model_that_is_not_supported() -> None:
     with pytest.raises(UnsupportedCodec, match="cheng2020-anchor"):
         bitstream.parse(compressai_header(model=5))
 
 
 @pytest.mark.parametrize("data", [b"\x89PNG\r\n\x1a\n" + bytes(40), bytes([200]) * 50])
-def test_what_is_no_bitstream_is_unsupported(data: bytes) -> None:
+def test_other_file_formats_are_unsupported(data: bytes) -> None:
     with pytest.raises(UnsupportedCodec):
         bitstream.parse(data)
 
 
-@pytest.mark.parametrize("changed", [{"code": 0x2F}, {"code": 0x09}, {"depth": 10}])
-def test_unknown_settings_of_compressai_are_unsupported(changed: dict[str, int]) -> None:
+@pytest.mark.parametrize("fields", [{"code": 0x2F}, {"code": 0x09}, {"depth": 10}])
+def test_unknown_metrics_qualities_and_bit_depths_of_compressai_are_unsupported(
+    fields: dict[str, int],
+) -> None:
     with pytest.raises(UnsupportedCodec):
-        bitstream.parse(compressai_header(**changed))
+        bitstream.parse(compressai_header(**fields))
 
 
-def test_a_giant_declared_size_is_refused_before_anything_is_allocated() -> None:
+def test_a_header_that_declares_a_huge_picture_is_refused() -> None:
+    """Before anything is allocated for it: the file ends after the header."""
     with pytest.raises(PictureTooLarge, match="65535×65535"):
         bitstream.parse(compressai_header(h=65535, w=65535, z=(1024, 1024)) + bytes(64))
 
 
-def test_a_thread_of_pixels_is_refused_for_its_padding() -> None:
+def test_a_very_thin_picture_is_refused_because_of_its_padding() -> None:
     with pytest.raises(PictureTooLarge, match="side"):
         bitstream.parse(compressai_header(h=1, w=200_000, z=(1, 3125)) + bytes(64))
 
@@ -118,7 +123,7 @@ MSH_HEADERS = st.builds(
 
 def _msh(version: int, profile: int, quality: int, metric: int, height: int, width: int,
          weights: bytes, y_length: int, symbols: int, payload: bytes) -> bytes:  # fmt: skip
-    """A file whose checksum holds, whatever it says."""
+    """An .msh file with any header fields and a valid checksum."""
     head = b"\x8dMSH" + struct.pack(
         "<BBBBII8sII", version, profile, quality, metric, height, width, weights, y_length, symbols
     )
@@ -126,7 +131,7 @@ def _msh(version: int, profile: int, quality: int, metric: int, height: int, wid
 
 
 @given(st.one_of(st.binary(max_size=80), HEADERS, MSH_HEADERS))
-def test_any_bytes_are_a_bitstream_that_serialises_to_them_or_a_clear_error(data: bytes) -> None:
+def test_any_bytes_either_round_trip_or_raise_an_error_with_a_message(data: bytes) -> None:
     try:
         b = bitstream.parse(data)
     except (BitstreamError, PictureTooLarge) as e:
@@ -139,7 +144,7 @@ def test_any_bytes_are_a_bitstream_that_serialises_to_them_or_a_clear_error(data
 @given(st.integers(1, 8), st.sampled_from(bitstream.METRICS), st.integers(1, 4096),
        st.integers(1, 4096), st.binary(max_size=99), st.binary(max_size=99),
        st.binary(min_size=8, max_size=8), st.integers(0, 2**32 - 1))  # fmt: skip
-def test_every_header_is_read_as_it_was_written(
+def test_every_header_is_parsed_as_it_was_serialised(
     quality: int, metric: bitstream.Metric, height: int, width: int, y: bytes, z: bytes,
     weights: bytes, symbols: int,
 ) -> None:  # fmt: skip
@@ -151,7 +156,7 @@ def test_every_header_is_read_as_it_was_written(
         assert bitstream.parse(bitstream.serialize(b)) == b
 
 
-def test_any_changed_byte_of_msh_is_refused(small_msh: bytes) -> None:
+def test_an_msh_file_with_any_byte_changed_is_refused(small_msh: bytes) -> None:
     rng = random.Random(0)
     for at in [*range(40), *rng.sample(range(40, len(small_msh)), 100)]:
         bad = bytearray(small_msh)
@@ -160,14 +165,14 @@ def test_any_changed_byte_of_msh_is_refused(small_msh: bytes) -> None:
             bitstream.parse(bytes(bad))
 
 
-def test_a_changed_payload_is_a_checksum_error(small_msh: bytes) -> None:
+def test_a_changed_payload_raises_a_checksum_error(small_msh: bytes) -> None:
     bad = bytearray(small_msh)
     bad[-1] ^= 1
     with pytest.raises(ChecksumMismatch):
         bitstream.parse(bytes(bad))
 
 
-def test_an_unknown_version_is_named(small_msh: bytes) -> None:
+def test_the_error_names_an_unknown_version(small_msh: bytes) -> None:
     bad = bytearray(small_msh)
     bad[4] = 9
     with pytest.raises(UnsupportedCodec, match="version 9"):

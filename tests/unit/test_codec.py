@@ -1,4 +1,4 @@
-"""Pictures to bitstreams and back with the shipped weights, and CompressAI beside them."""
+"""Encoding and decoding with the shipped weights, compared with CompressAI."""
 
 import random
 from dataclasses import replace
@@ -12,17 +12,17 @@ from compressai.models import MeanScaleHyperprior as Reference
 from models import checkpoint, geometry
 from models.codec import bitstream, codec, rans, zoo
 from models.codec.codec import Codec
-from models.codec.hyperprior import Hyperprior
+from models.codec.hyperprior import LatentCoder
 from models.errors import BitstreamError, ChecksumMismatch, WeightsError, WrongWeights
 from models.image import Pixels
-from tests.conftest import psnr
+from tests.support.data import psnr
 
 pytestmark = pytest.mark.weights
 
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
-    """CompressAI's own model with the shipped weights and the tables that it makes of them."""
+    """CompressAI's model with the shipped weights, and with CDF tables that it computed itself."""
     entry = next(e for e in checkpoint.manifest() if e.quality == 2)
     weights = {k: v.float() for k, v in checkpoint.load(entry).items() if v.is_floating_point()}
     net = Reference(128, 192)
@@ -33,17 +33,19 @@ def reference() -> Reference:
 
 
 @pytest.mark.parametrize("profile", ["float", "exact"])
-def test_a_picture_comes_back_from_its_bytes(
+def test_a_picture_decodes_from_its_serialised_bitstream(
     shipped: Codec, small: Pixels, profile: bitstream.Profile
 ) -> None:
     b = shipped.encode(codec.to_tensor(small), "msh", profile)
     again = bitstream.parse(bitstream.serialize(b))
-    x = codec.crop(shipped.synthesis(shipped.latents(again).y_hat), b.height, b.width)
-    assert codec.to_pixels(x).shape == small.shape
-    assert psnr(codec.to_pixels(x), small) > 28
+    ended: list[codec.Stage] = []
+    pixels = shipped.decode(again, ended.append)
+    assert pixels.shape == small.shape
+    assert psnr(pixels, small) > 28
+    assert ended == ["entropy", "g_s"]
 
 
-def test_compressai_writes_the_same_strings(
+def test_compressai_encodes_the_same_strings(
     shipped: Codec, reference: Reference, small: Pixels
 ) -> None:
     x = codec.to_tensor(small)
@@ -60,57 +62,59 @@ def test_compressai_decodes_the_same_picture(
     b = shipped.encode(codec.to_tensor(small), "compressai", "float")
     with torch.inference_mode():
         theirs = reference.decompress([[b.y_string], [b.z_string]], (2, 3))["x_hat"]
-    ours = shipped.synthesis(shipped.latents(b).y_hat)
+    ours = shipped.reconstruct(b)[1]
     assert (ours - theirs).abs().max() < 1e-4
 
 
-def test_exact_latents_do_not_depend_on_threads_or_on_neighbours(
+def test_exact_latents_do_not_depend_on_threads_or_on_other_pictures_in_the_batch(
     shipped: Codec, photo: Pixels
 ) -> None:
-    """Bit equality over threads, and against another order of sums: one batch of two pictures."""
+    """A batch of two pictures also changes the order of the sums."""
     x = codec.to_tensor(photo)
     b = shipped.encode(x, "msh", "exact")
-    exact = shipped.hyperprior._exact
-    z = torch.round(shipped.net.h_a(shipped.net.g_a(codec.pad(x))) - shipped.hyperprior.medians)
+    exact = shipped.latent_coder._exact
+    z = torch.round(shipped.net.h_a(shipped.net.g_a(codec.pad(x))) - shipped.latent_coder.medians)
     threads = torch.get_num_threads()
     try:
-        found = []
+        results = []
         for n in (1, 2):
             torch.set_num_threads(n)
-            found.append(shipped.latents(b).y_hat)
-            whole = exact(z.int(), shipped.hyperprior.medians)[1]
-            part = exact(z[..., :6].int(), shipped.hyperprior.medians)[1]
-            flipped = exact(torch.cat([z.flip(0), z]).int(), shipped.hyperprior.medians)[1][1:]
+            results.append(shipped.latents(b).y_hat)
+            whole = exact(z.int(), shipped.latent_coder.medians)[1]
+            part = exact(z[..., :6].int(), shipped.latent_coder.medians)[1]
+            flipped = exact(torch.cat([z.flip(0), z]).int(), shipped.latent_coder.medians)[1][1:]
             assert torch.equal(whole, flipped)
             assert torch.equal(whole[..., :16], part[..., :16])
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(*found)
+    assert torch.equal(*results)
 
 
-def test_a_stream_of_another_arithmetic_is_decoded_by_trying_others(
+def test_a_bitstream_from_a_machine_that_rounds_differently_is_decoded_by_trying_other_arithmetics(
     shipped: Codec, small: Pixels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine whose float32 puts one index across a table's edge still decodes the stream."""
+    """One scale index differs from the encoder's, because a scale lies at the edge of the table."""
     b = shipped.encode(codec.to_tensor(small), "compressai", "float")
     expected = shipped.latents(b).symbols
-    prior = Hyperprior._prior
+    prior = LatentCoder._prior
     rng = random.Random(0)
     for _ in range(10):
         at = tuple(rng.randrange(n) for n in expected.shape)
 
-        def other(self: Hyperprior, z: rans.Int32Array, arithmetic: str, at=at):  # type: ignore[no-untyped-def]
+        def other(self: LatentCoder, z: rans.Int32Array, arithmetic: str, at=at):  # type: ignore[no-untyped-def]
             indexes, means = prior(self, z, arithmetic)
             if arithmetic == "float":
                 indexes = indexes.copy()
                 indexes[at] += 1 if indexes[at] < 32 else -1
             return indexes, means
 
-        monkeypatch.setattr(Hyperprior, "_prior", other)
+        monkeypatch.setattr(LatentCoder, "_prior", other)
         assert np.array_equal(shipped.latents(b).symbols, expected)
 
 
-def test_exact_costs_no_more_than_half_a_percent(shipped: Codec, photo: Pixels) -> None:
+def test_the_exact_profile_makes_files_at_most_half_a_percent_larger(
+    shipped: Codec, photo: Pixels
+) -> None:
     x = codec.to_tensor(photo)
     exact, plain = (
         len(bitstream.serialize(shipped.encode(x, "msh", p))) for p in ("exact", "float")
@@ -118,23 +122,23 @@ def test_exact_costs_no_more_than_half_a_percent(shipped: Codec, photo: Pixels) 
     assert exact <= 1.005 * plain
 
 
-def test_other_weights_are_named(shipped: Codec, small_msh: bytes) -> None:
+def test_the_error_names_weights_that_do_not_match(shipped: Codec, small_msh: bytes) -> None:
     b = replace(bitstream.parse(small_msh), weights_id="00" * 8)
     with pytest.raises(WrongWeights, match="0000000000000000"):
         shipped.latents(b)
 
 
-def test_a_wrong_symbol_checksum_is_never_a_picture(shipped: Codec, small_msh: bytes) -> None:
+def test_a_wrong_symbol_checksum_raises_an_error(shipped: Codec, small_msh: bytes) -> None:
     b = bitstream.parse(small_msh)
     assert b.symbols_crc is not None
     with pytest.raises(ChecksumMismatch, match="symbols"):
         shipped.latents(replace(b, symbols_crc=b.symbols_crc ^ 1))
 
 
-def test_a_flipped_bit_of_a_compressai_stream_is_refused(
+def test_a_compressai_bitstream_with_a_flipped_bit_is_refused(
     shipped: Codec, small_compressai: bytes
 ) -> None:
-    """Also by the other arithmetics. This format has no checksum: a few in 10,000 would pass."""
+    """Other arithmetics are tried too. Without a checksum, a few of 10,000 flips are accepted."""
     good = bitstream.parse(small_compressai)
     rng = random.Random(0)
     for _ in range(20):
@@ -144,11 +148,11 @@ def test_a_flipped_bit_of_a_compressai_stream_is_refused(
             shipped.latents(replace(good, **{name: flipped(old, rng.randrange(8 * len(old)))}))
 
 
-def test_a_flipped_bit_passes_only_where_an_encoder_would_have_written_it(
+def test_a_flipped_bit_is_accepted_only_if_an_encoder_could_have_written_those_bytes(
     shipped: Codec, small_compressai: bytes
 ) -> None:
-    """Every bit of y: what passes is another stream of the encoder, about one symbol away."""
-    b, h = bitstream.parse(small_compressai), shipped.hyperprior
+    """Flips every bit of y. Accepted bytes encode symbols of which at most 8 differ."""
+    b, h = bitstream.parse(small_compressai), shipped.latent_coder
     rows, columns = geometry.padded(b.height, b.width)
     channel = np.arange(128, dtype=np.int32)[:, None, None]
     contexts = np.broadcast_to(channel, (128, rows // 64, columns // 64))
@@ -156,20 +160,20 @@ def test_a_flipped_bit_passes_only_where_an_encoder_would_have_written_it(
     with torch.inference_mode():
         indexes = h._prior(z_symbols, "float")[0]
     symbols = rans.decode(b.y_string, indexes, h.y_tables)
-    bits, passed = 8 * len(b.y_string), 0
+    bits, accepted = 8 * len(b.y_string), 0
     for bit in range(bits):
         bad = flipped(b.y_string, bit)
         try:
-            found = rans.decode(bad, indexes, h.y_tables)
+            decoded = rans.decode(bad, indexes, h.y_tables)
         except BitstreamError:
             continue
-        passed += 1
-        assert rans.encode(found, indexes, h.y_tables) == bad
-        assert 1 <= np.count_nonzero(found != symbols) <= 8
-    assert passed < 2e-3 * bits
+        accepted += 1
+        assert rans.encode(decoded, indexes, h.y_tables) == bad
+        assert 1 <= np.count_nonzero(decoded != symbols) <= 8
+    assert accepted < 2e-3 * bits
 
 
-def test_swapped_strings_are_an_error(shipped: Codec, small_compressai: bytes) -> None:
+def test_swapped_strings_raise_an_error(shipped: Codec, small_compressai: bytes) -> None:
     good = bitstream.parse(small_compressai)
     with pytest.raises(BitstreamError):
         shipped.latents(replace(good, y_string=good.z_string, z_string=good.y_string))
@@ -181,7 +185,7 @@ def flipped(string: bytes, bit: int) -> bytes:
     return bytes(bad)
 
 
-def test_padding_is_centred_and_taken_away_again() -> None:
+def test_padding_is_centred_and_crop_removes_it() -> None:
     x = torch.rand(1, 3, 65, 130)
     padded = codec.pad(x)
     assert padded.shape == (1, 3, 128, 192)
@@ -189,12 +193,12 @@ def test_padding_is_centred_and_taken_away_again() -> None:
     assert torch.equal(codec.crop(padded, 65, 130), x)
 
 
-def test_pixels_survive_the_way_to_tensors_and_back(small: Pixels) -> None:
+def test_pixels_round_trip_through_tensors(small: Pixels) -> None:
     assert np.array_equal(codec.to_pixels(codec.to_tensor(small)), small)
 
 
 @pytest.mark.parametrize("quality", zoo.QUALITIES)
-def test_every_shipped_quality_loads_and_bears_its_manifest_id(quality: int) -> None:
+def test_every_shipped_quality_loads_with_the_weights_id_of_its_manifest(quality: int) -> None:
     loaded = zoo.load(quality)
     entry = next(e for e in checkpoint.manifest() if e.quality == quality)
     assert loaded.weights_id == entry.weights_id
@@ -209,7 +213,7 @@ def test_an_altered_weights_file_is_refused(tmp_path: Path) -> None:
         checkpoint.load(entry, tmp_path)
 
 
-def test_a_weights_id_that_is_not_the_tensors_is_refused() -> None:
+def test_a_file_whose_weights_id_differs_from_the_manifest_is_refused() -> None:
     entry = next(e for e in checkpoint.manifest() if e.quality == 2)
     with pytest.raises(WeightsError, match="weights id"):
         checkpoint.load(replace(entry, weights_id="00" * 8))
@@ -220,9 +224,9 @@ def test_weights_of_another_network_are_refused() -> None:
         zoo.from_tensors({"conv.weight": torch.zeros(1)}, 2)
 
 
-def test_tables_are_those_of_compressai(shipped: Codec) -> None:
+def test_shipped_tables_equal_those_that_compressai_computes(shipped: Codec) -> None:
     entry = next(e for e in checkpoint.manifest() if e.quality == 2)
     tensors = checkpoint.load(entry)
-    made = zoo.with_tables({k: v for k, v in tensors.items() if v.dtype == torch.float16})
+    computed = zoo.with_tables({k: v for k, v in tensors.items() if v.dtype == torch.float16})
     for name in ("entropy_bottleneck._quantized_cdf", "gaussian_conditional._quantized_cdf"):
-        assert torch.equal(made[name], tensors[name])
+        assert torch.equal(computed[name], tensors[name])

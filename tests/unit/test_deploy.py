@@ -1,4 +1,4 @@
-"""The files that deploy it: sound by their tools, and true of the code."""
+"""Files for deployment: valid by their own tools, and consistent with the code."""
 
 import json
 import os
@@ -33,11 +33,11 @@ MANIFESTS = sorted(
     f for f in (DEPLOY / "kubernetes").rglob("*.yaml")
     if f.name != "kustomization.yaml" and f != DEPLOY / "kubernetes/overlays/gpu/worker.yaml"
 )  # fmt: skip
-"""All but the patch, which is no whole object."""
-KINDS_OF_OTHERS = {"ScaledObject"}
-"""Custom resources, whose schemas are not Kubernetes' own."""
-END_S = 10
-"""What a worker may need, after its job's grace, to store the picture and to end."""
+"""All manifests but the patch, which is not a complete object."""
+CUSTOM_KINDS = {"ScaledObject"}
+"""Custom resources, which have no Kubernetes schema."""
+SHUTDOWN_S = 10
+"""Time that a worker may need after the grace period, to store the picture and exit."""
 
 
 def documents(file: Path) -> list[dict[str, Any]]:
@@ -51,32 +51,32 @@ def objects() -> Iterator[dict[str, Any]]:
 
 def pods() -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and pod of each workload."""
-    for made in objects():
-        if "template" in made.get("spec", {}):
-            yield made["metadata"]["name"], made["spec"]["template"]["spec"]
+    for manifest in objects():
+        if "template" in manifest.get("spec", {}):
+            yield manifest["metadata"]["name"], manifest["spec"]["template"]["spec"]
 
 
 def container(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = dict(pods())[name]["containers"][0]
-    return found
+    first: dict[str, Any] = dict(pods())[name]["containers"][0]
+    return first
 
 
 @pytest.fixture(scope="module")
 def compose() -> dict[str, Any]:
-    """With its variables' defaults."""
+    """The compose file with the defaults of its variables."""
     text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (DEPLOY / "compose.yaml").read_text())
-    read: dict[str, Any] = yaml.safe_load(text)
-    return read
+    parsed: dict[str, Any] = yaml.safe_load(text)
+    return parsed
 
 
-def of_ours(compose: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def our_services(compose: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {k: v for k, v in compose["services"].items() if v["image"].startswith("afterimage:")}
 
 
 def variables() -> set[str]:
-    """All that the code reads."""
+    """Names of all environment variables that the code reads."""
 
-    def of(settings: type[BaseSettings]) -> set[str]:
+    def names_of(settings: type[BaseSettings]) -> set[str]:
         prefix = settings.model_config["env_prefix"]
         return {
             str(field.validation_alias or prefix + name).upper()
@@ -85,10 +85,10 @@ def variables() -> set[str]:
 
     sources = [f for d in ("service", "worker", "models") for f in (ROOT / d).rglob("*.py")]
     named = {n for f in sources for n in re.findall(r'"(AFTERIMAGE_[A-Z_]+)"', f.read_text())}
-    return of(ServiceSettings) | of(WebhookSettings) | named
+    return names_of(ServiceSettings) | names_of(WebhookSettings) | named
 
 
-def test_the_dockerfile_is_sound() -> None:
+def test_hadolint_accepts_the_dockerfile() -> None:
     hadolint = Path(sys.executable).parent / "hadolint"
     done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
@@ -96,50 +96,52 @@ def test_the_dockerfile_is_sound() -> None:
 
 @pytest.mark.parametrize("file", MANIFESTS, ids=lambda f: str(f.relative_to(DEPLOY)))
 def test_manifests_follow_kubernetes_schemas(file: Path) -> None:
-    for made in documents(file):
-        if made["kind"] not in KINDS_OF_OTHERS:
-            kubernetes_validate.validate(made, kubernetes_validate.latest_version(), strict=True)
+    for manifest in documents(file):
+        if manifest["kind"] not in CUSTOM_KINDS:
+            kubernetes_validate.validate(
+                manifest, kubernetes_validate.latest_version(), strict=True
+            )
 
 
 def test_compose_follows_its_specification(compose: dict[str, Any]) -> None:
-    read = PyCompose.from_json(json.dumps(compose))
-    read.validate()
-    read.to_spec()
+    parsed = PyCompose.from_json(json.dumps(compose))
+    parsed.validate()
+    parsed.to_spec()
 
 
-def test_every_variable_is_one_that_the_code_reads(compose: dict[str, Any]) -> None:
-    given = {name for service in of_ours(compose).values() for name in service["environment"]}
-    given |= {s for service in of_ours(compose).values() for s in service["secrets"]}
-    for made in [*objects(), *documents(DEPLOY / "kubernetes/overlays/gpu/worker.yaml")]:
-        given |= set(made.get("data", ()))
-        template = made.get("spec", {}).get("template", {}).get("spec", {})
+def test_the_code_reads_every_variable_that_is_set(compose: dict[str, Any]) -> None:
+    names = {name for service in our_services(compose).values() for name in service["environment"]}
+    names |= {s for service in our_services(compose).values() for s in service["secrets"]}
+    for manifest in [*objects(), *documents(DEPLOY / "kubernetes/overlays/gpu/worker.yaml")]:
+        names |= set(manifest.get("data", ()))
+        template = manifest.get("spec", {}).get("template", {}).get("spec", {})
         for part in template.get("containers", ()):
-            given |= {e["name"] for e in part.get("env", ())} - {"REDIS_PASSWORD"}
-    given |= set(re.findall(r"AFTERIMAGE_[A-Z_]+(?==)", (ROOT / "Dockerfile").read_text()))
-    assert len(given) > 6
-    assert given <= variables()
+            names |= {e["name"] for e in part.get("env", ())} - {"REDIS_PASSWORD"}
+    names |= set(re.findall(r"AFTERIMAGE_[A-Z_]+(?==)", (ROOT / "Dockerfile").read_text()))
+    assert len(names) > 6
+    assert names <= variables()
 
 
 @pytest.mark.parametrize("page", ["README.md", "deploy/OPERATING.md"])
-def test_pages_name_no_variable_that_the_code_does_not_read(page: str) -> None:
+def test_the_code_reads_every_variable_that_the_docs_name(page: str) -> None:
     named = set(re.findall(r"\bAFTERIMAGE_[A-Z_]+\b", (ROOT / page).read_text()))
     assert named and named <= variables() | {"AFTERIMAGE_IMAGE", "AFTERIMAGE_CUDA_IMAGE"}
 
 
-def test_every_setting_is_explained_to_operators() -> None:
+def test_the_docs_name_every_setting() -> None:
     pages = (ROOT / "README.md").read_text() + (DEPLOY / "OPERATING.md").read_text()
     assert not {name for name in variables() if not re.search(rf"\b{name}\b", pages)}
 
 
-def test_commands_are_the_command_lines(compose: dict[str, Any]) -> None:
-    asked = [service["command"] for service in of_ours(compose).values()]
-    asked += [container(name)["args"] for name in ("api", "worker")]
+def test_the_command_line_accepts_every_command(compose: dict[str, Any]) -> None:
+    commands = [service["command"] for service in our_services(compose).values()]
+    commands += [container(name)["args"] for name in ("api", "worker")]
     (default,) = re.findall(r"^CMD (\[.*\])$", (ROOT / "Dockerfile").read_text(), re.M)
-    for args in [*asked, json.loads(default)]:
+    for args in [*commands, json.loads(default)]:
         _parser().parse_args(args)
 
 
-def test_ports_are_those_that_are_listened_on(compose: dict[str, Any]) -> None:
+def test_ports_are_those_of_the_servers(compose: dict[str, Any]) -> None:
     http = _parser().parse_args(["serve"]).port
     assert f"\nEXPOSE {http}\n" in (ROOT / "Dockerfile").read_text()
     ports = {p["name"]: p["containerPort"] for p in container("api")["ports"]}
@@ -153,85 +155,87 @@ def test_ports_are_those_that_are_listened_on(compose: dict[str, Any]) -> None:
     }
 
 
-def test_probes_ask_for_paths_that_there_are() -> None:
+def test_probes_use_paths_that_exist() -> None:
     api = container("api")
-    asked = {api[f"{probe}Probe"]["httpGet"]["path"] for probe in ("startup", "liveness")}
-    asked |= {api["readinessProbe"]["httpGet"]["path"]}
-    asked |= set(re.findall(r"127\.0\.0\.1:8000(/\w+)", (DEPLOY / "entrypoint.sh").read_text()))
-    assert len(asked) == 3
+    paths = {api[f"{probe}Probe"]["httpGet"]["path"] for probe in ("startup", "liveness")}
+    paths |= {api["readinessProbe"]["httpGet"]["path"]}
+    paths |= set(re.findall(r"127\.0\.0\.1:8000(/\w+)", (DEPLOY / "entrypoint.sh").read_text()))
+    assert len(paths) == 3
     settings = ServiceSettings(REDIS_URL="redis://none.invalid")
-    assert asked <= set(create_app(settings).openapi()["paths"])
+    assert paths <= set(create_app(settings).openapi()["paths"])
 
 
 @pytest.mark.parametrize(("age_s", "healthy"), [(0, True), (60, False), (None, False)])
-def test_a_worker_in_the_image_is_healthy_while_it_says_so(
+def test_the_health_check_of_a_worker_needs_a_recent_liveness_file(
     tmp_path: Path, age_s: int | None, healthy: bool
 ) -> None:
-    """The entry point itself, which finds role and host where the image has them."""
+    """Runs the image's entry point, with its role file in a temporary folder."""
     script = tmp_path / "entrypoint.sh"
     text = (DEPLOY / "entrypoint.sh").read_text()
     script.write_text(text.replace("/tmp/role", f"{tmp_path}/role"))
     (tmp_path / "role").write_text("worker\n")
     (tmp_path / "alive").mkdir()
     if age_s is not None:
-        sign = tmp_path / "alive" / f"{Path('/etc/hostname').read_text().strip()}-7"
-        sign.touch()
-        os.utime(sign, (time.time() - age_s,) * 2)
+        file = tmp_path / "alive" / f"{Path('/etc/hostname').read_text().strip()}-7"
+        file.touch()
+        os.utime(file, (time.time() - age_s,) * 2)
     environment = os.environ | {"AFTERIMAGE_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(["sh", str(script), "healthy"], env=environment)
     assert (done.returncode == 0) is healthy
 
 
 @pytest.mark.parametrize(
-    "where", [[], ["--host", "0.0.0.0"], ["--host=::"], ["--host", "127.0.0.1"]], ids=str
+    "options", [[], ["--host", "0.0.0.0"], ["--host=::"], ["--host", "127.0.0.1"]], ids=str
 )
-def test_an_api_in_the_image_is_healthy_where_it_listens(tmp_path: Path, where: list[str]) -> None:
-    class Answers(BaseHTTPRequestHandler):
+def test_the_health_check_of_the_api_uses_its_host_and_port(
+    tmp_path: Path, options: list[str]
+) -> None:
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200 if self.path == "/livez" else 404)
             self.end_headers()
 
     class Server(HTTPServer):
-        address_family = socket.AF_INET6 if "::" in str(where) else socket.AF_INET
+        address_family = socket.AF_INET6 if "::" in str(options) else socket.AF_INET
 
     script = tmp_path / "entrypoint.sh"
     text = (DEPLOY / "entrypoint.sh").read_text()
     script.write_text(text.replace("/tmp/role", f"{tmp_path}/role"))
-    with Server(("::1" if "::" in str(where) else "127.0.0.1", 0), Answers) as server:
+    with Server(("::1" if "::" in str(options) else "127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        arguments = ["serve", *where, "--port", str(server.server_port)]
+        arguments = ["serve", *options, "--port", str(server.server_port)]
         (tmp_path / "role").write_text("\n".join(arguments))
         assert subprocess.run(["sh", str(script), "healthy"]).returncode == 0
         server.shutdown()
     assert subprocess.run(["sh", str(script), "healthy"], capture_output=True).returncode != 0
 
 
-def test_workers_have_time_to_finish(compose: dict[str, Any]) -> None:
+def test_workers_are_killed_only_after_their_grace_period(compose: dict[str, Any]) -> None:
     pod = dict(pods())["worker"]
     config = next(o["data"] for o in objects() if o["kind"] == "ConfigMap")
-    assert pod["terminationGracePeriodSeconds"] >= int(config["AFTERIMAGE_GRACE_S"]) + END_S
+    assert pod["terminationGracePeriodSeconds"] >= int(config["AFTERIMAGE_GRACE_S"]) + SHUTDOWN_S
     for name in ("worker", "worker-gpu"):
         service = compose["services"][name]
         grace = int(service["environment"]["AFTERIMAGE_GRACE_S"])
-        assert int(service["stop_grace_period"].removesuffix("s")) >= grace + END_S
+        assert int(service["stop_grace_period"].removesuffix("s")) >= grace + SHUTDOWN_S
 
 
-def test_a_worker_has_the_memory_that_the_largest_picture_takes(compose: dict[str, Any]) -> None:
+def test_a_worker_has_enough_memory_for_the_largest_picture(compose: dict[str, Any]) -> None:
     needed = 1.5 + 0.25 * ServiceSettings(REDIS_URL="redis://none.invalid").max_pixels / 1e6
     assert float(container("worker")["resources"]["limits"]["memory"].removesuffix("Gi")) > needed
     assert float(compose["services"]["worker"]["mem_limit"].removesuffix("g")) > needed
 
 
-def test_imported_weights_are_those_of_the_api_and_of_the_workers(compose: dict[str, Any]) -> None:
+def test_the_api_and_the_workers_share_imported_weights(compose: dict[str, Any]) -> None:
     (folder,) = re.findall(r"AFTERIMAGE_WEIGHTS_DIR=(\S+)", (ROOT / "Dockerfile").read_text())
-    for service in of_ours(compose).values():
+    for service in our_services(compose).values():
         assert f"weights:{folder}" in service["volumes"]
 
 
-def test_containers_are_confined(compose: dict[str, Any]) -> None:
+def test_containers_are_read_only_and_limited(compose: dict[str, Any]) -> None:
     for service in compose["services"].values():
         assert service["read_only"] and service["cap_drop"] == ["ALL"] and service["mem_limit"]
-    for service in of_ours(compose).values():
+    for service in our_services(compose).values():
         assert service["tmpfs"] == ["/tmp"]  # where large uploads go
     for _, pod in pods():
         assert pod["securityContext"]["runAsNonRoot"]
@@ -243,7 +247,7 @@ def test_containers_are_confined(compose: dict[str, Any]) -> None:
 
 
 def samples(store: Store) -> set[str]:
-    """Names of all that `/metrics` can show."""
+    """Names of all samples that `/metrics` can expose."""
     suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
     return {
         family.name + suffix
@@ -258,20 +262,20 @@ def samples(store: Store) -> set[str]:
     ["prometheus/rules.yaml", "prometheus/rules_test.yaml", "grafana/dashboards/afterimage.json",
      "kubernetes/overlays/keda/scaledobject.yaml"],
 )  # fmt: skip
-def test_metrics_that_are_named_exist(file: str, store: Store) -> None:
+def test_rules_and_dashboards_use_metrics_that_exist(file: str, store: Store) -> None:
     named = set(re.findall(r"\b(?:afterimage|process)_[a-z_]+\b", (DEPLOY / file).read_text()))
     assert named and named <= samples(store)
 
 
 @pytest.mark.redis
-def test_the_page_names_metrics_that_exist(store: Store) -> None:
+def test_the_docs_name_metrics_that_exist(store: Store) -> None:
     page = (DEPLOY / "OPERATING.md").read_text()
     named = set(re.findall(r"`(afterimage_[a-z_]+)`", page))
     families = {family.name for family in metrics.registry(Jobs(store)).collect()}
     assert named and named <= families
 
 
-def test_every_alert_is_tested_and_explained() -> None:
+def test_every_alert_is_tested_and_documented() -> None:
     (rules,) = documents(DEPLOY / "prometheus/rules.yaml")
     alerts = {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
     (tests,) = documents(DEPLOY / "prometheus/rules_test.yaml")
@@ -284,8 +288,8 @@ def test_every_alert_is_tested_and_explained() -> None:
     assert not {alert for alert in alerts if f"| `{alert}` |" not in page}
 
 
-def test_the_workers_scale_on_queued_and_running_jobs() -> None:
-    """On queued jobs alone the scaler would end workers that are busy."""
+def test_workers_scale_on_queued_and_running_jobs() -> None:
+    """With queued jobs alone the scaler would stop busy workers."""
     (scaled,) = documents(DEPLOY / "kubernetes/overlays/keda/scaledobject.yaml")
     assert scaled["spec"]["scaleTargetRef"]["name"] in dict(pods())
     (trigger,) = scaled["spec"]["triggers"]

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Atomic file writes."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from models.files import atomic_write
 
 
-def test_a_file_is_replaced_at_once_when_it_is_whole(tmp_path: Path) -> None:
+def test_the_file_is_replaced_when_the_block_has_ended(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     file.write_text("old")
     with atomic_write(file) as part:
@@ -17,7 +17,7 @@ def test_a_file_is_replaced_at_once_when_it_is_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_the_old_file_unchanged(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     file.write_text("old")
     with pytest.raises(OSError, match="full"), atomic_write(file) as part:

@@ -15,4 +15,7 @@ def test_without_a_device_it_says_so_and_exits_3() -> None:
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stdout) == (3, "no CUDA device\n")
+    assert (done.returncode, done.stdout) == (
+        3,
+        "no CUDA device; use --device cpu to run the checks on the CPU\n",
+    )

@@ -1,4 +1,4 @@
-"""The `exact` profile: the same bits whatever computes them."""
+"""The `exact` profile gives the same bits on any machine and with any settings."""
 
 import copy
 import os
@@ -20,52 +20,57 @@ from models.image import Pixels
 
 pytestmark = pytest.mark.weights
 
-ELSEWHERE = """
+SCRIPT = """
 import hashlib, sys
 from pathlib import Path
 import numpy as np
 import torch
 from models.codec import bitstream, zoo
-own = zoo.load(2)
-found = own.latents(bitstream.parse(Path(sys.argv[1]).read_bytes()))
+codec = zoo.load(2)
+latents = codec.latents(bitstream.parse(Path(sys.argv[1]).read_bytes()))
 z = torch.from_numpy(np.load(sys.argv[2]))
-indexes, means = own.hyperprior._exact(z, own.hyperprior.medians)
-digest = hashlib.sha256(indexes.tobytes() + means.numpy().tobytes() + found.y_hat.numpy().tobytes())
-plain = own.hyperprior._prior(z[0].numpy(), "float")[1].numpy().tobytes()
+indexes, means = codec.latent_coder._exact(z, codec.latent_coder.medians)
+digest = hashlib.sha256(indexes.tobytes() + means.numpy().tobytes())
+digest.update(latents.y_hat.numpy().tobytes())
+plain = codec.latent_coder._prior(z[0].numpy(), "float")[1].numpy().tobytes()
 print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), digest.hexdigest(),
       hashlib.sha256(plain).hexdigest())
 """
 
 
 def symbols(*shape: int) -> torch.Tensor:
-    """Symbols of z, some of them far out."""
+    """Random symbols of z, some of them large."""
     drawn = np.random.default_rng(0).standard_t(2, shape)
     return torch.from_numpy(np.rint(drawn).astype(np.int32))
 
 
 @pytest.fixture(scope="module")
 def exact(shipped: Codec) -> ExactHyperSynthesis:
-    return shipped.hyperprior._exact
+    return shipped.latent_coder._exact
 
 
 def same(a: tuple[np.ndarray, torch.Tensor], b: tuple[np.ndarray, torch.Tensor]) -> bool:  # type: ignore[type-arg]
     return np.array_equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
-def test_threads_change_nothing(shipped: Codec, exact: ExactHyperSynthesis) -> None:
+def test_the_number_of_threads_does_not_change_the_result(
+    shipped: Codec, exact: ExactHyperSynthesis
+) -> None:
     z, before = symbols(1, 128, 6, 7), torch.get_num_threads()
     try:
-        found = []
+        results = []
         for n in (1, 2):
             torch.set_num_threads(n)
-            found.append(exact(z, shipped.hyperprior.medians))
+            results.append(exact(z, shipped.latent_coder.medians))
     finally:
         torch.set_num_threads(before)
-    assert same(*found)
+    assert same(*results)
 
 
-def test_the_order_of_sums_changes_nothing(shipped: Codec, exact: ExactHyperSynthesis) -> None:
-    """Input channels in reverse, weights too: each sum is taken the other way round."""
+def test_the_order_of_summation_does_not_change_the_result(
+    shipped: Codec, exact: ExactHyperSynthesis
+) -> None:
+    """Reversing the channels of inputs and weights reverses the order of every sum."""
     z = symbols(1, 128, 5, 4)
     reverse = copy.deepcopy(shipped.net.h_s)
     first, second, third = (reverse[i] for i in (0, 2, 4))
@@ -74,69 +79,75 @@ def test_the_order_of_sums_changes_nothing(shipped: Codec, exact: ExactHyperSynt
     second.weight.data = second.weight.data.flip(0, 1)
     second.bias.data = second.bias.data.flip(0)
     third.weight.data = third.weight.data.flip(1)
-    other = ExactHyperSynthesis(reverse, 192, shipped.hyperprior.scale_table)
-    medians = shipped.hyperprior.medians
+    other = ExactHyperSynthesis(reverse, 192, shipped.latent_coder.scale_table)
+    medians = shipped.latent_coder.medians
     assert same(exact(z, medians), other(z.flip(1), medians.flip(1)))
 
 
 @pytest.mark.parametrize(("layer", "factor"), [(4, 1), (4, 2), (4, 5), (2, 3)])
-def test_layers_share_weights_that_are_large(shipped: Codec, layer: int, factor: float) -> None:
-    """The integers come near what floats compute, whatever the factor was between two layers."""
+def test_large_weights_are_scaled_across_layers(shipped: Codec, layer: int, factor: float) -> None:
+    """The integer result is close to the float one, whatever the scaling between two layers is."""
     h_s = copy.deepcopy(shipped.net.h_s)
     with torch.no_grad():
         h_s[layer].weight.mul_(factor)
         h_s[layer].bias.mul_(factor)
-        for later in range(layer + 2, 6, 2):  # hidden channels as large as before
+        for later in range(layer + 2, 6, 2):  # keeps the size of the hidden channels
             h_s[later].weight.div_(factor)
-    z, medians = symbols(1, 128, 4, 4).clamp(-1, 1), shipped.hyperprior.medians
+    z, medians = symbols(1, 128, 4, 4).clamp(-1, 1), shipped.latent_coder.medians
     z *= symbols(1, 128, 4, 4).abs() > 2
-    _, means = ExactHyperSynthesis(h_s, 192, shipped.hyperprior.scale_table)(z, medians)
+    _, means = ExactHyperSynthesis(h_s, 192, shipped.latent_coder.scale_table)(z, medians)
     expected = h_s(z + medians).chunk(2, 1)[1]
     assert expected.abs().max() > 3
     torch.testing.assert_close(means, expected, atol=1e-2 * factor, rtol=1e-3)
 
 
 @pytest.mark.parametrize("layer", [0, 2, 4])
-def test_weights_beyond_any_share_are_refused(shipped: Codec, layer: int) -> None:
+def test_weights_that_no_scaling_fits_are_refused(shipped: Codec, layer: int) -> None:
     h_s = copy.deepcopy(shipped.net.h_s)
     with torch.no_grad():
         h_s[layer].weight.mul_(2.0**12)
     with pytest.raises(ValueError, match="too large for exact sums"):
-        ExactHyperSynthesis(h_s, 192, shipped.hyperprior.scale_table)
+        ExactHyperSynthesis(h_s, 192, shipped.latent_coder.scale_table)
 
 
-def test_memory_layout_changes_nothing(shipped: Codec, exact: ExactHyperSynthesis) -> None:
-    z, medians = symbols(1, 128, 6, 7), shipped.hyperprior.medians
+def test_memory_layout_does_not_change_the_result(
+    shipped: Codec, exact: ExactHyperSynthesis
+) -> None:
+    z, medians = symbols(1, 128, 6, 7), shipped.latent_coder.medians
     other = copy.deepcopy(exact)
     other.layers.to(memory_format=torch.channels_last)
     expected = exact(z, medians)
     strided = torch.empty(1, 128, 12, 14, dtype=torch.int32)[:, :, ::2, ::2].copy_(z)
-    for given in (z.contiguous(memory_format=torch.channels_last), strided):
-        assert same(exact(given, medians), expected)
-        assert same(other(given, medians), expected)
+    for symbols_of_z in (z.contiguous(memory_format=torch.channels_last), strided):
+        assert same(exact(symbols_of_z, medians), expected)
+        assert same(other(symbols_of_z, medians), expected)
 
 
-def test_onednn_changes_nothing(shipped: Codec, exact: ExactHyperSynthesis) -> None:
-    z, medians = symbols(1, 128, 6, 7), shipped.hyperprior.medians
-    found = []
+def test_onednn_does_not_change_the_result(shipped: Codec, exact: ExactHyperSynthesis) -> None:
+    z, medians = symbols(1, 128, 6, 7), shipped.latent_coder.medians
+    results = []
     try:
         for enabled in (True, False):
             torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]
-            found.append(exact(z, medians))
+            results.append(exact(z, medians))
     finally:
         torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
-    assert same(*found)
+    assert same(*results)
 
 
-def test_neighbours_in_a_batch_change_nothing(shipped: Codec, exact: ExactHyperSynthesis) -> None:
-    z, medians = symbols(3, 128, 4, 5), shipped.hyperprior.medians
+def test_other_pictures_in_the_batch_do_not_change_the_result(
+    shipped: Codec, exact: ExactHyperSynthesis
+) -> None:
+    z, medians = symbols(3, 128, 4, 5), shipped.latent_coder.medians
     together = exact(z, medians)[1]
     for i in range(3):
         assert torch.equal(together[i], exact(z[i : i + 1], medians)[1][0])
 
 
-def test_a_cut_is_the_same_as_the_whole(shipped: Codec, exact: ExactHyperSynthesis) -> None:
-    z, medians = symbols(1, 128, 9, 8), shipped.hyperprior.medians
+def test_a_crop_gives_the_same_result_as_the_whole_picture(
+    shipped: Codec, exact: ExactHyperSynthesis
+) -> None:
+    z, medians = symbols(1, 128, 9, 8), shipped.latent_coder.medians
     whole = exact(z, medians)
     cut = exact(z[:, :, 1:8, 2:], medians)
     margin = 8  # `h_s` reaches less than 2 positions of z
@@ -146,27 +157,29 @@ def test_a_cut_is_the_same_as_the_whole(shipped: Codec, exact: ExactHyperSynthes
     assert torch.equal(whole[1][:, :, *inner], cut[1][:, :, *part])
 
 
-def test_strips_change_nothing(
+def test_the_height_of_strips_does_not_change_the_result(
     shipped: Codec, exact: ExactHyperSynthesis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    z, medians = symbols(1, 128, 9, 8), shipped.hyperprior.medians
+    z, medians = symbols(1, 128, 9, 8), shipped.latent_coder.medians
     whole = exact(z, medians)
     for positions in (1, 40, 100):
         monkeypatch.setattr(exact_profile, "STRIP", positions)
         assert same(exact(z, medians), whole)
 
 
-def test_any_z_whatever_stays_within_exact_sums(shipped: Codec, exact: ExactHyperSynthesis) -> None:
-    """The largest symbols saturate: an integer still, and the same one in int64."""
+def test_the_largest_symbols_of_z_stay_within_exact_sums(
+    shipped: Codec, exact: ExactHyperSynthesis
+) -> None:
+    """They saturate, and the result equals that of int64 arithmetic."""
     z = symbols(1, 128, 2, 2).sign() * (2**30 - 1)
     x = torch.full_like(z, ExactHyperSynthesis.LIMIT, dtype=torch.float64) * z.sign()
     assert torch.equal(
-        exact(z, torch.zeros_like(shipped.hyperprior.medians))[1], _integers(exact, x)
+        exact(z, torch.zeros_like(shipped.latent_coder.medians))[1], _integers(exact, x)
     )
 
 
 def _integers(exact: ExactHyperSynthesis, x: torch.Tensor) -> torch.Tensor:
-    """Means in int64 arithmetic, layer by layer."""
+    """Compute the means layer by layer in int64."""
     limit, one = int(ExactHyperSynthesis.LIMIT), 1 << exact_profile.BITS
     v = x.to(torch.int64)
     for layer in exact.layers:
@@ -195,36 +208,38 @@ def _integers(exact: ExactHyperSynthesis, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_other_instruction_sets_change_nothing(
+def test_the_instruction_set_does_not_change_the_result(
     shipped: Codec, photo: Pixels, tmp_path: Path
 ) -> None:
     b = shipped.encode(codec.to_tensor(photo[:256, :256].copy()), "msh", "exact")
     (tmp_path / "b").write_bytes(bitstream.serialize(b))
     np.save(tmp_path / "z.npy", symbols(1, 128, 8, 12).numpy())
-    found = []
+    outputs = []
     for onednn, aten, threads in (("", "", "2"), ("AVX2", "avx2", "1"), ("SSE41", "default", "1")):
-        own = {"ONEDNN_MAX_CPU_ISA": onednn, "ATEN_CPU_CAPABILITY": aten} if aten else {}
-        own["OMP_NUM_THREADS"] = threads
+        settings = {"ONEDNN_MAX_CPU_ISA": onednn, "ATEN_CPU_CAPABILITY": aten} if aten else {}
+        settings["OMP_NUM_THREADS"] = threads
         done = subprocess.run(
-            [sys.executable, "-P", "-c", ELSEWHERE, tmp_path / "b", tmp_path / "z.npy"],
-            env=os.environ | own, stdout=subprocess.PIPE, text=True, check=True,
+            [sys.executable, "-P", "-c", SCRIPT, tmp_path / "b", tmp_path / "z.npy"],
+            env=os.environ | settings, stdout=subprocess.PIPE, text=True, check=True,
         )  # fmt: skip
-        found.append(done.stdout.split())
-    capabilities, threads_of, exact_digests, float_digests = zip(*found, strict=True)
+        outputs.append(done.stdout.split())
+    capabilities, threads_of, exact_digests, float_digests = zip(*outputs, strict=True)
     assert capabilities[2] == "DEFAULT"
     assert threads_of[0] == "2"
     assert len(set(exact_digests)) == 1
-    assert len(set(float_digests)) > 1  # it is no wonder that float32 needs recovery
+    assert len(set(float_digests)) > 1  # float32 differs, which is why recovery exists
 
 
 @pytest.mark.parametrize("size", [(64, 65), (100, 128)])
-def test_sizes_that_are_not_padded_are_refused(shipped: Codec, size: tuple[int, int]) -> None:
+def test_sizes_that_are_not_multiples_of_64_are_refused(
+    shipped: Codec, size: tuple[int, int]
+) -> None:
     with pytest.raises(LengthMismatch):
-        shipped.hyperprior.decode(bytes(8), bytes(8), size, "exact")
+        shipped.latent_coder.decode(bytes(8), bytes(8), size, "exact")
 
 
 def test_weights_too_large_for_exact_sums_are_refused(shipped: Codec) -> None:
     h_s = copy.deepcopy(shipped.net.h_s)
     h_s[2].weight.data *= 1e4
     with pytest.raises(ValueError, match="exact sums"):
-        ExactHyperSynthesis(h_s, 192, shipped.hyperprior.scale_table)
+        ExactHyperSynthesis(h_s, 192, shipped.latent_coder.scale_table)

@@ -1,4 +1,4 @@
-"""Picture files in and out."""
+"""Reading and writing picture files."""
 
 import io
 import struct
@@ -10,7 +10,7 @@ from PIL import ExifTags, Image, ImageCms
 
 from models import image
 from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
-from tests.conftest import psnr
+from tests.support.data import psnr
 
 
 def file(picture: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -20,25 +20,25 @@ def file(picture: Image.Image, format: str = "PNG", **options: object) -> bytes:
 
 
 @pytest.mark.parametrize("format", ["png", "webp"])
-def test_lossless_formats_come_back_to_the_digit(
+def test_lossless_formats_round_trip_exactly(
     small: image.Pixels, format: image.OutputFormat
 ) -> None:
     assert np.array_equal(image.read(image.write(small, format), 10**6), small)
 
 
 @pytest.mark.parametrize("format", ["jpeg", "avif"])
-def test_lossy_formats_come_back_nearly(small: image.Pixels, format: image.OutputFormat) -> None:
+def test_lossy_formats_round_trip_closely(small: image.Pixels, format: image.OutputFormat) -> None:
     assert psnr(image.read(image.write(small, format), 10**6), small) > 38
 
 
-def test_npy_holds_the_array(small: image.Pixels) -> None:
+def test_npy_files_hold_the_array_without_metadata(small: image.Pixels) -> None:
     array = np.load(io.BytesIO(image.write(small, "npy", {"tier": "x"})), allow_pickle=False)
     assert array.dtype == np.uint8
     assert np.array_equal(array, small)
 
 
 @pytest.mark.parametrize("format", sorted(image.MEDIA_TYPES))
-def test_every_format_is_what_its_media_type_says(
+def test_every_format_matches_its_media_type(
     small: image.Pixels, format: image.OutputFormat
 ) -> None:
     data = image.write(small, format)
@@ -50,24 +50,24 @@ def test_every_format_is_what_its_media_type_says(
     assert format in image.SUFFIXES.values()
 
 
-def test_metadata_are_written(small: image.Pixels) -> None:
+def test_png_files_hold_metadata_as_text_chunks(small: image.Pixels) -> None:
     with Image.open(io.BytesIO(image.write(small, "png", {"tier": "ddim-10"}))) as p:
         assert p.info["tier"] == "ddim-10"
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp", "avif"])
-def test_metadata_are_exif_where_there_are_no_texts(
+def test_other_formats_hold_metadata_as_exif(
     small: image.Pixels, format: image.OutputFormat
 ) -> None:
     text = {"Software": "Afterimage", "Comment": "synthesised detail", "afterimage:seed": "7"}
     with Image.open(io.BytesIO(image.write(small, format, text))) as p:
         exif = p.getexif()
     assert exif[ExifTags.Base.Software] == "Afterimage"
-    told = exif[ExifTags.Base.ImageDescription]
-    assert told == "Comment: synthesised detail\nafterimage:seed: 7"
+    description = exif[ExifTags.Base.ImageDescription]
+    assert description == "Comment: synthesised detail\nafterimage:seed: 7"
 
 
-def test_a_side_that_a_format_cannot_hold_is_named() -> None:
+def test_the_error_names_a_size_that_the_format_cannot_hold() -> None:
     with pytest.raises(PictureError, match="16384×1 pixels cannot be written as webp"):
         image.write(np.zeros((1, 16384, 3), np.uint8), "webp")
 
@@ -82,7 +82,7 @@ TURNS = {
     7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
     8: lambda x: x.swapaxes(0, 1)[::-1],
 }
-"""What each EXIF orientation asks to be done with the stored rows."""
+"""EXIF orientation -> what makes the stored rows upright."""
 
 
 @pytest.mark.parametrize("orientation", TURNS)
@@ -101,15 +101,15 @@ def apart(a: image.Pixels, b: image.Pixels) -> float:
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "AVIF", "TIFF"])
-def test_transparency_is_flattened_on_white(format: str) -> None:
+def test_transparent_pixels_are_blended_with_white(format: str) -> None:
     options = {"AVIF": {"quality": 100}, "WEBP": {"lossless": True}}.get(format, {})
-    for alpha, seen in ((0, (255, 255, 255)), (128, (255, 127, 127)), (255, (255, 0, 0))):
+    for alpha, expected in ((0, (255, 255, 255)), (128, (255, 127, 127)), (255, (255, 0, 0))):
         data = file(Image.new("RGBA", (8, 8), (255, 0, 0, alpha)), format, **options)
-        assert np.abs(image.read(data, 10**6)[0, 0].astype(int) - seen).max() <= 2
+        assert np.abs(image.read(data, 10**6)[0, 0].astype(int) - expected).max() <= 2
 
 
-def test_a_transparent_colour_is_flattened_on_white() -> None:
-    """Of a GIF, and of PNGs in palette, grey and RGB."""
+def test_a_transparent_colour_becomes_white() -> None:
+    """In a GIF, and in PNGs with palette, grey and RGB."""
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([255, 0, 0, 0, 255, 0])
     for data in (
@@ -122,8 +122,8 @@ def test_a_transparent_colour_is_flattened_on_white() -> None:
     assert tuple(image.read(file(palette, "GIF"), 10**6)[0, 0]) == (0, 255, 0)
 
 
-def test_a_transparent_colour_of_16_bits_is_not_read() -> None:
-    """Pillow reads the upper byte of a sample, and the lower one of the colour: they would meet."""
+def test_a_transparent_colour_of_a_16_bit_png_is_ignored() -> None:
+    """Pillow compares a sample's upper byte with the colour's lower one: a wrong match."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         body = kind + content
@@ -151,18 +151,18 @@ def test_other_modes_become_rgb(small: image.Pixels, mode: str) -> None:
 
 
 def lab(picture: Image.Image) -> Image.Image:
-    srgb, own = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    converted = ImageCms.profileToProfile(picture, srgb, own, outputMode="LAB")
+    srgb, target = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    converted = ImageCms.profileToProfile(picture, srgb, target, outputMode="LAB")
     assert converted is not None
     return converted
 
 
-def test_cmyk_of_a_jpeg_is_ink() -> None:
+def test_cmyk_jpegs_become_rgb() -> None:
     data = file(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)
     assert np.abs(image.read(data, 10**6)[0, 0].astype(int) - (255, 0, 0)).max() <= 2
 
 
-def test_16_bit_grey_keeps_its_upper_byte() -> None:
+def test_16_bit_grey_keeps_its_upper_8_bits() -> None:
     values = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
     pixels = image.read(file(Image.fromarray(values)), 10**6)
     assert np.array_equal(pixels[..., 0], (values >> 8).astype(np.uint8))
@@ -176,7 +176,7 @@ def test_16_bit_grey_keeps_its_upper_byte() -> None:
     ],
     ids=["white is zero", "12 bits"],
 )
-def test_grey_of_a_tiff_is_as_dark_as_it_is_meant(
+def test_grey_tiffs_of_12_bits_and_with_white_as_zero_are_converted(
     stored: tuple[int, int], tags: dict[str, int], seen: list[int]
 ) -> None:
     data = bytearray(file(Image.fromarray(np.array([stored], np.uint16)), "TIFF"))
@@ -196,7 +196,7 @@ def test_grey_of_a_tiff_is_as_dark_as_it_is_meant(
     ],
     ids=["RGB", "opaque RGBA", "RGBA", "grey and alpha"],
 )
-def test_16_bit_colour_keeps_its_upper_byte(
+def test_16_bit_colour_keeps_its_upper_8_bits(
     kind: int, samples: tuple[int, ...], seen: tuple[int, ...]
 ) -> None:
     data = png16(kind, struct.pack(f">{len(samples)}H", *samples))
@@ -242,7 +242,7 @@ LINEAR = profile(
     wtpt=b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061),
     kTRC=b"curv" + bytes(8),
 )  # fmt: skip
-"""Grey whose values are light."""
+"""A grey profile whose values are linear light."""
 
 
 def test_a_grey_profile_is_applied_at_8_and_16_bits() -> None:
@@ -258,7 +258,7 @@ def test_a_grey_profile_is_applied_at_8_and_16_bits() -> None:
 
 @pytest.mark.parametrize("format", ["JPEG", "TIFF"])
 def test_a_cmyk_profile_is_applied(format: str) -> None:
-    """One by which coloured inks are grey, alone and together."""
+    """With a profile in which coloured inks are grey, alone and together."""
     ramp = bytes(range(256))
     matrix = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
     table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + 4 * ramp
@@ -269,7 +269,7 @@ def test_a_cmyk_profile_is_applied(format: str) -> None:
     assert np.abs(image.read(data, 10**6).astype(int) - 119).max() <= 2
 
 
-def test_a_profile_says_nothing_about_transparency() -> None:
+def test_a_profile_leaves_transparency_unchanged() -> None:
     data = file(Image.new("RGBA", (8, 8), (255, 0, 0, 128)), icc_profile=swapped_profile())
     red, green, blue = image.read(data, 10**6)[0, 0].tolist()
     assert green > red > 120
@@ -294,13 +294,13 @@ def test_too_many_pixels_are_refused(small: image.Pixels) -> None:
         image.read(file(Image.fromarray(small)), 100)
 
 
-def test_a_thread_of_pixels_is_refused_for_its_padding() -> None:
+def test_a_very_thin_picture_is_refused_because_of_its_padding() -> None:
     with pytest.raises(PictureTooLarge, match="side"):
         image.read(file(Image.new("L", (20_000, 1))), 10**6)
 
 
 def tiled(pixels: image.Pixels, big: bool, kind: int = 3, count: int = 1) -> bytes:
-    """A TIFF file whose tiles are said to be 30000×30000; the width in a type of choice."""
+    """A TIFF file that declares tiles of 30000×30000, the width with this field type and count."""
     private = {0xFF00: ExifTags.Base.TileWidth, 0xFF01: ExifTags.Base.TileLength}
     tags = dict.fromkeys(private, 30_000)
     data = file(Image.fromarray(pixels), "TIFF", tiffinfo=tags, big_tiff=big)
@@ -314,25 +314,23 @@ def tiled(pixels: image.Pixels, big: bool, kind: int = 3, count: int = 1) -> byt
 
 
 @pytest.mark.parametrize("big", [False, True])
-def test_tiles_that_are_larger_than_their_picture_are_refused(
-    small: image.Pixels, big: bool
-) -> None:
-    """The decoder unpacks them whole."""
+def test_tiff_files_with_huge_tiles_are_refused(small: image.Pixels, big: bool) -> None:
+    """libtiff unpacks whole tiles, even if they are larger than the picture."""
     with pytest.raises(PictureTooLarge, match="tiles of 30000×30000"):
         image.read(tiled(small, big), 10**6)
 
 
 @pytest.mark.parametrize(("kind", "count"), [(2, 1), (1, 1), (17, 1), (3, 2)])
-def test_tiles_whose_sides_readers_may_take_for_others_are_refused(
+def test_tiff_files_whose_tile_sides_are_not_single_integers_are_refused(
     small: image.Pixels, kind: int, count: int
 ) -> None:
-    """Text times a length was as much memory; what Pillow skips libtiff reads."""
-    with pytest.raises(PictureError, match="tiles' sides are no numbers"):
+    """libtiff reads fields that Pillow skips, and multiplying text needed much memory."""
+    with pytest.raises(PictureError, match="tile sides are not integers"):
         image.read(tiled(small, False, kind, count), 10**6)
 
 
-def test_a_jpeg_of_very_many_scans_is_refused(small: image.Pixels) -> None:
-    """Each is decoded over the whole picture, however few its bytes."""
+def test_a_jpeg_with_more_than_1000_scans_is_refused(small: image.Pixels) -> None:
+    """Each scan is decoded over the whole picture, even if it has few bytes."""
     data = file(Image.fromarray(small), "JPEG", progressive=True)
     assert image.read(data, 10**6).shape == small.shape
     last = data[data.rindex(b"\xff\xda") : -2]
@@ -340,8 +338,8 @@ def test_a_jpeg_of_very_many_scans_is_refused(small: image.Pixels) -> None:
         image.read(data[:-2] + last * 1000 + data[-2:], 10**6)
 
 
-def test_a_profile_means_the_same_for_palette_pictures() -> None:
-    """A profile that swaps red and green, on the same red in three modes."""
+def test_a_profile_is_applied_to_palette_pictures_too() -> None:
+    """With a profile that swaps red and green, on red as RGB and as palette."""
     red = Image.new("RGB", (8, 8), (255, 0, 0))
     profile = swapped_profile()
     seen = [image.read(file(p, icc_profile=profile), 10**6)[0, 0] for p in (red, red.convert("P"))]
@@ -357,20 +355,20 @@ def swapped_profile() -> bytes:
     return bytes(data)
 
 
-def test_more_than_16_bits_are_refused() -> None:
+def test_samples_of_more_than_16_bits_are_refused() -> None:
     for value in (-5, 2**24):
         data = file(Image.fromarray(np.full((8, 8), value, np.int32)), "TIFF")
         with pytest.raises(UnsupportedPicture, match="16 bits"):
             image.read(data, 10**6)
 
 
-def test_formats_that_run_programs_or_unpack_early_are_not_read(small: image.Pixels) -> None:
+def test_eps_and_ico_files_are_refused(small: image.Pixels) -> None:
     for data in (file(Image.fromarray(small), "EPS"), file(Image.fromarray(small), "ICO")):
         with pytest.raises(UnsupportedPicture):
             image.read(data, 10**6)
 
 
-def test_damaged_files_are_picture_errors(small: image.Pixels) -> None:
+def test_damaged_files_raise_picture_errors(small: image.Pixels) -> None:
     rng = np.random.default_rng(0)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -391,12 +389,12 @@ def test_damaged_files_are_picture_errors(small: image.Pixels) -> None:
 
 
 @pytest.mark.parametrize("data", [b"hello", bytes(100)])
-def test_what_is_no_picture_is_unsupported(data: bytes) -> None:
+def test_files_that_are_not_pictures_are_unsupported(data: bytes) -> None:
     with pytest.raises(UnsupportedPicture):
         image.read(data, 10**6)
 
 
 @pytest.mark.parametrize("end", [0, 60, 2000])
-def test_an_empty_or_truncated_picture_is_an_error(small: image.Pixels, end: int) -> None:
+def test_an_empty_or_truncated_picture_raises_an_error(small: image.Pixels, end: int) -> None:
     with pytest.raises(PictureError):
         image.read(image.write(small, "png")[:end], 10**6)

@@ -1,4 +1,4 @@
-"""Instant pictures take turns: threads are bounded, whoever waits for them."""
+"""The thread pool of instant decodes: bounded threads, bounded waiting line, shared results."""
 
 import asyncio
 import threading
@@ -6,83 +6,83 @@ import threading
 import pytest
 
 from models.library import Library
-from service.instant import Drawn, Instant
+from service.instant import InstantDecoder, PictureFile
 from service.problems import Busy, DeadlineExceeded
 from service.settings import ServiceSettings
 
 
-def instant(**settings: float) -> Instant:
-    return Instant(Library({}, None), ServiceSettings(**settings))  # type: ignore[arg-type]
+def instant(**settings: float) -> InstantDecoder:
+    return InstantDecoder(Library({}, None), ServiceSettings(**settings))  # type: ignore[arg-type]
 
 
-def test_work_whose_request_has_given_up_keeps_its_turn() -> None:
-    own = instant(decodes_at_once=1, request_timeout_s=0.2)
+def test_work_keeps_its_thread_after_its_request_timed_out() -> None:
+    decoder = instant(decodes_at_once=1, request_timeout_s=0.2)
     go, running = threading.Event(), []
 
     def work() -> None:
         running.append(1)
         go.wait(10)
 
-    async def ask() -> None:
+    async def scenario() -> None:
         with pytest.raises(DeadlineExceeded):
-            await own.run(work)
+            await decoder.run(work)
         with pytest.raises(DeadlineExceeded):
-            await own.run(work)  # the first is not done
+            await decoder.run(work)  # the first still runs
         assert len(running) == 1
         go.set()
-        assert await own.run(lambda: 7) == 7
-        assert len(running) == 1  # what was given up before its turn is not begun
+        assert await decoder.run(lambda: 7) == 7
+        assert len(running) == 1  # work that timed out while waiting never starts
 
-    asyncio.run(ask())
+    asyncio.run(scenario())
 
 
-def test_one_picture_is_drawn_once_however_many_ask() -> None:
-    own = instant(decodes_at_once=2)
-    go, begun = threading.Event(), []
+def test_concurrent_requests_for_one_picture_share_a_computation() -> None:
+    decoder = instant(decodes_at_once=2)
+    go, started = threading.Event(), []
 
-    def work() -> Drawn:
-        begun.append(1)
+    def work() -> PictureFile:
+        started.append(1)
         go.wait(10)
-        return Drawn(b"file")
+        return PictureFile(b"file")
 
-    async def ask() -> None:
-        many = [asyncio.create_task(own.once("a", work)) for _ in range(100)]
+    async def scenario() -> None:
+        many = [asyncio.create_task(decoder.once("a", work)) for _ in range(100)]
         await asyncio.sleep(0.05)
-        many.pop(0).cancel()  # who asked first leaves
+        many.pop(0).cancel()  # the first caller leaves
         go.set()
-        assert {drawn.file for drawn in await asyncio.gather(*many)} == {b"file"}
-        assert (await own.once("a", work)).file == b"file"
-        assert len(begun) == 1
+        assert {picture.data for picture in await asyncio.gather(*many)} == {b"file"}
+        assert (await decoder.once("a", work)).data == b"file"
+        assert len(started) == 1
 
-    asyncio.run(ask())
+    asyncio.run(scenario())
 
 
-def test_what_failed_is_tried_again() -> None:
-    own = instant()
+def test_a_failed_computation_is_repeated() -> None:
+    decoder = instant()
 
-    def fail() -> Drawn:
+    def fail() -> PictureFile:
         raise ValueError("broken")
 
-    async def ask() -> None:
+    async def scenario() -> None:
         both = await asyncio.gather(
-            *(own.once("a", fail) for _ in range(2)), return_exceptions=True
+            *(decoder.once("a", fail) for _ in range(2)), return_exceptions=True
         )
         assert [str(e) for e in both] == ["broken"] * 2
-        assert (await own.once("a", lambda: Drawn(b"file"))).file == b"file"
+        assert (await decoder.once("a", lambda: PictureFile(b"file"))).data == b"file"
 
-    asyncio.run(ask())
+    asyncio.run(scenario())
 
 
-def test_the_line_is_bounded() -> None:
-    own = instant(decodes_at_once=1, waiting_line=2)
+def test_the_waiting_line_is_bounded() -> None:
+    decoder = instant(decodes_at_once=1, waiting_line=2)
     go = threading.Event()
 
-    async def ask() -> None:
-        waiting = [asyncio.create_task(own.run(lambda: go.wait(10))) for _ in range(3)]
+    async def scenario() -> None:
+        waiting = [asyncio.create_task(decoder.run(lambda: go.wait(10))) for _ in range(3)]
         await asyncio.sleep(0.05)
         with pytest.raises(Busy):
-            await own.run(lambda: None)
+            await decoder.run(lambda: None)
         go.set()
         assert await asyncio.gather(*waiting) == [True] * 3
 
-    asyncio.run(ask())
+    asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""Log lines: ids, formats, no secrets."""
+"""Log records: ids, formats, and removal of secrets."""
 
 import io
 import json
@@ -19,7 +19,7 @@ Write = Callable[[bool], tuple[logging.Logger, io.StringIO]]
 
 @pytest.fixture
 def writing() -> Iterator[Write]:
-    """A logger of its own that writes, as JSON or text, to a buffer."""
+    """Makes a logger that writes JSON or text to a buffer."""
     logger = logging.getLogger("afterimage.test")
     logger.propagate = False
     logger.setLevel(logging.DEBUG)
@@ -34,13 +34,13 @@ def writing() -> Iterator[Write]:
     logger.propagate = True
 
 
-def test_a_json_record_has_time_level_logger_message_ids_and_what_was_added(writing: Write) -> None:
+def test_a_json_record_has_time_level_logger_message_ids_and_extra_fields(writing: Write) -> None:
     log, out = writing(True)
     with logs.bound("req-1", "job-1"):
         log.info("drew %s", "it", extra={"ms": 3.5})
-    found = json.loads(out.getvalue())
-    assert datetime.fromisoformat(found.pop("time")).utcoffset() is not None
-    assert found == {
+    record = json.loads(out.getvalue())
+    assert datetime.fromisoformat(record.pop("time")).utcoffset() is not None
+    assert record == {
         "level": "INFO", "logger": "afterimage.test", "message": "drew it",
         "request_id": "req-1", "job_id": "job-1", "ms": 3.5,
     }  # fmt: skip
@@ -57,18 +57,18 @@ def test_a_text_record_is_one_line_with_its_ids(writing: Write) -> None:
     )
 
 
-def test_ids_end_with_their_block_and_an_explicit_one_wins(writing: Write) -> None:
+def test_ids_apply_within_their_block_and_an_explicit_id_wins(writing: Write) -> None:
     log, out = writing(True)
     with logs.bound("req-1"):
-        log.info("own", extra={"request_id": "mine"})
+        log.info("within", extra={"request_id": "explicit"})
     log.info("after")
-    own, after = map(json.loads, out.getvalue().splitlines())
-    assert own["request_id"] == "mine"
+    within, after = map(json.loads, out.getvalue().splitlines())
+    assert within["request_id"] == "explicit"
     assert "request_id" not in after and "job_id" not in after
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_a_traceback_is_told_with_the_message(writing: Write, as_json: bool) -> None:
+def test_a_traceback_is_part_of_the_record(writing: Write, as_json: bool) -> None:
     log, out = writing(as_json)
     try:
         raise ValueError("odd token=abcd")
@@ -102,23 +102,25 @@ def test_secrets_are_never_written(writing: Write, text: str, as_json: bool) -> 
     assert "S3cr3t" not in out.getvalue() and "***" in out.getvalue()
 
 
-def test_a_field_that_is_named_as_a_secret_has_no_value(writing: Write) -> None:
+def test_a_field_whose_name_is_that_of_a_secret_is_hidden(writing: Write) -> None:
     log, out = writing(True)
     log.info("x", extra={"signature": "S3cr3t", "api_key": "S3cr3t", "design": "kept"})
-    found = json.loads(out.getvalue())
-    assert (found["signature"], found["api_key"], found["design"]) == ("***", "***", "kept")
+    record = json.loads(out.getvalue())
+    assert (record["signature"], record["api_key"], record["design"]) == ("***", "***", "kept")
 
 
 @pytest.mark.parametrize(
     "text", ["fencing design: 4", "/v1/decodes/{id} 200", "http://host:80/a@b", "tokens per s"]
 )
-def test_what_is_no_secret_stays(text: str) -> None:
+def test_text_without_secrets_is_unchanged(text: str) -> None:
     assert logs.redact(text) == text
 
 
-@pytest.mark.parametrize(("given", "json"), [("json", True), ("text", False)])
-def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch, given: str, json: bool) -> None:
-    monkeypatch.setenv("AFTERIMAGE_LOG", given)
+@pytest.mark.parametrize(("value", "json"), [("json", True), ("text", False)])
+def test_the_environment_sets_the_format(
+    monkeypatch: pytest.MonkeyPatch, value: str, json: bool
+) -> None:
+    monkeypatch.setenv("AFTERIMAGE_LOG", value)
     assert logs.as_json() is json
 
 
@@ -131,13 +133,13 @@ def test_a_terminal_gets_text_and_a_file_json(monkeypatch: pytest.MonkeyPatch) -
         assert logs.as_json() is not terminal
 
 
-def test_an_unknown_format_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_format_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFTERIMAGE_LOG", "yaml")
     with pytest.raises(AfterimageError, match="'yaml'; it may be json or text"):
         logs.as_json()
 
 
-def test_a_process_that_set_up_logging_writes_nothing_else_to_stderr() -> None:
+def test_stderr_holds_nothing_but_log_records() -> None:
     code = """
 import logging, warnings, httpx
 from worker.telemetry import logs

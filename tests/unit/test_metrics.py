@@ -21,7 +21,7 @@ from models.errors import WeightsError
 from models.evaluate import bootstrap, kid, metrics
 from models.evaluate import nlpd as nlpd_module
 from models.evaluate.dists import Dists
-from models.evaluate.metrics import Lpips, LpipsAlex
+from models.evaluate.metrics import LpipsAlex, LpipsMetric
 from models.evaluate.niqe import niqe
 from models.evaluate.nlpd import nlpd
 
@@ -165,7 +165,7 @@ def vgg_maps(x: Tensor, file: Path, pool: nn.Module) -> list[Tensor]:
 
 def test_lpips_vgg_equals_its_formula(pair: tuple[Tensor, Tensor], vgg_file: Path) -> None:
     a, b = (x[:, :, :64, :64] for x in pair)
-    ours = Lpips("vgg", vgg_file)
+    ours = LpipsMetric("vgg", vgg_file)
     total = 0.0
     maps = (vgg_maps(x, vgg_file, nn.MaxPool2d(2)) for x in (a, b))
     for i, (u, v) in enumerate(zip(*maps, strict=True)):
@@ -344,5 +344,5 @@ def test_bootstrap_keeps_pairs_together_and_knows_its_limits() -> None:
     found = bootstrap.estimate(bootstrap.ratio([0.5 * b for b in base], base), 3)
     assert found is not None
     assert found.interval == pytest.approx((0.5, 0.5))
-    assert bootstrap.estimate(bootstrap.mean([4.0]), 1) == bootstrap.Estimate(4.0, None)
+    assert bootstrap.estimate(bootstrap.mean([4.0]), 1) == bootstrap.BootstrapEstimate(4.0, None)
     assert bootstrap.estimate(bootstrap.mean([math.inf, 1.0]), 2) is None

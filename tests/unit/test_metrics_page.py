@@ -1,4 +1,4 @@
-"""The metrics page: parsed as Prometheus does, over a real Redis."""
+"""The metrics page, read by the Prometheus parser, with a real Redis."""
 
 import asyncio
 import time
@@ -12,30 +12,30 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from models.tiers import Settings
 from service import metrics
-from service.requests import Requests
+from service.requests import RequestMiddleware
 from service.routes import metrics as metrics_page
-from tests.conftest import free_port
+from tests.support.service import free_port
 from worker.attempt import Attempt
 from worker.queue import counters, estimates
 from worker.queue.jobs import Jobs
-from worker.queue.records import Decode
+from worker.queue.records import DecodeRequest
 from worker.queue.store import Store, connect
 from worker.settings import WorkerSettings
 
 SETTINGS = Settings(sampler="ddim", steps=4, eta=0.0, gamma=1.0)
 
 
-def decode(seed: int) -> Decode:
-    return Decode("d" * 64, "fast", SETTINGS, seed, "c" * 16, "e" * 16, 2, 64, 64)
+def decode(seed: int) -> DecodeRequest:
+    return DecodeRequest("d" * 64, "fast", SETTINGS, seed, "c" * 16, "e" * 16, 2, 64, 64)
 
 
 def application(jobs: Jobs) -> FastAPI:
-    made = FastAPI()
-    made.include_router(metrics_page.router)
-    made.add_api_route("/v1/things/{id}", lambda id: id)
-    made.add_middleware(Requests)
-    made.state.own = SimpleNamespace(jobs=jobs)
-    return made
+    app = FastAPI()
+    app.include_router(metrics_page.router)
+    app.add_api_route("/v1/things/{id}", lambda id: id)
+    app.add_middleware(RequestMiddleware)
+    app.state.services = SimpleNamespace(jobs=jobs)
+    return app
 
 
 def get(app: FastAPI, path: str = "/metrics", method: str = "GET") -> httpx.Response:
@@ -52,35 +52,35 @@ def parse(text: str) -> dict[str, Metric]:
 
 
 def value(families: dict[str, Metric], sample: str, **labels: str) -> float:
-    """The only sample of this name and these labels; 0 where there is none."""
-    found = [
+    """The value of the only sample with this name and these labels; 0 without one."""
+    values = [
         s.value
         for family in families.values()
         for s in family.samples
         if s.name == sample and labels.items() <= s.labels.items()
     ]
-    assert len(found) < 2
-    return found[0] if found else 0.0
+    assert len(values) < 2
+    return values[0] if values else 0.0
 
 
 def scrape(store: Store) -> dict[str, Metric]:
-    answer = get(application(Jobs(store)))
-    assert answer.status_code == 200
-    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-    return parse(answer.text)
+    response = get(application(Jobs(store)))
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    return parse(response.text)
 
 
-def test_every_metric_is_named_typed_and_explained(store: Store) -> None:
+def test_every_metric_has_a_name_a_type_and_a_help_text(store: Store) -> None:
     jobs = Jobs(store)
-    counters.measured(store, "w", 1.0, 1.0)
+    counters.add_model_time(store, "w", 1.0, 1.0)
     app = application(jobs)
     get(app, "/v1/things/1")
-    found = {
+    families = {
         name.removeprefix("afterimage_"): family
         for name, family in parse(get(app).text).items()
         if name.startswith("afterimage_") and not name.endswith("_created")
     }
-    assert {name: family.type for name, family in found.items()} == {
+    assert {name: family.type for name, family in families.items()} == {
         "request_duration_seconds": "histogram",
         "stage_duration_seconds": "histogram",
         "cache_lookups": "counter",
@@ -99,10 +99,10 @@ def test_every_metric_is_named_typed_and_explained(store: Store) -> None:
         "megapixel_steps": "counter",
         "model_seconds_per_megapixel_step": "gauge",
     }
-    assert all(family.documentation.endswith(".") for family in found.values())
+    assert all(family.documentation.endswith(".") for family in families.values())
 
 
-def test_requests_count_by_template_method_and_class(store: Store) -> None:
+def test_requests_are_counted_by_route_method_and_status_class(store: Store) -> None:
     app = application(Jobs(store))
     before = parse(get(app).text)
     for path, method in [("/v1/things/1", "GET"), ("/v1/things/2", "GET"),
@@ -111,15 +111,15 @@ def test_requests_count_by_template_method_and_class(store: Store) -> None:
     after = parse(get(app).text)
     name = "afterimage_request_duration_seconds_count"
 
-    def new(**labels: str) -> float:
+    def increase(**labels: str) -> float:
         return value(after, name, **labels) - value(before, name, **labels)
 
-    assert new(route="/v1/things/{id}", method="GET", status="2xx") == 2
-    assert new(route="unmatched", method="GET", status="4xx") == 1
-    assert new(route="unmatched", method="other", status="4xx") == 1
+    assert increase(route="/v1/things/{id}", method="GET", status="2xx") == 2
+    assert increase(route="unmatched", method="GET", status="4xx") == 1
+    assert increase(route="unmatched", method="other", status="4xx") == 1
 
 
-def test_stages_are_in_seconds(store: Store) -> None:
+def test_stage_durations_are_in_seconds(store: Store) -> None:
     before = scrape(store)
     metrics.stages({"parse": 1.0, "g_s": 250.0})
     after = scrape(store)
@@ -131,7 +131,7 @@ def test_stages_are_in_seconds(store: Store) -> None:
     assert value(after, f"{name}_bucket", **within) > value(before, f"{name}_bucket", **within)
 
 
-def test_hits_misses_shed_and_rate_limited_requests_count(store: Store) -> None:
+def test_cache_lookups_shed_and_rate_limited_requests_are_counted(store: Store) -> None:
     before = scrape(store)
     metrics.cache("draft", True)
     metrics.cache("picture", False)
@@ -147,25 +147,25 @@ def test_hits_misses_shed_and_rate_limited_requests_count(store: Store) -> None:
         assert value(after, name, **labels) - value(before, name, **labels) == 1
 
 
-def test_the_queue_is_asked_at_every_scrape(store: Store) -> None:
+def test_the_queue_is_read_at_every_scrape(store: Store) -> None:
     jobs = Jobs(store)
     empty = scrape(store)
     assert value(empty, "afterimage_redis_up") == 1
     assert value(empty, "afterimage_queue_depth") == 0
     assert value(empty, "afterimage_queue_oldest_age_seconds") == 0
     assert value(empty, "afterimage_workers") == 0
-    estimates.present(jobs)
+    estimates.mark_alive(jobs)
     for seed in range(3):
         jobs.submit(decode(seed), b"bitstream")
     store.queue.hset(jobs.key(decode(1).id), "created", str(time.time() - 100))
     assert Attempt.begin(jobs, decode(0).id)
     store.queue.lrem(jobs.queue.key, 0, decode(0).id)
-    found = scrape(store)
-    assert value(found, "afterimage_queue_depth") == 2
-    assert value(found, "afterimage_queue_oldest_age_seconds") == pytest.approx(100, abs=5)
-    assert value(found, "afterimage_jobs_running") == 1
-    assert value(found, "afterimage_workers") == 1
-    before = store.queue.config_get("maxmemory")["maxmemory"]
+    families = scrape(store)
+    assert value(families, "afterimage_queue_depth") == 2
+    assert value(families, "afterimage_queue_oldest_age_seconds") == pytest.approx(100, abs=5)
+    assert value(families, "afterimage_jobs_running") == 1
+    assert value(families, "afterimage_workers") == 1
+    before = store.queue.config_get("maxmemory")["maxmemory"] or "0"
     try:
         store.queue.config_set("maxmemory", 2 * store.queue.info("memory")["used_memory"])
         half = value(scrape(store), "afterimage_queue_memory_ratio")
@@ -174,80 +174,78 @@ def test_the_queue_is_asked_at_every_scrape(store: Store) -> None:
     assert half == pytest.approx(0.5, abs=0.1)
 
 
-def test_a_queued_job_without_a_record_breaks_nothing(store: Store) -> None:
+def test_a_queued_job_without_a_record_is_still_counted(store: Store) -> None:
     jobs = Jobs(store)
     jobs.submit(decode(0), b"bitstream")
     store.queue.delete(jobs.key(decode(0).id))
     assert value(scrape(store), "afterimage_queue_depth") == 1
 
 
-def test_what_workers_add_is_shown(store: Store) -> None:
+def test_counters_of_workers_are_exported(store: Store) -> None:
     with store.queue.pipeline() as pipe:
         counters.add(store, pipe, counters.LEASES_LOST)
         counters.add(store, pipe, counters.SUCCEEDED, 2)
         counters.add(store, pipe, counters.FAILED)
         pipe.execute()
-    found = scrape(store)
-    assert value(found, "afterimage_leases_lost_total") == 1
-    ended = {s: value(found, "afterimage_jobs_ended_total", status=s)
+    families = scrape(store)
+    assert value(families, "afterimage_leases_lost_total") == 1
+    ended = {s: value(families, "afterimage_jobs_ended_total", status=s)
              for s in ("succeeded", "failed", "canceled")}  # fmt: skip
     assert ended == {"succeeded": 2, "failed": 1, "canceled": 0}
     assert 0 < store.queue.ttl(counters.key(store))
 
 
-def test_the_etas_error_is_a_histogram(store: Store) -> None:
+def test_the_error_of_predicted_times_is_a_histogram(store: Store) -> None:
     for measured_s, predicted_s in [(9, 10), (10, 10), (30, 10), (1000, 10), (5, 0)]:
-        counters.predicted(store, measured_s, predicted_s)  # the last predicted nothing
-    found = scrape(store)
+        counters.add_eta_ratio(store, measured_s, predicted_s)  # the last job had no prediction
+    families = scrape(store)
     name = "afterimage_eta_error_ratio"
-    counts = {le: value(found, f"{name}_bucket", le=le) for le in ("0.75", "0.9", "1.0", "4.0")}
+    counts = {le: value(families, f"{name}_bucket", le=le) for le in ("0.75", "0.9", "1.0", "4.0")}
     assert counts == {"0.75": 0, "0.9": 1, "1.0": 2, "4.0": 3}
-    assert value(found, f"{name}_bucket", le="+Inf") == value(found, f"{name}_count") == 4
-    assert value(found, f"{name}_sum") == pytest.approx(0.9 + 1 + 3 + 100)
+    assert value(families, f"{name}_bucket", le="+Inf") == value(families, f"{name}_count") == 4
+    assert value(families, f"{name}_sum") == pytest.approx(0.9 + 1 + 3 + 100)
 
 
-def test_the_models_cost_is_shown_by_worker(store: Store) -> None:
-    counters.measured(store, "host-1", 3.0, 2.0)
-    counters.measured(store, "host-1", 1.0, 2.0)
-    counters.measured(store, 'odd:"\n', 5.0, 1.0)
-    found = scrape(store)
+def test_the_cost_of_the_model_is_exported_for_each_worker(store: Store) -> None:
+    counters.add_model_time(store, "host-1", 3.0, 2.0)
+    counters.add_model_time(store, "host-1", 1.0, 2.0)
+    counters.add_model_time(store, 'odd:"\n', 5.0, 1.0)
+    families = scrape(store)
     name = "afterimage_model_seconds_per_megapixel_step"
-    assert value(found, name, worker="host-1") == 1.0
-    assert value(found, name, worker='odd:"\n') == 5.0
-    assert value(found, "afterimage_model_seconds_total", worker="host-1") == 4.0
-    assert value(found, "afterimage_megapixel_steps_total", worker="host-1") == 4.0
+    assert value(families, name, worker="host-1") == 1.0
+    assert value(families, name, worker='odd:"\n') == 5.0
+    assert value(families, "afterimage_model_seconds_total", worker="host-1") == 4.0
+    assert value(families, "afterimage_megapixel_steps_total", worker="host-1") == 4.0
 
 
-def test_workers_that_are_long_gone_are_forgotten(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counters.measured(store, "old", 1.0, 1.0)
+def test_counters_of_workers_expire(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    counters.add_model_time(store, "old", 1.0, 1.0)
     monkeypatch.setattr(counters, "WORKER_TTL_S", 0.05)
     time.sleep(0.1)
-    counters.measured(store, "new", 1.0, 1.0)
-    assert list(counters.read(store).model) == ["new"]
+    counters.add_model_time(store, "new", 1.0, 1.0)
+    assert list(counters.read(store).model_time) == ["new"]
 
 
-def away() -> Store:
-    """Stores that nobody serves."""
+def unreachable() -> Store:
+    """Stores whose Redis is not running."""
     return connect(WorkerSettings(REDIS_URL="redis://127.0.0.1:9", CACHE_REDIS_URL=""))
 
 
-def test_with_redis_away_the_processs_own_metrics_remain() -> None:
+def test_without_redis_the_metrics_of_the_process_remain() -> None:
     metrics.rate_limited()
-    found = scrape(away())
-    assert value(found, "afterimage_redis_up") == 0
-    assert "afterimage_queue_depth" not in found
-    assert value(found, "afterimage_rate_limited_requests_total") >= 1
-    assert value(found, "process_resident_memory_bytes") > 0
+    families = scrape(unreachable())
+    assert value(families, "afterimage_redis_up") == 0
+    assert "afterimage_queue_depth" not in families
+    assert value(families, "afterimage_rate_limited_requests_total") >= 1
+    assert value(families, "process_resident_memory_bytes") > 0
 
 
-def test_with_redis_away_a_workers_figures_are_lost_silently() -> None:
-    counters.measured(away(), "w", 1.0, 1.0)
-    counters.predicted(away(), 1.0, 1.0)
+def test_without_redis_counters_of_workers_are_dropped_without_an_error() -> None:
+    counters.add_model_time(unreachable(), "w", 1.0, 1.0)
+    counters.add_eta_ratio(unreachable(), 1.0, 1.0)
 
 
-def test_the_page_has_a_port_of_its_own_and_gives_it_back(store: Store) -> None:
+def test_the_separate_port_is_released_when_the_server_stops(store: Store) -> None:
     port = free_port()
     for _ in range(2):
         stop = metrics.serve(port, Jobs(store), "127.0.0.1")
@@ -258,7 +256,7 @@ def test_the_page_has_a_port_of_its_own_and_gives_it_back(store: Store) -> None:
         assert value(parse(text), "afterimage_redis_up") == 1
 
 
-def test_the_page_is_described_in_openapi(store: Store) -> None:
-    described = application(Jobs(store)).openapi()["paths"]["/metrics"]["get"]
-    assert described["summary"] == "Metrics" and "Prometheus" in described["description"]
-    assert list(described["responses"]["200"]["content"]) == ["text/plain"]
+def test_the_page_is_documented_in_openapi(store: Store) -> None:
+    operation = application(Jobs(store)).openapi()["paths"]["/metrics"]["get"]
+    assert operation["summary"] == "Metrics" and "Prometheus" in operation["description"]
+    assert list(operation["responses"]["200"]["content"]) == ["text/plain"]

@@ -1,4 +1,4 @@
-"""`Accept` and `Prefer`."""
+"""Parsing of the headers `Accept` and `Prefer`."""
 
 import pytest
 from hypothesis import given
@@ -19,7 +19,7 @@ RANGES = st.sampled_from([*MEDIA_TYPES.values(), "image/*", "application/*", "*/
         ("", "png"),
         ("*/*", "png"),
         ("image/*", "png"),
-        ("image/avif,image/webp,image/png,*/*;q=0.8", "png"),  # a browser's
+        ("image/avif,image/webp,image/png,*/*;q=0.8", "png"),  # sent by a browser
         ("image/webp, image/png;q=0.5", "webp"),
         ("image/*;q=0.5, image/jpeg", "jpeg"),
         ("IMAGE/WEBP", "webp"),
@@ -29,23 +29,25 @@ RANGES = st.sampled_from([*MEDIA_TYPES.values(), "image/*", "application/*", "*/
         ("image/png;q=much, image/avif;q=0.1", "avif"),
     ],
 )
-def test_the_best_liked_format_is_made(accept: str | None, chosen: str) -> None:
+def test_the_preferred_format_is_chosen(accept: str | None, chosen: str) -> None:
     assert picture_format(accept) == chosen
 
 
 @pytest.mark.parametrize("accept", ["text/html", "image/*;q=0", "image/tiff", ",", ";", "png"])
-def test_what_cannot_be_made_is_refused_with_what_can(accept: str) -> None:
+def test_an_unavailable_format_is_refused_with_a_list_of_the_others(accept: str) -> None:
     with pytest.raises(NotAcceptable, match="image/png, image/webp"):
         picture_format(accept)
 
 
 @given(st.lists(st.tuples(RANGES, WEIGHTS), min_size=1, max_size=6))
-def test_nothing_is_chosen_that_another_format_outweighs(items: list[tuple[str, str]]) -> None:
+def test_no_other_format_has_a_higher_weight_than_the_chosen_one(
+    items: list[tuple[str, str]],
+) -> None:
     def weight(media_type: str) -> float:
         for name in (media_type, media_type.split("/")[0] + "/*", "*/*"):
-            found = [float(q) for of, q in items if of == name]
-            if found:
-                return max(found)
+            weights = [float(q) for media_range, q in items if media_range == name]
+            if weights:
+                return max(weights)
         return 0
 
     accept = ", ".join(f"{name};q={q}" for name, q in items)
@@ -58,13 +60,13 @@ def test_nothing_is_chosen_that_another_format_outweighs(items: list[tuple[str, 
 
 
 @given(st.text() | st.text('a/*;,="q01. '))
-def test_no_header_whatever_breaks_the_parser(text: str) -> None:
+def test_the_parser_never_fails_on_arbitrary_headers(text: str) -> None:
     try:
         assert picture_format(text) in PREFERENCE
     except NotAcceptable:
         assert text.strip()
-    found = preferences(text)
-    assert found.wait_s is None or 0 <= found.wait_s <= MAX_WAIT_S
+    wait_s = preferences(text).wait_s
+    assert wait_s is None or 0 <= wait_s <= MAX_WAIT_S
 
 
 @pytest.mark.parametrize(
@@ -81,10 +83,10 @@ def test_no_header_whatever_breaks_the_parser(text: str) -> None:
         ("wait=1.5, return=minimal", Preferences()),
     ],
 )
-def test_preferences_are_read(prefer: str | None, expected: Preferences) -> None:
+def test_preferences_are_parsed(prefer: str | None, expected: Preferences) -> None:
     assert preferences(prefer) == expected
 
 
-def test_what_was_applied_is_said() -> None:
+def test_applied_preferences_are_listed() -> None:
     assert preferences("wait=10, respond-async").applied == "respond-async, wait=10"
     assert Preferences().applied == ""

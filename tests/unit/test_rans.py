@@ -1,4 +1,4 @@
-"""The entropy coder against CompressAI's, both ways, and against bytes that no encoder wrote."""
+"""The entropy coder compared with CompressAI's, and given bytes that no encoder wrote."""
 
 import tracemalloc
 
@@ -36,21 +36,21 @@ def as_lists(t: rans.Tables) -> tuple[list[list[int]], list[int], list[int]]:
 
 cases = given(
     st.integers(0, 2**32 - 1),
-    st.integers(8, 300),  # below, CompressAI's encoder writes past its own buffer
+    st.integers(8, 300),  # with fewer, CompressAI's encoder writes past its buffer
     st.sampled_from([1, 6, 400, 10**6]),
 )
 
 
 @settings(max_examples=60, deadline=None)
 @cases
-def test_compressai_reads_what_we_write_and_writes_the_same_bytes(
+def test_compressai_decodes_our_bytes_and_encodes_the_same_bytes(
     seed: int, n: int, spread: int
 ) -> None:
     symbols, indexes, t = case(seed, n, spread)
     ours = rans.encode(symbols, indexes, t)
     theirs = ans.RansEncoder().encode_with_indexes(symbols.tolist(), indexes.tolist(), *as_lists(t))
     assert ours == theirs
-    # its decoder reads past the end of what it needs, so it is given room
+    # the padding is for CompressAI's decoder, which reads past the end of the data
     read = ans.RansDecoder().decode_with_indexes(ours + bytes(64), indexes.tolist(), *as_lists(t))
     assert read == symbols.tolist()
 
@@ -70,10 +70,10 @@ def test_random_bytes_never_decode_to_symbols(data: bytes) -> None:
         rans.decode(data, indexes, t)
 
 
-def test_every_flipped_bit_is_noticed_where_no_two_symbols_are_as_frequent() -> None:
-    """A flipped bypass digit is another value of the same length: only a checksum can see it.
+def test_every_flipped_bit_is_detected_if_no_two_symbols_have_the_same_frequency() -> None:
+    """Only a checksum can detect a flipped bypass digit, so the symbols have none here.
 
-    So it is with a symbol's bits that become those of its neighbour, where both are as frequent.
+    The same is true for a bit that turns a symbol into another of the same frequency.
     """
     symbols, indexes, t = case(2, 150, 6)
     first = t.offset[indexes]
@@ -86,8 +86,8 @@ def test_every_flipped_bit_is_noticed_where_no_two_symbols_are_as_frequent() -> 
             rans.decode(bytes(bad), indexes, t)
 
 
-def test_a_bit_that_turns_a_symbol_into_its_twin_is_what_an_encoder_would_have_written() -> None:
-    """Why CompressAI's format cannot promise that a flipped bit is seen, and `.msh` has a CRC."""
+def test_a_flipped_bit_can_turn_a_symbol_into_another_of_the_same_frequency() -> None:
+    """Such a flip needs a checksum: `.msh` has one, CompressAI's format does not."""
     t = rans.Tables(
         np.array([[0, 1, 2, 65536]], np.int32), np.array([4], np.int32), np.zeros(1, np.int32)
     )
@@ -97,22 +97,22 @@ def test_a_bit_that_turns_a_symbol_into_its_twin_is_what_an_encoder_would_have_w
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 40), st.data())
-def test_what_is_accepted_encodes_to_the_same_bytes(seed: int, data: st.DataObject) -> None:
-    """Among bytes of every sort there is one stream for each sequence of symbols, and no other."""
+def test_accepted_bytes_encode_to_the_same_bytes_again(seed: int, data: st.DataObject) -> None:
+    """Each sequence of symbols has exactly one encoding."""
     symbols, indexes, t = case(seed, 30, data.draw(st.sampled_from([1, 6, 400])))
     good = bytearray(rans.encode(symbols, indexes, t))
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(good) - 1))
         good[at] = data.draw(st.integers(0, 255))
     try:
-        found = rans.decode(bytes(good), indexes, t)
+        decoded = rans.decode(bytes(good), indexes, t)
     except BitstreamError:
         return
-    assert rans.encode(found, indexes, t) == good
+    assert rans.encode(decoded, indexes, t) == good
 
 
 def bare(value: int, *digits: int) -> tuple[bytes, rans.Int32Array, rans.Tables]:
-    """A stream of one symbol, `value`, that is followed by bypass digits as they are."""
+    """The encoding of one symbol, `value`, followed by these bypass digits without any check."""
     t = rans.Tables(
         np.array([[0, 1 << 15, 1 << 16]], np.int32), np.array([3], np.int32), np.zeros(1, np.int32)
     )
@@ -123,7 +123,7 @@ def bare(value: int, *digits: int) -> tuple[bytes, rans.Int32Array, rans.Tables]
     return x.to_bytes(8, "little"), np.zeros(1, np.int32), t
 
 
-def test_bypass_digits_hold_what_compressai_would_write() -> None:
+def test_bypass_digits_have_the_layout_of_compressai() -> None:
     data, indexes, t = bare(1, 1, 5)
     assert rans.decode(data, indexes, t).tolist() == [-3]
     assert rans.encode(np.array([-3], np.int32), indexes, t) == data
@@ -146,7 +146,7 @@ def test_states_that_no_encoder_reaches_are_refused(state: int) -> None:
 
 
 @pytest.mark.parametrize("value", [-(1 << 30), (1 << 30) - 1])
-def test_the_largest_symbols_come_back(value: int) -> None:
+def test_the_largest_symbols_round_trip(value: int) -> None:
     _, indexes, t = bare(0)
     one = np.array([value], np.int32)
     assert rans.decode(rans.encode(one, indexes, t), indexes, t) == value
@@ -154,7 +154,7 @@ def test_the_largest_symbols_come_back(value: int) -> None:
         rans.encode(one + (1 if value > 0 else -1), indexes, t)
 
 
-def test_what_does_not_fit_an_int32_is_refused_and_does_not_wrap() -> None:
+def test_values_beyond_int32_are_refused_instead_of_wrapping_around() -> None:
     symbols, indexes, t = case(8, 20, 6)
     data = rans.encode(symbols, indexes, t)
     with pytest.raises(ValueError, match="contexts"):
@@ -172,12 +172,12 @@ def test_lengths_that_are_no_multiple_of_4_are_refused(n: int) -> None:
             rans.decode(bad, indexes, t)
 
 
-def test_no_more_is_allocated_than_the_declared_symbols() -> None:
+def test_decoding_allocates_memory_for_the_symbols_only() -> None:
     _, indexes, t = case(10, 1000, 6)
-    start = (1 << 31).to_bytes(8, "little")  # a state that is taken
+    start = (1 << 31).to_bytes(8, "little")  # a valid state
     data = start + np.random.default_rng(0).bytes(4_000_000)
     with pytest.raises(BitstreamError):
-        rans.decode(data, indexes, t)  # compiled
+        rans.decode(data, indexes, t)  # compiles the decoder
     tracemalloc.start()
     with pytest.raises(BitstreamError):
         rans.decode(data, indexes, t)
@@ -186,7 +186,7 @@ def test_no_more_is_allocated_than_the_declared_symbols() -> None:
     assert peak < 100_000
 
 
-def test_any_shape_is_decoded_in_its_order() -> None:
+def test_symbols_of_any_shape_are_coded_in_memory_order() -> None:
     symbols, indexes, t = case(11, 24, 6)
     shape = (2, 3, 4)
     data = rans.encode(symbols.reshape(shape), indexes.reshape(shape), t)
@@ -194,7 +194,7 @@ def test_any_shape_is_decoded_in_its_order() -> None:
     assert np.array_equal(rans.decode(data, indexes.reshape(shape), t), symbols.reshape(shape))
 
 
-def test_every_truncation_is_noticed() -> None:
+def test_every_truncation_is_detected() -> None:
     symbols, indexes, t = case(3, 150, 6)
     good = rans.encode(symbols, indexes, t)
     for end in range(len(good)):
@@ -202,7 +202,7 @@ def test_every_truncation_is_noticed() -> None:
             rans.decode(good[:end], indexes, t)
 
 
-def test_a_wrong_context_is_noticed() -> None:
+def test_a_wrong_context_is_detected() -> None:
     symbols, indexes, t = case(4, 150, 6)
     good = rans.encode(symbols, indexes, t)
     wrong = indexes.copy()
@@ -211,7 +211,7 @@ def test_a_wrong_context_is_noticed() -> None:
         rans.decode(good, wrong, t)
 
 
-def test_trailing_words_are_noticed() -> None:
+def test_trailing_words_are_detected() -> None:
     symbols, indexes, t = case(5, 20, 6)
     with pytest.raises(DesynchronisedStream, match="remain"):
         rans.decode(rans.encode(symbols, indexes, t) + bytes(4), indexes, t)
@@ -237,8 +237,8 @@ def test_bits_add_up_to_the_size_of_the_stream() -> None:
      (0, 2**31 - 1, -(2**31), -1, 65536)],
     ids=str,
 )  # fmt: skip
-def test_tables_that_are_no_cdf_are_refused(row: tuple[int, ...]) -> None:
-    """Not even where differences wrap around in 32 bits, as the last one's do."""
+def test_tables_that_are_not_cdfs_are_refused(row: tuple[int, ...]) -> None:
+    """In the last row, differences overflow int32."""
     with pytest.raises(ValueError, match="CDF"):
         rans.Tables(
             np.array([row], np.int32), np.array([len(row)], np.int32), np.zeros(1, np.int32)
@@ -246,10 +246,13 @@ def test_tables_that_are_no_cdf_are_refused(row: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_the_largest_symbols_come_back_from_the_farthest_offset(sign: int) -> None:
+def test_the_largest_symbols_round_trip_with_the_largest_offset(sign: int) -> None:
     cdf, length = np.array([[0, 1 << 15, 1 << 16]], np.int32), np.array([3], np.int32)
     t = rans.Tables(cdf, length, np.array([sign * rans.OFFSET_MAX], np.int32))
-    symbols, indexes = np.array([rans.LARGEST, -rans.LARGEST - 1], np.int32), np.zeros(2, np.int32)
+    symbols, indexes = (
+        np.array([rans.MAX_SYMBOL, -rans.MAX_SYMBOL - 1], np.int32),
+        np.zeros(2, np.int32),
+    )
     assert np.array_equal(rans.decode(rans.encode(symbols, indexes, t), indexes, t), symbols)
-    with pytest.raises(ValueError, match="range"):
+    with pytest.raises(ValueError, match="out of range"):
         rans.Tables(cdf, length, np.array([sign * (rans.OFFSET_MAX + 1)], np.int32))

@@ -1,4 +1,4 @@
-"""Streams that `h_s` of another machine made, and the process that computes as that one did."""
+"""Bitstreams from machines that round `h_s` differently, and the process that decodes them."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from models.codec.bitstream import Bitstream
 from models.codec.codec import Codec
 from models.errors import BitstreamError
 from models.image import Pixels
-from tests.conftest import psnr
+from tests.support.data import psnr
 
 pytestmark = pytest.mark.weights
 
@@ -32,26 +32,26 @@ def picture(photo: Pixels) -> Pixels:
 
 
 @pytest.fixture
-def helper() -> Iterator[recovery.Helper]:
-    made = recovery.Helper()
-    yield made
-    made.close()
+def process() -> Iterator[recovery.RecoveryProcess]:
+    client = recovery.RecoveryProcess()
+    yield client
+    client.close()
 
 
-def made_elsewhere(
-    own: Codec, picture: Pixels, arithmetic: str, channels: int = 192
+def encode_elsewhere(
+    shipped: Codec, picture: Pixels, arithmetic: str, channels: int = 192
 ) -> tuple[Bitstream, torch.Tensor]:
-    """A stream of a machine that computes in `arithmetic`, and its `y_hat`.
+    """Encode as a machine that computes in `arithmetic`; return the bitstream and its `y_hat`.
 
-    Of all streams of the picture, one whose scale indexes are not those of this process: about one
-    in a hundred. An encoder is free to choose z; here it nudges some symbols until it finds one
-    where the first `channels` differ: what follows is garbled.
+    Its scale indexes differ from those of this process, which is so for about one bitstream in a
+    hundred. An encoder may choose any z, so some symbols of z are changed until the indexes of the
+    first `channels` differ. Decoded with the wrong indexes, everything behind them is garbled.
     """
-    h, rng = own.hyperprior, np.random.default_rng(0)
-    h_s = recovery.prepare(own.net.h_s, arithmetic)
+    h, rng = shipped.latent_coder, np.random.default_rng(0)
+    h_s = recovery.prepare(shipped.net.h_s, arithmetic)
     with torch.inference_mode():
-        y = own.net.g_a(codec.to_tensor(picture))
-        best = torch.round(own.net.h_a(y) - h.medians)[0].to(torch.int32).numpy()
+        y = shipped.net.g_a(codec.to_tensor(picture))
+        best = torch.round(shipped.net.h_a(y) - h.medians)[0].to(torch.int32).numpy()
         for _ in range(4000):
             z = best.copy()
             for _nudge in range(6):
@@ -62,11 +62,11 @@ def made_elsewhere(
             if (ours != theirs)[:channels].any():
                 break
         else:
-            pytest.fail("no picture tells these two arithmetics apart")
+            pytest.fail(f"no z found for which {arithmetic} gives other scale indexes")
         symbols = torch.round(y - means_hat)[0].to(torch.int32).numpy()
         contexts = np.broadcast_to(np.arange(len(z))[:, None, None], z.shape)
         b = Bitstream(
-            "compressai", "float", own.quality, own.metric, *picture.shape[:2],
+            "compressai", "float", shipped.quality, shipped.metric, *picture.shape[:2],
             rans.encode(symbols, theirs, h.y_tables), rans.encode(z, contexts, h.z_tables),
         )  # fmt: skip
         return b, torch.from_numpy(symbols)[None].float() + means_hat
@@ -74,15 +74,15 @@ def made_elsewhere(
 
 @pytest.fixture(scope="module")
 def foreign(shipped: Codec, picture: Pixels) -> tuple[Bitstream, torch.Tensor]:
-    return made_elsewhere(shipped, picture, "float64", 64)
+    return encode_elsewhere(shipped, picture, "float64", 64)
 
 
 def garbage(b: Bitstream) -> Bitstream:
-    """Its y string decodes under no arithmetic; its start state is one that is taken."""
+    """Replace the y string by one that no arithmetic decodes, but with a valid first state."""
     return replace(b, y_string=b.y_string[:8] + bytes(reversed(b.y_string[8:])))
 
 
-def test_what_compressai_garbles_is_decoded_to_the_last_bit(
+def test_a_bitstream_that_compressai_garbles_is_decoded_exactly(
     shipped: Codec, foreign: tuple[Bitstream, torch.Tensor], picture: Pixels
 ) -> None:
     b, y_hat = foreign
@@ -97,7 +97,7 @@ def test_what_compressai_garbles_is_decoded_to_the_last_bit(
     reference.update()
     reference.load_state_dict({**reference.state_dict(), **weights})
     reference.update(force=True)
-    # out of step it reads beyond the string, so it is given room: zeros instead of the heap
+    # zeros for CompressAI to read: with wrong indexes it reads past the end of the string
     strings = [[b.y_string + bytes(1 << 18)], [b.z_string]]
     with torch.inference_mode():
         theirs = reference.eval().decompress(strings, (2, 2))["x_hat"]
@@ -111,22 +111,22 @@ def test_what_compressai_garbles_is_decoded_to_the_last_bit(
 
 
 @pytest.mark.parametrize("arithmetic", ["oneDNN off", "channels_last"])
-def test_streams_of_other_backends_and_layouts_are_decoded(
+def test_bitstreams_of_other_backends_and_memory_layouts_are_decoded(
     shipped: Codec, picture: Pixels, arithmetic: str
 ) -> None:
-    b, y_hat = made_elsewhere(shipped, picture, arithmetic)
-    found = shipped.latents(b)
-    assert found.arithmetic in recovery.ARITHMETICS
-    assert (found.y_hat - y_hat).abs().max() < 1e-4
+    b, y_hat = encode_elsewhere(shipped, picture, arithmetic)
+    latents = shipped.latents(b)
+    assert latents.arithmetic in recovery.ARITHMETICS
+    assert (latents.y_hat - y_hat).abs().max() < 1e-4
 
 
-def test_the_arithmetic_that_held_is_named(shipped: Codec, small: Pixels) -> None:
+def test_latents_name_the_arithmetic_of_their_profile(shipped: Codec, small: Pixels) -> None:
     for profile in bitstream.PROFILES:
         b = shipped.encode(codec.to_tensor(small), "msh", profile)
         assert shipped.latents(b).arithmetic == profile
 
 
-def test_a_foreign_stream_in_msh_is_decoded_too(
+def test_an_msh_file_from_another_machine_is_decoded_too(
     shipped: Codec, foreign: tuple[Bitstream, torch.Tensor]
 ) -> None:
     b, y_hat = foreign
@@ -135,19 +135,19 @@ def test_a_foreign_stream_in_msh_is_decoded_too(
     assert torch.equal(shipped.latents(bitstream.parse(bitstream.serialize(msh))).y_hat, y_hat)
 
 
-def test_this_process_keeps_its_settings(
+def test_recovery_does_not_change_the_settings_of_this_process(
     shipped: Codec, foreign: tuple[Bitstream, torch.Tensor]
 ) -> None:
     def settings() -> tuple[object, ...]:
         return torch.get_num_threads(), torch.backends.mkldnn.enabled
 
-    before, wrong = settings(), []
+    before, changes = settings(), []
     done = threading.Event()
 
     def watch() -> None:
         while not done.is_set():
             if settings() != before:
-                wrong.append(settings())
+                changes.append(settings())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -155,127 +155,133 @@ def test_this_process_keeps_its_settings(
         shipped.latents(garbage(foreign[0]))
     done.set()
     watcher.join()
-    assert not wrong
+    assert not changes
 
 
 def test_threads_share_one_process(shipped: Codec, foreign: tuple[Bitstream, torch.Tensor]) -> None:
-    recovery.HELPER.close()
+    recovery.PROCESS.close()
     b, y_hat = foreign
-    found, pids = [], set()
+    results, pids = [], set()
 
     def decode() -> None:
-        found.append(shipped.latents(b).y_hat)
-        pids.add(recovery.HELPER.pid)
+        results.append(shipped.latents(b).y_hat)
+        pids.add(recovery.PROCESS.pid)
 
     threads = [threading.Thread(target=decode) for _ in range(4)]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert [torch.equal(y, y_hat) for y in found] == [True] * 4
+    assert [torch.equal(y, y_hat) for y in results] == [True] * 4
     assert len(pids) == 1
 
 
-def test_no_process_is_started_for_a_z_string_that_is_wrong(
+def test_an_invalid_z_string_starts_no_recovery_process(
     shipped: Codec, foreign: tuple[Bitstream, torch.Tensor]
 ) -> None:
-    recovery.HELPER.close()
+    recovery.PROCESS.close()
     b = foreign[0]
     with pytest.raises(BitstreamError):
         shipped.latents(replace(b, z_string=bytes(reversed(b.z_string))))
-    assert recovery.HELPER.pid is None
+    assert recovery.PROCESS.pid is None
 
 
 @pytest.mark.parametrize("damage", [lambda s: s[:-1], lambda s: bytes(8) + s[8:]])
-def test_no_process_is_started_for_a_y_string_that_no_arithmetic_decodes(
+def test_a_y_string_that_is_invalid_for_any_arithmetic_starts_no_recovery_process(
     shipped: Codec, foreign: tuple[Bitstream, torch.Tensor], damage: Callable[[bytes], bytes]
 ) -> None:
-    recovery.HELPER.close()
+    recovery.PROCESS.close()
     b = foreign[0]
     with pytest.raises(BitstreamError):
         shipped.latents(replace(b, y_string=damage(b.y_string)))
-    assert recovery.HELPER.pid is None
+    assert recovery.PROCESS.pid is None
 
 
-def test_no_process_is_started_for_the_exact_profile(shipped: Codec, small_msh: bytes) -> None:
-    recovery.HELPER.close()
+def test_the_exact_profile_starts_no_recovery_process(shipped: Codec, small_msh: bytes) -> None:
+    recovery.PROCESS.close()
     with pytest.raises(BitstreamError):
         shipped.latents(garbage(bitstream.parse(small_msh)))
-    assert recovery.HELPER.pid is None
+    assert recovery.PROCESS.pid is None
 
 
-def test_a_process_that_has_ended_is_started_again(shipped: Codec, helper: recovery.Helper) -> None:
+def test_a_process_that_has_ended_is_started_again(
+    shipped: Codec, process: recovery.RecoveryProcess
+) -> None:
     z_hat = torch.zeros(1, 128, 1, 1)
-    first = helper.evaluate("key", shipped.net.h_s, z_hat, "float64")
-    pid = helper.pid
+    first = process.evaluate("key", shipped.net.h_s, z_hat, "float64")
+    pid = process.pid
     assert pid is not None
     os.kill(pid, 9)
-    again = helper.evaluate("key", shipped.net.h_s, z_hat, "float64")
-    assert helper.pid != pid
+    again = process.evaluate("key", shipped.net.h_s, z_hat, "float64")
+    assert process.pid != pid
     assert all(map(torch.equal, first, again))
 
 
-def test_a_process_that_dies_at_work_is_an_error(shipped: Codec, helper: recovery.Helper) -> None:
+def test_a_process_that_dies_during_a_request_raises_an_error(
+    shipped: Codec, process: recovery.RecoveryProcess
+) -> None:
     with pytest.raises(recovery.Unavailable, match="ended"):
-        helper.evaluate("key", shipped.net.h_s, torch.zeros(1, 128, 1, 1), "abacus")
-    assert helper.pid is None
+        process.evaluate("key", shipped.net.h_s, torch.zeros(1, 128, 1, 1), "abacus")
+    assert process.pid is None
 
 
-def test_an_interrupted_question_leaves_no_answer_behind(
-    shipped: Codec, helper: recovery.Helper
+def test_an_interrupted_request_leaves_no_reply_for_the_next_one(
+    shipped: Codec, process: recovery.RecoveryProcess
 ) -> None:
     def interrupt(*_: object) -> None:
         raise RuntimeError("out of time")
 
     ones = torch.ones(1, 128, 1, 1)
-    helper.close()
+    process.close()
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)  # the process takes longer to start
+    signal.setitimer(signal.ITIMER_REAL, 0.2)  # before the process has started
     try:
         with pytest.raises(RuntimeError, match="out of time"):
-            helper.evaluate("key", shipped.net.h_s, 0 * ones, "float64")
+            process.evaluate("key", shipped.net.h_s, 0 * ones, "float64")
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # it would end these tests
+        signal.setitimer(signal.ITIMER_REAL, 0)  # otherwise a late alarm ends the tests
         signal.signal(signal.SIGALRM, before)
-    found = helper.evaluate("key", shipped.net.h_s, ones, "float64")
+    result = process.evaluate("key", shipped.net.h_s, ones, "float64")
     expected = recovery.evaluate(recovery.prepare(shipped.net.h_s, "float64"), ones, "float64")
-    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, result, expected))
 
 
-def test_slowness_is_a_bitstream_error_and_ends_the_process(
+def test_a_timeout_raises_a_bitstream_error_and_ends_the_process(
     shipped: Codec, foreign: tuple[Bitstream, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recovery.HELPER.close()
-    monkeypatch.setattr(recovery.HELPER, "timeout", 1e-3)
+    recovery.PROCESS.close()
+    monkeypatch.setattr(recovery.PROCESS, "timeout", 1e-3)
     with pytest.raises(BitstreamError, match="longer than"):
         shipped.latents(foreign[0])
-    assert recovery.HELPER.pid is None
+    assert recovery.PROCESS.pid is None
 
 
-@pytest.mark.parametrize("key", ["key", "another"])  # whose weights do not fit into the pipe
-def test_a_process_that_stands_still_is_ended(
-    shipped: Codec, helper: recovery.Helper, key: str
+@pytest.mark.parametrize(
+    "key", ["key", "another"]
+)  # weights with a new key do not fit into the pipe
+def test_a_process_that_hangs_is_ended(
+    shipped: Codec, process: recovery.RecoveryProcess, key: str
 ) -> None:
     z_hat = torch.zeros(1, 128, 1, 1)
-    helper.evaluate("key", shipped.net.h_s, z_hat, "float64")
-    assert helper.pid is not None
-    os.kill(helper.pid, signal.SIGSTOP)
-    helper.timeout = 0.3
+    process.evaluate("key", shipped.net.h_s, z_hat, "float64")
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    process.timeout = 0.3
     with pytest.raises(recovery.Unavailable, match="longer than"):
-        helper.evaluate(key, shipped.net.h_s, z_hat, "float64")
-    assert helper.pid is None
+        process.evaluate(key, shipped.net.h_s, z_hat, "float64")
+    assert process.pid is None
 
 
-def test_a_fork_leaves_the_process_to_its_parent() -> None:
-    """Neither its pipe nor a lock that another thread held comes along."""
+def test_a_forked_process_leaves_the_recovery_process_to_its_parent() -> None:
+    """It closes its copy of the pipe, and does not inherit a lock that a thread held."""
     script = (
-        "import os, torch; from models.codec import recovery; h = recovery.HELPER;"
-        "ask = 'key', torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1)), torch.zeros(1, 2, 1, 1);"
-        "h.evaluate(*ask, 'one thread'); pipe = f'/proc/self/fd/{h._running.connection.fileno()}';"
-        "h._lock.acquire(); child = os.fork();"
-        "child or os._exit(h.pid is not None or os.path.exists(pipe) or h._lock.locked());"
-        "print(os.waitpid(child, 0)[1], end=' '); h._lock.release(); pid = h.pid;"
-        "h.evaluate(*ask, 'one thread'); print(h.pid == pid)"
+        "import os, torch; from models.codec import recovery; p = recovery.PROCESS;"
+        "args = 'key', torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1)), torch.zeros(1, 2, 1, 1);"
+        "p.evaluate(*args, 'one thread'); pipe = f'/proc/self/fd/{p._child.connection.fileno()}';"
+        "p._lock.acquire(); child = os.fork();"
+        "child or os._exit(p.pid is not None or os.path.exists(pipe) or p._lock.locked());"
+        "print(os.waitpid(child, 0)[1], end=' '); p._lock.release(); pid = p.pid;"
+        "p.evaluate(*args, 'one thread'); print(p.pid == pid)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, text=True)
     assert done.stdout == "0 True\n"
@@ -283,9 +289,10 @@ def test_a_fork_leaves_the_process_to_its_parent() -> None:
 
 def test_the_process_ends_with_its_parent() -> None:
     script = (
-        "import os, torch; from models.codec import recovery; net = torch.nn.Sequential(torch.nn.Conv2d("
-        "2, 2, 1)); recovery.HELPER.evaluate('key', net, torch.zeros(1, 2, 1, 1), 'one thread');"
-        "print(recovery.HELPER.pid, flush=True); os.kill(os.getpid(), 9)"
+        "import os, torch; from models.codec import recovery;"
+        "net = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1));"
+        "recovery.PROCESS.evaluate('key', net, torch.zeros(1, 2, 1, 1), 'one thread');"
+        "print(recovery.PROCESS.pid, flush=True); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, text=True)
     status = Path(f"/proc/{int(done.stdout)}/stat")
@@ -295,9 +302,11 @@ def test_the_process_ends_with_its_parent() -> None:
         time.sleep(0.05)
 
 
-def test_windows_do_not_show_in_float64(shipped: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = np.rint(np.random.default_rng(0).standard_t(3, (1, 128, 9, 8)))
-    z_hat, h_s = torch.from_numpy(drawn).float(), recovery.prepare(shipped.net.h_s, "float64")
+def test_windows_do_not_change_the_float64_result(
+    shipped: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.rint(np.random.default_rng(0).standard_t(3, (1, 128, 9, 8)))
+    z_hat, h_s = torch.from_numpy(values).float(), recovery.prepare(shipped.net.h_s, "float64")
     whole = recovery.evaluate(h_s, z_hat, "float64")
     monkeypatch.setattr(recovery, "WINDOW", 36)
     assert all(map(torch.equal, whole, recovery.evaluate(h_s, z_hat, "float64")))

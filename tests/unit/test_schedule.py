@@ -1,4 +1,4 @@
-"""Forward processes: where sampling begins and ends, and what the coefficients are."""
+"""Forward processes: respaced steps and coefficients."""
 
 import math
 
@@ -10,7 +10,7 @@ from models.diffusion import schedule
 from models.diffusion.schedule import Continuous, Discrete
 
 
-def test_the_continuous_process_begins_with_pure_noise_and_ends_with_the_picture() -> None:
+def test_the_continuous_process_starts_at_pure_noise_and_ends_at_the_picture() -> None:
     steps = Continuous().steps(4)
     assert [s.t for s in steps] == [1.0, 0.75, 0.5, 0.25]
     assert steps[0].a == 0
@@ -28,16 +28,16 @@ def test_the_papers_ten_steps_are_its_published_indices() -> None:
 
 
 def test_the_papers_last_step_is_almost_pure_noise() -> None:
-    """The design page's figure: an error in eps is multiplied by 81,165 in the first x0."""
+    """In the first step, an error in eps is multiplied by 81,165 in x0."""
     a = float(Discrete().alphas_cumprod[-1])
     assert math.sqrt((1 - a) / a) == pytest.approx(81165, rel=0.01)
 
 
-def test_betas_and_alphas_cumprod_belong_together() -> None:
-    own = Discrete(100)
-    assert np.allclose(np.cumprod(1 - own.betas), own.alphas_cumprod)
-    assert own.betas.max() <= 0.999
-    assert own.alphas_cumprod.dtype == np.float64
+def test_alphas_cumprod_is_the_product_of_1_minus_beta() -> None:
+    process = Discrete(100)
+    assert np.allclose(np.cumprod(1 - process.betas), process.alphas_cumprod)
+    assert process.betas.max() <= 0.999
+    assert process.alphas_cumprod.dtype == np.float64
 
 
 @pytest.mark.parametrize("process", [Continuous(), Discrete()])
@@ -47,7 +47,7 @@ def test_steps_outside_1_to_1000_are_refused(process: schedule.Schedule, wrong: 
         process.steps(wrong)
 
 
-def test_v_and_eps_hold_the_picture() -> None:
+def test_x0_and_eps_are_recovered_from_v_and_from_each_other() -> None:
     x0, eps = torch.randn(2, 1, 3, 4, 4, dtype=torch.float64)
     a = 0.3
     x_t = math.sqrt(a) * x0 + math.sqrt(1 - a) * eps

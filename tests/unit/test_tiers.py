@@ -1,4 +1,4 @@
-"""Names of sampler settings, and their limits."""
+"""Tiers, and the ranges of sampler settings."""
 
 import math
 
@@ -8,7 +8,7 @@ from models.errors import ParameterError
 from models.tiers import TIERS, Settings, check_seed, find
 
 
-def test_tiers_are_those_of_the_paper_and_our_own() -> None:
+def test_the_public_tiers_have_their_documented_steps() -> None:
     assert {t.name: t.settings.steps for t in TIERS.values() if t.settings} == {
         "perceptual": 4, "ddim-10": 10, "ddim-100": 100, "ddpm-100": 100, "ddpm-1000": 1000
     }  # fmt: skip
@@ -17,13 +17,13 @@ def test_tiers_are_those_of_the_paper_and_our_own() -> None:
         find("best")
 
 
-def test_guidance_costs_a_second_call_per_step() -> None:
+def test_guidance_adds_a_second_denoiser_call_per_step() -> None:
     assert Settings("ddim", 10).calls == 10
     assert Settings("ddim", 10, guidance=1.5).calls == 20
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "changes",
     [
         {"steps": 0},
         {"steps": 1001},
@@ -36,9 +36,9 @@ def test_guidance_costs_a_second_call_per_step() -> None:
         {"sampler": "dpmpp-2m", "eta": 0.5},
     ],
 )
-def test_settings_outside_their_ranges_are_refused(wrong: dict[str, object]) -> None:
+def test_settings_outside_their_ranges_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ParameterError):
-        Settings(**{"sampler": "ddim", "steps": 10, **wrong})  # type: ignore[arg-type]
+        Settings(**{"sampler": "ddim", "steps": 10, **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])

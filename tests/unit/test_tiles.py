@@ -1,4 +1,4 @@
-"""Windows, and the analysis in windows and whole."""
+"""Windows, and the analysis transform in windows."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def tiny() -> MeanScaleHyperprior:
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (12, 20), (31, 17)])
-def test_tiles_have_the_same_latents_as_the_whole(
+def test_analysis_in_windows_gives_the_same_latents_as_the_whole_picture(
     tiny: MeanScaleHyperprior, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "CODEC_WINDOW", 12 * 12)
@@ -28,7 +28,7 @@ def test_tiles_have_the_same_latents_as_the_whole(
     ("rows", "columns", "area", "overlap"),
     [(1, 1, 100, 3), (135, 240, 5430, 3), (88, 128, 5430, 8), (4, 900, 1000, 4), (300, 5, 800, 6)],
 )
-def test_windows_keep_every_position_once_and_read_what_surrounds_it(
+def test_windows_keep_every_position_once_and_read_the_overlap_around_it(
     rows: int, columns: int, area: int, overlap: int
 ) -> None:
     kept = torch.zeros(1, 1, rows, columns)
@@ -44,13 +44,13 @@ def test_windows_keep_every_position_once_and_read_what_surrounds_it(
     assert torch.equal(kept, torch.ones_like(kept))
 
 
-def test_windows_that_are_all_overlap_are_refused() -> None:
-    with pytest.raises(ValueError, match="no windows of 288 positions overlap by 8"):
+def test_windows_that_are_too_small_for_their_overlap_are_refused() -> None:
+    with pytest.raises(ValueError, match="288 positions is too small for an overlap of 8"):
         list(tiles.windows(40, 40, 288, 8))
     assert len(list(tiles.windows(16, 18, 288, 8))) == 1
 
 
-def test_4k_is_drawn_with_little_computed_twice() -> None:
+def test_a_4k_picture_computes_less_than_17_percent_twice() -> None:
     read = sum(
         (w.read[1] - w.read[0]) * (w.read[3] - w.read[2])
         for w in tiles.windows(135, 240, decoder.WINDOW, decoder.OVERLAP)

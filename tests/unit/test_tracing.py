@@ -1,4 +1,4 @@
-"""Traces: exported by the real exporter to a receiver of ours, carried from request to worker."""
+"""Traces: exported by the real exporter to a local receiver, and passed from request to job."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 
 
 class Receiver(ThreadingHTTPServer):
-    """An OTLP collector that keeps what it got."""
+    """An OTLP collector that keeps the spans it receives."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -42,8 +42,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         assert self.path == "/v1/traces"
-        sent = Export.FromString(self.rfile.read(int(self.headers["Content-Length"])))
-        for resource in sent.resource_spans:
+        export = Export.FromString(self.rfile.read(int(self.headers["Content-Length"])))
+        for resource in export.resource_spans:
             names = {a.key: a.value.string_value for a in resource.resource.attributes}
             spans = [span for scope in resource.scope_spans for span in scope.spans]
             self.server.spans += [(names["service.name"], span) for span in spans]
@@ -64,7 +64,7 @@ def unconfigured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
-    """Runs, and the environment names it."""
+    """A running receiver that the environment names."""
     with Receiver() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
@@ -82,7 +82,7 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_a_span_arrives_in_the_trace_that_came_with_the_request(receiver: Receiver) -> None:
+def test_a_span_is_exported_in_the_trace_of_the_request(receiver: Receiver) -> None:
     tracing.setup("afterimage-api")
     with tracing.extract({"traceparent": TRACEPARENT}), tracing.span("GET", "server", size=3):
         tracing.annotate("GET /x", error=True, status=500)
@@ -100,7 +100,8 @@ def test_a_job_in_a_worker_continues_the_requests_trace(receiver: Receiver) -> N
         carried = tracing.inject()
     tracing.shutdown()
     _run(
-        "import json, os\nfrom worker.telemetry import tracing\ntracing.setup('afterimage-worker')\n"
+        "import json, os\nfrom worker.telemetry import tracing\n"
+        "tracing.setup('afterimage-worker')\n"
         "carried = json.loads(os.environ['CARRIED'])\n"
         "with tracing.extract(carried), tracing.span('job', 'consumer'), tracing.span('sample'):\n"
         "    pass\n",  # and the process's end sends them
@@ -113,7 +114,7 @@ def test_a_job_in_a_worker_continues_the_requests_trace(receiver: Receiver) -> N
     assert (request[0], job[0]) == ("afterimage-api", "afterimage-worker")
 
 
-def test_what_is_raised_within_is_recorded(receiver: Receiver) -> None:
+def test_an_exception_in_a_span_is_recorded(receiver: Receiver) -> None:
     tracing.setup("afterimage-api")
     with contextlib.suppress(ValueError), tracing.span("fails"):
         raise ValueError("odd")
@@ -123,7 +124,9 @@ def test_what_is_raised_within_is_recorded(receiver: Receiver) -> None:
     assert [event.name for event in span.events] == ["exception"]
 
 
-def test_otel_service_name_wins(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_otel_service_name_overrides_the_given_name(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OTEL_SERVICE_NAME", "pictures")
     tracing.setup("afterimage-api")
     with tracing.span("one"):
@@ -132,7 +135,7 @@ def test_otel_service_name_wins(receiver: Receiver, monkeypatch: pytest.MonkeyPa
     assert receiver.named("one")[0] == "pictures"
 
 
-def test_a_malformed_context_begins_a_new_trace(receiver: Receiver) -> None:
+def test_a_malformed_context_starts_a_new_trace(receiver: Receiver) -> None:
     tracing.setup("afterimage-api")
     with tracing.extract({"traceparent": "00-nonsense"}), tracing.span("root"):
         assert tracing.inject()["traceparent"].split("-")[1] != TRACE
@@ -140,7 +143,7 @@ def test_a_malformed_context_begins_a_new_trace(receiver: Receiver) -> None:
     assert receiver.named("root")[1].parent_span_id == b""
 
 
-def test_a_collector_that_is_away_disturbs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_collector_raises_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     tracing.setup("afterimage-api")
@@ -149,27 +152,31 @@ def test_a_collector_that_is_away_disturbs_nobody(monkeypatch: pytest.MonkeyPatc
     tracing.shutdown()
 
 
-def test_unconfigured_nothing_is_imported_and_spans_are_null() -> None:
+def test_unconfigured_neither_sdk_nor_exporter_is_imported() -> None:
     done = _run(
         "import sys\nfrom worker.telemetry import tracing\ntracing.setup('x')\n"
         "with tracing.extract({}), tracing.span('a', size=1): tracing.annotate('b', size=2)\n"
-        "print(tracing.inject(), [m for m in sys.modules if m.startswith('opentelemetry')])"
+        "sdk = ('opentelemetry.sdk', 'opentelemetry.exporter')\n"
+        "print(tracing.inject(), [m for m in sys.modules if m.startswith(sdk)])"
     )
     assert done.stdout == "{} []\n" and done.stderr == ""
 
 
 @pytest.mark.parametrize("off", [{"OTEL_TRACES_EXPORTER": "none"}, {"OTEL_SDK_DISABLED": "true"}])
-def test_what_turns_it_off_wins(monkeypatch: pytest.MonkeyPatch, off: dict[str, str]) -> None:
+def test_variables_that_disable_tracing_win(
+    monkeypatch: pytest.MonkeyPatch, off: dict[str, str]
+) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     for name, value in off.items():
         monkeypatch.setenv(name, value)
     assert not tracing.configured()
 
 
-def test_configured_but_not_installed_is_told_in_one_line() -> None:
+def test_a_missing_sdk_is_reported_in_one_line() -> None:
     done = _run(
-        "import sys; sys.modules['opentelemetry'] = None\n"
-        "from worker.telemetry import logs, tracing\nlogs.setup('INFO', json=False)\ntracing.setup('x')\n"
+        "import sys; sys.modules['opentelemetry.sdk'] = None\n"
+        "from worker.telemetry import logs, tracing\n"
+        "logs.setup('INFO', json=False)\ntracing.setup('x')\n"
         "with tracing.span('a'): pass",
         OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9",
     )
@@ -177,7 +184,7 @@ def test_configured_but_not_installed_is_told_in_one_line() -> None:
     assert "tracing is configured, but off: install afterimage[otel]" in done.stderr
 
 
-def test_an_unknown_exporter_is_told(
+def test_an_unknown_exporter_is_reported(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
@@ -198,7 +205,7 @@ def test_the_console_exporter_prints(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "passed"),
+    ("traceparent", "passed"),
     [
         (TRACEPARENT, TRACEPARENT),
         (f"01-{TRACE}-{PARENT}-01-later", TRACEPARENT),
@@ -211,9 +218,7 @@ def test_the_console_exporter_prints(monkeypatch: pytest.MonkeyPatch) -> None:
         ("", None),
     ],
 )
-def test_without_opentelemetry_a_wellformed_context_is_passed_on(
-    given: str, passed: str | None
-) -> None:
-    with tracing.extract({"traceparent": given}):
+def test_unconfigured_a_valid_context_is_passed_on(traceparent: str, passed: str | None) -> None:
+    with tracing.extract({"traceparent": traceparent}):
         assert tracing.inject() == ({"traceparent": passed} if passed else {})
     assert tracing.inject() == {}

@@ -1,4 +1,4 @@
-"""The diffusion decoder's trainer: its losses, its presets, and runs of up to half a minute."""
+"""Training of the diffusion decoder: presets, options, initial weights, short runs and exports."""
 
 import argparse
 import io
@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,18 +29,18 @@ from models.diffusion.unet import UNet
 from models.errors import WeightsError
 from models.train import __main__ as cli
 from models.train import bank, export, network
-from models.train.adapt import fit, follow, turned
+from models.train.adapt import adapt, fit_map, folded
 from models.train.config import Stage, add_options
-from models.train.decoder_config import DiffusionConfig, resolved
+from models.train.decoder_config import DiffusionConfig, resolve
 from models.train.diffusion import DiffusionTask
-from models.train.distributed import Ranks
+from models.train.distributed import ProcessGroup
 from models.train.photos import photographs
 from models.train.run import Run
-from tests.chaos.rig import until
+from tests.support.waiting import until
 
-CPU = Ranks(0, 1, torch.device("cpu"))
+CPU = ProcessGroup(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("one_thread")
-BLOCKED = (
+OPTIONAL_PACKAGES = (
     "compressai", "torchvision", "numba", "google_crc32c", "tqdm", "tensorboard", "lpips",
     "fastapi", "redis",
 )  # fmt: skip
@@ -49,8 +48,8 @@ BLOCKED = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, photo: image.Pixels) -> Path:
-    """20 photographs, cut from the left of one, some mirrored or reduced; 4 held out, from its
-    right."""
+    """20 crops of one photograph's left side, some mirrored or reduced, and 4 held-out ones of its
+    right side."""
     folder = tmp_path_factory.mktemp("photos")
     whole = Image.fromarray(photo)
     for i in range(24):
@@ -59,14 +58,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, photo: image.Pixels) -> Pat
         top = (100 if held_out else 75) * (i % 4)
         side = 192 if held_out or i % 3 else 240
         cut = whole.crop((left, top, left + side, top + side)).resize((192, 192))
-        turned = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if i % 2 else cut
-        turned.save(folder / f"{'bsds_val_' if held_out else ''}{i}.png")
+        flipped = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if i % 2 else cut
+        flipped.save(folder / f"{'bsds_val_' if held_out else ''}{i}.png")
     return folder
 
 
 @pytest.fixture(scope="module")
 def banks(folder: Path) -> tuple[Path, Path]:
-    """The photographs encoded at quality 2: to train on, and held out."""
+    """Banks of the training and held-out photographs at quality 2."""
     out = folder / "train", folder / "held"
     for held_out, to in zip((False, True), out, strict=True):
         bank.build(photographs(folder, held_out), to / "q2", 2)
@@ -80,18 +79,29 @@ def config(
     def make(**changed: Any) -> DiffusionConfig:
         values: dict[str, Any] = {
             "bank": str(banks[0]), "held_out": str(banks[1]), "out": str(tmp_path / "run"),
-            "plan": (Stage("phase1", 0.03), Stage("phase2", 0.04)), "lpips": str(lpips_file),
+            "plan": (Stage("phase1", steps=4), Stage("phase2", steps=8)), "lpips": str(lpips_file),
             "batch": 4, "crop": 64, "widths": (16, 24, 32),
         }  # fmt: skip
-        return resolved(DiffusionConfig(**(values | changed)))
+        return resolve(DiffusionConfig(**(values | changed)))
 
     return make
 
 
+@pytest.fixture
+def few_held_out_crops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validate on 8 crops instead of 64, for tests that do not compare the held-out losses."""
+    monkeypatch.setattr("models.train.diffusion.JUDGED", 8)
+
+
 def trained(config: DiffusionConfig) -> Run:
     run = Run(DiffusionTask(config, CPU), config, CPU)
-    assert run.go()
+    assert run.train()
     return run
+
+
+def resumed_step(config: DiffusionConfig) -> int | None:
+    """The step from which a run was resumed, read from its log; None if it was not."""
+    return next((row["step"] for row in log(config) if "resumed" in row), None)
 
 
 def log(config: DiffusionConfig) -> list[dict[str, Any]]:
@@ -99,47 +109,53 @@ def log(config: DiffusionConfig) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_half_a_minute_on_20_photographs_beats_predicting_zero(
+def test_40_steps_on_20_photographs_beat_predicting_zero(
     config: Callable[..., DiffusionConfig],
 ) -> None:
-    own = config(plan=(Stage("phase1", 0.5),), widths=(32, 48, 64), lr=1.5e-3, batch=8, lpips="")
-    trained(own)
-    (held,) = (row for row in log(own) if "held_v" in row)
+    settings = config(
+        plan=(Stage("phase1", steps=40),), widths=(32, 48, 64), lr=1.5e-3, warm=10, batch=8,
+        lpips="",
+    )  # fmt: skip
+    trained(settings)
+    (held,) = (row for row in log(settings) if "held_v" in row)
+    assert held["step"] == 40
     assert held["held_v"] < held["held_v_zero"]
-    assert max(p.stat().st_size for p in Path(own.out).glob("checkpoint/*")) <= 16 << 20
+    assert max(p.stat().st_size for p in Path(settings.out).glob("checkpoint/*")) <= 16 << 20
 
 
-def test_a_decoder_of_one_call_is_judged_at_its_only_call(
+@pytest.mark.usefixtures("few_held_out_crops")
+def test_a_decoder_with_one_call_gets_perceptual_losses_at_that_call(
     config: Callable[..., DiffusionConfig],
 ) -> None:
-    own = config(plan=(Stage("phase2", 0.03),), calls=1, spectrum=0.1, log_s=0.0)
-    trained(own)
-    rows = [row for row in log(own) if "ratio" in row]
-    assert rows and all(row["lpips"] > 0 and row["spectrum"] > 0 for row in rows)
+    settings = config(plan=(Stage("phase2", steps=3),), calls=1, spectrum=0.1, log_s=0.0)
+    trained(settings)
+    rows = [row for row in log(settings) if "ratio" in row]
+    assert len(rows) == 3 and all(row["lpips"] > 0 and row["spectrum"] > 0 for row in rows)
 
 
-def test_a_run_learns_both_phases_and_leaves_loadable_weights(
+@pytest.mark.usefixtures("few_held_out_crops")
+def test_a_run_trains_both_phases_and_exports_weights_with_a_card(
     config: Callable[..., DiffusionConfig], tmp_path: Path
 ) -> None:
-    own = config(
+    settings = config(
         adversarial=0.15, adversarial_after=1, spectrum=0.05, times="middle", warm=5, seed=1
     )
-    task = DiffusionTask(own, CPU)
+    task = DiffusionTask(settings, CPU)
     before = {k: v.clone() for k, v in task.net.state_dict().items()}
-    judge = [p.detach().clone() for p in task.modules["discriminator"].parameters()]
-    assert Run(task, own, CPU).go()
+    discriminator = [p.detach().clone() for p in task.modules["discriminator"].parameters()]
+    assert Run(task, settings, CPU).train()
     after = task.net.state_dict()
     assert any(not torch.equal(after[k], v) for k, v in before.items())
-    pairs = zip(judge, task.modules["discriminator"].parameters(), strict=True)
+    pairs = zip(discriminator, task.modules["discriminator"].parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs)
-    held = [row for row in log(own) if "held_v" in row]
+    held = [row for row in log(settings) if "held_v" in row]
     assert [row["stage"] for row in held] == ["phase1", "phase2"]
     assert all(math.isfinite(value) for row in held for k, value in row.items() if k != "stage")
     assert all(row["held_lpips"] > 0 and row["held_spectrum"] > 0 for row in held)
     with safe_open(tmp_path / "run/decoder.safetensors", "pt") as f:
         assert json.loads(f.metadata()["config"])["latents"] == 192
         card = json.loads(f.metadata()["train"])
-    assert card["steps"] == held[-1]["step"]
+    assert card["steps"] == held[-1]["step"] == 12
     assert card["widths"] == [16, 24, 32]
     assert not any("/" in card[name] for name in ("bank", "held_out", "lpips"))
 
@@ -147,36 +163,36 @@ def test_a_run_learns_both_phases_and_leaves_loadable_weights(
 def test_exported_weights_load_by_the_manifest(
     config: Callable[..., DiffusionConfig], tmp_path: Path
 ) -> None:
-    own = config()
-    run = Run(DiffusionTask(own, CPU), own, CPU)
+    settings = config()
+    run = Run(DiffusionTask(settings, CPU), settings, CPU)
     run.save()
     folder = tmp_path / "weights"
     identity = export.decoder(tmp_path / "run/decoder.safetensors", folder)
     loaded = decoder.load(folder)
     assert loaded.weights_id == identity
-    assert loaded.net.config == DiffusionTask(own, CPU).net.config
+    assert loaded.net.config == DiffusionTask(settings, CPU).net.config
     shipped = next(e for e in checkpoint.manifest() if e.quality == 1)
     again = export.codec(checkpoint.WEIGHTS / shipped.file, 1, folder)
     assert again == shipped.weights_id
     assert zoo.load(1, folder=folder).weights_id == again
     assert [e.name for e in checkpoint.manifest(folder)] == ["decoder_compact", "msh_q1"]
     assert not any(e.card for e in checkpoint.manifest(folder))
-    (folder / "compact.md").write_text(f"Of {identity}.")
-    (folder / "msh.md").write_text("Of others.")
+    (folder / "compact.md").write_text(f"Weights {identity}.")
+    (folder / "msh.md").write_text("Other weights.")
     export.decoder(tmp_path / "run/decoder.safetensors", folder)
     assert [e.card for e in checkpoint.manifest(folder)] == ["", "compact.md"]
-    own = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load(folder))
-    b = own.codecs[1, "mse"].encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
-    assert own.draft(b, 0).shown
-    state = zoo.reference(128, 192).state_dict()
+    installed = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load(folder))
+    b = installed.codecs[1, "mse"].encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
+    assert installed.diffusion_input(b, 0).latents_visible
+    state = zoo.compressai_model(128, 192).state_dict()
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "other")
-    export.codec(tmp_path / "other", 1, folder)  # the decoder has not followed
-    own = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load(folder))
-    b = own.codecs[1, "mse"].encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
-    assert not own.draft(b, 0).shown
+    export.codec(tmp_path / "other", 1, folder)  # a codec that the decoder does not know
+    installed = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load(folder))
+    b = installed.codecs[1, "mse"].encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
+    assert not installed.diffusion_input(b, 0).latents_visible
 
 
-def test_an_exported_decoder_replaces_the_one_before(tmp_path: Path) -> None:
+def test_an_exported_decoder_replaces_the_installed_one(tmp_path: Path) -> None:
     small: dict[str, Any] = {"widths": (32,) * 5, "condition": (32,) * 4, "latents": 16}
     for base, changed in ((COMPACT, {}), (PAPER, small | {"down": (1,) * 5, "up": (2,) * 5})):
         net = UNet(replace(base, embedding=32, **changed))
@@ -188,61 +204,66 @@ def test_an_exported_decoder_replaces_the_one_before(tmp_path: Path) -> None:
     assert [p.stem for p in (tmp_path / "weights").glob("*.safetensors")] == ["decoder_paper"]
 
 
-def test_a_killed_run_goes_on_where_it_was_saved_also_elsewhere(
+def test_a_killed_run_resumes_from_its_checkpoint_in_any_folder(
     config: Callable[..., DiffusionConfig], tmp_path: Path
 ) -> None:
-    own = config(plan=(Stage("phase1", 5.0),))
+    settings = config(plan=(Stage("phase1", steps=100_000),))
     command = [
-        *(sys.executable, "-P", "-m", "models.train", "diffusion", "--bank", own.bank),
-        *("--held-out", own.held_out, "--out", own.out, "--lpips", own.lpips),
-        *("--plan", "phase1:5", "--batch", "4", "--crop", "64", "--widths", "16,24,32"),
-        *("--save-s", "0.5", "--log-s", "0.5"),
+        *(sys.executable, "-P", "-m", "models.train", "diffusion", "--bank", settings.bank),
+        *("--held-out", settings.held_out, "--out", settings.out, "--lpips", settings.lpips),
+        *("--plan", "phase1:100000steps", "--batch", "4", "--crop", "64", "--widths", "16,24,32"),
+        *("--save-s", "0", "--log-s", "0"),
     ]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
             file = tmp_path / "run/log.jsonl"
-            until(lambda: file.exists() and len(log(own)) > 3, "rows in the log", 90)
+            until(lambda: file.exists() and len(log(settings)) > 3, "rows in the log", 90)
         finally:
             process.send_signal(signal.SIGKILL)
-    elsewhere = config(plan=own.plan, out=str(tmp_path / "elsewhere"))
+    elsewhere = config(plan=settings.plan, out=str(tmp_path / "elsewhere"))
     shutil.copytree(tmp_path / "run/checkpoint", tmp_path / "elsewhere/checkpoint")
     killed = Run(DiffusionTask(elsewhere, CPU), elsewhere, CPU).progress
     assert killed.steps > 0
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
-            until(lambda: any("resumed" in row for row in log(own)), "the run goes on", 90)
-            time.sleep(1)
+            until(
+                lambda: "loss" in log(settings)[-1] and resumed_step(settings),
+                "steps after resuming",
+                90,
+            )
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
         finally:
             process.kill()
-    (resumed,) = (row for row in log(own) if "resumed" in row)
-    assert resumed["step"] == killed.steps
-    stopped = Run(DiffusionTask(own, CPU), own, CPU).progress
+    assert resumed_step(settings) == killed.steps
+    stopped = Run(DiffusionTask(settings, CPU), settings, CPU).progress
     assert killed.steps < stopped.steps
     assert killed.spent < stopped.spent < 60
 
 
-def test_a_network_of_nan_falls_back_to_the_average(
+@pytest.mark.usefixtures("few_held_out_crops")
+def test_a_network_with_nan_is_restored_from_the_average(
     config: Callable[..., DiffusionConfig],
 ) -> None:
-    own = config(plan=(Stage("phase1", 0.01),))
-    task = DiffusionTask(own, CPU)
-    run = Run(task, own, CPU)
+    settings = config(plan=(Stage("phase1", steps=3),))
+    task = DiffusionTask(settings, CPU)
+    run = Run(task, settings, CPU)
     with torch.no_grad():
-        task.net.denoiser.outward.bias.fill_(float("nan"))
-    assert run.go()
+        task.net.get_parameter("denoiser.outward.bias").fill_(float("nan"))
+    assert run.train()
     assert run.progress.steps > 0
     assert all(bool(torch.isfinite(p).all()) for p in task.net.parameters())
 
 
 def test_the_papers_preset_trains_every_parameter(config: Callable[..., DiffusionConfig]) -> None:
-    plan = (Stage("phase1", 1.0),)
-    own = config(preset="paper", widths=(32, 32, 32, 32, 32), plan=plan, batch=1, warm=1, lr=1e-3)
-    task = DiffusionTask(own, CPU)
-    run = Run(task, own, CPU)
-    for _ in range(5):  # zero starts hide what is behind them for a step or two
-        run._step(own.plan[0], 0.1)
+    plan = (Stage("phase1", steps=50),)
+    settings = config(
+        preset="paper", widths=(32, 32, 32, 32, 32), plan=plan, batch=1, warm=1, lr=1e-3
+    )
+    task = DiffusionTask(settings, CPU)
+    run = Run(task, settings, CPU)
+    for _ in range(5):  # layers behind one that starts at zero have no gradient in the first steps
+        run._step(settings.plan[0], 0.1)
     named = dict(task.net.named_parameters())
     assert not [n for n, p in named.items() if p.grad is None or not p.grad.isfinite().all()]
     assert not [n for n, p in named.items() if p.grad is not None and not p.grad.any()]
@@ -252,12 +273,12 @@ def test_the_papers_preset_trains_every_parameter(config: Callable[..., Diffusio
     assert all(math.isfinite(value) for value in means.values())
 
 
-def test_weights_start_another_network_where_they_fit(
+def test_matching_weights_initialise_another_network(
     config: Callable[..., DiffusionConfig], tmp_path: Path
 ) -> None:
-    own = config()
-    Run(DiffusionTask(own, CPU), own, CPU).save()
-    file = Path(own.out) / "decoder.safetensors"
+    settings = config()
+    Run(DiffusionTask(settings, CPU), settings, CPU).save()
+    file = Path(settings.out) / "decoder.safetensors"
     wider = config(init=str(file), widths=(16, 24, 48), out=str(tmp_path / "wider"), seed=9)
     started, stored = DiffusionTask(wider, CPU).net.state_dict(), load_file(file)
     same = {k for k, v in stored.items() if torch.equal(started[k].half(), v)}
@@ -265,7 +286,7 @@ def test_weights_start_another_network_where_they_fit(
     assert started["conditioner.latents.2.weight"].shape[0] == 48
 
 
-def test_weights_of_which_nothing_fits_are_refused(
+def test_init_weights_without_a_matching_tensor_are_refused(
     config: Callable[..., DiffusionConfig], lpips_file: Path
 ) -> None:
     with pytest.raises(WeightsError, match="nothing in it fits this network"):
@@ -279,42 +300,42 @@ def test_crops_larger_than_the_held_out_photographs_are_refused(
         DiffusionTask(config(crop=208), CPU)
 
 
-def test_another_codecs_weights_start_all_but_what_reads_latents(
+def test_weights_for_another_codec_leave_the_layers_that_read_latents_at_random(
     config: Callable[..., DiffusionConfig], tmp_path: Path
 ) -> None:
-    own = config()
-    net = DiffusionTask(own, CPU).net
+    settings = config()
+    net = DiffusionTask(settings, CPU).net
     file = tmp_path / "other.safetensors"
     save_file({k: torch.full(v.shape, 0.5) for k, v in net.state_dict().items()}, file)
     started = DiffusionTask(config(init=str(file), other_codec=True), CPU).net.state_dict()
-    anew = {k for k, v in started.items() if not bool((v == 0.5).all())}
-    read = {f"latents.{q}.{part}" for q in range(9) for part in ("weight", "bias")}
-    assert anew == {f"conditioner.{k}" for k in read | {"latent_scale"}} | {"scales"}
+    random = {k for k, v in started.items() if not bool((v == 0.5).all())}
+    reading = {f"latents.{q}.{part}" for q in range(9) for part in ("weight", "bias")}
+    assert random == {f"conditioner.{k}" for k in reading | {"latent_scale"}} | {"scales"}
     assert 0 < float(started["scales"][2]) < 0.2
 
 
-def test_latents_that_turned_are_read_as_before() -> None:
+def test_a_folded_map_undoes_a_rotation_of_the_latents() -> None:
     torch.manual_seed(0)
     idle = torch.zeros(400, 2)  # channels that a wider codec does not use
     old = torch.cat([10 * torch.randn(400, 12), idle], 1)
-    turn, offset = torch.linalg.qr(torch.randn(12, 12))[0], torch.randn(12)
-    new = torch.cat([1.2 * old[:, :12] @ turn + offset, idle], 1)
+    rotation, offset = torch.linalg.qr(torch.randn(12, 12))[0], torch.randn(12)
+    new = torch.cat([1.2 * old[:, :12] @ rotation + offset, idle], 1)
     layer, scale = PerQuality(3, 14 + 2, 16), torch.rand(14) + 0.5
     tensors = {f"conditioner.latents.{k}": v for k, v in layer.state_dict().items()}
     tensors["conditioner.latent_scale"] = scale
 
-    def read(y_hat: Tensor, shown: float) -> Tensor:
-        rest = torch.tensor([0.3, shown]).expand(len(y_hat), 2)
-        given = torch.cat([y_hat * scale * shown, rest], 1)
+    def read(y_hat: Tensor, visible: float) -> Tensor:
+        rest = torch.tensor([0.3, visible]).expand(len(y_hat), 2)
+        inputs = torch.cat([y_hat * scale * visible, rest], 1)
         with torch.no_grad():
-            out: Tensor = layer(given.T[None, :, :, None], torch.tensor([2]))
+            out: Tensor = layer(inputs.T[None, :, :, None], torch.tensor([2]))
         return out
 
     before, hidden = read(old, 1), read(old, 0)
     assert (read(new, 1) - before).abs().max() > 1
-    change, left = fit((old[i::2].double(), new[i::2].double()) for i in range(2))
-    assert left < 1e-6
-    for name, value in turned(tensors, 2, change).items():
+    latent_map, unexplained = fit_map((old[i::2].double(), new[i::2].double()) for i in range(2))
+    assert unexplained < 1e-6
+    for name, value in folded(tensors, 2, latent_map).items():
         assert name == "conditioner.latents.2.weight"
         layer.load_state_dict({"2.weight": value}, strict=False)
     torch.testing.assert_close(read(new, 1), before, atol=1e-2, rtol=0)
@@ -322,37 +343,41 @@ def test_latents_that_turned_are_read_as_before() -> None:
 
 
 @pytest.mark.weights
-def test_a_decoder_follows_its_codec(
+def test_a_decoder_is_adapted_to_another_codec(
     config: Callable[..., DiffusionConfig], photo: image.Pixels, tmp_path: Path
 ) -> None:
-    own = config()
-    Run(DiffusionTask(own, CPU), own, CPU).save()
-    decoder, out = Path(own.out) / "decoder.safetensors", tmp_path / "followed.safetensors"
+    settings = config()
+    Run(DiffusionTask(settings, CPU), settings, CPU).save()
+    decoder, out = Path(settings.out) / "decoder.safetensors", tmp_path / "adapted.safetensors"
     before, after = (checkpoint.WEIGHTS / f"msh_q{q}.safetensors" for q in (2, 3))
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "a.png").write_bytes(image.write(photo[:256, :384].copy(), "png"))
     save_file(load_file(decoder), decoder, checkpoint.read(decoder)[1] | {checkpoint.CODECS: "[]"})
-    assert follow(decoder, 2, before, before, photos, out) < 5e-4
-    assert 2e-3 < follow(decoder, 2, before, after, photos, out) < 0.1
-    assert checkpoint.CODECS not in checkpoint.read(out)[1]  # it knows another now
-    was, became = load_file(decoder), load_file(out)
-    assert {k for k in was if not torch.equal(was[k], became[k])} == {
-        "conditioner.latents.2.weight"
-    }
+    assert adapt(decoder, 2, before, before, photos, out) < 5e-4
+    assert 2e-3 < adapt(decoder, 2, before, after, photos, out) < 0.1
+    assert checkpoint.CODECS not in checkpoint.read(out)[1]  # the list of codecs is outdated
+    old, new = load_file(decoder), load_file(out)
+    assert {k for k in old if not torch.equal(old[k], new[k])} == {"conditioner.latents.2.weight"}
     with pytest.raises(WeightsError, match="reads no latents of quality 2"):
-        follow(before, 2, before, after, photos, out)
+        adapt(before, 2, before, after, photos, out)
 
 
-def test_bfloat16_leaves_the_latents_path_exact(config: Callable[..., DiffusionConfig]) -> None:
+def test_with_bfloat16_the_branch_of_the_latents_stays_in_float32(
+    config: Callable[..., DiffusionConfig],
+) -> None:
     task = DiffusionTask(config(bf16=True), CPU)
     batch = task.bank.batch(2, 64, torch.Generator().manual_seed(0))
-    seen: list[torch.dtype] = []
+    dtypes: list[torch.dtype] = []
     conditioner = task.net.conditioner
-    conditioner.latents.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
-    conditioner.picture.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
-    out = task.network.given(batch, 0.0)(torch.randn_like(batch.x), torch.rand(2))
-    assert seen == [torch.bfloat16, torch.float32]
+    conditioner.get_submodule("latents").register_forward_hook(
+        lambda m, i, o: dtypes.append(o.dtype)
+    )
+    conditioner.get_submodule("picture").register_forward_hook(
+        lambda m, i, o: dtypes.append(o.dtype)
+    )
+    out = task.network.denoiser_for(batch, 0.0)(torch.randn_like(batch.x), torch.rand(2))
+    assert dtypes == [torch.bfloat16, torch.float32]
     assert out.dtype == torch.float32
 
 
@@ -362,21 +387,21 @@ def test_bfloat16_leaves_the_latents_path_exact(config: Callable[..., DiffusionC
         ({"preset": "paper", "plan": (Stage("phase2", 1),)}, "'phase2': paper has phase1"),
         ({"held_out": ""}, "either --photos, or --bank and --held-out"),
         ({"crop": 70}, "multiple of 16"),
-        ({"crop": 32}, "below 48"),
+        ({"crop": 32}, "not below 48"),
         ({"batch": 1}, "a batch of 2 or more"),
         ({"calls": 0}, "--calls 0: choose a number from 1 to 1000"),
     ],
 )
-def test_options_that_contradict_each_other_are_named(
+def test_wrong_options_are_named_in_the_error(
     config: Callable[..., DiffusionConfig], changed: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         config(**changed)
 
 
-def test_a_preset_has_a_plan_of_its_own() -> None:
-    def plan(**options: str) -> list[str]:
-        return [s.name for s in resolved(DiffusionConfig(photos="in", out="out", **options)).plan]
+def test_each_preset_has_a_default_plan() -> None:
+    def plan(**options: Any) -> list[str]:
+        return [s.name for s in resolve(DiffusionConfig(photos="in", out="out", **options)).plan]
 
     assert plan() == ["phase1", "phase2"]
     assert plan(preset="paper") == ["phase1"]
@@ -389,9 +414,9 @@ DECODER, CODEC = (checkpoint.WEIGHTS / f"{n}.safetensors" for n in ("decoder_com
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (f"export {CODEC}", "msh_q2.safetensors: no diffusion decoder"),
-        (f"export {DECODER} --quality 2", "decoder_compact.safetensors: no codec's weights"),
-        (f"export {DECODER} --sizes 8 8", "--quality says which"),
+        (f"export {CODEC}", "msh_q2.safetensors: not a diffusion decoder"),
+        (f"export {DECODER} --quality 2", "decoder_compact.safetensors: not a codec"),
+        (f"export {DECODER} --sizes 8 8", "--sizes widens a codec: add its --quality"),
         ("bank --photos {0} --out {0} --quality 2", "cut.jpg: image file is truncated"),
         ("diffusion --photos {0} --out {0}", "no photographs named bsds_val_"),
         (f"diffusion --photos {{1}} --out {{0}} --lpips {__file__}", "test_train.py: "),
@@ -399,7 +424,7 @@ DECODER, CODEC = (checkpoint.WEIGHTS / f"{n}.safetensors" for n in ("decoder_com
     ],
     ids=["codec", "decoder", "sizes", "truncated", "held-out", "lpips", "init"],
 )
-def test_wrong_files_are_told_in_a_line_before_anything_is_encoded(
+def test_wrong_files_end_in_one_line_of_error_before_anything_is_encoded(
     command: str, message: str, folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -409,61 +434,66 @@ def test_wrong_files_are_told_in_a_line_before_anything_is_encoded(
     monkeypatch.setattr("sys.argv", ["train", *command.format(tmp_path, folder).split()])
     with pytest.raises(SystemExit):
         cli.main()
-    told = capsys.readouterr().err
-    assert message in told.splitlines()[-1]
-    assert "encoded" not in told
+    stderr = capsys.readouterr().err
+    assert message in stderr.splitlines()[-1]
+    assert "encoded" not in stderr
 
 
-def test_widths_of_other_levels_are_refused() -> None:
-    with pytest.raises(ValueError, match="compact has 3 levels"):
+def test_a_wrong_number_of_widths_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 numbers; compact has 3 levels"):
         network.build("compact", (8, 8), 192)
 
 
-def test_every_option_has_help_and_reads_what_it_says() -> None:
+def test_every_option_has_help_and_is_parsed() -> None:
     parser = cli._parser()
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     for command in commands.choices.values():
         assert all(action.help for action in command._actions)
-    own = argparse.ArgumentParser()
-    add_options(own, DiffusionConfig)
-    given = ["--out", "o", "--plan", "phase1:1.5", "--widths", "8,16,24", "--no-bf16"]
-    read = DiffusionConfig(**vars(own.parse_args(given)))
-    assert read.plan == (Stage("phase1", 1.5),)
-    assert read.widths == (8, 16, 24)
-    assert read.bf16 is False
-    assert read.batch == 8
-    with pytest.raises(argparse.ArgumentTypeError, match="not NAME:MINUTES"):
-        Stage.plan("phase1:soon")
+    parser = argparse.ArgumentParser()
+    add_options(parser, DiffusionConfig)
+    plan = "phase1:1.5,phase2:200steps"
+    arguments = ["--out", "o", "--plan", plan, "--widths", "8,16,24", "--no-bf16"]
+    settings = DiffusionConfig(**vars(parser.parse_args(arguments)))
+    assert settings.plan == (Stage("phase1", 1.5), Stage("phase2", steps=200))
+    assert settings.widths == (8, 16, 24)
+    assert settings.bf16 is False
+    assert settings.batch == 8
 
 
-ALONE = f"""
+@pytest.mark.parametrize("plan", ["phase1:soon", "phase1", "phase1:1.5steps", "phase1:200s", ""])
+def test_a_plan_in_another_form_is_refused(plan: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="write NAME:MINUTES or NAME:Nsteps"):
+        Stage.parse_plan(plan)
+
+
+WITHOUT_OPTIONAL_PACKAGES = f"""
 import sys
-sys.modules.update(dict.fromkeys({BLOCKED!r}))  # an import of these now fails
+sys.modules.update(dict.fromkeys({OPTIONAL_PACKAGES!r}))  # an import of these now fails
 from models.train.__main__ import main
 photos, out = sys.argv[1:]
 def run(*args):
     sys.argv = ["train", *args]
     main()
 run("msh", "--photos", photos, "--out", out + "/msh", "--N", "8", "--M", "12", "--crop", "64",
-    "--batch", "2", "--plan", "2:0.01", "--whole", "1")
+    "--batch", "2", "--plan", "2:2steps", "--whole", "1")
 run("bank", "--photos", photos, "--out", out + "/bank", "--quality", "2", "--limit", "1",
     "--codecs", out + "/msh")
 run("diffusion", "--photos", photos, "--out", out + "/diffusion", "--codecs", out + "/msh",
     "--qualities", "2", "--variants", "1", "--crop", "64", "--batch", "2", "--widths", "8,8,8",
-    "--plan", "phase1:0.01,phase2:0.01")
+    "--plan", "phase1:2steps,phase2:2steps")
 """
 
 
-def test_training_needs_torch_numpy_pillow_and_safetensors_alone(
+def test_training_needs_only_torch_numpy_pillow_and_safetensors(
     folder: Path, tmp_path: Path
 ) -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-P", "-c", ALONE, str(folder), str(tmp_path)],
+        [sys.executable, "-P", "-c", WITHOUT_OPTIONAL_PACKAGES, str(folder), str(tmp_path)],
         cwd=root, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "stage phase2: " in done.stderr  # progress as plain lines
+    assert "stage phase2: 1 of 2 steps" in done.stderr  # progress as plain lines
     assert "tensorboard is not installed" in (tmp_path / "msh/log.jsonl").read_text()
-    made = ("msh/msh_q2", "bank/q2/0", "diffusion/decoder")
-    assert all((tmp_path / f"{name}.safetensors").exists() for name in made)
+    names = ("msh/msh_q2", "bank/q2/0", "diffusion/decoder")
+    assert all((tmp_path / f"{name}.safetensors").exists() for name in names)

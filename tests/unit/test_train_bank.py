@@ -1,4 +1,4 @@
-"""Photographs and banks: what is encoded, where it is held, how crops are cut."""
+"""Photographs and banks: encoding, storage on disk or in memory, random crops."""
 
 import shutil
 from pathlib import Path
@@ -13,14 +13,14 @@ from models.codec import codec, zoo
 from models.errors import PictureError, WeightsError
 from models.train import bank, photos
 from models.train.encoder import Encoder
-from models.train.photos import Draw, Ragged
+from models.train.photos import CropSampler, Ragged
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, photo: image.Pixels) -> Path:
-    """Three photographs to train on, of which one is too small, and a held-out one."""
+    """Three training photographs, one of them too small, and a held-out one."""
     folder = tmp_path_factory.mktemp("photos")
     for i, name in enumerate(("a", "b", "bsds_val_c")):
         Image.fromarray(photo[:170, 180 * i : 180 * (i + 1)]).save(folder / f"{name}.png")
@@ -52,30 +52,30 @@ def test_large_photographs_are_reduced(tmp_path: Path) -> None:
     assert bank.Variant(tmp_path / "wide.png", 1, 0).positions() == (16, 128)
 
 
-def test_the_bits_and_latents_are_those_of_the_real_encoder(photo: image.Pixels) -> None:
+def test_bits_and_latents_agree_with_the_real_encoder(photo: image.Pixels) -> None:
     pixels = photo[100:356, 200:456].copy()
     real = zoo.load(2)
-    *_, latents = real.hyperprior.encode(codec.to_tensor(pixels), "exact")
+    *_, latents = real.latent_coder.encode(codec.to_tensor(pixels), "exact")
     ours = Encoder.load(2, None, CPU)(torch.from_numpy(pixels).permute(2, 0, 1))
     assert float(ours["bits"].sum()) == pytest.approx(float(latents.bits.sum()), rel=0.02)
     difference = (ours["y_hat"].float() - latents.y_hat[0]).abs()
-    assert float((difference < 0.05).float().mean()) > 0.999  # a tie may round the other way
+    assert float((difference < 0.05).float().mean()) > 0.999  # ties may be rounded differently
     x_hat = real.synthesis(latents.y_hat)[0]
     assert float((ours["x_hat"].float() / 255 - x_hat).square().mean()) < 1e-5
 
 
-def test_weights_of_no_codec_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="no mean-scale hyperprior"):
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="not a mean-scale hyperprior"):
         Encoder({"g_a.6.weight": torch.zeros(8, 4, 5, 5)}, CPU)
     with pytest.raises(WeightsError, match="No such file"):
         Encoder.load(2, tmp_path, CPU)
 
 
-def test_crops_of_all_tensors_belong_together() -> None:
+def test_crops_of_all_tensors_show_the_same_place() -> None:
     sizes = [(7, 5), (4, 9), (3, 30)]
     entries = []
     for i, (rows, columns) in enumerate(sizes):
-        # mark every position of the latents in the pixels, and look for the same mark in the crop
+        # number every position of the latents, and write the number into its pixels as well
         mark = torch.arange(rows * columns).reshape(1, rows, columns) + 100 * i
         fine = mark.repeat_interleave(16, 1).repeat_interleave(16, 2).to(torch.uint8)
         entries.append((i + 1, {"x": fine, "x_hat": fine, "y_hat": mark.half(), "bits": mark}))
@@ -84,11 +84,11 @@ def test_crops_of_all_tensors_belong_together() -> None:
     assert torch.equal((batch.x[:, :, ::16, ::16] * 255).round(), batch.bits % 256)
     assert torch.equal(batch.y_hat, batch.bits)
     assert torch.equal(batch.quality, batch.bits[:, 0, 0, 0].long() // 100 + 1)
-    assert set(batch.quality.tolist()) == {1, 2}  # the third is too low for such a crop
+    assert set(batch.quality.tolist()) == {1, 2}  # the third is lower than the crop
 
 
-def test_photographs_are_drawn_by_their_area_and_everywhere() -> None:
-    draw = Draw([(4, 4), (4, 8), (2, 90)], CPU)
+def test_crops_are_drawn_by_area_and_at_every_corner() -> None:
+    draw = CropSampler([(4, 4), (4, 8), (2, 90)], CPU)
     which, top, left = draw.corners(4000, 3, torch.Generator().manual_seed(0))
     assert float((which == 1).float().mean()) == pytest.approx(2 / 3, abs=0.03)
     assert set(top.tolist()) == {0, 1}
@@ -97,7 +97,7 @@ def test_photographs_are_drawn_by_their_area_and_everywhere() -> None:
         draw.corners(1, 5, torch.Generator())
 
 
-def test_pictures_of_any_size_come_back_from_flat_memory() -> None:
+def test_ragged_storage_returns_pictures_of_any_size() -> None:
     pictures = [torch.rand(3, 5, 7), torch.rand(3, 2, 9)]
     flat = Ragged([(5, 7), (2, 9)], 3, torch.float32, CPU)
     for i, picture in enumerate(pictures):
@@ -105,7 +105,7 @@ def test_pictures_of_any_size_come_back_from_flat_memory() -> None:
     assert all(torch.equal(flat.get(i), picture) for i, picture in enumerate(pictures))
 
 
-def test_a_bank_on_disk_is_built_once(folder: Path, built: Path) -> None:
+def test_building_a_bank_again_keeps_its_files(folder: Path, built: Path) -> None:
     files = sorted((built / "q2").iterdir())
     names = ["a.safetensors", "a.v1.safetensors", "b.safetensors", "b.v1.safetensors"]
     assert [f.name for f in files] == names
@@ -121,7 +121,7 @@ def test_a_bank_on_disk_is_built_once(folder: Path, built: Path) -> None:
     assert [f.stat().st_mtime_ns for f in files] == before
 
 
-def test_what_another_codec_encoded_is_encoded_anew(folder: Path, tmp_path: Path) -> None:
+def test_files_of_another_codec_are_encoded_again(folder: Path, tmp_path: Path) -> None:
     files = photos.photographs(folder, False)
     bank.build(files, tmp_path / "q2", 1)
     shutil.copy(tmp_path / "q2/a.safetensors", tmp_path / "kept")
@@ -133,11 +133,11 @@ def test_what_another_codec_encoded_is_encoded_anew(folder: Path, tmp_path: Path
         bank.Bank.read(tmp_path, CPU)
 
 
-def test_two_photographs_of_one_name_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_two_photographs_with_the_same_name_are_refused(folder: Path, tmp_path: Path) -> None:
     for place in ("x", "y"):
         (tmp_path / place).mkdir()
         shutil.copy(folder / "a.png", tmp_path / place / "a.png")
-    with pytest.raises(PictureError, match="one name"):
+    with pytest.raises(PictureError, match="the same name"):
         bank.build(photos.photographs(tmp_path, False), tmp_path / "bank/q2", 2)
 
 
@@ -145,22 +145,22 @@ def test_a_bank_in_memory_equals_the_one_on_disk(folder: Path, built: Path) -> N
     disk = bank.Bank.read(built, CPU)
     memory = bank.Bank.encode(photos.photographs(folder, False), (2,), None, 2, CPU)
     assert disk.latents == memory.latents == 192
-    order = [0, 2, 1, 3]  # variants of a photograph follow each other on the disk
+    order = [0, 2, 1, 3]  # on disk the variants of a photograph are adjacent
     for name, field in disk.fields.items():
         for i, j in enumerate(order):
             assert torch.equal(field.get(i), memory.fields[name].get(j))
 
 
-def test_a_variant_is_the_photograph_seen_another_way(folder: Path) -> None:
-    seen = {}
+def test_variants_are_deterministic_and_of_several_sizes(folder: Path) -> None:
+    shapes = {}
     for number in range(12):
         variant = bank.Variant(folder / "a.png", 2, number)
         x = variant.pixels()
         assert x.shape == (3, *(16 * side for side in variant.positions()))
         assert torch.equal(x, bank.Variant(folder / "a.png", 2, number).pixels())
-        seen[number] = tuple(x.shape)
-    assert seen[0] == (3, 160, 176)
-    assert len(set(seen.values())) > 2
+        shapes[number] = tuple(x.shape)
+    assert shapes[0] == (3, 160, 176)
+    assert len(set(shapes.values())) > 2
 
 
 def test_the_codecs_picture_is_near_the_original(built: Path) -> None:
@@ -171,7 +171,7 @@ def test_the_codecs_picture_is_near_the_original(built: Path) -> None:
     assert float((batch.x - batch.x_hat).square().mean()) < 10**-2.6
 
 
-def test_training_crops_are_turned_and_reduced(folder: Path) -> None:
+def test_augmented_crops_are_reproducible(folder: Path) -> None:
     held = photos.Photos(photos.photographs(folder, False), CPU)
     x = held.batch(16, 64, 1.5, torch.Generator().manual_seed(0))
     assert x.shape == (16, 3, 64, 64)

@@ -1,4 +1,4 @@
-"""The losses of the diffusion decoder, against truths that are known."""
+"""Losses of the diffusion decoder, compared with known values."""
 
 import math
 from pathlib import Path
@@ -13,10 +13,10 @@ from models import image
 from models.diffusion import schedule
 from models.errors import WeightsError
 from models.train import losses
-from models.train.lpips import Lpips
+from models.train.lpips import LpipsLoss
 
 
-def test_predicting_zero_costs_what_the_log_says_it_costs() -> None:
+def test_the_reported_loss_of_predicting_zero_is_correct() -> None:
     g = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 8, 3, 16, 16, generator=g)
     loss, zero = losses.denoising(lambda x, t: x * 0, x0, losses.stratified(8, g), eps)
@@ -31,7 +31,7 @@ def test_no_time_is_rounded_up_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), 1 - 2**-24))
     t = losses.stratified(224, torch.Generator().manual_seed(0))
     assert float(t.max()) < 1
-    assert int((t * 4000).long().max()) == 3999  # of the paper's steps the last
+    assert int((t * 4000).long().max()) == 3999  # the last of the paper's steps
 
 
 def test_times_are_stratified() -> None:
@@ -40,7 +40,7 @@ def test_times_are_stratified() -> None:
     assert not torch.equal(t, t.sort().values)
 
 
-def test_middle_times_are_all_times_but_most_are_in_the_middle() -> None:
+def test_middle_times_cover_all_times_with_three_quarters_in_the_middle() -> None:
     u = torch.arange(1000) / 1000
     t = losses.middle(u)
     assert float(t[0]) == 0 and 0.99 < float(t[-1]) < 1
@@ -48,7 +48,7 @@ def test_middle_times_are_all_times_but_most_are_in_the_middle() -> None:
     assert float(((t >= 0.1) & (t < 0.7)).float().mean()) == pytest.approx(0.75, abs=0.002)
 
 
-def test_a_rollout_with_the_true_residual_ends_there() -> None:
+def test_a_rollout_with_exact_predictions_ends_at_x0() -> None:
     x0 = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def exact(x_t: Tensor, t: Tensor) -> Tensor:
@@ -72,22 +72,22 @@ def test_training_calls_the_denoiser_when_the_sampler_does(
     assert tuple(s.t for s in schedule.Continuous().steps(calls)) == times
 
 
-def test_the_spectrum_wants_texture_but_not_its_place_and_sees_a_hatching() -> None:
+def test_the_spectrum_distance_ignores_where_texture_is_and_penalises_hatching() -> None:
     g = torch.Generator().manual_seed(0)
     grain, other = 0.5 + 0.1 * torch.randn(2, 2, 1, 64, 64, generator=g).expand(-1, -1, 3, -1, -1)
     smooth = F.avg_pool2d(grain, 3, 1, 1)
     assert float(losses.spectrum(grain, grain)) == 0
     assert losses.spectrum(other, grain) < 0.2 * losses.spectrum(smooth, grain)
-    assert losses.spectrum(grain, smooth) == losses.spectrum(smooth, grain)  # too much, too little
+    assert losses.spectrum(grain, smooth) == losses.spectrum(smooth, grain)  # symmetric
     flat = torch.full((1, 3, 64, 64), 0.5, requires_grad=True)
     hatching = 0.02 * torch.tensor([1.0, -1, -1, 1]).repeat(16)
     assert losses.spectrum(flat + hatching, flat) > 5 * losses.spectrum(flat + 0.02, flat)
     assert losses.spectrum(flat + hatching, flat) > 0.02
-    losses.spectrum(flat, flat.detach() + 1e-3).backward()
+    losses.spectrum(flat, flat.detach() + 1e-3).backward()  # type: ignore[no-untyped-call]
     assert flat.grad is not None and flat.grad.isfinite().all()
 
 
-def test_the_papers_loss_is_zero_for_the_truth_and_teaches_variance_alone() -> None:
+def test_the_papers_vlb_is_zero_for_the_truth_and_trains_only_the_variance() -> None:
     g = torch.Generator().manual_seed(0)
     hybrid = losses.Hybrid(torch.device("cpu"))
     x = torch.rand(4, 3, 8, 8, generator=g) * 2 - 1
@@ -100,13 +100,13 @@ def test_the_papers_loss_is_zero_for_the_truth_and_teaches_variance_alone() -> N
     torch.testing.assert_close(terms.x0, x, atol=2e-3, rtol=0)
 
     out = torch.zeros(4, 6, 8, 8).requires_grad_()
-    hybrid(lambda x_t, t: out, x, index, eps).vlb.backward()
+    hybrid(lambda x_t, t: out, x, index, eps).vlb.backward()  # type: ignore[no-untyped-call]
     assert out.grad is not None
     assert not out.grad[:, :3].any()
     assert out.grad[:, 3:].any()
 
 
-def test_the_first_step_of_the_paper_is_a_likelihood() -> None:
+def test_the_papers_first_step_is_a_likelihood() -> None:
     hybrid = losses.Hybrid(torch.device("cpu"))
     x = torch.full((1, 3, 4, 4), 0.2)
     eps = torch.zeros_like(x)
@@ -118,7 +118,7 @@ def test_the_first_step_of_the_paper_is_a_likelihood() -> None:
 
 
 @pytest.mark.parametrize("name", ["alex", "vgg"])
-def test_lpips_equals_the_package(name: str, photo: image.Pixels, tmp_path: Path) -> None:
+def test_lpips_equals_the_lpips_package(name: str, photo: image.Pixels, tmp_path: Path) -> None:
     import lpips
 
     torch.manual_seed(0)
@@ -133,11 +133,13 @@ def test_lpips_equals_the_package(name: str, photo: image.Pixels, tmp_path: Path
     b = (a + 0.1 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
     with torch.no_grad():
         expected = float(net(a, b, normalize=True))
-    assert float(Lpips(tmp_path / "lpips.safetensors")(a, b)) == pytest.approx(expected, rel=1e-3)
+    assert float(LpipsLoss(tmp_path / "lpips.safetensors")(a, b)) == pytest.approx(
+        expected, rel=1e-3
+    )
     assert expected > 0
 
 
 def test_a_file_without_lpips_is_refused(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(WeightsError, match="no LPIPS weights"):
-        Lpips(tmp_path / "other.safetensors")
+        LpipsLoss(tmp_path / "other.safetensors")

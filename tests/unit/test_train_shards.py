@@ -1,4 +1,4 @@
-"""Checkpoints: small files that are whole after a kill at any moment."""
+"""Checkpoints: small files that stay readable after a kill at any moment."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ from models.train import shards
 
 MIB = 1 << 20
 
-KILLED = """
+KILL_DURING_SAVE = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
@@ -31,17 +31,17 @@ def save_on(n):
         n += 1
         shards.save(folder, state(n), {"n": n})
 
-def whole():
+def load_consistent():
     tensors, facts = shards.load(folder)
     values = {float(v) for part in tensors.values() for t in part.values() for v in t.unique()}
     assert values == {float(facts["n"])}, (values, facts)
     return facts["n"]
 
-torch.set_num_threads(1)  # a forked child has no OpenMP threads, yet would wait for them
+torch.set_num_threads(1)  # a forked child would wait for OpenMP threads that it does not have
 shards.LIMIT = 1 << 20
 began = time.monotonic()
 shards.save(folder, state(0), {"n": 0})
-one = time.monotonic() - began  # on this machine, now
+save_s = time.monotonic() - began
 random.seed(int(sys.argv[2]))
 before = kills = 0
 while kills < 15 or not before:
@@ -49,10 +49,10 @@ while kills < 15 or not before:
     child = os.fork()
     if not child:
         save_on(before)
-    time.sleep(random.uniform(0, 8 * one))
+    time.sleep(random.uniform(0, 8 * save_s))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    after = whole()
+    after = load_consistent()
     assert after >= before
     before = after
 """
@@ -71,7 +71,7 @@ def some_state() -> dict[str, dict[str, Tensor]]:
     }
 
 
-def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
+def test_a_saved_state_is_loaded_unchanged(tmp_path: Path) -> None:
     shards.save(tmp_path, some_state(), {"stage": 1})
     state, facts = shards.load(tmp_path)
     assert facts == {"stage": 1}
@@ -90,21 +90,21 @@ def test_no_file_is_larger_than_16_mib(tmp_path: Path) -> None:
     assert sum(sizes) > 70 * MIB
 
 
-def test_only_the_last_generation_stays(tmp_path: Path) -> None:
+def test_only_the_last_generation_is_kept(tmp_path: Path) -> None:
     for n in range(3):
-        (tmp_path / "000002-net-009.safetensors").touch()  # what a killed save leaves behind
+        (tmp_path / "000002-net-009.safetensors").touch()  # left by a killed save
         shards.save(tmp_path, {"net": {"w": torch.tensor(n)}}, {"n": n})
     assert len(list(tmp_path.iterdir())) == 2
     assert shards.load(tmp_path)[1] == {"n": 2}
 
 
-def test_a_killed_save_leaves_the_generation_before_or_the_new_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-c", KILLED, str(tmp_path), "3"]
+def test_a_killed_save_leaves_the_previous_or_the_new_generation(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-c", KILL_DURING_SAVE, str(tmp_path), "3"]
     subprocess.run(command, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("damage", ["altered", "missing", "cut"])
-def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_named_in_the_error(tmp_path: Path, damage: str) -> None:
     shards.save(tmp_path, some_state(), {})
     file = sorted(tmp_path.glob("*net-001*"))[0]
     if damage == "missing":
@@ -117,18 +117,18 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
         shards.load(tmp_path)
 
 
-def test_a_whole_generation_serves_where_a_newer_one_is_damaged(tmp_path: Path) -> None:
-    run, kept = tmp_path / "run", tmp_path / "kept"
+def test_an_intact_generation_is_loaded_if_a_newer_one_is_damaged(tmp_path: Path) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
     shards.save(run, {"net": {"w": torch.tensor(1.0)}}, {"n": 1})
-    shutil.copytree(run, kept)
+    shutil.copytree(run, copy)
     shards.save(run, {"net": {"w": torch.tensor(2.0)}}, {"n": 2})
     next(run.glob("*.safetensors")).write_bytes(b"")
-    shutil.copytree(kept, run, dirs_exist_ok=True)
+    shutil.copytree(copy, run, dirs_exist_ok=True)
     state, facts = shards.load(run)
     assert (float(state["net"]["w"]), facts["n"]) == (1.0, 1)
 
 
-def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:
+def test_an_empty_folder_holds_no_checkpoint(tmp_path: Path) -> None:
     assert not shards.exists(tmp_path)
     with pytest.raises(WeightsError, match="no checkpoint"):
         shards.load(tmp_path)

@@ -1,4 +1,4 @@
-"""The optimiser of the codec's trainer, against what is known of it."""
+"""The optimiser SOAP, compared with Adam and with its invariances."""
 
 from collections.abc import Callable, Iterator
 
@@ -28,12 +28,12 @@ def convolution() -> nn.Conv2d:
 
 
 def uneven() -> Tensor:
-    """Mixes 16 channels so that a few directions carry nearly all power."""
+    """A matrix that mixes 16 channels so that a few directions carry nearly all power."""
     generator = torch.Generator().manual_seed(2)
     return torch.randn(16, 16, generator=generator) * torch.logspace(0, -2, 16)[:, None]
 
 
-def test_correlated_channels_slow_adam_and_not_soap() -> None:
+def test_soap_learns_faster_than_adam_if_channels_are_correlated() -> None:
     teacher, mix = nn.Conv2d(16, 24, 3, padding=1).requires_grad_(False), uneven()
     last = {}
     for name, kind in (("adam", Adam), ("soap", Soap)):
@@ -41,38 +41,40 @@ def test_correlated_channels_slow_adam_and_not_soap() -> None:
 
         def loss(x: Tensor, net: nn.Conv2d = net) -> Tensor:
             x = torch.einsum("bchw,cd->bdhw", x, mix)
-            return (net(x) - teacher(x)).square().mean()
+            error: Tensor = net(x) - teacher(x)
+            return error.square().mean()
 
         last[name] = list(steps(kind(net.parameters(), lr=3e-3), loss, 150))[-1]
     assert last["soap"] < 0.5 * last["adam"]
 
 
-def test_the_way_it_takes_does_not_depend_on_the_channels_basis() -> None:
-    """What tells it from Adam: weights in turned channels take the same path, turned."""
+def test_updates_do_not_depend_on_the_basis_of_the_channels() -> None:
+    """Unlike Adam: with rotated channels the weights follow the same path, rotated."""
     generator = torch.Generator().manual_seed(3)
     left, right = (torch.linalg.qr(torch.randn(n, n, generator=generator))[0] for n in (24, 16))
     target, mix = torch.randn(24, 1, 1, generator=generator), uneven()
     losses = []
-    for turned in (False, True):
+    for rotated in (False, True):
         net = convolution()
-        if turned:
+        if rotated:
             net.weight.data = torch.einsum("op,pihw,ij->ojhw", left, net.weight.data, right)
             net.bias.requires_grad_(False)  # type: ignore[union-attr]
             net.bias.data = left @ net.bias.data  # type: ignore[union-attr]
         net.bias.requires_grad_(False)  # type: ignore[union-attr]
 
-        def loss(x: Tensor, net: nn.Conv2d = net, turned: bool = turned) -> Tensor:
+        def loss(x: Tensor, net: nn.Conv2d = net, rotated: bool = rotated) -> Tensor:
             x = torch.einsum("bchw,cd->bdhw", x, mix)
-            made = net(torch.einsum("bchw,cd->bdhw", x, right)) if turned else net(x)
-            made = torch.einsum("po,bphw->bohw", left, made) if turned else made
-            return (made - target).square().mean()
+            output = net(torch.einsum("bchw,cd->bdhw", x, right)) if rotated else net(x)
+            output = torch.einsum("po,bphw->bohw", left, output) if rotated else output
+            error: Tensor = output - target
+            return error.square().mean()
 
         losses.append(list(steps(Soap([net.weight], lr=3e-3), loss, 30)))
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
-def test_what_is_no_convolution_follows_adam() -> None:
-    ways = []
+def test_parameters_other_than_convolutions_are_updated_as_by_adam() -> None:
+    results = []
     for kind in (Adam, Soap):
         p = nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4))
         optimiser = kind([p], lr=1e-2, betas=(0.95, 0.95))
@@ -82,5 +84,5 @@ def test_what_is_no_convolution_follows_adam() -> None:
 
         for _ in steps(optimiser, loss, 40):
             pass
-        ways.append(p.detach())
-    torch.testing.assert_close(ways[1], ways[0], rtol=0, atol=1e-5)
+        results.append(p.detach())
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)

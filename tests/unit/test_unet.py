@@ -1,4 +1,4 @@
-"""The networks: sizes, reach, and that every part takes part."""
+"""The networks: size, cost, receptive field, gradients."""
 
 import json
 from dataclasses import asdict, replace
@@ -33,14 +33,14 @@ def random_maps(c: UNetConfig, size: int) -> Maps:
 
 
 def kilo_macs(net: UNet, size: int) -> tuple[float, float]:
-    """Thousands of multiplications per pixel: once per picture, and per step."""
-    given = condition(net.config, size)
+    """Thousands of MACs per pixel: of the conditioner, and of a denoiser step."""
+    inputs = condition(net.config, size)
     x_t, t = torch.zeros(1, 3, size, size), torch.zeros(1)
     with torch.inference_mode():
         with FlopCounterMode(display=False) as once:
-            maps = net.conditioner(given)
+            maps = net.conditioner(inputs)
         with FlopCounterMode(display=False) as step:
-            net.denoiser(x_t, t, maps, given.quality, t)
+            net.denoiser(x_t, t, maps, inputs.quality, t)
     first, second = (c.get_total_flops() / 2e3 / size**2 for c in (once, step))
     return first, second
 
@@ -55,30 +55,30 @@ def test_the_papers_network_has_113_million_parameters_and_the_published_cost() 
 def test_the_compact_networks_stay_within_their_budget(
     c: UNetConfig, once: float, step: float
 ) -> None:
-    """At most 400 kMAC a pixel once per picture, 150 a step (the design's bounds)."""
-    spent = kilo_macs(UNet(c), 64)
-    assert spent[0] < once <= 400
-    assert spent[1] < step <= 150
+    """At most 400 kMAC per pixel once per picture, and 150 per step."""
+    cost = kilo_macs(UNet(c), 64)
+    assert cost[0] < once <= 400
+    assert cost[1] < step <= 150
 
 
 @pytest.mark.parametrize("c", [COMPACT, FINE, TINY_PAPER], ids=["compact", "fine", "paper"])
-def test_every_parameter_takes_part(c: UNetConfig) -> None:
-    """Zero-initialised layers hide what lies behind them at the start: noise wakes them."""
+def test_every_parameter_gets_a_gradient(c: UNetConfig) -> None:
+    """Random weights, because zero-initialised layers block the gradient of earlier layers."""
     torch.manual_seed(0)
     net = UNet(c)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.02 * torch.randn_like(p))
     n = c.qualities + 1
-    given = replace(condition(c, 64, n), beta=torch.ones(n), quality=torch.arange(n))
+    batch = replace(condition(c, 64, n), beta=torch.ones(n), quality=torch.arange(n))
     t = torch.linspace(0.2, 0.7, n)
-    out = net.denoiser(torch.randn(n, 3, 64, 64), t, net.conditioner(given), given.quality, t)
+    out = net.denoiser(torch.randn(n, 3, 64, 64), t, net.conditioner(batch), batch.quality, t)
     assert out.shape == (n, 6 if c.learned_variance else 3, 64, 64)
     out.square().mean().backward()
     assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_each_quality_has_its_own_reading_of_latents() -> None:
+def test_latents_of_each_quality_pass_their_own_convolution() -> None:
     torch.manual_seed(0)
     layer, x = PerQuality(3, 6, 5), torch.randn(3, 6, 4, 7)
     qualities = (3, 1, 3)
@@ -88,7 +88,7 @@ def test_each_quality_has_its_own_reading_of_latents() -> None:
 
 
 @pytest.mark.parametrize("c", [COMPACT, FINE], ids=["compact", "fine"])
-def test_a_pixel_depends_on_the_halo_only(c: UNetConfig) -> None:
+def test_the_receptive_field_is_the_halo(c: UNetConfig) -> None:
     torch.manual_seed(0)
     net = UNet(replace(c, latents=8)).eval()
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_a_pixel_depends_on_the_halo_only(c: UNetConfig) -> None:
         return v
 
     reached = (run(x) - run(changed)).abs().amax((0, 1, 2)).nonzero().min()
-    # positions are grouped by 16, the coarsest stride
+    # the reach is a multiple of 16 pixels, the coarsest stride
     assert c.halo <= 98
     assert 160 - c.halo - 16 <= int(reached) < 160
 
@@ -114,17 +114,17 @@ def test_a_pixel_depends_on_the_halo_only(c: UNetConfig) -> None:
 def test_latents_can_be_hidden() -> None:
     torch.manual_seed(0)
     net = UNet(COMPACT).eval()
-    a = replace(condition(COMPACT, 64), keep=torch.zeros(1))
+    a = replace(condition(COMPACT, 64), latents_visible=torch.zeros(1))
     b = replace(a, y_hat=-a.y_hat)
     with torch.inference_mode():
         assert all(
             torch.equal(m, n) for m, n in zip(net.conditioner(a), net.conditioner(b), strict=True)
         )
-        shown = replace(a, keep=torch.ones(1))
-        assert not torch.equal(net.conditioner(shown)[-1], net.conditioner(a)[-1])
+        visible = replace(a, latents_visible=torch.ones(1))
+        assert not torch.equal(net.conditioner(visible)[-1], net.conditioner(a)[-1])
 
 
-def test_a_configuration_comes_back_from_its_json() -> None:
+def test_a_configuration_is_read_back_from_its_json() -> None:
     for c in PRESETS.values():
         assert presets.from_json(json.dumps(asdict(c))) == c
     with pytest.raises(TypeError):

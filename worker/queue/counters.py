@@ -1,7 +1,7 @@
-"""Figures that processes without a page of their own leave in Redis, for the API's metrics page.
+"""Counters that workers keep in Redis, for the API's metrics endpoint.
 
-Hash `prefix:metrics`: field -> running sum. Sorted set `prefix:metrics-workers`: worker -> when it
-last measured a job, seconds since the epoch.
+Hash `prefix:metrics`: name -> running sum. Sorted set `prefix:metrics-workers`: worker -> time of
+its last job, seconds since the epoch.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from redis.client import Pipeline
 from worker.queue.store import RECORD_TTL_S, RedisError, Store
 
 WORKER_TTL_S = 24 * 3600
-"""How long the figures of a worker outlive its last job."""
+"""How long a worker's counters are kept after its last job."""
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 """Upper bounds of the histogram of measured over predicted time."""
 
@@ -27,47 +27,50 @@ _RATIO = "eta_ratio:"
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
-    """All sums, since the hash was made."""
+class Counters:
+    """All counters at one time."""
 
     sums: Mapping[str, float]
 
     def get(self, name: str) -> float:
-        """A sum, 0 where nothing was added."""
+        """A counter's value; 0 for one that was never incremented."""
         return self.sums.get(name, 0.0)
 
-    def named(self, kind: str) -> dict[str, float]:
-        """The sums whose field begins with `kind`, by the rest of it."""
-        return {k.removeprefix(kind): v for k, v in self.sums.items() if k.startswith(kind)}
+    def with_prefix(self, prefix: str) -> dict[str, float]:
+        """The counters whose names begin with `prefix`, by the rest of the name."""
+        return {k.removeprefix(prefix): v for k, v in self.sums.items() if k.startswith(prefix)}
 
     @property
-    def model(self) -> dict[str, tuple[float, float]]:
-        """Worker -> seconds in the model, and megapixel-steps done in them."""
-        work = self.named(_WORK)
-        return {w: (s, work[w]) for w, s in self.named(_SECONDS).items() if work.get(w)}
+    def model_time(self) -> dict[str, tuple[float, float]]:
+        """Worker -> seconds that it spent on jobs, and megapixel-steps of these jobs."""
+        work = self.with_prefix(_WORK)
+        return {w: (s, work[w]) for w, s in self.with_prefix(_SECONDS).items() if work.get(w)}
 
     @property
     def eta_ratios(self) -> tuple[list[tuple[str, float]], float]:
-        """Cumulated buckets (upper bound, count) and sum of measured over predicted time."""
-        counted = self.named(_RATIO)
+        """Histogram of measured over predicted time: cumulative (upper bound, count), and sum."""
+        counts = self.with_prefix(_RATIO)
         bounds = [*map(str, RATIOS), "+Inf"]
-        counts = accumulate(counted.get(bound, 0.0) for bound in bounds)
-        return list(zip(bounds, counts, strict=True)), counted.get("sum", 0.0)
+        cumulative = accumulate(counts.get(bound, 0.0) for bound in bounds)
+        return list(zip(bounds, cumulative, strict=True)), counts.get("sum", 0.0)
 
 
 def key(store: Store) -> str:
-    """Of the hash."""
+    """Redis key of the hash of counters."""
     return store.key("metrics")
 
 
 def add(store: Store, pipe: Pipeline, name: str, value: float = 1.0) -> None:
-    """Add to a sum, as a part of the transaction that makes it true."""
+    """Increase a counter, as part of the transaction `pipe`."""
     pipe.hincrbyfloat(key(store), name, value)
     pipe.expire(key(store), RECORD_TTL_S)
 
 
-def predicted(store: Store, measured_s: float, predicted_s: float) -> None:
-    """A job took `measured_s` from submission to end and was said to take `predicted_s`."""
+def add_eta_ratio(store: Store, measured_s: float, predicted_s: float) -> None:
+    """Count a job in the histogram of measured over predicted time.
+
+    A prediction of 0 or less means that there was none: nothing is counted.
+    """
     if predicted_s <= 0:
         return
     ratio = measured_s / predicted_s
@@ -78,8 +81,8 @@ def predicted(store: Store, measured_s: float, predicted_s: float) -> None:
         pipe.execute()
 
 
-def measured(store: Store, worker: str, seconds: float, megapixel_steps: float) -> None:
-    """A worker spent seconds in the model; workers silent for `WORKER_TTL_S` are forgotten."""
+def add_model_time(store: Store, worker: str, seconds: float, megapixel_steps: float) -> None:
+    """Add a job to a worker's counters; drop workers without a job for `WORKER_TTL_S`."""
     now = time.time()
     with contextlib.suppress(RedisError), store.queue.pipeline() as pipe:
         add(store, pipe, _SECONDS + worker, seconds)
@@ -87,23 +90,23 @@ def measured(store: Store, worker: str, seconds: float, megapixel_steps: float) 
         pipe.zadd(_workers(store), {worker: now})
         pipe.expire(_workers(store), RECORD_TTL_S)
         pipe.execute()
-        _forget(store, pipe, now - WORKER_TTL_S)
+        _remove_idle(store, pipe, now - WORKER_TTL_S)
 
 
-def _forget(store: Store, pipe: Pipeline, before: float) -> None:
-    """Remove the sums of workers that were last heard of before then."""
+def _remove_idle(store: Store, pipe: Pipeline, before: float) -> None:
+    """Remove the counters of workers whose last job ended before a time."""
     queue: Redis = store.queue
-    gone = [w.decode() for w in queue.zrangebyscore(_workers(store), 0, before)]  # type: ignore[union-attr]
-    if gone:
-        pipe.hdel(key(store), *(kind + w for w in gone for kind in (_SECONDS, _WORK)))
-        pipe.zrem(_workers(store), *gone)
+    idle = [w.decode() for w in queue.zrangebyscore(_workers(store), 0, before)]  # type: ignore[union-attr]
+    if idle:
+        pipe.hdel(key(store), *(prefix + w for w in idle for prefix in (_SECONDS, _WORK)))
+        pipe.zrem(_workers(store), *idle)
         pipe.execute()
 
 
-def read(store: Store) -> Figures:
-    """All figures. Raises `RedisError`."""
+def read(store: Store) -> Counters:
+    """Read all counters. Raises `RedisError`."""
     row: dict[bytes, bytes] = store.queue.hgetall(key(store))  # type: ignore[assignment]
-    return Figures({name.decode(): float(value) for name, value in row.items()})
+    return Counters({name.decode(): float(value) for name, value in row.items()})
 
 
 def _workers(store: Store) -> str:

@@ -1,12 +1,12 @@
-"""What pictures cost the workers that there are, and how long jobs will take by that.
+"""Predictions of job durations, from the durations of finished jobs.
 
-A job's seconds are fitted as a + b · megapixel-steps, by least squares with older jobs fading. The
-variance is taken to grow with the size w, so that a job's weight is 1/w: then the fit's sum over
-the jobs is what they took together, which is what those who wait want to know. (Weights 1/s² would
-follow the fast jobs: with times that scatter by a third, sums came out a fifth too small.)
+The cost model is seconds = a + b · megapixel-steps, fitted by least squares; older jobs count less.
+The variance is assumed proportional to the size w, so a job's weight is 1/w. The fitted total of
+all jobs then equals their measured total, which matters most for waiting times. (Weights of 1/s²
+follow the fast jobs: where durations scatter by a third, totals came out a fifth too small.)
 
-Each worker keeps its sums in the hash `sums`, with the time of its last job; `workers` is a sorted
-set of those that live: name -> when it was last heard of. Times are by the server's clock.
+The hash `sums` holds each worker's regression sums and the time of its last job. The sorted set
+`workers` holds the live workers: name -> time of the last heartbeat. Times are the Redis server's.
 """
 
 import heapq
@@ -20,29 +20,29 @@ from worker.queue.jobs import LEASE_S, Jobs
 from worker.queue.records import JobState
 from worker.queue.store import RECORD_TTL_S
 
-NAME = f"{socket.gethostname()}-{os.getpid()}"
-"""This process, among workers."""
-REMEMBERED = 16
-"""Workers that are gone whose sums are kept, for when none is there."""
-FADE = 0.9
-"""What a measurement still counts for once another has followed."""
+WORKER_NAME = f"{socket.gethostname()}-{os.getpid()}"
+"""Name of this process among the workers."""
+MAX_DEAD_WORKERS = 16
+"""Dead workers whose sums are kept, to predict while no worker is alive."""
+DECAY = 0.9
+"""Factor on the weight of all former jobs with each new one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """Of a picture on one worker."""
+class CostModel:
+    """Duration of a job: a fixed part and a part proportional to its work."""
 
     job_s: float
     megapixel_step_s: float
 
     def seconds(self, megapixel_steps: float) -> float:
-        """How long a job of this size runs."""
+        """Predicted duration of a job."""
         return self.job_s + self.megapixel_step_s * megapixel_steps
 
 
 @dataclass(frozen=True, slots=True)
-class Sums:
-    """Of jobs with seconds s and size w, each weighted by 1/w: of 1, w, w², s and ws."""
+class RegressionSums:
+    """Sums of 1, w, w², s and ws over jobs of s seconds and size w, each weighted by 1/w."""
 
     one: float = 0.0
     w: float = 0.0
@@ -51,130 +51,144 @@ class Sums:
     ws: float = 0.0
 
     @classmethod
-    def of(cls, seconds: float, w: float) -> "Sums":
-        """One job, of w > 0 megapixel-steps."""
+    def of(cls, seconds: float, w: float) -> "RegressionSums":
+        """The sums of one job; `w` > 0 in megapixel-steps."""
         return cls(1 / w, 1.0, w, seconds / w, seconds)
 
     @property
     def values(self) -> tuple[float, ...]:
+        """All five sums."""
         return self.one, self.w, self.ww, self.s, self.ws
 
-    def plus(self, other: "Sums", fade: float = 1.0) -> "Sums":
-        """Both together, these faded."""
+    def plus(self, other: "RegressionSums", decay: float = 1.0) -> "RegressionSums":
+        """decay · self + other."""
         pairs = zip(self.values, other.values, strict=True)
-        return Sums(*(fade * mine + theirs for mine, theirs in pairs))
+        return RegressionSums(*(decay * mine + theirs for mine, theirs in pairs))
 
-    def fit(self) -> Cost | None:
-        """None where nothing was measured; a share of each job is fixed only where sizes differ."""
+    def fit(self) -> CostModel | None:
+        """The least-squares fit; None without jobs.
+
+        The fixed part is 0 unless the jobs' sizes differ and both parts come out positive.
+        """
         if not self.ww:
             return None
         spread = self.one * self.ww - self.w**2
         if spread > 1e-3 * self.one * self.ww:
-            each = (self.one * self.ws - self.w * self.s) / spread
-            fixed = (self.s - each * self.w) / self.one
-            if each > 0 and fixed > 0:
-                return Cost(fixed, each)
-        return Cost(0.0, self.ws / self.ww)
+            slope = (self.one * self.ws - self.w * self.s) / spread
+            fixed = (self.s - slope * self.w) / self.one
+            if slope > 0 and fixed > 0:
+                return CostModel(fixed, slope)
+        return CostModel(0.0, self.ws / self.ww)
 
 
-def present(jobs: Jobs) -> None:
-    """This worker lives."""
+def mark_alive(jobs: Jobs) -> None:
+    """Record a heartbeat of this worker."""
     now = jobs.now()
     with jobs.store.queue.pipeline() as pipe:
-        pipe.zadd(_workers(jobs), {NAME: now})
+        pipe.zadd(_workers(jobs), {WORKER_NAME: now})
         pipe.zremrangebyscore(_workers(jobs), 0, now - RECORD_TTL_S)
         pipe.expire(_workers(jobs), RECORD_TTL_S)
         pipe.execute()
 
 
-def absent(jobs: Jobs) -> None:
-    """This worker leaves."""
-    jobs.store.queue.zrem(_workers(jobs), NAME)
+def mark_stopped(jobs: Jobs) -> None:
+    """Remove this worker from the live workers."""
+    jobs.store.queue.zrem(_workers(jobs), WORKER_NAME)
 
 
-def alive(jobs: Jobs) -> list[bytes]:
-    """Names of the workers that were heard of within a lease."""
+def live_workers(jobs: Jobs) -> list[bytes]:
+    """Names of the workers that sent a heartbeat in the last `LEASE_S` seconds."""
     since = jobs.now() - LEASE_S
-    found: list[bytes] = jobs.store.queue.zrangebyscore(_workers(jobs), since, "+inf")  # type: ignore[assignment]
-    return found
+    names: list[bytes] = jobs.store.queue.zrangebyscore(_workers(jobs), since, "+inf")  # type: ignore[assignment]
+    return names
 
 
-def measured(jobs: Jobs, seconds: float, megapixel_steps: float, name: str = NAME) -> None:
-    """A worker drew a picture."""
-    queue, key = jobs.store.queue, _costs(jobs)
-    known: dict[bytes, bytes] = queue.hgetall(key)  # type: ignore[assignment]
-    before = known.pop(name.encode(), None)
-    sums = (_read(before)[0] if before else Sums()).plus(Sums.of(seconds, megapixel_steps), FADE)
-    gone = sorted(set(known) - set(alive(jobs)), key=lambda one: _read(known[one])[1])
+def record_duration(
+    jobs: Jobs, seconds: float, megapixel_steps: float, name: str = WORKER_NAME
+) -> None:
+    """Add a finished job to a worker's sums; drop the sums of workers that died long ago."""
+    queue, key = jobs.store.queue, _sums_key(jobs)
+    stored: dict[bytes, bytes] = queue.hgetall(key)  # type: ignore[assignment]
+    former = stored.pop(name.encode(), None)
+    sums = _parse(former)[0] if former else RegressionSums()
+    sums = sums.plus(RegressionSums.of(seconds, megapixel_steps), DECAY)
+    dead = sorted(set(stored) - set(live_workers(jobs)), key=lambda name: _parse(stored[name])[1])
     with queue.pipeline() as pipe:
-        if len(gone) > REMEMBERED:
-            pipe.hdel(key, *gone[:-REMEMBERED])
+        if len(dead) > MAX_DEAD_WORKERS:
+            pipe.hdel(key, *dead[:-MAX_DEAD_WORKERS])
         pipe.hset(key, name, json.dumps((*sums.values, jobs.now())))
         pipe.expire(key, RECORD_TTL_S)
         pipe.execute()
 
 
-def model(jobs: Jobs) -> Cost | None:
-    """What a picture costs a worker of those that live, else of all that were; None until one was
-    measured."""
-    known: dict[bytes, bytes] = jobs.store.queue.hgetall(_costs(jobs))  # type: ignore[assignment]
-    used = [known[name] for name in alive(jobs) if name in known] or list(known.values())
-    total = Sums()
-    for values in used:
-        total = total.plus(_read(values)[0])
+def cost_model(jobs: Jobs) -> CostModel | None:
+    """Fit the jobs of the live workers, or of all known workers if no live one finished a job.
+
+    None until a first job has finished.
+    """
+    stored: dict[bytes, bytes] = jobs.store.queue.hgetall(_sums_key(jobs))  # type: ignore[assignment]
+    live = [stored[name] for name in live_workers(jobs) if name in stored]
+    total = RegressionSums()
+    for value in live or stored.values():
+        total = total.plus(_parse(value)[0])
     return total.fit()
 
 
-def _read(values: bytes) -> tuple[Sums, float]:
+def _parse(value: bytes) -> tuple[RegressionSums, float]:
     """A worker's sums, and the time of its last job."""
-    *sums, when = json.loads(values)
-    return Sums(*sums), when
+    *sums, time = json.loads(value)
+    return RegressionSums(*sums), time
 
 
-def eta_s(jobs: Jobs, state: JobState) -> float | None:
-    """Seconds until a job's end; None where it has ended, or no job was measured yet."""
-    cost = model(jobs)
+def eta_s(jobs: Jobs, state: JobState, position: int | None = None) -> float | None:
+    """Seconds until the job is done; None for an ended job or while there is no cost model.
+
+    `position` is the result of `jobs.position(state)`, if the caller has it already.
+    """
+    cost = cost_model(jobs)
     if cost is None or state.status not in {"queued", "running"}:
         return None
-    own = cost.seconds(state.decode.work)
+    duration = cost.seconds(state.decode.work)
     if state.status == "running":
-        return _busy_s(jobs, cost).get(state.owner) or own * (1 - state.step / max(state.total, 1))
-    ahead = jobs.queue.job_ids[: jobs.position(state.id) or 0]
-    return _free_in_s(jobs, cost, ahead) + own
+        batch_s = _remaining_by_owner(jobs, cost).get(state.owner)
+        return batch_s or duration * (1 - state.step / max(state.total, 1))
+    count = jobs.position(state) if position is None else position
+    ahead = jobs.queue.get_job_ids(0, count) if count else []
+    return _wait_s(jobs, cost, ahead) + duration
 
 
 def backlog_s(jobs: Jobs) -> float:
-    """Seconds until a new job would be begun; 0 while no cost is known."""
-    cost = model(jobs)
-    return 0.0 if cost is None else _free_in_s(jobs, cost, jobs.queue.job_ids)
+    """Seconds until a worker would begin a new job; 0 while there is no cost model."""
+    cost = cost_model(jobs)
+    return 0.0 if cost is None else _wait_s(jobs, cost, jobs.queue.job_ids)
 
 
-def _free_in_s(jobs: Jobs, cost: Cost, ahead: Iterable[str]) -> float:
-    """When the first worker is free that has begun all of these jobs, and what runs now."""
-    workers = len(alive(jobs)) or 1
-    busy = sorted(_busy_s(jobs, cost).values(), reverse=True)[:workers]
-    free = busy + [0.0] * (workers - len(busy))
-    heapq.heapify(free)
-    for seconds in _left_s(jobs, cost, jobs.subscribed(ahead)):
-        heapq.heapreplace(free, free[0] + seconds)
-    return free[0]
+def _wait_s(jobs: Jobs, cost: CostModel, ahead: Iterable[str]) -> float:
+    """Seconds until a worker is free after the running jobs and the queued jobs `ahead`."""
+    workers = len(live_workers(jobs)) or 1
+    busy = sorted(_remaining_by_owner(jobs, cost).values(), reverse=True)[:workers]
+    free_in = busy + [0.0] * (workers - len(busy))
+    heapq.heapify(free_in)
+    for seconds in _remaining(jobs, cost, jobs.subscribed(ahead)):
+        heapq.heapreplace(free_in, free_in[0] + seconds)
+    return free_in[0]
 
 
-def _busy_s(jobs: Jobs, cost: Cost) -> dict[str, float]:
-    """Owner of attempts -> what is left to do of all that it draws together."""
+def _remaining_by_owner(jobs: Jobs, cost: CostModel) -> dict[str, float]:
+    """Owner -> remaining seconds of the running jobs that it draws as one batch."""
     running = jobs.running
     with jobs.store.queue.pipeline(transaction=False) as pipe:
         for job_id in running:
             pipe.hget(jobs.key(job_id), "owner")
         owners = [(value or b"").decode() for value in pipe.execute()]
-    out: dict[str, float] = {}
-    for owner, seconds in zip(owners, _left_s(jobs, cost, running), strict=True):
-        out[owner] = out.get(owner, 0.0) + seconds
-    return out
+    totals: dict[str, float] = {}
+    for owner, seconds in zip(owners, _remaining(jobs, cost, running), strict=True):
+        totals[owner] = totals.get(owner, 0.0) + seconds
+    return totals
 
 
-def _left_s(jobs: Jobs, cost: Cost, job_ids: Iterable[str]) -> list[float]:
-    """What is left to do of these jobs."""
+def _remaining(jobs: Jobs, cost: CostModel, job_ids: Iterable[str]) -> list[float]:
+    """Remaining seconds of each job, by its work and the steps done."""
     with jobs.store.queue.pipeline(transaction=False) as pipe:
         for job_id in job_ids:
             pipe.hmget(jobs.key(job_id), "work", "step", "total")
@@ -186,5 +200,5 @@ def _workers(jobs: Jobs) -> str:
     return jobs.store.key("workers")
 
 
-def _costs(jobs: Jobs) -> str:
+def _sums_key(jobs: Jobs) -> str:
     return jobs.store.key("sums")

@@ -1,4 +1,4 @@
-"""What happens to a job, told in a Redis stream: bounded, expiring, readable from any point on."""
+"""Events of a job, in a Redis stream that is bounded, expires, and can be read from any id."""
 
 import json
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ Kind = Literal["queued", "started", "progress", "preview", "completed", "failed"
 END_OF: dict[Status, Kind] = {
     "succeeded": "completed", "failed": "failed", "canceled": "canceled"
 }  # fmt: skip
-"""How the end of a job is told."""
-KEPT = 256
-"""Events of a job that are kept: the last ones."""
+"""Final status of a job -> kind of its last event."""
+MAX_EVENTS = 256
+"""Length of a job's stream; older events are dropped."""
 ENDED_TTL_S = 600
-"""How long they are kept once it has ended; its record tells the end as well."""
-PARTS = 100
-"""Progress is told at most this often in a job."""
+"""How long the stream of an ended job is kept; the job's record holds the result as well."""
+MAX_PROGRESS_EVENTS = 100
+"""Progress events of one attempt at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """`id` rises from event to event, over all attempts of a job."""
+    """An entry of a job's stream; ids increase over all attempts of the job."""
 
     id: str
     kind: Kind
@@ -32,30 +32,30 @@ class Event:
 
     @classmethod
     def of(cls, entry: tuple[bytes, dict[bytes, bytes]]) -> "Event":
-        """An entry of the stream."""
+        """Parse an entry as redis-py returns it."""
         event_id, fields = entry
         kind: Kind = fields[b"kind"].decode()  # type: ignore[assignment]
         return cls(event_id.decode(), kind, json.loads(fields[b"data"]))
 
     @classmethod
     def end(cls, state: JobState) -> "Event":
-        """What is told of the end of a job by its record."""
+        """The last event of an ended job, made from its record once the stream has expired."""
         data = {"error": state.error} if state.error else {}
         return cls(f"{int(state.ended * 1000)}-0", END_OF[state.status], data)
 
 
 def key(store: Store, job_id: str) -> str:
-    """The stream's."""
+    """Redis key of the job's stream."""
     return store.key("events", job_id)
 
 
-def tell(store: Store, pipe: Pipeline, job_id: str, kind: Kind, **data: Any) -> None:
-    """Add an event, as a part of the transaction that makes it true."""
+def append(store: Store, pipe: Pipeline, job_id: str, kind: Kind, **data: Any) -> None:
+    """Add an event to the job's stream, as part of the transaction `pipe`."""
     name = key(store, job_id)
-    pipe.xadd(name, {"kind": kind, "data": json.dumps(data)}, maxlen=KEPT, approximate=False)
+    pipe.xadd(name, {"kind": kind, "data": json.dumps(data)}, maxlen=MAX_EVENTS, approximate=False)
     pipe.expire(name, RECORD_TTL_S)
 
 
-def worth_telling(step: int, total: int) -> bool:
-    """Whether progress to `step` is one of at most `PARTS` events."""
-    return step * PARTS // total != (step - 1) * PARTS // total
+def is_reported(step: int, total: int) -> bool:
+    """True for the steps that get a progress event, at most `MAX_PROGRESS_EVENTS` of `total`."""
+    return step * MAX_PROGRESS_EVENTS // total != (step - 1) * MAX_PROGRESS_EVENTS // total

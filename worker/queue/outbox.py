@@ -1,9 +1,10 @@
-"""The queue of webhooks: a sorted set, message -> when its next attempt is due, and their hashes.
+"""Outbox of webhook messages: registered URLs, messages that are due, and dead letters.
 
-Whoever takes a message counts the attempt and moves it behind the end of a lease, in one script:
-nobody else takes it meanwhile, and what a killed consumer held comes up again. The count is also
-the token by which its taker may note what came of it, unless the lease ended and another took it.
-All times are the server's. The scripts name keys that they find: one server, no Redis cluster.
+A sorted set holds the time at which each message is due; a hash per message holds the rest. A
+consumer claims a message in one script, which counts the attempt and sets the due time to the end
+of the consumer's lease: other consumers do not see the message meanwhile, and it becomes due again
+if this one is killed. A consumer may record the result only while the attempt count is still the
+one that it claimed. Times are the Redis server's. The scripts build key names: no Redis Cluster.
 """
 
 import json
@@ -22,14 +23,14 @@ from worker.queue.records import JobState
 from worker.queue.store import RECORD_TTL_S, Store
 
 MAX_URLS = 32
-"""Webhook URLs of one job; callers who submit the same decode share them."""
+"""Webhook URLs of one job, of all callers that submitted the same decode."""
 
 MESSAGE_TTL_S = 3 * 24 * 3600
-"""How long a message is kept after it was last put off; longer than any interval."""
+"""How long a message is kept after its last attempt; longer than any interval between attempts."""
 DEAD_TTL_S = 7 * 24 * 3600
-"""How long those that were given up are kept after the last of them."""
-DEAD_KEPT = 1000
-"""How many of them: the last ones."""
+"""How long dead letters are kept after the latest one."""
+MAX_DEAD = 1000
+"""Number of dead letters; older ones are dropped."""
 
 _MOVE = """
 local time = redis.call('TIME')
@@ -63,80 +64,80 @@ end
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """An event for one receiver; `attempts` includes the one that it was taken for."""
+    """An event for one URL, as claimed; `attempts` includes the current attempt."""
 
     id: str
     url: str
-    body: str  # the same at every attempt
+    body: str  # the same in every attempt
     job: str
     attempts: int
 
 
 @dataclass(frozen=True, slots=True)
-class Messages:
-    """Over the queue store."""
+class Outbox:
+    """The outbox in the queue store."""
 
     store: Store
 
-    def register(self, job_id: str, url: str, at_most: int) -> bool:
-        """Remember where to tell the job's end; False where that would be one too many."""
+    def register(self, job_id: str, url: str, limit: int) -> bool:
+        """Register a URL for the end of a job; False if the job has `limit` others already."""
         key = self._registered(job_id)
         with self.store.queue.pipeline() as pipe:
             pipe.sadd(key, url)
             pipe.scard(key)
             pipe.expire(key, RECORD_TTL_S)
             added, count, _ = pipe.execute()
-        if added and count > at_most:
+        if added and count > limit:
             self.store.queue.srem(key, url)
             return False
         return True
 
-    def move(self, job_id: str, body: str, pipe: Pipeline | None) -> None:
-        """A message to each registered URL, due now; the URLs are forgotten."""
+    def add(self, job_id: str, body: str, pipe: Pipeline | None) -> None:
+        """Add a message, due now, for each registered URL, and forget these URLs."""
         (pipe or self.store.queue).eval(
             _MOVE, 2, self._registered(job_id), self.due,
             self.key(""), uuid.uuid4().hex[:16], body, job_id, MESSAGE_TTL_S,
         )  # fmt: skip
 
     def claim(self, lease_s: float) -> Message | None:
-        """Take what has been due longest, for so long; None where nothing is due."""
-        found = self.store.queue.eval(_CLAIM, 1, self.due, self.key(""), lease_s)
-        if not found:
+        """Claim the message that has been due longest, for `lease_s`; None if none is due."""
+        fields = self.store.queue.eval(_CLAIM, 1, self.due, self.key(""), lease_s)
+        if not fields:
             return None
-        name, url, body, job, attempts = (value.decode() for value in found)
+        name, url, body, job, attempts = (value.decode() for value in fields)
         return Message(name, url, body, job, int(attempts))
 
     def delivered(self, message: Message) -> bool:
-        """It is done."""
-        return self._note(message, lambda pipe, _: self._drop(pipe, message))
+        """Remove a delivered message."""
+        return self._record(message, lambda pipe, _: self._remove(pipe, message))
 
-    def put_off(self, message: Message, seconds: float) -> bool:
-        """It is due again then."""
+    def retry_in(self, message: Message, seconds: float) -> bool:
+        """Make the message due again in so many seconds."""
 
-        def later(pipe: Pipeline, now: float) -> None:
+        def postpone(pipe: Pipeline, now: float) -> None:
             pipe.zadd(self.due, {message.id: now + seconds})
             pipe.expire(self.due, MESSAGE_TTL_S)
             pipe.expire(self.key(message.id), MESSAGE_TTL_S)
 
-        return self._note(message, later)
+        return self._record(message, postpone)
 
     def give_up(self, message: Message, error: str) -> bool:
-        """It is not tried again, but kept with the last error among the dead."""
+        """Move the message to the dead letters, with its last error."""
 
-        def bury(pipe: Pipeline, now: float) -> None:
-            self._drop(pipe, message)
+        def move(pipe: Pipeline, now: float) -> None:
+            self._remove(pipe, message)
             pipe.lpush(self.dead, json.dumps({**asdict(message), "error": error, "at": now}))
-            pipe.ltrim(self.dead, 0, DEAD_KEPT - 1)
+            pipe.ltrim(self.dead, 0, MAX_DEAD - 1)
             pipe.expire(self.dead, DEAD_TTL_S)
 
-        return self._note(message, bury)
+        return self._record(message, move)
 
-    def _drop(self, pipe: Pipeline, message: Message) -> None:
+    def _remove(self, pipe: Pipeline, message: Message) -> None:
         pipe.delete(self.key(message.id))
         pipe.zrem(self.due, message.id)
 
-    def _note(self, message: Message, change: Callable[[Pipeline, float], None]) -> bool:
-        """Make the change; nothing, and False, where another has taken the message since."""
+    def _record(self, message: Message, change: Callable[[Pipeline, float], None]) -> bool:
+        """Apply the result of an attempt; False, without effect, if the message was reclaimed."""
         key = self.key(message.id)
         with self.store.queue.pipeline() as pipe, suppress(redis.WatchError):
             pipe.watch(key)  # type: ignore[no-untyped-call]
@@ -150,32 +151,32 @@ class Messages:
         return False
 
     def key(self, message_id: str) -> str:
-        """Of a message's hash."""
+        """Key of a message's hash."""
         return self.store.key("webhook", message_id)
 
     @property
     def due(self) -> str:
-        """Sorted set: message -> when it is due, or when its taker's lease ends."""
+        """Key of a sorted set: message -> time at which it is due, or its consumer's lease ends."""
         return self.store.key("webhooks")
 
     @property
     def dead(self) -> str:
-        """List of what was given up, JSON, the newest first."""
+        """Key of the list of dead letters, JSON, newest first."""
         return self.store.key("webhooks", "dead")
 
     def _registered(self, job_id: str) -> str:
-        """Set of URLs that wait for the job's end."""
+        """Key of the set of URLs registered for the end of a job."""
         return self.store.key("webhooks", "of", job_id)
 
 
 def register(store: Store, job_id: str, url: str) -> None:
-    """Tell `url`, once, when the job ends. Raises `ParameterError` beyond `MAX_URLS`."""
-    if not Messages(store).register(job_id, url, MAX_URLS):
-        raise ParameterError(f"webhook: this decode has {MAX_URLS} already")
+    """Send one webhook to `url` when the job ends. Raises `ParameterError` beyond `MAX_URLS`."""
+    if not Outbox(store).register(job_id, url, MAX_URLS):
+        raise ParameterError(f"webhook: this decode has {MAX_URLS} webhooks already, the maximum")
 
 
 def event(state: JobState) -> tuple[str, dict[str, Any]]:
-    """Type and data of what is told about a job that ended."""
+    """Type and data of the webhook for an ended job."""
     picture = f"/v1/decodes/{state.id}/image" if state.status == "succeeded" else None
     decode = state.decode
     return f"decode.{state.status}", {
@@ -188,10 +189,10 @@ def event(state: JobState) -> tuple[str, dict[str, Any]]:
 def job_ended(
     store: Store, job_id: str, event_type: str, data: dict[str, Any], pipe: Pipeline | None = None
 ) -> None:
-    """Queue a message to each registered URL and forget the URLs: a second call queues nothing.
+    """Add a message for each registered URL and forget these URLs: a second call adds nothing.
 
-    With `pipe`, that is a part of the transaction that ends the job.
+    With `pipe`, as part of that transaction.
     """
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     body = {"type": event_type, "timestamp": now, "data": data}
-    Messages(store).move(job_id, json.dumps(body, separators=(",", ":")), pipe)
+    Outbox(store).add(job_id, json.dumps(body, separators=(",", ":")), pipe)

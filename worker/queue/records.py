@@ -1,4 +1,4 @@
-"""What a job is: the request, its id, and where it stands."""
+"""Job records: the decode request, the job id that follows from it, and the job's state."""
 
 import hashlib
 import json
@@ -15,24 +15,24 @@ ENDED: frozenset[Status] = frozenset({"succeeded", "failed", "canceled", "expire
 
 
 @dataclass(frozen=True, slots=True)
-class Decode:
-    """What is asked for. Two equal requests are one job: its id is the digest of its content."""
+class DecodeRequest:
+    """Everything that determines a diffusion picture. Equal requests share one job."""
 
     digest: str  # SHA-256 of the bitstream, hex
     tier: str
     settings: Settings
     seed: int
-    codec: str  # weights ids
-    decoder: str
+    codec: str  # weights id
+    decoder: str  # weights id
     quality: int
     width: int
     height: int
 
     @property
     def id(self) -> str:
-        """32 hex digits of SHA-256 over the lines: recipe's name, digest, settings, seed, weights.
+        """The job id: 32 hex digits of SHA-256 over version, digest, settings, seed and weights.
 
-        The tier's name is no part of it: equal settings are equal pictures.
+        The tier's name is left out: equal settings give equal pictures.
         """
         settings = json.dumps(asdict(self.settings), sort_keys=True, separators=(",", ":"))
         lines = ("afterimage-1", self.digest, settings, str(self.seed), self.codec, self.decoder)
@@ -40,22 +40,22 @@ class Decode:
 
     @property
     def shape(self) -> tuple[int, int, Settings]:
-        """Decodes that agree in it can be drawn together: padded sides and settings."""
+        """Padded height and width, and settings. Jobs with equal shapes can run as one batch."""
         return *geometry.padded(self.height, self.width), self.settings
 
     @property
     def work(self) -> float:
-        """What the picture costs, in megapixel-steps of its coded size."""
+        """Cost of the picture in megapixel-steps of its coded size."""
         return geometry.megapixels(self.height, self.width) * self.settings.calls
 
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """A job's record. Times are seconds since the epoch, 0 while they have not come."""
+    """A job's record. Times are seconds since the epoch, 0 for what has not happened yet."""
 
     id: str
     status: Status
-    decode: Decode
+    decode: DecodeRequest
     step: int
     total: int
     attempts: int
@@ -63,23 +63,23 @@ class JobState:
     started: float
     ended: float
     error: str
-    eta_s: float = 0.0  # what was predicted at submission; 0: nothing
-    fence: int = 0  # of the attempt that may write: higher with each
-    owner: str = ""  # of that attempt: one for all that a worker draws together
-    request_id: str = ""  # of the request that queued it, and its trace
-    traceparent: str = ""
+    eta_s: float = 0.0  # predicted at submission; 0 if nothing was predicted
+    fence: int = 0  # of the attempt that may write; rises with each attempt
+    owner: str = ""  # of that attempt; the attempts of one batch share it
+    request_id: str = ""  # of the HTTP request that queued the job
+    traceparent: str = ""  # of that request's trace
 
     @classmethod
     def of(cls, job_id: str, row: Mapping[bytes, bytes]) -> "JobState | None":
-        """The record of a job from its hash; None where there is none."""
-        if b"decode" not in row:  # nothing, or what a worker wrote after the record was lost
+        """Parse a job's hash; None if there is no record."""
+        if b"decode" not in row:  # empty, or fields that a worker wrote after the record expired
             return None
         fields = {k.decode(): v.decode() for k, v in row.items()}
         request = json.loads(fields["decode"])
         return cls(
             id=job_id,
             status=fields["status"],  # type: ignore[arg-type]
-            decode=Decode(**{**request, "settings": Settings(**request["settings"])}),
+            decode=DecodeRequest(**{**request, "settings": Settings(**request["settings"])}),
             step=int(fields["step"]),
             total=int(fields["total"]),
             attempts=int(fields["attempts"]),
@@ -94,24 +94,46 @@ class JobState:
             traceparent=fields.get("traceparent", ""),
         )
 
+    @classmethod
+    def queued(
+        cls, decode: DecodeRequest, request_id: str = "", traceparent: str = ""
+    ) -> "JobState":
+        """The state of a new job."""
+        return cls(
+            id=decode.id,
+            status="queued",
+            decode=decode,
+            step=0,
+            total=decode.settings.steps,
+            attempts=0,
+            created=time.time(),
+            started=0,
+            ended=0,
+            error="",
+            fence=int(time.time() * 1e3),  # above the fences of any former record of this job
+            request_id=request_id,
+            traceparent=traceparent,
+        )
 
-def fresh(decode: Decode) -> dict[Any, Any]:
-    """The hash of a job that was just queued."""
-    return {
-        "status": "queued",
-        "decode": json.dumps(asdict(decode)),
-        "step": 0,
-        "total": decode.settings.steps,
-        "attempts": 0,
-        "fence": int(time.time() * 1e3),  # above that of any attempt at a record before this one
-        "created": time.time(),
-        "started": 0,
-        "ended": 0,
-        "error": "",
-        "work": decode.work,
-    }
+    def new_record(self) -> dict[Any, Any]:
+        """The hash to store for a new job."""
+        return {
+            "status": self.status,
+            "decode": json.dumps(asdict(self.decode)),
+            "step": self.step,
+            "total": self.total,
+            "attempts": self.attempts,
+            "fence": self.fence,
+            "created": self.created,
+            "started": self.started,
+            "ended": self.ended,
+            "error": self.error,
+            "work": self.decode.work,
+            "request_id": self.request_id,
+            "traceparent": self.traceparent,
+        }
 
 
-def end(status: Status, error: str) -> dict[Any, Any]:
-    """The fields that change when a job ends."""
+def ended_fields(status: Status, error: str) -> dict[Any, Any]:
+    """The fields of a record that change when the job ends."""
     return {"status": status, "ended": time.time(), "error": error}

@@ -11,26 +11,24 @@ from worker.settings import WorkerSettings
 PICTURE_TTL_S = 24 * 3600
 """How long a finished picture is kept; the cache may evict it earlier."""
 PREVIEW_TTL_S = 600
-"""How long the last estimate of a running job is kept."""
+"""How long the latest preview of a running job is kept."""
 DRAFT_TTL_S = 3600
-"""How long an instant picture is kept for those who poll for its upgrade."""
+"""How long an instant picture is kept for clients that poll for the perceptual one."""
 RECORD_TTL_S = PICTURE_TTL_S + 24 * 3600
-"""Records and bitstreams outlive the picture, so that it can be made again."""
+"""How long records and bitstreams are kept: longer than the picture, so that it can be redrawn."""
 
-CONNECT_S = 2
-"""How long to wait for a server before it counts as away."""
-
-ANSWER_S = 5
-"""How long to wait for an answer."""
-LISTENERS = 5000
-"""Reads that may wait at once in a process, each on a connection: half of what Redis takes in all.
-redis-py's own limit is 100."""
-
+CONNECT_TIMEOUT_S = 2
+"""Timeout of connecting to a server."""
+READ_TIMEOUT_S = 5
+"""Timeout of a reply."""
+MAX_BLOCKED_READS = 5000
+"""Concurrent blocking reads of a process, each on a connection of its own: half of the clients that
+Redis accepts by default. redis-py's own default is 100."""
 BLOCK_S = 5
-"""How long one read may wait for something to happen."""
+"""How long one read of an event stream may block."""
 
-OLDEST = (6, 2)
-"""The first Redis that has all commands that are sent."""
+MIN_VERSION = (6, 2)
+"""The first version of Redis that has all commands in use."""
 
 RedisError = redis.RedisError
 """What every use of a store may raise."""
@@ -45,57 +43,57 @@ class Store:
     prefix: str
 
     def key(self, *parts: str) -> str:
-        """A prefixed key."""
+        """The prefix and the parts, joined by colons."""
         return ":".join((self.prefix, *parts))
 
     def picture(self, job_id: str) -> bytes | None:
-        """The finished picture of a job, a PNG file, while it is kept."""
+        """The finished picture of a job, a PNG file; None once it has expired."""
         value: bytes | None = self.cache.get(self.key("picture", job_id))  # type: ignore[assignment]
         return value
 
     def put_picture(self, job_id: str, png: bytes) -> None:
-        """Keep a finished picture."""
+        """Store the finished picture of a job."""
         self.cache.set(self.key("picture", job_id), png, ex=PICTURE_TTL_S)
 
     def preview(self, job_id: str) -> bytes | None:
-        """The last estimate that a worker drew of a running job, a WebP file."""
+        """The latest preview of a job, a WebP file; None if there is none."""
         value: bytes | None = self.cache.get(self.key("preview", job_id))  # type: ignore[assignment]
         return value
 
     def put_preview(self, job_id: str, picture: bytes) -> None:
-        """Keep an estimate."""
+        """Store a preview of a running job."""
         self.cache.set(self.key("preview", job_id), picture, ex=PREVIEW_TTL_S)
 
     def draft(self, digest: str, codec: str, format: str) -> bytes | None:
-        """The instant picture of a bitstream, a file, while its upgrade may be asked about."""
+        """The instant picture of a bitstream, a file in `format`; None once it has expired."""
         value: bytes | None = self.cache.get(self.key("draft", digest, codec, format))  # type: ignore[assignment]
         return value
 
     def put_draft(self, digest: str, codec: str, format: str, picture: bytes) -> None:
-        """Keep an instant picture."""
+        """Store the instant picture of a bitstream."""
         self.cache.set(self.key("draft", digest, codec, format), picture, ex=DRAFT_TTL_S)
 
     def bitstream(self, digest: str) -> bytes | None:
-        """A submitted bitstream, while it is kept."""
+        """A submitted bitstream; None once it has expired."""
         value: bytes | None = self.queue.get(self.key("bitstream", digest))  # type: ignore[assignment]
         return value
 
     def fullness(self) -> float:
-        """Used part of the queue's memory, 0 where it has no limit."""
+        """Used fraction of the queue's maxmemory; 0 without a limit."""
         memory = self.queue.info("memory")
         limit = memory["maxmemory"]
         return memory["used_memory"] / limit if limit else 0.0
 
     def ping(self) -> None:
-        """Raise `RedisError` unless both servers answer."""
+        """Raise `RedisError` unless both servers respond."""
         self.queue.ping()
         self.cache.ping()
 
     def check(self) -> None:
-        """`ping`; raises `NoRedis` where the queue's server is too old."""
+        """Ping both servers. Raises `NoRedis` if the queue's Redis is too old."""
         self.ping()
         version = str(self.queue.info("server")["redis_version"])
-        if tuple(int(n) for n in version.split(".")[:2]) < OLDEST:
+        if tuple(int(n) for n in version.split(".")[:2]) < MIN_VERSION:
             raise urls.NoRedis(f"the queue's Redis is {version}; 6.2 or later is needed")
 
     def close(self) -> None:
@@ -105,16 +103,20 @@ class Store:
 
 
 def connect(settings: WorkerSettings) -> Store:
-    """Connections as configured, made lazily: nothing is sent yet.
+    """Clients of the configured stores; they connect on first use.
 
-    Raises `NoRedis` for a URL that is none.
+    Raises `NoRedis` for an invalid URL.
     """
     queue, cache = settings.redis_url, settings.cache_redis_url or settings.redis_url
-    waits = {"socket_connect_timeout": CONNECT_S, "socket_timeout": ANSWER_S}
-    return Store(urls.client(queue, **waits), urls.client(cache, **waits), settings.prefix)
+    timeouts = {"socket_connect_timeout": CONNECT_TIMEOUT_S, "socket_timeout": READ_TIMEOUT_S}
+    return Store(urls.client(queue, **timeouts), urls.client(cache, **timeouts), settings.prefix)
 
 
 def streams(settings: WorkerSettings) -> AsyncRedis:
-    """Connections to the queue for reads that wait up to `BLOCK_S`, within an event loop."""
-    waits = {"socket_connect_timeout": CONNECT_S, "socket_timeout": BLOCK_S + ANSWER_S}
-    return urls.asynchronous(settings.redis_url, max_connections=LISTENERS, **waits)
+    """An asyncio client of the queue for blocking reads of up to `BLOCK_S`."""
+    return urls.asynchronous(
+        settings.redis_url,
+        max_connections=MAX_BLOCKED_READS,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=BLOCK_S + READ_TIMEOUT_S,
+    )

@@ -1,12 +1,14 @@
-"""Redis URLs: `redis://`, `rediss://`, `unix://`, and with Sentinel `redis+sentinel://` or
-`rediss+sentinel://[user:password@]host:port[,host:port…]/service[/db][?options]`.
+"""Redis clients by URL, with or without Sentinel.
 
-Options are redis-py's, as `ssl_ca_certs`; `sentinel_username` and `sentinel_password` are those of
-the Sentinels, where they have their own.
+URLs begin with `redis://`, `rediss://` or `unix://`, or have the form
+`redis[s]+sentinel://[user:password@]host:port[,host:port…]/service[/db][?options]`. Options are
+those of redis-py, e.g. `ssl_ca_certs`; `sentinel_username` and `sentinel_password` log in to the
+Sentinels.
 """
 
+from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 import redis
 import redis.asyncio
@@ -20,80 +22,101 @@ SENTINEL_PORT = 26379
 
 
 class NoRedis(AfterimageError):
-    """No Redis server is configured, installed or able to start."""
+    """No Redis server is configured or installed, or it cannot be started."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sentinels:
+    """A parsed Sentinel URL."""
+
+    addresses: list[tuple[str, int]]
+    service: str
+    options: dict[str, Any]  # redis-py's, of the connections to the service
+    sentinel_options: dict[str, Any]  # and of those to the Sentinels
 
 
 def client(url: str, **settings: Any) -> redis.Redis:
-    """Connections, made lazily; `settings` are redis-py's. Raises `NoRedis` for a wrong URL."""
+    """A client that connects on first use; `settings` are redis-py's.
+
+    Raises `NoRedis` for an invalid URL.
+    """
     try:
         if "+sentinel://" not in url:
             return redis.Redis.from_url(url, **settings)
-        hosts, service, options, own = _sentinel(url, settings)
-        sentinel = redis.sentinel.Sentinel(hosts, sentinel_kwargs=own)  # type: ignore[no-untyped-call]
-        master: redis.Redis = sentinel.master_for(service, **options)  # type: ignore[no-untyped-call]
+        parsed = _parse(url, settings)
+        sentinel = redis.sentinel.Sentinel(  # type: ignore[no-untyped-call]
+            parsed.addresses, sentinel_kwargs=parsed.sentinel_options
+        )
+        master: redis.Redis = sentinel.master_for(parsed.service, **parsed.options)  # type: ignore[no-untyped-call]
         return master
     except ValueError as e:
-        raise NoRedis(f"{_shown(url)!r} is no Redis URL: {e}") from e
+        raise NoRedis(f"{_without_password(url)!r} is not a Redis URL: {e}") from e
 
 
 def asynchronous(url: str, **settings: Any) -> redis.asyncio.Redis:
-    """As `client`, for an event loop."""
+    """Like `client`, for asyncio."""
     try:
         if "+sentinel://" not in url:
             return redis.asyncio.Redis.from_url(url, **settings)
-        hosts, service, options, own = _sentinel(url, settings)
-        sentinel = redis.asyncio.sentinel.Sentinel(hosts, sentinel_kwargs=own)  # type: ignore[no-untyped-call]
-        master: redis.asyncio.Redis = sentinel.master_for(service, **options)
+        parsed = _parse(url, settings)
+        sentinel = redis.asyncio.sentinel.Sentinel(  # type: ignore[no-untyped-call]
+            parsed.addresses, sentinel_kwargs=parsed.sentinel_options
+        )
+        master: redis.asyncio.Redis = sentinel.master_for(parsed.service, **parsed.options)
         return master
     except ValueError as e:
-        raise NoRedis(f"{_shown(url)!r} is no Redis URL: {e}") from e
+        raise NoRedis(f"{_without_password(url)!r} is not a Redis URL: {e}") from e
 
 
 def close(connected: redis.Redis) -> None:
-    """Close the connections of a client, and those to its Sentinels."""
+    """Close a client's connections, and those to its Sentinels."""
     connected.close()
     manager = getattr(connected.connection_pool, "sentinel_manager", None)
     for sentinel in manager.sentinels if manager else ():
         sentinel.close()
 
 
-def _sentinel(
-    url: str, settings: dict[str, Any]
-) -> tuple[list[tuple[str, int]], str, dict[str, Any], dict[str, Any]]:
-    """Addresses of the Sentinels, the service, options of its connections and of theirs."""
+def _parse(url: str, settings: dict[str, Any]) -> _Sentinels:
+    """Parse a Sentinel URL; `settings` override its options. Raises `ValueError`."""
     scheme, _, rest = url.partition("+sentinel://")
     parts = urlsplit(f"{scheme}://{rest}")
-    credentials, _, addresses = parts.netloc.rpartition("@")
+    _, _, hosts = parts.netloc.rpartition("@")
     service, _, db = parts.path.strip("/").partition("/")
-    if not service or not addresses:
-        raise ValueError("it needs redis+sentinel://host:port[,…]/service")
+    if not service or not hosts:
+        raise ValueError("the form is redis+sentinel://host:port[,…]/service")
     query = dict(parse_qsl(parts.query))
-    own: dict[str, Any] = {
+    sentinel_options: dict[str, Any] = {
         key.removeprefix("sentinel_"): query.pop(key)
         for key in ("sentinel_username", "sentinel_password")
         if key in query
     }
-    plain = f"{scheme}://{credentials}{'@' if credentials else ''}host/{db}?{urlencode(query)}"
-    options: dict[str, Any] = {**parse_url(plain), **settings}  # type: ignore[no-untyped-call]
-    options.pop("host")
-    secure = options.pop("connection_class", None) is SSLConnection
-    tls = {key: value for key, value in options.items() if key.startswith("ssl_")}
-    if secure:
+    options = _service_options(parts, db, query) | settings
+    if "ssl" in options:
+        sentinel_options |= {k: v for k, v in options.items() if k.partition("_")[0] == "ssl"}
+    sentinel_options |= {k: v for k, v in settings.items() if k.startswith("socket_")}
+    sentinel_options["retry"] = None  # by default 10 retries of one Sentinel come before the next
+    addresses = [_address(host) for host in hosts.split(",")]
+    return _Sentinels(addresses, service, options, sentinel_options)
+
+
+def _service_options(parts: SplitResult, db: str, query: dict[str, str]) -> dict[str, Any]:
+    """What redis-py reads from a URL of one server: user, password, db, TLS and the query."""
+    credentials, at, _ = parts.netloc.rpartition("@")
+    plain_url = f"{parts.scheme}://{credentials}{at}host/{db}?{urlencode(query)}"
+    options: dict[str, Any] = parse_url(plain_url)  # type: ignore[no-untyped-call]
+    del options["host"]
+    if options.pop("connection_class", None) is SSLConnection:
         options["ssl"] = True
-        own |= {"ssl": True, **tls}
-    own |= {key: value for key, value in settings.items() if key.startswith("socket_")}
-    own["retry"] = None  # the next Sentinel is the other try: by default each has eleven
-    return [_address(one) for one in addresses.split(",")], service, options, own
+    return options
 
 
 def _address(text: str) -> tuple[str, int]:
     parts = urlsplit(f"//{text}")
     if not parts.hostname:
-        raise ValueError(f"{text!r} is no host:port")
+        raise ValueError(f"{text!r} is not host:port")
     return parts.hostname, parts.port or SENTINEL_PORT
 
 
-def _shown(url: str) -> str:
-    """Without the password."""
+def _without_password(url: str) -> str:
     head, at, tail = url.rpartition("@")
     return f"{head.partition('://')[0]}://…@{tail}" if at else url

@@ -1,4 +1,4 @@
-"""Logs of API and workers: one line per record, with the ids of its request and job."""
+"""Logging of the API and the workers: JSON or text, with request and job ids, without secrets."""
 
 import logging
 import os
@@ -15,24 +15,25 @@ from pythonjsonlogger.json import JsonFormatter
 from models.errors import AfterimageError
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Id of the current HTTP request, or of the one that queued the current job; empty otherwise."""
 job_id: ContextVar[str] = ContextVar("job_id", default="")
-"""What is worked on; empty outside of requests and jobs."""
+"""Id of the current job; empty outside of jobs."""
 
-_CHATTY = ("httpx", "httpcore", "urllib3")
-"""Libraries whose informative lines name URLs with their queries."""
+_HTTP_CLIENTS = ("httpx", "httpcore", "urllib3")
+"""Loggers whose INFO records hold URLs with their query strings."""
 _SERVER = ("uvicorn", "uvicorn.error", "uvicorn.access")
 _SECRET = re.compile(
     r"""((?<![a-z])(?:authorization|api[_-]?key|signature|sig|token|secret|password)\b
     ["']?\s*[:=]\s*["']?)(?:(?:bearer|basic)\s+)?[^\s&"';}\])]+""",
     re.IGNORECASE | re.VERBOSE,
 )
-_BARE = re.compile(r"(\bbearer\s+|\bwhsec_)[^\s\"',;]+", re.IGNORECASE)
-_USER = re.compile(r"(\w://[^\s/@:]*:)[^\s/@]+(?=@)")  # of a URL: user:password@
+_BEARER = re.compile(r"(\bbearer\s+|\bwhsec_)[^\s\"',;]+", re.IGNORECASE)
+_PASSWORD = re.compile(r"(\w://[^\s/@:]*:)[^\s/@]+(?=@)")  # in a URL, user:password@
 
 
 @contextmanager
 def bound(request: str = "", job: str = "") -> Iterator[None]:
-    """Records within carry these ids; an empty one is left as it is."""
+    """Add these ids to log records within the block; an empty id leaves the current one."""
     tokens = [(v, v.set(x)) for v, x in ((request_id, request), (job_id, job)) if x]
     try:
         yield
@@ -42,43 +43,43 @@ def bound(request: str = "", job: str = "") -> Iterator[None]:
 
 
 def setup(level: str = "INFO", json: bool | None = None) -> None:
-    """Log to stderr, and replace what was configured before.
+    """Log to stderr as JSON or text; replaces any former configuration.
 
-    Where `json` is None, AFTERIMAGE_LOG (json or text) says how; where that is not set, a terminal
-    gets text. Raises `AfterimageError` for another value.
+    With `json` None, AFTERIMAGE_LOG (json or text) decides, else text for a terminal. Raises
+    `AfterimageError` for an invalid AFTERIMAGE_LOG.
     """
     logging.basicConfig(
         level=level, handlers=[handler(sys.stderr, as_json() if json is None else json)], force=True
     )
     logging.captureWarnings(True)
-    for name in _CHATTY:
+    for name in _HTTP_CLIENTS:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in _SERVER:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    logging.getLogger("uvicorn.access").disabled = True  # it names queries; ours does not
+    logging.getLogger("uvicorn.access").disabled = True  # holds query strings; ours does not
 
 
 def as_json() -> bool:
-    """What the environment, or else the kind of stderr, asks for."""
-    asked = os.environ.get("AFTERIMAGE_LOG", "")
-    if asked not in {"", "json", "text"}:
-        raise AfterimageError(f"AFTERIMAGE_LOG is {asked!r}; it may be json or text")
-    return asked == "json" if asked else not sys.stderr.isatty()
+    """True for JSON, by AFTERIMAGE_LOG, or else unless stderr is a terminal."""
+    format = os.environ.get("AFTERIMAGE_LOG", "")
+    if format not in {"", "json", "text"}:
+        raise AfterimageError(f"AFTERIMAGE_LOG is {format!r}; it may be json or text")
+    return format == "json" if format else not sys.stderr.isatty()
 
 
 def handler(stream: TextIO, json: bool) -> logging.Handler:
-    """Writes records, with ids and without secrets."""
-    made = logging.StreamHandler(stream)
-    made.addFilter(_add_ids)
-    made.setFormatter(Json() if json else Text())
-    return made
+    """A handler that adds ids to records and removes secrets."""
+    stream_handler = logging.StreamHandler(stream)
+    stream_handler.addFilter(_add_ids)
+    stream_handler.setFormatter(Json() if json else Text())
+    return stream_handler
 
 
 def redact(text: str) -> str:
-    """`text` with `***` for the values of signatures, tokens, keys and passwords in it."""
-    return _USER.sub(r"\1***", _BARE.sub(r"\1***", _SECRET.sub(r"\1***", text)))
+    """Replace the values of signatures, tokens, keys and passwords in `text` with `***`."""
+    return _PASSWORD.sub(r"\1***", _BEARER.sub(r"\1***", _SECRET.sub(r"\1***", text)))
 
 
 def _add_ids(record: logging.LogRecord) -> bool:
@@ -90,7 +91,7 @@ def _add_ids(record: logging.LogRecord) -> bool:
 
 
 class Json(JsonFormatter):
-    """An object per record: time, level, logger, message, ids, and what the call added."""
+    """One JSON object per record: time, level, logger, message, ids and the call's `extra`."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -101,20 +102,23 @@ class Json(JsonFormatter):
         )
 
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
-        """The object's values, without secrets."""
+        """Redact the record's strings."""
         return {
-            key: _whole(key, value) if isinstance(value, str) else value
+            key: _redacted_field(key, value) if isinstance(value, str) else value
             for key, value in log_data.items()
         }
 
 
-def _whole(key: str, value: str) -> str:
-    """A field, redacted; one that is named as a secret has no value to show."""
+def _redacted_field(key: str, value: str) -> str:
+    """The redacted value; `***` if the key names a secret."""
     return "***" if _SECRET.fullmatch(f"{key}=x") else redact(value)
 
 
 class Text(logging.Formatter):
-    """`12:00:00.000 INFO logger: message request=… job=…`, in UTC; then a traceback, if any."""
+    """One line per record, time in UTC: `TIME INFO logger: message request=… job=…`.
+
+    A traceback follows on further lines.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).isoformat("T", "milliseconds")
@@ -127,10 +131,10 @@ class Text(logging.Formatter):
         return f"{time} {record.levelname} {record.name}: {message}{ids}"
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, without secrets."""
+        """Format and redact the record."""
         return redact(super().format(record))
 
 
 def _escaped(c: str) -> str:
-    """A line's end or a terminal's command as text."""
+    """A control character as an escape sequence, so that a message cannot forge lines."""
     return c.encode("unicode_escape").decode()

@@ -1,17 +1,21 @@
-"""OpenTelemetry, if it is configured and installed; else a trace's context is only passed on."""
+"""Traces by OpenTelemetry: exported if OTEL_… variables ask for it, otherwise only passed on.
+
+The API package `opentelemetry-api` carries the trace context from request to job in any case. The
+SDK and its exporter are imported only if they are configured.
+"""
 
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Literal
+
+from opentelemetry import context, trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter
-    from opentelemetry.trace import Tracer
 
 log = logging.getLogger("afterimage.tracing")
 
@@ -19,24 +23,19 @@ Value = str | int | float | bool
 _CONFIGURED = (
     "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_TRACES_EXPORTER"
 )  # fmt: skip
-_TRACEPARENT = re.compile(
-    r"(?!ff)([0-9a-f]{2})-((?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(-.*)?"
-)
-"""W3C Trace Context; only versions after 00 may have more fields."""
+_PROPAGATOR = TraceContextTextMapPropagator()
 
-_tracer: "Tracer | None" = None
+_tracer: trace.Tracer = trace.NoOpTracer()
 _provider: "TracerProvider | None" = None
-_passed: ContextVar[str] = ContextVar("traceparent", default="")
-"""The traceparent that came, while tracing is off."""
 
 
 def setup(service_name: str) -> None:
-    """Export spans as the variables OTEL_… say; nothing, and no import, where they say nothing.
+    """Export spans as the OTEL_… variables configure it; no effect if they do not.
 
-    OTEL_SERVICE_NAME, where set, wins over `service_name`.
+    OTEL_SERVICE_NAME overrides `service_name`.
     """
     global _tracer, _provider
-    if _tracer is not None or not configured():
+    if _provider is not None or not configured():
         return
     try:
         from opentelemetry.sdk.resources import Resource
@@ -45,17 +44,17 @@ def setup(service_name: str) -> None:
 
         exporter = _exporter(os.environ.get("OTEL_TRACES_EXPORTER") or "otlp")
     except (ImportError, ValueError) as e:
-        why = f"install afterimage[otel] ({e})" if isinstance(e, ImportError) else e
-        log.error("tracing is configured, but off: %s", why)
+        reason = f"install afterimage[otel] ({e})" if isinstance(e, ImportError) else e
+        log.error("tracing is configured, but off: %s", reason)
         return
-    own = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": service_name}
-    _provider = TracerProvider(resource=Resource.create(own))
+    name = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": service_name}
+    _provider = TracerProvider(resource=Resource.create(name))
     _provider.add_span_processor(BatchSpanProcessor(exporter))
     _tracer = _provider.get_tracer("afterimage")
 
 
 def configured() -> bool:
-    """Whether the environment asks for traces."""
+    """True if the environment asks for traces."""
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if disabled or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
         return False
@@ -75,76 +74,46 @@ def _exporter(name: str) -> "SpanExporter":
 
 
 def shutdown() -> None:
-    """Send what is left, and be off; at the end of a process this happens by itself."""
+    """Export the remaining spans and stop tracing; happens at the end of the process anyway."""
     global _tracer, _provider
     if _provider is not None:
         _provider.shutdown()
-    _tracer = _provider = None
+    _tracer, _provider = trace.NoOpTracer(), None
 
 
 @contextmanager
 def span(
     name: str, kind: Literal["internal", "server", "consumer"] = "internal", **attributes: Value
 ) -> Iterator[None]:
-    """A span of the current trace; what is raised within is recorded in it."""
-    if _tracer is None:
-        yield
-        return
-    from opentelemetry.trace import SpanKind
-
-    with _tracer.start_as_current_span(name, kind=SpanKind[kind.upper()], attributes=attributes):
+    """A span in the current trace; records an exception raised in the block."""
+    span_kind = trace.SpanKind[kind.upper()]
+    with _tracer.start_as_current_span(name, kind=span_kind, attributes=attributes):
         yield
 
 
 def annotate(name: str = "", error: bool = False, **attributes: Value) -> None:
-    """What became known of the current span."""
-    if _tracer is None:
-        return
-    from opentelemetry.trace import StatusCode, get_current_span
-
-    current = get_current_span()
+    """Add attributes to the current span; rename it, or mark it as failed."""
+    current = trace.get_current_span()
     current.set_attributes(attributes)
     if name:
         current.update_name(name)
     if error:
-        current.set_status(StatusCode.ERROR)
+        current.set_status(trace.StatusCode.ERROR)
 
 
 def inject() -> dict[str, str]:
-    """The current trace's context, `traceparent` (and `tracestate`); empty outside of a trace."""
-    if _tracer is None:
-        return {"traceparent": _passed.get()} if _passed.get() else {}
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
+    """The current trace context: `traceparent`, and `tracestate` if any; empty outside a trace."""
     carrier: dict[str, str] = {}
-    TraceContextTextMapPropagator().inject(carrier)
+    _PROPAGATOR.inject(carrier)
     return carrier
 
 
 @contextmanager
 def extract(carrier: Mapping[str, str]) -> Iterator[None]:
-    """Within, the trace that `inject` wrote to the carrier goes on; a malformed one is ignored."""
-    known = _checked(carrier)
-    if _tracer is None:
-        token = _passed.set(known.get("traceparent", ""))
-        try:
-            yield
-        finally:
-            _passed.reset(token)
-        return
-    from opentelemetry import context
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-    attached = context.attach(TraceContextTextMapPropagator().extract(known, context.Context()))
+    """Continue the trace of `carrier` within the block; start anew if it holds no valid one."""
+    headers = {name: value for name, value in carrier.items() if value.isprintable()}
+    token = context.attach(_PROPAGATOR.extract(headers, context.Context()))
     try:
         yield
     finally:
-        context.detach(attached)
-
-
-def _checked(carrier: Mapping[str, str]) -> dict[str, str]:
-    """What the carrier says, as version 00; nothing where it is malformed."""
-    found = _TRACEPARENT.fullmatch(carrier.get("traceparent", ""))
-    if not found or (found[1] == "00" and found[3]):
-        return {}
-    return {"traceparent": f"00-{found[2]}", "tracestate": carrier.get("tracestate", "")}
+        context.detach(token)

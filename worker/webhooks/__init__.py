@@ -1,1 +1,1 @@
-"""Webhooks: who may receive them, and the process that sends them."""
+"""Webhooks: settings, the check of receivers' URLs, and the process that sends them."""

@@ -1,8 +1,8 @@
-"""A request to addresses that were checked, within one deadline, of whose answer little is read.
+"""An HTTP POST to addresses that were checked before, with one deadline and a small read limit.
 
-httpcore asks a network backend for its connections. Ours dials the given addresses and never a
-name, whereas TLS still names the host (SNI) and verifies the certificate against it. httpcore
-itself follows no redirect, keeps no cookie and reads no proxy from the environment.
+httpcore gets its connections from a network backend. The backend here dials the checked addresses
+and never resolves a name; TLS still sends the host name (SNI) and verifies the certificate against
+it. httpcore follows no redirects, keeps no cookies and reads no proxy settings.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ import httpcore
 
 from worker.webhooks.url_guard import Target
 
-CONNECT_S = 4.0
-"""How long one address may take to accept a connection, so that another still has its turn."""
-READ = 1024
-"""Bytes that are taken from a connection at once; of a body, not more than that."""
-MAX_READ = 32 * 1024
-"""Bytes that are taken from a connection in all: a status, headers, and what came with them."""
+CONNECT_TIMEOUT_S = 4.0
+"""Timeout of connecting to one address; leaves time to try the next."""
+READ_BYTES = 1024
+"""Size of one read from a connection; of the response's body only one read is taken."""
+MAX_READ_BYTES = 32 * 1024
+"""Limit of what is read from a connection in total: status, headers, and what came with them."""
 
 NETWORK_ERRORS = (
     httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, OSError
@@ -30,37 +30,37 @@ NETWORK_ERRORS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What is looked at of a response."""
+class Response:
+    """Status and Retry-After of a response; the rest is ignored."""
 
     status: int
-    retry_after_s: float  # 0 where it does not say
+    retry_after_s: float  # 0 without the header
 
 
 def post(
     target: Target, body: bytes, headers: Mapping[str, str], tls: ssl.SSLContext, timeout_s: float
-) -> Answer:
-    """POST to one of the target's addresses; all of it, TLS included, takes `timeout_s` at most.
+) -> Response:
+    """POST to the first of the target's addresses that accepts the connection.
 
-    Raises one of `NETWORK_ERRORS`.
+    `timeout_s` is for everything, TLS included. Raises one of `NETWORK_ERRORS`.
     """
-    url = httpcore.URL(  # of the parts, so that nobody reads the text differently than the check
+    url = httpcore.URL(  # from the checked parts: parsing the text again could give another host
         scheme=target.scheme.encode(), host=target.host.encode(), port=target.port,
         target=target.path,
     )  # fmt: skip
-    sent = {"Host": target.authority, "Connection": "close", **headers}
-    pinned = Pinned(target.addresses, time.monotonic() + timeout_s)
+    all_headers = {"Host": target.authority, "Connection": "close", **headers}
+    backend = PinnedBackend(target.addresses, time.monotonic() + timeout_s)
     with (
-        httpcore.ConnectionPool(ssl_context=tls, network_backend=pinned) as pool,
-        pool.stream("POST", url, headers=list(sent.items()), content=body) as response,
+        httpcore.ConnectionPool(ssl_context=tls, network_backend=backend) as pool,
+        pool.stream("POST", url, headers=list(all_headers.items()), content=body) as response,
     ):
-        with contextlib.suppress(*NETWORK_ERRORS):  # who is hung up on while sending may complain
+        with contextlib.suppress(*NETWORK_ERRORS):  # closing during a send may raise at the server
             next(iter(response.iter_stream()), b"")
-        return Answer(response.status, _retry_after_s(response.headers))
+        return Response(response.status, _retry_after_s(response.headers))
 
 
 def _retry_after_s(headers: Iterable[tuple[bytes, bytes]]) -> float:
-    """Seconds that Retry-After names, or until the date it names; else 0."""
+    """Retry-After, seconds or a date, as seconds from now; 0 without a valid one."""
     text = next((v.decode("latin-1") for k, v in headers if k.lower() == b"retry-after"), "")
     if text.isascii() and text.isdigit():
         return float(text[:9])
@@ -69,8 +69,8 @@ def _retry_after_s(headers: Iterable[tuple[bytes, bytes]]) -> float:
     return 0.0
 
 
-class Pinned(httpcore.NetworkBackend):
-    """Connects to the given addresses, whatever the name; everything until one deadline."""
+class PinnedBackend(httpcore.NetworkBackend):
+    """Connects to the given addresses, whatever the host name, within a deadline."""
 
     def __init__(self, addresses: Iterable[str], deadline: float) -> None:
         self.addresses, self.deadline = tuple(addresses), deadline  # of time.monotonic()
@@ -83,32 +83,33 @@ class Pinned(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
-        failure: Exception = httpcore.ConnectError("no address")
+        """Connect to the first address that accepts; `host` is ignored."""
+        failure: Exception = httpcore.ConnectError("no address to connect to")
         for address in self.addresses:
-            seconds = min(_left(self.deadline), CONNECT_S)
+            seconds = min(_remaining_s(self.deadline), CONNECT_TIMEOUT_S)
             try:
                 stream = httpcore.SyncBackend().connect_tcp(address, port, seconds)
-                return _Limited(stream, self.deadline)
+                return _LimitedStream(stream, self.deadline)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as e:
                 failure = e
         raise failure
 
 
-class _Limited(httpcore.NetworkStream):
-    """A connection that ends at a deadline and after `MAX_READ` bytes, however it drips."""
+class _LimitedStream(httpcore.NetworkStream):
+    """A connection with a deadline, of which at most `MAX_READ_BYTES` are read."""
 
     def __init__(self, stream: httpcore.NetworkStream, deadline: float) -> None:
-        self.stream, self.deadline, self.taken = stream, deadline, 0
+        self.stream, self.deadline, self.bytes_read = stream, deadline, 0
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        data = self.stream.read(min(max_bytes, READ), _left(self.deadline))
-        self.taken += len(data)
-        if self.taken > MAX_READ:
-            raise httpcore.ReadError(f"more than {MAX_READ} bytes of headers")
+        data = self.stream.read(min(max_bytes, READ_BYTES), _remaining_s(self.deadline))
+        self.bytes_read += len(data)
+        if self.bytes_read > MAX_READ_BYTES:
+            raise httpcore.ReadError(f"more than {MAX_READ_BYTES} bytes of headers")
         return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self.stream.write(buffer, _left(self.deadline))
+        self.stream.write(buffer, _remaining_s(self.deadline))
 
     def close(self) -> None:
         self.stream.close()
@@ -120,18 +121,20 @@ class _Limited(httpcore.NetworkStream):
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
         try:
-            left = _left(self.deadline)
+            seconds = _remaining_s(self.deadline)
         except httpcore.ReadTimeout:
             self.close()
             raise
-        return _Limited(self.stream.start_tls(ssl_context, server_hostname, left), self.deadline)
+        stream = self.stream.start_tls(ssl_context, server_hostname, seconds)
+        return _LimitedStream(stream, self.deadline)
 
     def get_extra_info(self, info: str) -> object:
         return self.stream.get_extra_info(info)
 
 
-def _left(deadline: float) -> float:
+def _remaining_s(deadline: float) -> float:
+    """Seconds until the deadline. Raises `httpcore.ReadTimeout` after it."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
-        raise httpcore.ReadTimeout("its time is over")
+        raise httpcore.ReadTimeout("the request exceeded its timeout")
     return seconds

@@ -1,4 +1,4 @@
-"""Settings of webhooks, and which URLs a client may register."""
+"""Settings of webhooks, and the check of URLs that clients register."""
 
 from base64 import b64decode
 from typing import Annotated
@@ -12,7 +12,7 @@ from worker.webhooks import url_guard
 
 
 class WebhookSettings(BaseSettings):
-    """Who signs, who may be told, and when it is tried again."""
+    """Signing secrets, allowed private hosts, retries and timeouts."""
 
     model_config = SettingsConfigDict(
         env_prefix="AFTERIMAGE_",
@@ -22,17 +22,22 @@ class WebhookSettings(BaseSettings):
     )
 
     webhook_secret: SecretStr = Field(
-        SecretStr(""), description="whsec_ and base64 of 24 to 64 bytes; to change it: new and old"
+        SecretStr(""),
+        description="signs webhooks: `whsec_` and base64 of 24 to 64 bytes; to rotate: `NEW OLD`",
     )
     webhook_allow: str = Field(
-        "", description="hosts, or host:port, that may be private or http, with commas between"
+        "", description="hosts, or host:port, with commas: may be private or plain http"
     )
     webhook_retries_s: tuple[Annotated[float, Field(ge=0, le=86400)], ...] = Field(
         (5, 30, 120, 600, 3600, 4 * 3600, 12 * 3600),
-        description="longest wait after the 1st, 2nd, … failure; after one more it is given up",
+        description="JSON list: longest waits after the 1st, 2nd, … failure, in seconds",
     )
-    webhook_timeout_s: float = Field(10, gt=0, le=60, description="of one attempt")
-    webhook_threads: int = Field(4, ge=1, le=64, description="attempts at once, per consumer")
+    webhook_timeout_s: float = Field(
+        10, gt=0, le=60, description="timeout of one attempt, in seconds"
+    )
+    webhook_threads: int = Field(
+        4, ge=1, le=64, description="deliveries at once per sender process"
+    )
 
     @field_validator("webhook_secret")
     @classmethod
@@ -43,32 +48,32 @@ class WebhookSettings(BaseSettings):
             except ValueError:
                 size = 0
             if not secret.startswith("whsec_") or not 24 <= size <= 64:
-                raise ValueError("it must be whsec_ and base64 of 24 to 64 bytes")
+                raise ValueError("the secret must be whsec_ and base64 of 24 to 64 bytes")
         return value
 
     @property
     def secrets(self) -> list[str]:
-        """Each of them signs; a receiver may know any."""
+        """The secrets; each message is signed with every one of them."""
         return self.webhook_secret.get_secret_value().split()
 
     @property
     def allow(self) -> frozenset[str]:
-        """The entries of `webhook_allow`."""
+        """The entries of `webhook_allow`, in lower case."""
         return frozenset(self.webhook_allow.lower().replace(",", " ").split())
 
     @property
     def lease_s(self) -> float:
-        """How long a consumer may keep a message; its attempt ends well before that."""
-        return 2 * self.webhook_timeout_s + url_guard.RESOLVE_S
+        """How long a process may keep a claimed message; longer than an attempt can take."""
+        return 2 * self.webhook_timeout_s + url_guard.RESOLVE_TIMEOUT_S
 
 
 def check_url(
     url: str, settings: WebhookSettings, resolver: url_guard.Resolver = url_guard.resolve
 ) -> None:
-    """Whether a client may name this URL; that is asked again at every attempt.
+    """Raise `ParameterError` unless webhooks are configured and may be sent to this URL.
 
-    Raises `ParameterError`. Waits for the resolver, up to `url_guard.RESOLVE_S`.
+    Resolves the host, which may take `url_guard.RESOLVE_TIMEOUT_S`. Every attempt checks again.
     """
     if not settings.secrets:
-        raise ParameterError("webhook: none are sent here, for want of AFTERIMAGE_WEBHOOK_SECRET")
+        raise ParameterError("webhook: not available, because AFTERIMAGE_WEBHOOK_SECRET is not set")
     url_guard.check(url, settings.allow, resolver)

@@ -1,4 +1,4 @@
-"""Real stores and real workers that can be killed, stopped and started again."""
+"""Redis servers and worker processes that tests kill, stop and start again."""
 
 import contextlib
 import os
@@ -6,57 +6,37 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import redis
 import rq
 
-from models import checkpoint
-from models.codec import bitstream
 from models.tiers import Settings
+from tests.support.jobs import decode_of
+from tests.support.waiting import until
 from worker.queue import private_redis
 from worker.queue.jobs import Jobs
-from worker.queue.records import Decode, JobState
+from worker.queue.records import JobState
 from worker.queue.store import Store, connect
 from worker.settings import WorkerSettings
 
 
-def decode_of(data: bytes, settings: Settings, seed: int = 0, tier: str = "test") -> Decode:
-    """The job that asks for this picture."""
-    b = bitstream.parse(data)
-    ids = {e.kind: e.weights_id for e in checkpoint.manifest() if e.quality in {0, b.quality}}
-    return Decode(bitstream.digest(data), tier, settings, seed, ids["codec"], ids["decoder"],
-                  b.quality, b.width, b.height)  # fmt: skip
-
-
-def until(true: Callable[[], object], what: str, seconds: float = 60) -> float:
-    """Wait until something holds, whatever the stores do meanwhile; how long that took."""
-    began = time.monotonic()
-    while True:
-        with contextlib.suppress(redis.RedisError):
-            if true():
-                return time.monotonic() - began
-        if time.monotonic() - began > seconds:
-            raise TimeoutError(f"{what}: not within {seconds} s")
-        time.sleep(0.01)
-
-
 class Server:
-    """A Redis server whose data outlive it."""
+    """A Redis server whose data survive a kill."""
 
     def __init__(self, folder: Path, options: tuple[str, ...]) -> None:
         folder.mkdir(parents=True)
         self.folder, self.socket = folder, folder / "redis.sock"
         self.url = f"unix://{self.socket}"
         self.command = [
-            str(private_redis.find_server()), "--port", "0", "--unixsocket", str(self.socket), "--save", "",
-            "--dir", str(folder), "--logfile", str(folder / "log"), *options,
+            str(private_redis.find_server()), "--port", "0", "--unixsocket", str(self.socket),
+            "--save", "", "--dir", str(folder), "--logfile", str(folder / "log"), *options,
         ]  # fmt: skip
         self.start()
 
     def start(self) -> None:
-        # not `die_with_parent`: to the kernel the parent is the thread, and that may end before
+        # not `die_with_parent`: the kernel's parent is the thread, which may end earlier
         self.process = subprocess.Popen(self.command)
         with redis.Redis(unix_socket_path=str(self.socket)) as client:
             until(client.ping, "the server starts")
@@ -67,7 +47,7 @@ class Server:
 
 
 class Worker:
-    """A worker process; its log is `log`."""
+    """A worker process that logs to the file `log`."""
 
     def __init__(self, rig: "Rig", name: str) -> None:
         self.log = rig.folder / f"{name}.log"
@@ -86,21 +66,21 @@ class Worker:
         self.process.wait()
 
     def terminate(self, seconds: float = 60) -> int:
-        """SIGTERM; the exit status."""
+        """Send SIGTERM; returns the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
 
 
 class Rig:
-    """Two stores, and the workers that a test starts."""
+    """Two Redis servers, and the workers that a test starts."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.folder = folder
         self.queue = Server(folder / "queue", private_redis._QUEUE)
         self.cache = Server(folder / "cache", ())
         self.urls = {"REDIS_URL": self.queue.url, "CACHE_REDIS_URL": self.cache.url}
-        own = {"AFTERIMAGE_CACHE_DIR": str(folder / "own"), "AFTERIMAGE_THREADS": "1"}
-        self.environment = os.environ | self.urls | own | environment
+        settings = {"AFTERIMAGE_CACHE_DIR": str(folder / "own"), "AFTERIMAGE_THREADS": "1"}
+        self.environment = os.environ | self.urls | settings | environment
         self.store: Store = connect(WorkerSettings(**self.urls))  # type: ignore[arg-type]
         self.jobs = Jobs(self.store)
         self.workers: list[Worker] = []
@@ -113,34 +93,34 @@ class Rig:
         return [worker for worker in self.workers if worker.process.poll() is None]
 
     def one(self) -> Worker:
-        """A living worker; a new one, once it is ready, where there is none."""
+        """A live worker; if there is none, a new one that is ready."""
         return next(iter(self.alive()), None) or self.worker().ready()
 
     def drawing(self, job_id: str) -> Worker:
-        """The living worker that has this job."""
+        """The live worker that runs this job."""
         registered = rq.Worker.all(self.store.queue)
         pids = {w.pid for w in registered if w.get_current_job_id() == job_id}
-        (found,) = (worker for worker in self.alive() if worker.process.pid in pids)
-        return found
+        (worker,) = (worker for worker in self.alive() if worker.process.pid in pids)
+        return worker
 
     def start_queue(self) -> None:
-        """After its death: the same data again."""
+        """Start the killed queue server again, with its data."""
         self.queue.start()
-        self.store.queue.connection_pool.disconnect()  # ours would each fail once
+        self.store.queue.connection_pool.disconnect()  # stale connections would fail once each
 
     def restart_queue(self, away_s: float) -> None:
-        """SIGKILL, nothing for so long, and a new start."""
+        """Kill the queue server, and start it again `away_s` later."""
         self.queue.kill()
         time.sleep(away_s)
         self.start_queue()
 
     def submit(self, data: bytes, settings: Settings, seed: int = 0) -> str:
-        return self.jobs.submit(decode_of(data, settings, seed), data)[0].id
+        return self.jobs.submit(decode_of(data, settings, seed, "test"), data)[0].id
 
     def state(self, job_id: str) -> JobState:
-        found = self.jobs.get(job_id)
-        assert found is not None
-        return found
+        state = self.jobs.get(job_id)
+        assert state is not None
+        return state
 
     def ended(self, job_id: str, seconds: float = 60) -> JobState:
         until(lambda: self.state(job_id).status not in {"queued", "running"}, "the end", seconds)
@@ -150,7 +130,7 @@ class Rig:
         until(lambda: self.state(job_id).step >= step, f"step {step}")
 
     def commits(self, job_id: str) -> int:
-        return int(self.store.queue.hget(self.jobs.key(job_id), "commits") or 0)  # type: ignore[arg-type]
+        return int(self.store.queue.hget(self.jobs.key(job_id), "commits") or 0)
 
 
 @contextlib.contextmanager

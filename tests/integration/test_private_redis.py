@@ -1,4 +1,4 @@
-"""The private Redis servers."""
+"""Private Redis servers: policies, persistence, versions, and their end with the parent."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from worker.queue import private_redis
 pytestmark = pytest.mark.redis
 
 
-def test_queue_and_cache_are_two_servers_with_the_right_policies(
+def test_queue_and_cache_have_their_eviction_policies(
     redis_urls: tuple[str, str],
 ) -> None:
     policies = []
@@ -31,11 +31,11 @@ def test_the_sockets_are_private(redis_urls: tuple[str, str]) -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_queued_data_outlive_a_restart_and_pictures_do_not(tmp_path: Path) -> None:
-    for round_ in range(2):
+def test_queue_data_survive_a_restart_and_cache_data_do_not(tmp_path: Path) -> None:
+    for start in range(2):
         with private_redis.servers(tmp_path) as urls:
             queue, cache = (redis.Redis.from_url(u) for u in urls)
-            if round_ == 0:
+            if start == 0:
                 queue.set("a", "1")
                 cache.set("a", "1")
             else:
@@ -45,7 +45,7 @@ def test_queued_data_outlive_a_restart_and_pictures_do_not(tmp_path: Path) -> No
             cache.close()
 
 
-def test_two_services_over_one_folder_do_not_share_a_server(tmp_path: Path) -> None:
+def test_two_services_with_one_folder_have_separate_servers(tmp_path: Path) -> None:
     with private_redis.servers(tmp_path) as first, private_redis.servers(tmp_path) as second:
         assert first != second
         with redis.Redis.from_url(first[0]) as a, redis.Redis.from_url(second[0]) as b:
@@ -53,7 +53,7 @@ def test_two_services_over_one_folder_do_not_share_a_server(tmp_path: Path) -> N
             assert b.get("a") is None
 
 
-def test_a_server_on_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_on_path_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = tmp_path / "valkey-server"
     fake.write_text("#!/bin/sh\nexit 3\n")
     fake.chmod(0o755)
@@ -66,12 +66,12 @@ def test_a_server_on_path_comes_first(tmp_path: Path, monkeypatch: pytest.Monkey
         pass
 
 
-def test_a_server_that_is_too_old_is_passed_by(
+def test_a_server_that_is_too_old_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    servers = {"redis-server": "Redis server v=6.0.16 sha=0", "valkey-server": "v=8.1.0"}
-    for name, said in servers.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}'\n")
+    versions = {"redis-server": "Redis server v=6.0.16 sha=0", "valkey-server": "v=8.1.0"}
+    for name, version in versions.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{version}'\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert private_redis.find_server() == tmp_path / "valkey-server"
@@ -84,7 +84,7 @@ def test_without_any_server_the_error_says_what_to_do(monkeypatch: pytest.Monkey
         private_redis.find_server()
 
 
-def test_servers_die_with_a_killed_parent(tmp_path: Path) -> None:
+def test_servers_exit_when_their_parent_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from worker.queue import private_redis\n"
         "with private_redis.servers(Path(sys.argv[1])) as urls:\n"
@@ -104,4 +104,4 @@ def test_servers_die_with_a_killed_parent(tmp_path: Path) -> None:
                 except redis.ConnectionError:
                     return
                 time.sleep(0.05)
-    pytest.fail("the server outlived its parent")
+    pytest.fail("the server still runs")

@@ -1,0 +1,79 @@
+"""Losses of phase 2 on the picture that the few-step decoder predicts."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from models.geometry import STRIDE_Y
+from models.train import losses
+from models.train.bank import Batch
+from models.train.decoder_config import DiffusionConfig
+from models.train.discriminator import Discriminator, discriminator_loss, generator_loss
+from models.train.lpips import LpipsLoss
+from models.train.task import TrainingStep, Update
+
+LPIPS_STRIDE = 4
+"""Stride of AlexNet's first layer, in pixels."""
+
+
+class PerceptualLoss:
+    """LPIPS, distance of local power spectra and, if configured, an adversarial term.
+
+    Each term sees the picture from a random offset on. The networks draw blocks of four pixels and
+    AlexNet reads every fourth pixel: with a fixed offset LPIPS rewarded a hatching between the
+    pixels that it reads.
+    """
+
+    def __init__(
+        self, config: DiffusionConfig, lpips: LpipsLoss | None, latents: int, device: torch.device
+    ) -> None:
+        self.config, self.lpips = config, lpips
+        self.discriminator: Discriminator | None = None
+        if config.adversarial:
+            self.discriminator = Discriminator(latents).to(device)
+
+    def terms(
+        self, picture: Tensor, batch: Batch, step: TrainingStep
+    ) -> Iterator[tuple[str, float, Tensor]]:
+        """Yield (name, weight, value) of every term that is configured and active."""
+        if self.lpips is not None:
+            yield "lpips", 1.0, _lpips_term(self.lpips, picture, batch.x, step)
+        if self.config.spectrum:
+            yield "spectrum", self.config.spectrum, _spectrum_term(picture, batch.x, step)
+        if self.discriminator and step.number >= self.config.adversarial_after:
+            term = _adversarial_term(self.discriminator, picture, batch, step)
+            yield "adversarial", self.config.adversarial, term
+
+    def discriminator_updates(
+        self, picture: Tensor, batch: Batch, step: TrainingStep
+    ) -> Iterator[Update]:
+        """Yield the update of the discriminator, if there is one. `picture` is detached."""
+        if self.discriminator:
+            offset = random_offset(step, STRIDE_Y)
+            real = self.discriminator(batch.x, batch.x_hat, batch.y_hat, offset)
+            generated = self.discriminator(picture, batch.x_hat, batch.y_hat, offset)
+            loss = discriminator_loss(real, generated)
+            yield Update("discriminator", loss, {"discriminator": loss.detach()})
+
+
+def random_offset(step: TrainingStep, period: int) -> tuple[int, int]:
+    """Draw a row and a column below `period`, equal on all ranks."""
+    return step.shared_random.randrange(period), step.shared_random.randrange(period)
+
+
+def _lpips_term(lpips: LpipsLoss, picture: Tensor, x: Tensor, step: TrainingStep) -> Tensor:
+    top, left = random_offset(step, LPIPS_STRIDE)
+    return lpips(picture[:, :, top:, left:], x[:, :, top:, left:]).mean()
+
+
+def _spectrum_term(picture: Tensor, x: Tensor, step: TrainingStep) -> Tensor:
+    top, left = random_offset(step, losses.DCT // 2)
+    return losses.spectrum(picture[:, :, top:, left:], x[:, :, top:, left:])
+
+
+def _adversarial_term(
+    discriminator: Discriminator, picture: Tensor, batch: Batch, step: TrainingStep
+) -> Tensor:
+    offset = random_offset(step, STRIDE_Y)  # the discriminator's strides multiply to 16
+    return generator_loss(discriminator(picture, batch.x_hat, batch.y_hat, offset))

@@ -1,0 +1,51 @@
+"""Command-line options that several commands share."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from models.codec.bitstream import METRICS
+
+
+def add_inputs(command: argparse.ArgumentParser) -> None:
+    """Add the input files, at least one."""
+    command.add_argument("inputs", type=Path, nargs="+", metavar="IN", help="input files")
+
+
+def add_output(command: argparse.ArgumentParser) -> None:
+    """Add `--output`, a file or a folder."""
+    command.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        help="output file, or a folder: an existing one, or a path that ends with /",
+    )
+
+
+def add_quality(command: argparse.ArgumentParser, **options: Any) -> None:
+    """Add `--quality`; `options` go to `add_argument`."""
+    command.add_argument("--quality", "-q", type=int, choices=range(1, 9), **options)
+
+
+def add_metric(command: argparse.ArgumentParser, *aliases: str, help: str) -> None:
+    """Add `--metric`, the metric that codec weights were trained for."""
+    command.add_argument("--metric", *aliases, choices=METRICS, default="mse", help=help)
+
+
+def add_stores(command: argparse.ArgumentParser, without: str) -> None:
+    """Add the URLs of both Redis servers; `without` says what happens if there is no queue URL."""
+    command.add_argument(
+        "--redis-url", help=f"Redis server of the queue (default: REDIS_URL; without it {without})"
+    )
+    command.add_argument(
+        "--cache-redis-url",
+        help="Redis server of the picture cache (default: CACHE_REDIS_URL, else the queue's)",
+    )
+
+
+def export_stores(args: argparse.Namespace) -> None:
+    """Write the URLs of `add_stores` to the environment, from which child processes read them."""
+    for name, url in (("REDIS_URL", args.redis_url), ("CACHE_REDIS_URL", args.cache_redis_url)):
+        if url:
+            os.environ[name] = url

@@ -1,0 +1,74 @@
+"""Pictures of a diffusion decode: the finished picture, and the draft shown until it is ready."""
+
+import contextlib
+
+import anyio.to_thread
+
+from models import image
+from models.codec import bitstream
+from models.codec.bitstream import Bitstream
+from models.errors import WrongWeights
+from models.image import OutputFormat
+from models.library import provenance
+from service.instant import PictureFile
+from service.problems import JobNotFound
+from service.services import Services
+from worker.queue.records import DecodeRequest
+from worker.queue.store import RedisError
+
+
+async def finished_picture(
+    services: Services, decode: DecodeRequest, format: OutputFormat, alpha: float = 1.0
+) -> bytes | None:
+    """Return the finished picture as a file at realism `alpha`, or None if it is not in the cache.
+
+    Raises `JobNotFound`, `WrongWeights` if `alpha` is below 1 and the bitstream or its codec is
+    gone.
+    """
+    png = await anyio.to_thread.run_sync(services.store.picture, decode.id)
+    if png is None or (format == "png" and alpha == 1):
+        return png
+    b = None if alpha == 1 else await stored_bitstream(services, decode)
+
+    def convert() -> PictureFile:
+        pixels = image.read(png, services.settings.max_pixels)
+        if b is not None:
+            pixels = services.library.at_realism(b, pixels, alpha)
+        metadata = provenance(
+            decode.tier, decode.settings, decode.seed, decode.codec, decode.decoder, alpha
+        )
+        return PictureFile(image.write(pixels, format, metadata))
+
+    return (await services.instant.once((decode.id, format, alpha), convert)).data
+
+
+async def draft(
+    services: Services, decode: DecodeRequest, b: Bitstream, format: OutputFormat
+) -> PictureFile:
+    """Return the instant picture, from the Redis cache if it is there.
+
+    Without Redis the picture is computed and not stored.
+    """
+    key = decode.digest, decode.codec, format
+    with contextlib.suppress(RedisError):
+        cached = await anyio.to_thread.run_sync(services.store.draft, *key)
+        if cached is not None:
+            return PictureFile(cached)
+    picture = await services.instant.picture(b, decode.digest, format)
+    with contextlib.suppress(RedisError):
+        await anyio.to_thread.run_sync(services.store.put_draft, *key, picture.data)
+    return picture
+
+
+async def stored_bitstream(services: Services, decode: DecodeRequest) -> Bitstream:
+    """Return the submitted bitstream of a decode.
+
+    Raises `JobNotFound` if it has expired, `WrongWeights` if its codec is no longer installed.
+    """
+    data = await anyio.to_thread.run_sync(services.store.bitstream, decode.digest)
+    if data is None:
+        raise JobNotFound(f"the bitstream of decode {decode.id} has expired; submit it again")
+    b = bitstream.parse(data, services.settings.max_pixels)
+    if services.library.codec_id(b) != decode.codec:
+        raise WrongWeights(f"decode {decode.id} needs weights {decode.codec}; they were replaced")
+    return b

@@ -1,0 +1,67 @@
+"""The objects that routes share: stores, models, limits and keys, built once at start-up."""
+
+import threading
+from dataclasses import dataclass, field
+
+from redis.asyncio import Redis as AsyncRedis
+
+from models import checkpoint, library
+from models.errors import WeightsError
+from models.library import Library
+from service.auth import Keys
+from service.instant import InstantDecoder
+from service.quotas import Quotas
+from service.settings import ServiceSettings
+from service.uploads import UploadBudget
+from worker.queue import store
+from worker.queue.jobs import Jobs
+from worker.queue.store import Store
+from worker.webhooks.settings import WebhookSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything that routes need, as `app.state.services`."""
+
+    settings: ServiceSettings
+    keys: Keys | None  # None: no authentication
+    link_secret: bytes | None  # signs links; None: no links
+    library: Library
+    decoder_id: str  # weights id of the diffusion decoder, which only workers load
+    store: Store
+    jobs: Jobs
+    quotas: Quotas
+    webhooks: WebhookSettings
+    instant: InstantDecoder
+    uploads: UploadBudget
+    streams: AsyncRedis  # connections of event readers, which block
+    closing: threading.Event = field(default_factory=threading.Event)
+    """Set when the server begins to stop: waiting requests and event streams end then."""
+
+
+def load(settings: ServiceSettings, connected: Store, keys: Keys | None) -> Services:
+    """Load and warm up the codecs, which takes seconds, and build the services.
+
+    Raises `WeightsError` if weights are missing or altered.
+    """
+    secret = settings.link_secret
+    codecs = library.load(settings.threads, with_decoder=False, folder=settings.weights_dir)
+    codecs.warm_up()
+    decoder = next((e for e in checkpoint.manifest() if e.kind == "decoder"), None)
+    if decoder is None:
+        raise WeightsError("the weights manifest lists no diffusion decoder")
+    jobs = Jobs(connected, settings.job_timeout_s)
+    return Services(
+        settings=settings,
+        keys=keys,
+        link_secret=secret.get_secret_value().encode() if secret else None,
+        library=codecs,
+        decoder_id=decoder.weights_id,
+        store=connected,
+        jobs=jobs,
+        quotas=Quotas(jobs, settings.requests_per_minute, settings.jobs_at_once),
+        webhooks=WebhookSettings(),
+        instant=InstantDecoder(codecs, settings),
+        uploads=UploadBudget(max(settings.bodies_bytes, settings.max_bytes)),
+        streams=store.streams(settings),
+    )

@@ -1,0 +1,199 @@
+"""Submitting a diffusion decode: respond with the finished picture, the draft or 202, and queue."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import anyio
+import anyio.to_thread
+from fastapi import Request, Response
+
+from models.codec.bitstream import Bitstream
+from models.errors import ParameterError
+from models.image import OutputFormat
+from models.tiers import Settings, Tier
+from service import admission, drafts, image_response, metrics, watching
+from service.auth import Caller
+from service.instant import PictureFile
+from service.negotiate import Preferences
+from service.problems import KeyReused
+from service.services import Services
+from worker.queue import estimates, outbox
+from worker.queue.jobs import MAX_SUBSCRIPTION_S
+from worker.queue.records import ENDED, DecodeRequest, JobState
+from worker.webhooks.settings import check_url
+
+IDEMPOTENCY_TTL_S = 24 * 3600
+"""How long an `Idempotency-Key` is remembered."""
+
+_RESOLVER_THREADS = anyio.CapacityLimiter(8)
+"""Threads that resolve webhook hosts; separate, so that slow DNS does not block other requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedBitstream:
+    """An uploaded bitstream and its parsed header."""
+
+    data: bytes
+    bitstream: Bitstream
+    digest: str  # SHA-256, hex
+    parse_ms: float
+
+    def server_timing(self, picture: PictureFile) -> dict[str, str]:
+        """The header `Server-Timing`: parsing, then the picture's stages."""
+        spans = {"parse": self.parse_ms, **picture.stages_ms}
+        return {"Server-Timing": ", ".join(f"{name};dur={ms:.1f}" for name, ms in spans.items())}
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeParams:
+    """The query parameters of a decode."""
+
+    tier: Tier
+    settings: Settings | None  # None: only the instant picture
+    seed: int
+    deadline_s: int  # how long the caller stays subscribed to the job
+    webhooks: Sequence[str]
+
+
+@dataclass(slots=True)
+class Submission:
+    """One request for a diffusion picture."""
+
+    services: Services
+    request: Request
+    upload: ParsedBitstream
+    decode: DecodeRequest
+    params: DecodeParams
+    format: OutputFormat
+    prefer: Preferences
+    caller: Caller
+    created: bool = False  # whether this request queued a new job
+
+    async def respond(self) -> Response:
+        """Return the finished picture if it is cached; otherwise queue the job and return the
+        draft, or 202 with `Prefer: respond-async`."""
+        location = f"/v1/decodes/{self.decode.id}"
+        headers = {"Location": location, "Link": f'<{location}/image>; rel="upgrade"'}
+        state = await anyio.to_thread.run_sync(self.services.jobs.get, self.decode.id)
+        finished = await self._finished_picture(state)
+        metrics.cache("picture", finished is not None)
+        for url in self.params.webhooks:
+            await anyio.to_thread.run_sync(
+                check_url, url, self.services.webhooks, limiter=_RESOLVER_THREADS
+            )
+        if state is not None and finished is not None:
+            await anyio.to_thread.run_sync(self._notify_webhooks, state)
+            return self._picture(finished, self.decode, {**headers, "X-Cache": "hit"})
+        headers["X-Cache"] = "miss"
+        await anyio.to_thread.run_sync(admission.admit, self.services, state)
+        if self.prefer.respond_async:
+            return await self._respond_async(headers)
+        draft = await drafts.draft(self.services, self.decode, self.upload.bitstream, self.format)
+        await self._submit()  # after decoding, so that a corrupt bitstream is never queued
+        return self._picture(draft.data, None, {**headers, **self.upload.server_timing(draft)})
+
+    async def _respond_async(self, headers: dict[str, str]) -> Response:
+        """Queue the job and return 202, or the picture if it is ready within `Prefer: wait`."""
+        await self.services.instant.check(self.upload.bitstream)
+        state, eta_s = await self._submit()
+        if self.prefer.wait_s:
+            began = time.perf_counter()
+            await watching.wait_until_ended(
+                self.services, self.request, state.id, self.prefer.wait_s
+            )
+            self.request.state.waited_s = time.perf_counter() - began
+            state, eta_s = await watching.load(self.services, state.id, self.caller.name), None
+            finished = await self._finished_picture(state)
+            if finished is not None:
+                headers["Preference-Applied"] = f"wait={self.prefer.wait_s}"
+                return self._picture(finished, self.decode, headers)
+        else:
+            await anyio.to_thread.run_sync(watching.renew, self.services, state, self.caller.name)
+        response = await watching.pending_response(self.services, state, eta_s)
+        response.headers.update({**headers, "Preference-Applied": self.prefer.applied})
+        return response
+
+    async def _finished_picture(self, state: JobState | None) -> bytes | None:
+        """The finished picture, if the job has succeeded and the picture is still cached."""
+        if state is None or state.status != "succeeded":
+            return None
+        return await drafts.finished_picture(self.services, self.decode, self.format)
+
+    async def _submit(self) -> tuple[JobState, float | None]:
+        """Queue the job unless it is queued, running or done.
+
+        Returns its state and, for a new job, the predicted seconds until it ends, if known.
+        """
+        state, self.created, eta_s = await anyio.to_thread.run_sync(self._submit_now)
+        return state, eta_s
+
+    def _submit_now(self) -> tuple[JobState, bool, float | None]:
+        jobs = self.services.jobs
+        self.services.quotas.job(self.caller, self.decode.id)
+        self._register_webhooks()  # before queueing, so that the end of the job is not missed
+        # a caller with webhooks has no reason to poll, so it stays subscribed
+        subscription_s = MAX_SUBSCRIPTION_S if self.params.webhooks else self.params.deadline_s
+        state, created = jobs.submit(
+            self.decode, self.upload.data, self.caller.name, subscription_s
+        )
+        if created:  # an earlier run may have ended in between and consumed the registrations
+            self._register_webhooks()
+        if self.params.webhooks and state.status in ENDED:
+            outbox.job_ended(self.services.store, state.id, *outbox.event(state))
+        eta_s = estimates.eta_s(jobs, state) if created else None
+        if eta_s is not None:
+            jobs.save_eta(state.id, eta_s)
+        return state, created, eta_s
+
+    def _register_webhooks(self) -> None:
+        for url in self.params.webhooks:
+            outbox.register(self.services.store, self.decode.id, url)
+
+    def _notify_webhooks(self, state: JobState) -> None:
+        """Queue messages to this request's webhooks about a job that has already ended."""
+        if not self.params.webhooks:
+            return
+        admission.check_memory(self.services)
+        self._register_webhooks()
+        outbox.job_ended(self.services.store, state.id, *outbox.event(state))
+
+    def _picture(
+        self, file: bytes, decode: DecodeRequest | None, headers: dict[str, str]
+    ) -> Response:
+        return image_response.picture(
+            self.services, self.request, file, self.format, decode, headers
+        )
+
+
+def build_decode(
+    services: Services, upload: ParsedBitstream, params: DecodeParams, settings: Settings
+) -> DecodeRequest:
+    """Return the decode that a request describes.
+
+    Raises `ParameterError` if it exceeds `max_megapixel_steps`, `WrongWeights` if the bitstream's
+    codec is not installed.
+    """
+    b = upload.bitstream
+    decode = DecodeRequest(
+        upload.digest, params.tier.name, settings, params.seed, services.library.codec_id(b),
+        services.decoder_id, b.quality, b.width, b.height,
+    )  # fmt: skip
+    limit = services.settings.max_megapixel_steps
+    size = b.width * b.height / 1e6 * settings.calls
+    if size > limit:
+        message = f"{size:.0f} megapixel-steps; the limit is {limit:.0f}. Choose fewer steps"
+        raise ParameterError(message)
+    return decode
+
+
+def check_idempotency_key(services: Services, caller: str, key: str, job_id: str) -> None:
+    """Remember which job an `Idempotency-Key` belongs to, unless the queue's memory is nearly full.
+
+    Raises `KeyReused` if the key belongs to another job.
+    """
+    name = services.store.key("idempotency", caller, key)
+    if services.store.fullness() < admission.FULL:
+        services.store.queue.set(name, job_id, nx=True, ex=IDEMPOTENCY_TTL_S)
+    if services.store.queue.get(name) not in {None, job_id.encode()}:
+        raise KeyReused(f"Idempotency-Key {key!r} belongs to another request; choose a new key")

@@ -1,0 +1,107 @@
+"""Request bodies, read within limits of size, time and memory; multipart forms are unpacked."""
+
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Iterator
+
+import anyio
+from fastapi import Request
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from models.errors import MalformedHeader
+from service import metrics
+from service.problems import BodyTooLarge, Busy, RequestTimeout
+from service.settings import ServiceSettings
+
+
+class UploadBudget:
+    """Memory budget of `limit` bytes, shared by all request bodies that are being processed.
+
+    The first `FREE` bytes of each body do not count: bitstreams are accepted even while large
+    uploads use up the budget.
+    """
+
+    FREE = 2**16
+
+    def __init__(self, limit: int) -> None:
+        self.used, self.limit = 0, limit
+
+    @contextlib.contextmanager
+    def upload(self) -> Iterator[Callable[[int], None]]:
+        """Yield a function that reserves bytes for one body; release all of them on exit.
+
+        The function raises `Busy` if the budget is used up.
+        """
+        received = reserved = 0
+
+        def reserve(size: int) -> None:
+            nonlocal received, reserved
+            received += size
+            more = max(received - self.FREE, 0) - reserved
+            if more and self.used + more > self.limit:
+                metrics.shed("bodies")
+                raise Busy(f"other uploads use the {self.limit} bytes reserved for request bodies")
+            self.used += more
+            reserved += more
+
+        try:
+            yield reserve
+        finally:
+            self.used -= reserved
+
+
+async def read(
+    request: Request, settings: ServiceSettings, reserve: Callable[[int], None]
+) -> bytes:
+    """Return the request's body or, for a multipart form, the first file in it.
+
+    Calls `reserve` with the size of each chunk. Raises `BodyTooLarge`, before reading if
+    Content-Length exceeds the limit; `RequestTimeout`; `MalformedHeader` for an invalid form.
+    """
+    data = await _read_raw(request, settings, reserve)
+    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        return await _first_file(request, data)
+    return data
+
+
+async def _read_raw(
+    request: Request, settings: ServiceSettings, reserve: Callable[[int], None]
+) -> bytes:
+    limit, seconds = settings.max_bytes, settings.body_timeout_s
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise BodyTooLarge(f"the body has {declared} bytes; the limit is {limit}")
+    data = bytearray()
+    try:
+        with anyio.fail_after(seconds):
+            async for chunk in request.stream():
+                if len(data) + len(chunk) > limit:
+                    raise BodyTooLarge(f"the body has more than {limit} bytes, the limit")
+                reserve(len(chunk))
+                data += chunk
+    except TimeoutError:
+        close = {"Connection": "close"}  # the rest of the body must not be read as a new request
+        message = f"only {len(data)} bytes of the body arrived within {seconds:g} s"
+        raise RequestTimeout(message, close) from None
+    return bytes(data)
+
+
+async def _first_file(request: Request, data: bytes) -> bytes:
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield data
+
+    try:
+        _, options = parse_options_header(request.headers["content-type"])
+        if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # punycode takes quadratic time
+            raise MalformedHeader("the charset of a multipart form must be UTF-8")
+        form = await MultiPartParser(request.headers, stream()).parse()
+    except (MultiPartException, KeyError, UnicodeError) as e:
+        raise MalformedHeader("the multipart form cannot be parsed") from e
+    try:
+        for _, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                return await value.read()
+    finally:
+        await form.close()
+    raise MalformedHeader("the multipart form contains no file")

@@ -1,0 +1,27 @@
+"""What `afterimage serve` does when one of its worker processes dies."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.service import Service, children
+from tests.support.waiting import until, wait_for
+
+pytestmark = [pytest.mark.redis, pytest.mark.weights]
+
+
+def test_the_job_of_a_killed_worker_runs_again(service: Service, small_msh: bytes) -> None:
+    asked = {"tier": "ddpm-1000", "steps": 60}
+    answer = service.client.post("/v1/decodes", params=asked, content=small_msh)
+    location = answer.headers["location"]
+    (worker,) = (
+        pid for pid in children(service.process.pid)
+        if b"worker.main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )  # fmt: skip
+    until(lambda: service.client.get(location).json()["step"] >= 2, "the second step")
+    os.kill(worker, signal.SIGKILL)
+    state = wait_for(service.client, location)
+    assert (state["status"], state["attempts"], state["step"]) == ("succeeded", 2, 60)
+    assert "worker.main exited with status -9; restarting" in service.log.read_text()

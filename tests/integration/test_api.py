@@ -1,0 +1,229 @@
+"""The API in this process, over real stores and the shipped weights, without workers.
+
+`tests/e2e` has the same API as a process: sockets, streams, limits, drawing.
+"""
+
+import hashlib
+import re
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from models import image
+from service.settings import ServiceSettings
+from tests.support import weights
+from tests.support.api import run_app
+from tests.support.data import DATA, psnr
+
+pytestmark = [pytest.mark.redis, pytest.mark.weights]
+
+PROBLEM = "application/problem+json"
+FILES = {"application/x-npy", "application/octet-stream"}
+
+
+@pytest.fixture(scope="module")
+def api(redis_urls: tuple[str, str]) -> Iterator[httpx.Client]:
+    queue, cache = redis_urls
+    settings = ServiceSettings(REDIS_URL=queue, CACHE_REDIS_URL=cache, max_pixels=1_000_000)
+    with weights.loaded_once(), run_app(settings) as client:
+        yield client
+
+
+def pixels(answer: httpx.Response) -> image.Pixels:
+    assert answer.headers["content-type"] == "image/png"
+    return image.read(answer.content, 10**6)
+
+
+def test_a_committed_stream_decodes_to_the_cards_psnr(
+    api: httpx.Client, photo: image.Pixels
+) -> None:
+    """kodim23 at quality 2: the figure stands in the card of the codec's weights."""
+    card = (DATA.parents[1] / "models/weights/msh.md").read_text()
+    found = re.search(r"kodim23\.msh`: ([\d.]+) dB", card)
+    assert found
+    answer = api.post("/v1/decodes", content=(DATA / "kodim23.msh").read_bytes())
+    assert answer.status_code == 200
+    assert psnr(pixels(answer), photo) == pytest.approx(float(found[1]), abs=0.1)
+
+
+def test_compressai_files_can_be_written(api: httpx.Client, small: image.Pixels) -> None:
+    client = api
+    asked = {"format": "compressai", "quality": 1}
+    made = client.post("/v1/encodes", params=asked, content=image.write(small, "png")).content
+    found = client.post("/v1/inspect", content=made).json()
+    assert (found["format"], found["profile"], found["quality"]) == ("compressai", "float", 1)
+    assert client.post("/v1/decodes", content=made).status_code == 200
+
+
+def test_inspect_tells_what_the_header_says(api: httpx.Client, small_msh: bytes) -> None:
+    found = api.post("/v1/inspect", content=small_msh).json()
+    assert (found["width"], found["height"], found["bytes"]) == (150, 100, len(small_msh))
+    assert found["decodable"] is True
+    cost = found["costs"]["ddpm-1000"]
+    assert (cost["steps"], cost["megapixel_steps"]) == (1000, 15)
+
+
+def test_every_model_has_a_digest_and_a_card(api: httpx.Client) -> None:
+    for model in api.get("/v1/models").json():
+        file = DATA.parents[1] / "models/weights" / f"{model['name']}.safetensors"
+        assert model["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+        card = api.get(model["card"])
+        assert card.headers["content-type"].startswith("text/markdown")
+        assert f"`{model['name']}.safetensors`" in card.text
+    unknown = api.get(f"/v1/models/{'0' * 16}/card")
+    assert (unknown.status_code, unknown.headers["content-type"]) == (404, PROBLEM)
+
+
+def giant() -> bytes:
+    return struct.pack(">BBIIBIII", 3, 1, 65535, 65535, 8, 1024, 1024, 2) + bytes(64)
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "kind"),
+    [
+        ("empty", 400, "malformed-header"),
+        ("header cut", 400, "malformed-header"),
+        ("payload cut", 422, "length-mismatch"),
+        ("z string cut", 422, "checksum-mismatch"),
+        ("byte changed", 422, "checksum-mismatch"),
+        ("random", 415, "unsupported-codec"),
+        ("65535x65535", 413, "picture-too-large"),
+        ("picture", 415, "unsupported-codec"),
+    ],
+)
+def test_wrong_bytes_get_a_clear_problem(
+    api: httpx.Client, small_msh: bytes, small: image.Pixels, name: str, status: int, kind: str
+) -> None:
+    data = {
+        "empty": b"",
+        "header cut": small_msh[:20],
+        "payload cut": small_msh[:100],
+        "z string cut": small_msh[:-1],
+        "byte changed": small_msh[:200] + bytes([small_msh[200] ^ 1]) + small_msh[201:],
+        "random": bytes([200]) + np.random.default_rng(0).bytes(3000),
+        "65535x65535": giant(),
+        "picture": image.write(small, "png"),
+    }[name]
+    for tier in ("instant", "perceptual"):
+        answer = api.post("/v1/decodes", params={"tier": tier}, content=data)
+        assert answer.status_code == status
+        assert answer.headers["content-type"] == PROBLEM
+        assert answer.headers["cache-control"] == "no-store"
+        problem = answer.json()
+        assert problem["type"] == f"urn:afterimage:problem:{kind}"
+        assert problem["status"] == status
+        assert len(problem["detail"]) > 10
+        assert "location" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("tier=best", "perceptual"),
+        ("seed=-1", "seed"),
+        ("seed=18446744073709551616", "seed"),
+        ("tier=ddim-10&steps=0", "steps"),
+        ("tier=ddim-10&eta=2", "eta"),
+        ("tier=ddim-10&eta=nan", "eta"),
+        ("tier=ddpm-100&eta=0.5", "eta"),
+    ],
+)
+def test_wrong_parameters_are_named(
+    api: httpx.Client, small_msh: bytes, query: str, said: str
+) -> None:
+    answer = api.post(f"/v1/decodes?{query}", content=small_msh)
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == PROBLEM
+    assert said in answer.json()["detail"]
+
+
+def test_pictures_that_cannot_be_encoded(api: httpx.Client, small: image.Pixels) -> None:
+    client = api
+    large = image.write(np.zeros((1001, 1000, 3), np.uint8), "png")
+    for data, status in (
+        (b"", 422),
+        (b"hello", 415),
+        (large, 413),
+        (image.write(small, "png")[:99], 422),
+    ):
+        answer = client.post("/v1/encodes", content=data)
+        assert (answer.status_code, answer.headers["content-type"]) == (status, PROBLEM)
+    assert client.post("/v1/encodes?quality=4", content=b"").status_code == 422
+    assert client.post("/v1/encodes?format=jpeg", content=b"").status_code == 422
+
+
+@pytest.mark.parametrize("id", ["0" * 31, "A" * 32, "\U0001f426", "nothing"])
+def test_what_is_no_id_is_refused(api: httpx.Client, id: str) -> None:
+    for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/retry"), ("GET", "/events")):
+        answer = api.request(method, f"/v1/decodes/{id}{path}")
+        assert (answer.status_code, answer.headers["content-type"]) == (422, PROBLEM)
+        assert answer.json()["errors"][0]["parameter"] == "id"
+
+
+@pytest.mark.parametrize("path", ["", "/image"])
+def test_an_unknown_decode_is_not_found(api: httpx.Client, path: str) -> None:
+    answer = api.get(f"/v1/decodes/{'0' * 32}{path}")
+    assert (answer.status_code, answer.headers["content-type"]) == (404, PROBLEM)
+
+
+def test_unknown_paths_and_methods_are_problems(api: httpx.Client) -> None:
+    for method, path, status in (("GET", "/nothing", 404), ("DELETE", "/v1/inspect", 405)):
+        answer = api.request(method, path)
+        assert (answer.status_code, answer.headers["content-type"]) == (status, PROBLEM)
+    answer = api.patch(f"/v1/decodes/{'0' * 32}")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET, PUT")
+    answer = api.post("/")
+    assert (answer.status_code, answer.headers["allow"]) in {
+        (405, m) for m in ("GET, HEAD", "HEAD, GET")
+    }
+
+
+def test_the_documentation_needs_no_other_host(api: httpx.Client) -> None:
+    page = api.get("/docs")
+    assert page.status_code == 200
+    assert "swagger" in page.text
+    assert not re.findall(r"https?://", page.text)
+
+
+def test_openapi_has_examples_and_describes_every_problem(api: httpx.Client) -> None:
+    schema = api.get("/openapi.json").json()
+    assert schema["openapi"].startswith("3.1")
+    assert schema["components"]["schemas"]["Problem"]["examples"]
+    assert "HTTPValidationError" not in schema["components"]["schemas"]
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            for status, answer in operation["responses"].items():
+                for kind, content in answer.get("content", {}).items():
+                    shown = _examples(schema, content)
+                    binary = kind.startswith("image/") or kind in FILES
+                    assert shown or binary, (path, kind)
+                    if int(status) >= 400:
+                        assert kind == PROBLEM
+                        assert all(e["status"] == int(status) for e in shown)
+            if method in {"post", "put"} and operation["operationId"] not in {"retry", "share"}:
+                assert "application/octet-stream" in operation["requestBody"]["content"] or (
+                    "image/png" in operation["requestBody"]["content"]
+                )
+
+
+def _examples(schema: Any, content: Any) -> list[Any]:
+    """The examples of one kind of answer: its own, or those of the model that it is, or lists."""
+    if "example" in content:
+        return [content["example"]]
+    if "examples" in content:
+        return [e["value"] for e in content["examples"].values()]
+    model = content.get("schema", {})
+    model = model.get("items", model)
+    if "$ref" in model:
+        model = schema["components"]["schemas"][model["$ref"].rpartition("/")[2]]
+    return list(model.get("examples", []))
+
+
+def test_tiers_are_listed(api: httpx.Client) -> None:
+    tiers = {t["name"]: t for t in api.get("/v1/tiers").json()}
+    assert tiers["instant"]["sampler"] is None
+    assert (tiers["ddpm-1000"]["sampler"], tiers["ddpm-1000"]["steps"]) == ("ddpm", 1000)

@@ -1,0 +1,1 @@
+"""What several tests share: running services, stores and workers, factories, and waiting."""

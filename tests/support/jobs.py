@@ -1,0 +1,19 @@
+"""Factories for jobs."""
+
+from models import checkpoint
+from models.codec import bitstream
+from models.tiers import Settings
+from worker.queue.records import DecodeRequest
+
+FAST = Settings("ddim", 2, beta=1.0)
+"""Two steps: the quickest drawing that a job can ask for and that reports progress."""
+
+
+def decode_of(
+    data: bytes, settings: Settings = FAST, seed: int = 0, tier: str = "perceptual"
+) -> DecodeRequest:
+    """A decode of the bitstream `data` with the shipped weights."""
+    b = bitstream.parse(data)
+    ids = {e.kind: e.weights_id for e in checkpoint.manifest() if e.quality in {0, b.quality}}
+    return DecodeRequest(bitstream.digest(data), tier, settings, seed, ids["codec"], ids["decoder"],
+                  b.quality, b.width, b.height)  # fmt: skip

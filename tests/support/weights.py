@@ -1,0 +1,38 @@
+"""Shipped weights that are read from disk once for all tests of a process."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models import checkpoint
+from models.codec import zoo
+from models.diffusion import decoder
+
+_codec = functools.cache(zoo.load)
+_decoder = functools.cache(decoder.load)
+
+
+@contextlib.contextmanager
+def loaded_once() -> Iterator[None]:
+    """Let `zoo.load` and `decoder.load` return the shipped networks that were loaded before.
+
+    Other folders are read as ever. Only for tests that do not change the networks.
+    """
+    load_codec, load_decoder = zoo.load, decoder.load
+
+    def codec(quality: int, metric: Any = "mse", folder: Path = checkpoint.WEIGHTS) -> Any:
+        load = _codec if folder == checkpoint.WEIGHTS else load_codec
+        return load(quality, metric, folder)
+
+    def diffusion(folder: Path = checkpoint.WEIGHTS, device: Any = None) -> Any:
+        load = _decoder if folder == checkpoint.WEIGHTS else load_decoder
+        return load(folder, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zoo, "load", codec)
+        patch.setattr(decoder, "load", diffusion)
+        yield
