@@ -1,6 +1,7 @@
 """Import and export CompressAI's checkpoints of `mbt2018-mean`. Requests do not use this module."""
 
 import contextlib
+import io
 import re
 import socket
 import sys
@@ -22,7 +23,7 @@ from models.codec import catalogue, zoo
 from models.codec.bitstream import Metric
 from models.codec.msh import MeanScaleHyperprior
 from models.errors import ParameterError, WeightsError
-from models.files import atomic_write
+from models.files import write_output
 
 SUFFIXES = (".safetensors", ".pth", ".pth.tar")
 TIMEOUT_S = 30.0
@@ -165,11 +166,13 @@ def write(state: dict[str, Tensor], file: Path) -> None:
     Raises `ParameterError` for other suffixes than `SUFFIXES`.
     """
     check_suffix(file)
-    with atomic_write(file) as part, part.open("wb") as out:
-        if file.suffix == ".safetensors":
-            out.write(save({k: v.contiguous() for k, v in state.items()}))
-        else:
-            torch.save(state, out)
+    if file.suffix == ".safetensors":
+        data = save({k: v.contiguous() for k, v in state.items()})
+    else:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+    write_output(file, data)
 
 
 def _check_tables(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """`afterimage encode`, `decode` and `inspect`."""
 
 import argparse
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, get_args
 from models.errors import AfterimageError
 from models.tiers import TIERS, Sampler, Settings, check_realism, check_seed, find, vary
 from service.cli import options
-from service.cli.files import convert_each, output_paths, picture_format, write
+from service.cli.files import convert_each, output_paths, picture_format, read_input
 from service.cli.terminal import complain, say
 from service.settings import ServiceSettings
 from worker.settings import without_garbage_collection
@@ -44,8 +45,7 @@ def add(commands: Any) -> None:
     _add_diffusion(decode)
     decode.add_argument(
         "--url",
-        help="decode at this service; the instant picture is written first, then replaced "
-        "(API key: AFTERIMAGE_API_KEY)",
+        help="decode at this service instead of here (API key: AFTERIMAGE_API_KEY)",
     )
     decode.set_defaults(run=_decode)
 
@@ -72,6 +72,8 @@ def _add_diffusion(decode: argparse.ArgumentParser) -> None:
 
 
 def _encode(args: argparse.Namespace) -> int:
+    suffix = ".msh" if args.format == "msh" else ".bin"
+    targets = output_paths(args.inputs, args.output, suffix)
     with without_garbage_collection():
         import torch
 
@@ -79,8 +81,6 @@ def _encode(args: argparse.Namespace) -> int:
         from models.codec import bitstream, catalogue, codec, zoo
 
     settings = ServiceSettings()
-    suffix = ".msh" if args.format == "msh" else ".bin"
-    targets = output_paths(args.inputs, args.output, suffix)
     rows = [*catalogue.imported(settings.weights_dir), *catalogue.shipped()]
     installed = catalogue.find(rows, args.quality, args.metric)
     if installed is None:
@@ -90,7 +90,7 @@ def _encode(args: argparse.Namespace) -> int:
         torch.set_num_threads(settings.threads)
 
     def encode(source: Path) -> bytes:
-        pixels = image.read(source.read_bytes(), settings.max_pixels)
+        pixels = image.read(read_input(source), settings.max_pixels)
         return bitstream.serialize(network.encode(codec.to_tensor(pixels), args.format, "exact"))
 
     return convert_each(targets, encode)
@@ -101,6 +101,11 @@ def _decode(args: argparse.Namespace) -> int:
     check_seed(args.seed)
     check_realism(args.realism)
     overrides = {name: getattr(args, name) for name in SAMPLER_SETTINGS}
+    overridden = [f"--{name}" for name, value in overrides.items() if value is not None]
+    if tier.settings is None and overridden:
+        raise AfterimageError(
+            f"{', '.join(overridden)}: the tier {tier.name} has no sampler; choose another --tier"
+        )
     sampling = tier.settings and vary(tier.settings, **overrides)
     targets = output_paths(args.inputs, args.output, ".png")
     for target in targets.values():
@@ -130,7 +135,7 @@ def _local_decoder(
     models = library.load(settings.threads, sampling is not None, settings.weights_dir)
 
     def decode(source: Path) -> bytes:
-        b = bitstream.parse(source.read_bytes(), settings.max_pixels)
+        b = bitstream.parse(read_input(source), settings.max_pixels)
         text: dict[str, str] = {}
         if sampling is None:
             pixels = models.codec(b).decode(b)
@@ -153,10 +158,7 @@ def _local_decoder(
 def _remote_decoder(
     args: argparse.Namespace, overrides: dict[str, Any], targets: dict[Path, Path]
 ) -> Callable[[Path], bytes]:
-    """The function that decodes a file at the service `args.url`.
-
-    It writes the instant picture to the target first, and returns the final one.
-    """
+    """The function that decodes a file at the service `args.url`."""
     from httpx import InvalidURL, TransportError
     from tqdm import tqdm
 
@@ -166,7 +168,7 @@ def _remote_decoder(
 
     def decode(source: Path) -> bytes:
         format = picture_format(targets[source])
-        data = source.read_bytes()
+        data = read_input(source)
         try:
             with (
                 Client(args.url, os.environ.get("AFTERIMAGE_API_KEY", "")) as client,
@@ -175,8 +177,6 @@ def _remote_decoder(
                 for update in client.decode(
                     data, args.tier, format=format, previews=False, **request
                 ):
-                    if update.kind == "draft" and update.picture:
-                        write(targets[source], update.picture)
                     bar.total = update.total or bar.total
                     bar.update(max(update.step - bar.n, 0))
         except (TransportError, InvalidURL) as e:
@@ -195,13 +195,16 @@ def _inspect(args: argparse.Namespace) -> int:
     rows = [*catalogue.imported(settings.weights_dir), *catalogue.shipped()]
     failures = 0
     for source in args.inputs:
+        line: dict[str, Any] = {"file": str(source)}
         try:
-            data = source.read_bytes()
+            data = read_input(source)
             b = bitstream.parse(data, settings.max_pixels)
         except (AfterimageError, OSError) as e:
             failures += 1
-            complain(f"{source}: {e}")
-            continue
-        installed = catalogue.find(rows, b.quality, b.metric, b.weights_id)
-        say(Inspection.of(b, len(data), installed is not None).model_dump_json())
+            line["error"] = e.strerror if isinstance(e, OSError) else str(e)
+            complain(f"{source}: {line['error']}")
+        else:
+            installed = catalogue.find(rows, b.quality, b.metric, b.weights_id)
+            line |= Inspection.of(b, len(data), installed is not None).model_dump(mode="json")
+        say(json.dumps(line, ensure_ascii=False))
     return 1 if failures else 0

@@ -1,75 +1,127 @@
-"""Output paths of `afterimage encode` and `decode`, and the loop over their input files."""
+"""Inputs and outputs of `afterimage encode`, `decode` and `inspect`; `-` is stdin and stdout."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import AfterimageError
-from models.files import atomic_write
-from service.cli.terminal import complain
+from models.files import write_output
+from service.cli.terminal import complain, note
 
 if TYPE_CHECKING:  # importing it loads Pillow
     from models.image import OutputFormat
+
+STDIO = Path("-")
+"""As an input stdin, as an output stdout."""
 
 
 def output_paths(inputs: Sequence[Path], output: str, suffix: str) -> dict[Path, Path]:
     """Input file -> output file.
 
     `output` is a folder if one exists there, if it ends with / or if there are several inputs;
-    files in it get the input's name with `suffix`. Raises `AfterimageError` if two inputs share an
-    output, or if an input would be overwritten.
+    files in it get the input's name with `suffix`. Raises `AfterimageError` if an input cannot be
+    read, two inputs share an output, or an input would be overwritten.
     """
     path = Path(output)
+    for source in inputs:
+        _check_input(source)
     if len(set(inputs)) < len(inputs):
         raise AfterimageError("an input file is given twice; name each file once")
-    if len(inputs) == 1 and not path.is_dir() and not output.endswith("/"):
+    folder = len(inputs) > 1 or path.is_dir() or output.endswith("/")
+    if not folder:
         targets = {inputs[0]: path}
+    elif STDIO in (*inputs, path):
+        raise AfterimageError("'-' is stdin or stdout; use it with one input and one output file")
+    elif path.exists() and not path.is_dir():
+        raise AfterimageError(f"{path} is a file; choose a folder as output")
     else:
-        if path.exists() and not path.is_dir():
-            raise AfterimageError(f"{path} is a file; choose a folder as output")
         targets = {source: path / f"{source.stem}{suffix}" for source in inputs}
-    if len(set(targets.values())) < len(targets):
-        raise AfterimageError(
-            f"{path}: several inputs have the same name and would be written to the same file; "
-            "write them to different folders"
-        )
-    for source, target in targets.items():
-        if source.resolve() == target.resolve():
-            raise AfterimageError(f"{source} would be overwritten; choose another output")
+    _check_targets(targets)
     return targets
 
 
+def _check_input(source: Path) -> None:
+    """Raise `AfterimageError` unless the input can be opened, before any model is loaded."""
+    if source == STDIO:
+        return
+    if source.is_dir():
+        raise AfterimageError(f"{source} is a folder; name the files in it, as in {source}/*")
+    try:
+        if source.is_file():
+            source.open("rb").close()
+        else:
+            source.stat()
+    except OSError as e:
+        raise AfterimageError(f"{source}: {e.strerror}") from e
+
+
+def _check_targets(targets: dict[Path, Path]) -> None:
+    sources: dict[Path, Path] = {}
+    for source, target in targets.items():
+        other = sources.setdefault(target, source)
+        if other != source:
+            raise AfterimageError(
+                f"{other} and {source} would both be written to {target}; "
+                "write them to different folders"
+            )
+        if source != STDIO and source.resolve() == target.resolve():
+            raise AfterimageError(f"{source} would be overwritten; choose another output")
+
+
+def read_input(source: Path) -> bytes:
+    """Read an input file, or stdin for `-`."""
+    return sys.stdin.buffer.read() if source == STDIO else source.read_bytes()
+
+
 def picture_format(target: Path) -> "OutputFormat":
-    """Picture format of a file name. Raises `AfterimageError` for an unknown suffix."""
+    """Picture format of a file name; PNG for stdout, devices and pipes without a suffix.
+
+    Raises `AfterimageError` for an unknown suffix.
+    """
     from models.image import SUFFIXES
 
+    if target == STDIO or (not target.suffix and target.exists() and not target.is_file()):
+        return "png"
     try:
         return SUFFIXES[target.suffix.lower()]
     except KeyError:
         raise AfterimageError(
-            f"{target}: unknown picture format {target.suffix!r}; choose {', '.join(SUFFIXES)}"
+            f"{target}: unknown picture format {target.suffix!r}; end the name with "
+            f"{', '.join(SUFFIXES)}, or with / for a folder"
         ) from None
 
 
 def convert_each(targets: dict[Path, Path], convert: Callable[[Path], bytes]) -> int:
     """Write `convert(source)` to each target; returns the exit status.
 
-    A file that fails is reported on stderr, and the remaining files are converted.
+    Each output is noted on stderr. A file that fails is reported there, and the remaining files
+    are converted.
     """
     from tqdm import tqdm
 
     failures = 0
     for source, target in tqdm(targets.items(), unit="file", disable=None):
         try:
-            write(target, convert(source))
+            data = convert(source)
         except (AfterimageError, OSError) as e:
             failures += 1
             complain(f"{source}: {e}")
+            continue
+        try:
+            write(target, data)
+        except OSError as e:
+            failures += 1
+            complain(f"{target}: {e.strerror}")
     return 1 if failures else 0
 
 
 def write(target: Path, data: bytes) -> None:
-    """Write a file atomically; its folder is created if it is missing."""
+    """Write an output, or stdout for `-`; its folder is created if it is missing."""
+    if target == STDIO:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target) as part:
-        part.write_bytes(data)
+    write_output(target, data)
+    note(f"{target}: {len(data):,} bytes")

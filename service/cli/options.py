@@ -10,7 +10,7 @@ from models.codec.bitstream import METRICS
 
 def add_inputs(command: argparse.ArgumentParser) -> None:
     """Add the input files, at least one."""
-    command.add_argument("inputs", type=Path, nargs="+", metavar="IN", help="input files")
+    command.add_argument("inputs", type=Path, nargs="+", metavar="IN", help="input files; -: stdin")
 
 
 def add_output(command: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_output(command: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         required=True,
-        help="output file, or a folder: an existing one, or a path that ends with /",
+        help="output file, or a folder: an existing one, or a path that ends with /; -: stdout",
     )
 
 

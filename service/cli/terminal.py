@@ -3,6 +3,13 @@
 import sys
 
 
+def note(text: str) -> None:
+    """Print a line to stderr, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
 def say(text: str) -> None:
     """Print a line to stdout and flush it."""
     print(text, flush=True)  # noqa: T201
@@ -10,5 +17,5 @@ def say(text: str) -> None:
 
 def complain(text: str) -> int:
     """Print an error to stderr; returns 1, the exit status."""
-    print(f"afterimage: {text}", file=sys.stderr)  # noqa: T201
+    note(f"afterimage: {text}")
     return 1
