@@ -42,10 +42,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_own_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Whatever the user imported stays out of the tests."""
+def settings_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hide the user's imported weights, and let workers have their share of the processor.
+
+    With the default niceness, a worker waits for the tests that run in parallel.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(tmp_path_factory.mktemp("no-weights")))
+        patch.setenv("AFTERIMAGE_NICE", "0")
         yield
 
 
