@@ -492,14 +492,14 @@ def test_a_damaged_bitstream_fails_alone_in_its_batch(
 
     good, odd = submit(jobs, small_msh, 1), submit(jobs, small_compressai, 1)
     jobs.queue.remove(good)
-    draft = Library.draft
+    diffusion_input = Library.diffusion_input
 
     def failing(library: Library, b: Bitstream, seed: int) -> DiffusionInput:
         if b.format == "compressai":
             raise RuntimeError("injected")
-        return draft(library, b, seed)
+        return diffusion_input(library, b, seed)
 
-    monkeypatch.setattr(Library, "draft", failing)
+    monkeypatch.setattr(Library, "diffusion_input", failing)
     tasks.enhance(good)
     assert [state(jobs, i).status for i in (good, odd)] == ["succeeded", "failed"]
     assert state(jobs, odd).error == "internal error"
