@@ -222,7 +222,7 @@ def _current_name(name: str) -> str:
 def _download(quality: int, metric: Metric, folder: Path) -> Path:
     with warnings.catch_warnings():  # DeprecationWarning from its dependencies
         warnings.simplefilter("ignore")
-        from compressai.zoo import image as published  # type: ignore[import-untyped]
+        from compressai.zoo import image as published
     from torch.hub import download_url_to_file
 
     url: str = published.model_urls["mbt2018-mean"][metric][quality]

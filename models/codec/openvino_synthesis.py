@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import openvino as ov  # type: ignore[import-untyped]
+import openvino as ov
 import torch
 from filelock import FileLock
 from openvino import opset13 as ops

@@ -129,7 +129,7 @@ def compressai_model(N: int, M: int) -> Any:
     """Return CompressAI's `MeanScaleHyperprior`. API and worker never import `compressai`."""
     with warnings.catch_warnings():  # DeprecationWarning from its dependencies
         warnings.simplefilter("ignore")
-        from compressai.models import MeanScaleHyperprior as Reference  # type: ignore[import-untyped]
+        from compressai.models import MeanScaleHyperprior as Reference
 
     return Reference(N, M)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur  # type: ignore[import-untyped]
+from torchvision.transforms.functional import gaussian_blur
 
 from models.evaluate.metrics import mse, psnr
 

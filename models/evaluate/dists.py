@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import piq  # type: ignore[import-untyped]
+import piq
 import torch
 import torchmetrics.functional.image
 from torch import Tensor, nn
-from torchvision.models import vgg16  # type: ignore[import-untyped]
+from torchvision.models import vgg16
 
 from models.errors import WeightsError
 from models.evaluate.metrics import read_state

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-import piq  # type: ignore[import-untyped]
+import piq
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -72,7 +72,7 @@ class LpipsMetric:
 
         Without `weights` the package downloads them. Raises `WeightsError` if they do not fit.
         """
-        import lpips  # type: ignore[import-untyped]
+        import lpips
 
         with warnings.catch_warnings():
             warnings.simplefilter(

@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -110,7 +111,8 @@ def test_pictures_are_never_stored_in_the_queue(own: Rig, worker: Worker, small_
     assert own.ended(job).status == "succeeded"
     assert own.store.preview(job) and own.store.picture(job)
     queue = own.store.queue
-    for key in queue.keys():
+    keys: list[Any] = queue.keys()
+    for key in keys:
         values = queue.dump(key) or b""
         assert b"\x89PNG" not in values and b"WEBP" not in values
         assert key.startswith((b"afterimage:", b"rq:"))

@@ -34,6 +34,7 @@ def run_process(*args: object, cwd: Path | None = None) -> subprocess.CompletedP
 
 def afterimage(*args: object, cwd: Path | str = ".") -> subprocess.CompletedProcess[str]:
     """Run the command in this process, which has imported torch already."""
+    arguments = [str(a) for a in args]
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(out),
@@ -42,10 +43,10 @@ def afterimage(*args: object, cwd: Path | str = ".") -> subprocess.CompletedProc
         mock.patch.dict(os.environ),
     ):
         try:
-            code = main.main([str(a) for a in args])
+            code = main.main(arguments)
         except SystemExit as e:
             code = int(e.code or 0)
-    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def refused(done: subprocess.CompletedProcess[str], message: str, status: int = 1) -> None:

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
 
 def test_the_job_of_a_killed_worker_runs_again(service: Service, small_msh: bytes) -> None:
-    asked = {"tier": "ddpm-1000", "steps": 60}
+    asked: dict[str, str | int] = {"tier": "ddpm-1000", "steps": 60}
     answer = service.client.post("/v1/decodes", params=asked, content=small_msh)
     location = answer.headers["location"]
     (worker,) = (

@@ -31,8 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-import mutate
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from models import image
 from models.codec import bitstream, rans, recovery, zoo
@@ -40,6 +39,7 @@ from models.codec.codec import Codec
 from models.codec.hyperprior import LatentCoder
 from models.errors import BitstreamError, ChecksumMismatch, PictureTooLarge, WrongWeights
 from models.library import Library
+from tests.fuzz import mutate
 from worker.settings import WorkerSettings, prepare_process
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
@@ -98,6 +98,12 @@ class CachingCoder(LatentCoder):
         yield from self.recovered[key]
 
 
+def caching_coder(codec: Codec) -> CachingCoder:
+    """The coder of a codec that the fuzzer runs."""
+    assert isinstance(codec.latent_coder, CachingCoder)
+    return codec.latent_coder
+
+
 class Shared:
     """Memory that a child shares with its parent, so that counts survive a crash.
 
@@ -137,8 +143,7 @@ def judge(codecs: Library, m: mutate.Mutant, fresh: bool) -> tuple[str, int]:
         return "header", 0
     try:
         codec = codecs.codec(b)
-        coder = codec.latent_coder
-        assert isinstance(coder, CachingCoder)
+        coder = caching_coder(codec)
         coder.fresh, coder.z_symbols = fresh, None
         latents = codec.latents(b)
     except WrongWeights:
@@ -183,8 +188,7 @@ class Fuzzer:
         self.seeds, self.seed = seeds, seed
         self.small = seeds[0].symbols.size < 10**5
         for s in seeds if self.small else ():
-            coder = caching[s.parsed.quality].latent_coder
-            assert isinstance(coder, CachingCoder)
+            coder = caching_coder(caching[s.parsed.quality])
             caching[s.parsed.quality].latents(s.parsed)
             assert coder.z_symbols is not None
             coder.known.add(coder.z_symbols.tobytes())

@@ -52,7 +52,7 @@ def test_a_committed_stream_decodes_to_the_cards_psnr(
 
 def test_compressai_files_can_be_written(api: httpx.Client, small: image.Pixels) -> None:
     client = api
-    asked = {"format": "compressai", "quality": 1}
+    asked: dict[str, str | int] = {"format": "compressai", "quality": 1}
     made = client.post("/v1/encodes", params=asked, content=image.write(small, "png")).content
     found = client.post("/v1/inspect", content=made).json()
     assert (found["format"], found["profile"], found["quality"]) == ("compressai", "float", 1)

@@ -270,7 +270,8 @@ def test_kid_is_the_double_sum_over_patches_of_different_pictures() -> None:
     total, pairs = 0.0, 0
 
     def k(a: Array, b: Array) -> float:
-        return (sum(u * v for u, v in zip(a, b, strict=True)) / 4 + 1) ** 3
+        kernel: float = (sum(u * v for u, v in zip(a, b, strict=True)) / 4 + 1) ** 3
+        return kernel
 
     for p in range(4):
         for q in range(4):

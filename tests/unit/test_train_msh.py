@@ -162,9 +162,7 @@ def test_rescaled_latents_give_the_same_picture() -> None:
 
 
 def test_densities_equal_those_of_compressai() -> None:
-    from compressai.entropy_models import (  # type: ignore[import-untyped]
-        EntropyBottleneck as Bottleneck,
-    )
+    from compressai.entropy_models import EntropyBottleneck as Bottleneck
     from compressai.entropy_models import GaussianConditional
 
     torch.manual_seed(0)

@@ -408,7 +408,12 @@ def test_removing_weights_deletes_their_entry_and_file(tmp_path: Path, folder: P
 def test_the_manifest_can_hold_any_source_name(tmp_path: Path) -> None:
     names = ['a "b" \\ c', "ü 🦜", "line\nbreak \x7f \x1b", "bad \udcff"]
     for quality, source in enumerate(names, 1):
-        row = {"kind": "codec", "quality": quality, "metric": "mse", "source": source}
+        row: dict[str, str | int] = {
+            "kind": "codec",
+            "quality": quality,
+            "metric": "mse",
+            "source": source,
+        }
         catalogue.install({"a": torch.zeros(quality)}, f"q{quality}", tmp_path, row)
     sources = [e.source for e in checkpoint.manifest(tmp_path)]
     assert sources == ['a "b" \\ c', "ü 🦜", "line?break ? ?", "bad ?"]
@@ -416,7 +421,7 @@ def test_the_manifest_can_hold_any_source_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["../", "/etc/", "sub/"])
 def test_a_manifest_with_a_file_outside_its_folder_is_refused(tmp_path: Path, folder: str) -> None:
-    row = {"kind": "codec", "quality": 2, "metric": "mse"}
+    row: dict[str, str | int] = {"kind": "codec", "quality": 2, "metric": "mse"}
     catalogue.install({"a": torch.zeros(1)}, "a", tmp_path, row)
     manifest = tmp_path / catalogue.MANIFEST
     manifest.write_text(manifest.read_text().replace('"a.safe', f'"{folder}a.safe'))
