@@ -103,7 +103,10 @@ class Submission:
                 self.services, self.request, state.id, self.prefer.wait_s
             )
             self.request.state.waited_s = time.perf_counter() - began
-            state, eta_s = await watching.load(self.services, state.id, self.caller.name), None
+            state, eta_s = (
+                await watching.load_and_renew(self.services, state.id, self.caller.name),
+                None,
+            )
             finished = await self._finished_picture(state)
             if finished is not None:
                 headers["Preference-Applied"] = f"wait={self.prefer.wait_s}"

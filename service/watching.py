@@ -28,7 +28,7 @@ def find(services: Services, id: str) -> JobState:
     return state
 
 
-async def load(services: Services, id: str, caller: str) -> JobState:
+async def load_and_renew(services: Services, id: str, caller: str) -> JobState:
     """Return the state of a decode and extend the caller's subscription. Raises `JobNotFound`."""
 
     def find_and_renew() -> JobState:

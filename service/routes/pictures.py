@@ -61,10 +61,10 @@ async def picture(
     """The finished picture or, until it is ready, the instant picture; the header
     `X-Afterimage-Tier` names its tier."""
     tiers.find(min_tier)
-    state = await watching.load(services, id, caller.name)
+    state = await watching.load_and_renew(services, id, caller.name)
     if min_tier != "instant" and prefer.wait_s:
         await watching.wait_until_ended(services, request, id, prefer.wait_s)
-        state = await watching.load(services, id, caller.name)
+        state = await watching.load_and_renew(services, id, caller.name)
     watching.check_kept(state)
     if _RANKS[min_tier] > _rank(state.decode):
         raise Conflict(
@@ -97,7 +97,7 @@ async def picture(
 async def preview(services: ServicesDep, caller: ImageCaller, id: JobId) -> Response:
     """The latest intermediate picture of a running decode. Previews are made only while a client
     reads its events."""
-    state = await watching.load(services, id, caller.name)
+    state = await watching.load_and_renew(services, id, caller.name)
     file = await anyio.to_thread.run_sync(services.store.preview, id)
     if file is None:
         raise JobNotFound(

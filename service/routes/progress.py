@@ -45,7 +45,7 @@ async def status(
 ) -> schemas.Decode:
     """Status, finished steps and position in the queue. With `Prefer: wait=N`, responds when the
     decode has ended or after N seconds."""
-    state = await watching.load(services, id, caller.name)
+    state = await watching.load_and_renew(services, id, caller.name)
     watching.check_kept(state)
     if prefer.wait_s:
         await watching.wait_until_ended(services, request, id, prefer.wait_s)
@@ -60,7 +60,7 @@ async def _kept_state(services: ServicesDep, caller: DecodeCaller, id: JobId) ->
 
     This is a dependency, so that its errors are raised before the event stream begins.
     """
-    state = await watching.load(services, id, caller.name)
+    state = await watching.load_and_renew(services, id, caller.name)
     watching.check_kept(state)
     return state
 
