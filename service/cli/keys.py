@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
     """Add `keys` to the parser's commands."""
     keys = commands.add_parser("keys", help="create API keys")
     new = keys.add_subparsers(required=True, metavar="COMMAND").add_parser(
-        "new", help="create a key and print it; the key file contains only its SHA-256"
+        "new", help="create a key and print it once; only its SHA-256 is stored"
     )
     new.add_argument(
         "name", metavar="NAME", help="name of the caller; keys of one name share their limits"
@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
     new.add_argument(
         "--scopes",
         default="decode",
-        help=f"operations that the key allows: {','.join(SCOPES)} (default: decode)",
+        help=f"comma-separated operations that the key allows: {','.join(SCOPES)} (default: decode)",
     )
     new.add_argument(
         "--requests-per-minute", type=int, metavar="N", help="largest number of requests per minute"
