@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
     new.add_argument(
         "--scopes",
         default="decode",
-        help=f"comma-separated operations that the key allows: {','.join(SCOPES)} (default: decode)",
+        help=f"comma-separated list of what the key allows: {','.join(SCOPES)} (default: decode)",
     )
     new.add_argument(
         "--requests-per-minute", type=int, metavar="N", help="largest number of requests per minute"
