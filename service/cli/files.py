@@ -21,12 +21,15 @@ def output_paths(inputs: Sequence[Path], output: str, suffix: str) -> dict[Path,
     """
     path = Path(output)
     if len(set(inputs)) < len(inputs):
-        raise AfterimageError("an input file is given twice; name each file once")
+        twice = next(source for source in inputs if list(inputs).count(source) > 1)
+        raise AfterimageError(f"the input {twice} is given twice; name it once")
     if len(inputs) == 1 and not path.is_dir() and not output.endswith("/"):
         targets = {inputs[0]: path}
     else:
         if path.exists() and not path.is_dir():
-            raise AfterimageError(f"{path} is a file; choose a folder as output")
+            raise AfterimageError(
+                f"the output {path} is a file, but must be a folder; choose another"
+            )
         targets = {source: path / f"{source.stem}{suffix}" for source in inputs}
     if len(set(targets.values())) < len(targets):
         raise AfterimageError(
@@ -35,7 +38,9 @@ def output_paths(inputs: Sequence[Path], output: str, suffix: str) -> dict[Path,
         )
     for source, target in targets.items():
         if source.resolve() == target.resolve():
-            raise AfterimageError(f"{source} would be overwritten; choose another output")
+            raise AfterimageError(
+                f"{source} is an input and would be overwritten; choose another output"
+            )
     return targets
 
 
@@ -52,9 +57,9 @@ def picture_format(target: Path) -> "OutputFormat":
 
 
 def convert_each(targets: dict[Path, Path], convert: Callable[[Path], bytes]) -> int:
-    """Write `convert(source)` to each target; returns the exit status.
+    """Write `convert(source)` to the target of each source; returns the exit status.
 
-    A file that fails is reported on stderr, and the remaining files are converted.
+    If a file fails, the error is printed to stderr and the next file is converted.
     """
     from tqdm import tqdm
 
