@@ -116,7 +116,7 @@ def check(url: str, allow: Set[str] = frozenset(), resolver: Resolver = resolve)
     except (OSError, UnicodeError):
         addresses = ()
     if not addresses or not (allowed or all(is_public(a) for a in addresses)):
-        raise ParameterError(f"webhook: {host} must resolve, and to public addresses only")
+        raise ParameterError(f"webhook: {host} does not resolve, or not to public addresses only")
     return Target(scheme, host, port, path, addresses[:MAX_ADDRESSES])
 
 
