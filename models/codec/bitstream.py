@@ -193,9 +193,7 @@ def _other_model(data: bytes) -> str:
         "Only 'mbt2018-mean' is supported"
     )
     if data[0] == _MBT2018_MEAN - 1:
-        text += (
-            ". CompressAI before 1.2.2 wrote this id for 'mbt2018-mean'; encode it again"
-        )
+        text += ". CompressAI before 1.2.2 wrote this id for 'mbt2018-mean'; encode it again"
     return text
 
 
