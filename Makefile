@@ -28,8 +28,8 @@ run: $(READY) ## start Redis, the API and one worker on http://127.0.0.1:8000
 demo: $(READY) ## encode a photograph, decode it with two tiers, save a comparison (PHOTO=, URL=)
 	@$(BIN)/python -P -m service.cli.demo $(PHOTO) $(if $(URL),--url $(URL))
 
-test: $(READY) browser ## run all tests, in two processes; lists the slowest
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations=25
+test: $(READY) browser ## run all tests, in three processes; lists the slowest
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --durations=25
 
 browser: $(READY) ## install Chromium for the tests of the page: Debian's as root, else Playwright's
 	-@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \

@@ -35,7 +35,7 @@ class Settings:
         if self.sampler != "ddim" and self.eta:
             raise ParameterError(
                 f"eta is {self.eta}, but only the sampler ddim has an eta; "
-                f"leave it out or 0 with {self.sampler}"
+                f"leave it out, or set it to 0, for {self.sampler}"
             )
 
     @property
@@ -46,7 +46,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """A public point on the distortion-perception curve. `settings` is None for `instant`."""
+    """A named choice between low distortion and realism. `settings` is None for `instant`."""
 
     name: str
     settings: Settings | None

@@ -1,4 +1,4 @@
-"""DISTS (Ding 2020) with `piq`, from local weights instead of downloads."""
+"""DISTS (Ding 2020) by the package `piq`, but with local weights instead of downloaded ones."""
 
 from pathlib import Path
 

@@ -60,7 +60,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
         reason = str(e).partition("\n")[0]
         raise WeightsError(f"{file}: not a weights file: {reason}") from e
     if not isinstance(state, dict):
-        raise WeightsError(f"{file}: not a dictionary of tensors")
+        raise WeightsError(f"{file}: holds a {type(state).__name__}, not a dictionary of tensors")
     return state
 
 

@@ -142,7 +142,7 @@ def _local_decoder(
                 def on_step(_step: int, _steps: int, _picture: Callable[[], Tensor]) -> None:
                     bar.update()
 
-                pixels = models.perceptual(b, sampling, args.seed, on_step, args.realism)
+                pixels = models.draw(b, sampling, args.seed, on_step, args.realism)
             ids = models.weights_ids(b)
             text = library.provenance(args.tier, sampling, args.seed, *ids, args.realism)
         return image.write(pixels, picture_format(targets[source]), text)

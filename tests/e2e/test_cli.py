@@ -127,7 +127,7 @@ def test_a_diffusion_picture_declares_synthesised_detail(tmp_path: Path, small_m
 
 def test_invalid_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFTERIMAGE_MAX_PIXELS", "many")
-    refused(afterimage("inspect", DATA / "kodim23.msh"), "max_pixels")
+    refused(afterimage("inspect", DATA / "kodim23.msh"), "AFTERIMAGE_MAX_PIXELS")
     monkeypatch.delenv("AFTERIMAGE_MAX_PIXELS")
     monkeypatch.setenv("AFTERIMAGE_CORS_ORIGINS", "https://a.example")  # not JSON
     refused(afterimage("inspect", DATA / "kodim23.msh"), "cors_origins")

@@ -371,12 +371,12 @@ def test_latents_of_imported_codecs_are_hidden_from_the_diffusion_decoder(
     assert latents.y_hat.shape[1] == 320
     hidden = tiny_decoder.sample(latents, x_hat, 5, FAST, 3, latents_visible=False)
     expected = codec.crop_to_pixels(hidden, b.height, b.width)
-    assert np.array_equal(installed.perceptual(b, FAST, 3), expected)
+    assert np.array_equal(installed.draw(b, FAST, 3), expected)
 
     b = shipped.encode(codec.to_tensor(small), "msh", "exact")
     visible = tiny_decoder.sample(*installed.codec(b).reconstruct(b), 2, FAST, 3)
     expected = codec.crop_to_pixels(visible, b.height, b.width)
-    assert np.array_equal(installed.perceptual(b, FAST, 3), expected)
+    assert np.array_equal(installed.draw(b, FAST, 3), expected)
 
 
 @pytest.mark.weights
@@ -385,7 +385,7 @@ def test_the_shipped_diffusion_decoder_works_with_an_imported_codec(
 ) -> None:
     installed = Library({}, decoder.load(), zoo.Imports(catalogue.imported(folder)))
     b, _ = compressed(foreign, small, 5)
-    assert installed.perceptual(b, Settings("ddim", 1), 0).shape == small.shape
+    assert installed.draw(b, Settings("ddim", 1), 0).shape == small.shape
 
 
 def test_realism_mixes_the_instant_and_the_finished_picture(shipped: Codec, small: Pixels) -> None:

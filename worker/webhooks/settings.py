@@ -48,7 +48,7 @@ class WebhookSettings(BaseSettings):
             except ValueError:
                 size = 0
             if not secret.startswith("whsec_") or not 24 <= size <= 64:
-                raise ValueError("the secret must be whsec_ and base64 of 24 to 64 bytes")
+                raise ValueError("write each secret as whsec_ and base64 of 24 to 64 bytes")
         return value
 
     @property
