@@ -88,13 +88,15 @@ class CachingCoder(LatentCoder):
             self.priors[key, profile] = super()._prior(z_symbols, profile)
         return self.priors[key, profile]
 
-    def _priors(self, z_symbols: rans.Int32Array) -> Iterator[tuple[str, rans.Int32Array, Tensor]]:
+    def _recovery_priors(
+        self, z_symbols: rans.Int32Array
+    ) -> Iterator[tuple[str, rans.Int32Array, Tensor]]:
         key = z_symbols.tobytes()
         if self.fresh or key not in self.known:
-            yield from super()._priors(z_symbols)
+            yield from super()._recovery_priors(z_symbols)
             return
         if key not in self.recovered:
-            self.recovered[key] = list(super()._priors(z_symbols))
+            self.recovered[key] = list(super()._recovery_priors(z_symbols))
         yield from self.recovered[key]
 
 
