@@ -169,7 +169,7 @@ def canonical(b: bitstream.Bitstream, coder: CachingCoder, arithmetic: str) -> b
     indexes = (
         coder._prior(z_symbols, arithmetic)[0]
         if arithmetic == "float"
-        else next(i for name, i, _ in coder._priors(z_symbols) if name == arithmetic)
+        else next(i for name, i, _ in coder._recovery_priors(z_symbols) if name == arithmetic)
     )
     symbols = rans.decode(b.y_string, indexes, coder.y_tables)
     channels = np.broadcast_to(np.arange(len(z_symbols))[:, None, None], z_symbols.shape)
