@@ -25,11 +25,11 @@ setup: $(READY) ## create the environment in .venv
 run: $(READY) ## start Redis, the API and one worker on http://127.0.0.1:8000
 	@$(BIN)/afterimage serve
 
-demo: $(READY) ## encode a photograph, decode it at every quality, save a comparison (PHOTO=, URL=)
+demo: $(READY) ## encode a photograph, decode it with two tiers, save a comparison (PHOTO=, URL=)
 	@$(BIN)/python -P -m service.cli.demo $(PHOTO) $(if $(URL),--url $(URL))
 
-test: $(READY) browser ## run all tests, in two processes; lists the slowest
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations=25
+test: $(READY) browser ## run all tests, in three processes; lists the slowest
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --durations=25
 
 browser: $(READY) ## install Chromium for the tests of the page: Debian's as root, else Playwright's
 	-@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
@@ -51,10 +51,10 @@ docs: $(READY) ## update the tables of environment variables in deploy/OPERATING
 hooks: $(READY) ## run ruff and mypy before each git commit
 	@$(BIN)/pre-commit install
 
-bench: $(READY) $(if $(filter decode diffusion http,$(PART)),,browser) ## time and memory, against CompressAI in one process (PART=decode, diffusion, http or page)
+bench: $(READY) $(if $(filter decode diffusion http,$(PART)),,browser) ## measure time and memory, against CompressAI (PART=decode, diffusion, http or page; default: all)
 	@for part in $(or $(PART),decode diffusion http page); do $(BIN)/python -P tests/bench/$$part.py || exit; done
 
-chaos: $(READY) ## jobs under kills and restarts for MINUTES=10; fails where something is lost
+chaos: $(READY) ## jobs while workers and Redis are killed, for MINUTES=10; fails if a job is lost
 	@OMP_NUM_THREADS=1 $(BIN)/python -P tests/chaos/run.py --minutes $(or $(MINUTES),10)
 
 screens: $(READY) browser ## screenshots of the page in runs/screens; the README's in tests/screens
@@ -68,7 +68,7 @@ load: $(READY) ## locust against a local service: 1, 2, 4 workers, 1 and 2 API p
 fuzz: $(READY) ## mutated bitstreams of both formats; fails on any violation (N=, SEED=)
 	@$(BIN)/python -P -W ignore tests/fuzz/bitstreams.py $(or $(N),100000) --seed $(or $(SEED),0)
 
-lock: $(READY) ## pin what the tests ran with, with hashes (PIP_INDEX_URL= for another index)
+lock: $(READY) ## pin the packages of .venv with hashes (PIP_INDEX_URL= for another index)
 	@$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet pip-tools
 	@$(BIN)/pip freeze --exclude-editable >.venv/lock/tested.txt
 	@for target in cpu cuda; do \
@@ -84,7 +84,7 @@ image: ## build the container image with docker, podman or buildah (TARGET=cpu o
 image-test: $(READY) image ## run the image: both roles, decodes, SIGTERM (TARGET=, ENGINE=)
 	@ENGINE=$(ENGINE) $(BIN)/python -P tests/image/run.py $(or $(TARGET),cpu)
 
-deploy-check: $(READY) ## what needs tools from elsewhere: promtool, checkov, kustomize
+deploy-check: $(READY) ## check manifests and alert rules; needs promtool and kubectl, installs checkov
 	@deploy/check.sh
 
 gpu-check: $(READY) ## CUDA against CPU, one minute of each trainer, timings; fails without a device (the script: exit 3)

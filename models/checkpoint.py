@@ -1,4 +1,4 @@
-"""Weights files: safetensors listed in a manifest, verified by digest, identified by content."""
+"""Weights files in safetensors format: listed in a manifest with their digests and weights ids."""
 
 import hashlib
 import json
@@ -39,8 +39,8 @@ class Entry:
 def weights_id(tensors: Mapping[str, Tensor]) -> str:
     """Return 16 hex digits that identify the tensors, independent of their file.
 
-    They are the first 8 bytes of SHA-256 over name, dtype, shape and bytes of all tensors, sorted
-    by name.
+    They are the first 8 bytes of a SHA-256 over the name, dtype, shape and bytes of each tensor, in
+    the order of the names.
     """
     h = hashlib.sha256()
     for name in sorted(tensors):
@@ -63,8 +63,10 @@ def manifest(folder: Path = WEIGHTS) -> list[Entry]:
         return entries
     except OSError as e:
         raise WeightsError(f"{path}: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise WeightsError(f"{path}: {e}") from e
+    except KeyError as e:
+        raise WeightsError(f"{path}: the table {e} is missing; import the weights again") from e
+    except (ValueError, TypeError) as e:
+        raise WeightsError(f"{path}: not a valid manifest: {e}; import the weights again") from e
 
 
 def load(entry: Entry, folder: Path = WEIGHTS) -> dict[str, Tensor]:
@@ -88,7 +90,7 @@ def load_with_metadata(
     tensors, metadata = _parse(data, path)
     if (actual := weights_id(tensors)) != entry.weights_id:
         raise WeightsError(
-            f"{path}: its weights id is {actual}, in the manifest {entry.weights_id}; "
+            f"{path}: its weights id is {actual}; the manifest lists {entry.weights_id}; "
             "install or import it again"
         )
     return tensors, metadata

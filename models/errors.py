@@ -2,12 +2,12 @@
 
 AfterimageError
   - BitstreamError          the bitstream cannot be decoded           (422)
-    · MalformedHeader       empty, or shorter than a header           (400)
+    · MalformedHeader       empty, or shorter than its header         (400)
     · UnsupportedCodec      unknown format, version, model or metric  (415)
     · LengthMismatch        lengths or shapes contradict each other   (422)
     · ChecksumMismatch      a checksum does not match                 (422)
     · CorruptStream         entropy-coded bytes that no encoder makes (422)
-    · DesynchronisedStream  the entropy decoder lost step             (422)
+    · DesynchronisedStream  the decoder ends in an unexpected state   (422)
     · WrongWeights          encoded with weights not installed here   (422)
   - PictureTooLarge         more pixels than the limit                (413)
   - PictureError            the picture cannot be read or written     (422)

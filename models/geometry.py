@@ -1,7 +1,8 @@
-"""Picture sizes: limits, padding to the grids of the latents, place of the picture in its padding.
+"""Picture sizes: limits, padding to the grids of the latents, position within the padding.
 
 A codec works on sides that are multiples of 64 pixels: one position of z covers 64×64 pixels, one
-position of y 16×16. Smaller pictures are padded on all sides, as CompressAI does it.
+position of y 16×16. Other sides are padded up to the next multiple, equally at both ends, as
+CompressAI does.
 """
 
 from models.errors import LengthMismatch, PictureTooLarge

@@ -72,8 +72,7 @@ perceptual one of 768×512, and an instant one of 3840×2160. For comparison, `g
 PNG with Z_HUFFMAN_ONLY takes a tenth less time, but flat pictures get larger. JPEG and AVIF are
 lossy: 47.6 and 45.6 dB PSNR to the instant picture."""
 _PNG_DEPTH = 24
-"""Offset of the bits per sample in a PNG file, behind the signature, the chunk header of IHDR,
-width and height."""
+"""Position of the byte with the bits per sample in a PNG file."""
 _TAG = ExifTags.Base
 _TRANSPOSE: Mapping[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -91,9 +90,9 @@ def read(data: bytes, max_pixels: int) -> Pixels:
     """Read a picture file to (H, W, 3) uint8 in sRGB.
 
     The EXIF orientation and the ICC profile are applied; both are ignored if they are broken.
-    Transparent pixels are blended with white, except for a transparent *colour* (tRNS) of a 16-bit
-    PNG, which is ignored. Samples of 16 bits keep their upper 8. Of several frames, the first is
-    read.
+    Transparent pixels are blended with white. The transparent colour (tRNS) of a 16-bit PNG is
+    ignored. Samples of 16 bits are reduced to their upper 8 bits. Of several frames only the first
+    is read.
 
     Raises `UnsupportedPicture` for other formats, `PictureTooLarge` for more than `max_pixels`
     (before they are decoded), `PictureError` for a damaged file.
@@ -113,7 +112,7 @@ def read(data: bytes, max_pixels: int) -> Pixels:
         raise
     except UnidentifiedImageError as e:
         formats = ", ".join(FORMATS)
-        raise UnsupportedPicture(f"no picture in a supported format; use {formats}") from e
+        raise UnsupportedPicture(f"not a picture in a supported format; use {formats}") from e
     except Image.DecompressionBombError as e:
         raise PictureTooLarge(str(e)) from e
     except Exception as e:  # Pillow raises many kinds of errors for damaged files

@@ -1,4 +1,4 @@
-"""All installed models, and the two ways to decode: the instant and the perceptual picture."""
+"""All installed models, and the two ways to decode: by the codec alone, or by diffusion."""
 
 import contextlib
 import ctypes
@@ -50,7 +50,7 @@ class Library:
         return self._shipped(b.quality, b.metric, b.weights_id).weights_id
 
     def weights_ids(self, b: Bitstream) -> tuple[str, str]:
-        """Return the weights ids of the codec and the diffusion decoder ("" without) for `b`."""
+        """Return the weights ids of the codec for `b` and of the diffusion decoder ("": none)."""
         return self.codec_id(b), self.decoder.weights_id if self.decoder else ""
 
     def _shipped(self, quality: int, metric: Metric, weights_id: str) -> Codec:
@@ -59,7 +59,7 @@ class Library:
             raise catalogue.wrong_weights(quality, metric, weights_id)
         return shipped
 
-    def perceptual(
+    def draw(
         self,
         b: Bitstream,
         settings: Settings,
@@ -67,7 +67,7 @@ class Library:
         on_step: OnPicture | None = None,
         alpha: float = 1.0,
     ) -> image.Pixels:
-        """Decode a bitstream to the diffusion decoder's picture, (H, W, 3), at realism `alpha`.
+        """Decode a bitstream by diffusion, with any settings: (H, W, 3), at realism `alpha`.
 
         `on_step` is called after each sampler step. Raises as `diffusion_input` does, and
         `ValueError` without a diffusion decoder.
@@ -113,13 +113,13 @@ class Library:
             b = shipped.encode(x, "msh", "exact")
             self.codec(b).decode(bitstream.parse(bitstream.serialize(b)))
             if self.decoder is not None:
-                self.perceptual(b, Settings("ddim", 1), 0)
+                self.draw(b, Settings("ddim", 1), 0)
         with contextlib.suppress(AttributeError):  # other C libraries have no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def load(threads: int = 0, with_decoder: bool = True, folder: Path | None = None) -> Library:
-    """Load the shipped weights and list those that were imported into the user's `folder`.
+    """Load the shipped weights; list the imported ones in the user's `folder` without loading them.
 
     `threads` is the number of CPU threads, 0 for torch's default. Codecs run on the CPU, the
     diffusion decoder on a CUDA device if there is one. Raises `WeightsError`.

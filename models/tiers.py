@@ -35,7 +35,7 @@ class Settings:
         if self.sampler != "ddim" and self.eta:
             raise ParameterError(
                 f"eta is {self.eta}, but only the sampler ddim has an eta; "
-                f"leave it out or 0 with {self.sampler}"
+                f"leave it out, or set it to 0, for {self.sampler}"
             )
 
     @property
@@ -46,7 +46,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """A public point on the distortion-perception curve. `settings` is None for `instant`."""
+    """A named choice between low distortion and realism. `settings` is None for `instant`."""
 
     name: str
     settings: Settings | None
@@ -56,13 +56,13 @@ class Tier:
 TIERS = {
     tier.name: tier
     for tier in (
-        Tier("instant", None, "The codec's own synthesis: lowest distortion, in the same request."),
+        Tier("instant", None, "The picture of the codec itself: lowest distortion, ready at once."),
         Tier(
             "perceptual",
             Settings("ddim", 4, beta=1.0),
-            "The default upgrade: best looking picture per second.",
+            "DDIM, 4 steps, trained for natural looks: the recommended diffusion tier.",
         ),
-        Tier("ddim-10", Settings("ddim", 10), "DDIM, 10 steps: a fast posterior sample."),
+        Tier("ddim-10", Settings("ddim", 10), "DDIM, 10 steps: a fast sample from the posterior."),
         Tier("ddim-100", Settings("ddim", 100), "DDIM, 100 steps."),
         Tier("ddpm-100", Settings("ddpm", 100), "DDPM ancestral sampling, 100 steps."),
         Tier("ddpm-1000", Settings("ddpm", 1000), "DDPM ancestral sampling, 1000 steps."),

@@ -40,7 +40,7 @@ class Window:
         return _slices(self.kept, scale)
 
     def within(self, scale: int) -> tuple[slice, ...]:
-        """Slices of the network's output for this window that remain without the overlap."""
+        """Slices of the network's output for this window that are kept: those without overlap."""
         (top, bottom, left, right), (y, _, x, _) = self.kept, self.read
         return _slices((top - y, bottom - y, left - x, right - x), scale)
 
@@ -48,8 +48,8 @@ class Window:
 def windows(rows: int, columns: int, area: int, overlap: int) -> Iterator[Window]:
     """Cut a grid of latent positions into windows that read at most `area` positions each.
 
-    Every position is kept by exactly one window. Of all possible cuts, the one that reads the
-    fewest positions twice is used. Raises `ValueError` if `area` is too small for the overlap.
+    Exactly one window keeps each position. The grid of windows is the one that reads the fewest
+    positions more than once. Raises `ValueError` if `area` is too small for the overlap.
     """
     n_rows, n_columns = _grid(rows, columns, area, overlap)
     for i in range(n_rows):
@@ -117,7 +117,7 @@ def _grid(rows: int, columns: int, area: int, overlap: int) -> tuple[int, int]:
 
 
 def _pieces(columns: int, width: int, overlap: int) -> int | None:
-    """Return the fewest pieces of `columns` that fit into `width` with their overlap; or None."""
+    """Return the smallest number of pieces that fit into `width` with their overlap, or None."""
     if columns <= width:
         return 1
     inner = width - 2 * overlap

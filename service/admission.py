@@ -9,10 +9,11 @@ from worker.queue import estimates
 from worker.queue.records import ENDED, JobState
 
 FULL = 0.8
-"""Fraction of the queue's memory above which new jobs are refused; the rest is for jobs that were
-accepted before."""
+"""Used fraction of the queue's memory from which on new jobs are refused; jobs that were accepted
+need the rest."""
 FULL_RETRY_S = 600
-"""`Retry-After` in that case: memory is freed as records and bitstreams expire, not as jobs end."""
+"""`Retry-After` of `QueueFull`. It is long: memory is freed when records and bitstreams expire, not
+when jobs end."""
 
 
 def admit(services: Services, state: JobState | None) -> None:
@@ -27,7 +28,8 @@ def admit(services: Services, state: JobState | None) -> None:
     if backlog > limit:
         metrics.shed("backlog")
         retry = {"Retry-After": str(math.ceil(backlog - limit))}
-        raise Busy(f"{backlog:.0f} s of work are queued; the limit is {limit:.0f} s", retry)
+        message = f"{backlog:.0f} s of work are queued; the limit is {limit:.0f} s; try again later"
+        raise Busy(message, retry)
 
 
 def check_memory(services: Services) -> None:
@@ -36,4 +38,5 @@ def check_memory(services: Services) -> None:
     if fullness >= FULL:
         metrics.shed("memory")
         retry = {"Retry-After": str(FULL_RETRY_S)}
-        raise QueueFull(f"the memory of the queue's Redis is {fullness:.0%} full", retry)
+        message = f"the memory of the queue's Redis is {fullness:.0%} full; try again later"
+        raise QueueFull(message, retry)

@@ -30,7 +30,7 @@ decoder then makes a more natural picture from the same bytes.
 
 
 def create_app(settings: ServiceSettings | None = None) -> FastAPI:
-    """Create the API for the Redis stores in `settings`, by default those of the environment.
+    """Create the API. `settings` are read from the environment by default.
 
     Raises `NoRedis` for an invalid Redis URL, `KeysError` for an invalid file of API keys. Models
     are loaded at start-up, which raises `WeightsError` if weights are missing or altered.

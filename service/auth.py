@@ -13,7 +13,7 @@ from service.keys import SCOPES, Key, KeysError, Scope
 from service.problems import Forbidden, Unauthorized
 
 CHECK_S = 1.0
-"""Seconds between two checks of the key file: a removed key may work this much longer."""
+"""Seconds between two checks of the key file. A key that was removed works for at most as long."""
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Keys:
         try:
             self._keys = keys.read(self._path)
         except KeysError as e:
-            log.error("keeping the previous API keys: %s", e)
+            log.error("the file of API keys is invalid, so the previous keys stay in use: %s", e)
 
 
 def _file_version(path: Path) -> tuple[int, ...] | None:
@@ -82,14 +82,15 @@ def _file_version(path: Path) -> tuple[int, ...] | None:
 
 
 def anonymous(request: Request) -> Caller:
-    """The caller on a service without API keys: all scopes, named by its address."""
+    """The caller on a service without API keys: has all scopes; its name is its IP address."""
     return Caller(client_address(request), frozenset(SCOPES))
 
 
 def link_holder(request: Request, secret: bytes | None) -> Caller | None:
     """The caller of a GET or HEAD request with a valid signed link; None for other requests.
 
-    Its name cannot be that of a key, which may hold no colon. `secret` None disables links.
+    The names of keys contain no colon, so no key has the name of this caller. With `secret` None,
+    links are disabled.
     """
     query = request.scope["query_string"].decode("latin-1")
     if secret is None or request.method not in {"GET", "HEAD"}:
@@ -110,10 +111,12 @@ def authenticate(keys: Keys, token: str | None, scope: Scope) -> Caller:
     caller = keys.find(token)
     if caller is None:
         challenge = 'Bearer error="invalid_token"'
-        raise Unauthorized("the API key is not valid", {"WWW-Authenticate": challenge})
+        message = "the API key is not valid: it is unknown or has expired; use another key"
+        raise Unauthorized(message, {"WWW-Authenticate": challenge})
     if scope not in caller.scopes:
         challenge = f'Bearer error="insufficient_scope", scope="{scope}"'
-        raise Forbidden(f"the API key lacks the scope {scope}", {"WWW-Authenticate": challenge})
+        message = f"the API key lacks the scope {scope}; use a key that has it"
+        raise Forbidden(message, {"WWW-Authenticate": challenge})
     return caller
 
 

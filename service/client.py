@@ -1,4 +1,4 @@
-"""Client of the HTTP API: yields the draft first, then progress, then the final picture.
+"""Client of the HTTP API: yields the instant picture, then progress, then the final picture.
 
     with Client("http://127.0.0.1:8000") as client:
         for update in client.decode(data, tier="perceptual"):
@@ -26,13 +26,14 @@ from models.image import MEDIA_TYPES, OutputFormat
 Kind = Literal["draft", "queued", "started", "progress", "preview", "final"]
 
 TIMEOUT_S = 60.0
-"""Timeout of reads and connections; an event stream is silent for 15 s at most."""
+"""Timeout of connecting and reading. The service sends something on event streams every 15 s."""
 RETRIES = 16
-"""Retries in a row before an accepted decode is given up, after about a minute."""
+"""Failures in a row, about a minute of them, after which the client stops waiting for a decode."""
 MAX_PAUSE_S = 60.0
 """Longest wait before a retry, even if `Retry-After` asks for more."""
 _RETRYABLE = frozenset({429, 502, 503, 504})
-"""Statuses after which a request is retried: the quota is used up, or a server restarts."""
+"""Statuses after which a request is retried: 429 if the quota is used up, 502 to 504 if the service
+is restarting or overloaded."""
 
 
 class ApiError(AfterimageError):
@@ -53,7 +54,8 @@ class DecodeFailed(AfterimageError):
 class Update:
     """A change in the state of a decode.
 
-    `picture` is a picture file in `draft`, `final` and, unless it has expired, `preview`.
+    `picture` is a picture file if `kind` is `draft` (the instant picture), `final` or, unless it
+    has expired, `preview`.
     """
 
     kind: Kind
@@ -97,9 +99,9 @@ class AsyncClient:
         """Decode a bitstream; yields updates, the last of which has the picture of `tier`.
 
         `settings` are `seed`, `steps`, `eta`, `gamma`, `sampler`, `guidance` and `deadline_s`. If
-        the caller stops iterating, the service continues. Once the decode is accepted, the client
-        reconnects while the service or its Redis restarts. Raises `ApiError`, `DecodeFailed`,
-        `Canceled`, and `httpx.TransportError` if the service cannot be reached.
+        the caller stops iterating, the service continues the decode. Once the decode is accepted,
+        the client reconnects while the service or its Redis restarts. Raises `ApiError`,
+        `DecodeFailed`, `Canceled`, and `httpx.TransportError` if the service cannot be reached.
         """
         params = {"tier": tier, **{k: v for k, v in settings.items() if v is not None}}
         accept = {"Accept": MEDIA_TYPES[format]}
@@ -115,7 +117,7 @@ class AsyncClient:
             yield Update("draft", response.content)
             async for update in self._follow(location, previews):
                 yield update
-        # any diffusion tier: an identical job may have been queued under another tier's name
+        # not `tier`: another request may have queued the same job under the name of another tier
         params = {"min_tier": "perceptual", "realism": realism}
         response = await self._retry("GET", f"{location}/image", params=params, headers=accept)
         yield Update("final", response.content, tier=response.headers["x-afterimage-tier"])
@@ -168,7 +170,7 @@ class AsyncClient:
                 await _wait_before_retry(error, failures)
 
     async def _update(self, event: ServerSentEvent, previews: bool) -> Update | None:
-        """The update for an event, or None. Raises the error of a decode that has failed."""
+        """The update for an event, if there is one. Raises an error if the decode has failed."""
         if event.event not in {"queued", "started", "progress", "preview", "failed", "canceled"}:
             return None
         data = event.json()
@@ -178,7 +180,7 @@ class AsyncClient:
         if event.event == "preview":
             if not previews:
                 return None
-            with contextlib.suppress(ApiError):  # expired, or over the quota: others follow
+            with contextlib.suppress(ApiError):  # expired or over the quota; later previews follow
                 picture = (await self._send("GET", data["image"])).content
         kind: Kind = event.event  # type: ignore[assignment]
         return Update(kind, picture, data.get("step", 0), data.get("total", 0))
@@ -277,7 +279,7 @@ def _decode_error(status: str, error: str | None) -> AfterimageError:
 async def _wait_before_retry(error: httpx.TransportError | ApiError, failures: int) -> None:
     """Sleep before a retry, longer after each failure and at least as long as `Retry-After`.
 
-    Raises `error` if a retry is pointless or if there were too many.
+    Raises `error` if a retry cannot succeed or after `RETRIES` failures.
     """
     retryable = not isinstance(error, ApiError) or error.status in _RETRYABLE
     if failures > RETRIES or not retryable:

@@ -17,22 +17,22 @@ from worker.queue.jobs import Jobs
 from worker.queue.store import RedisError
 
 _HEAD = 16
-"""Jobs at the queue's head among which the oldest is searched for: the first is not always the
-oldest, since requeued jobs go to the front."""
+"""Number of jobs at the front of the queue among which the oldest is looked for. Jobs that were
+queued again are at the front too, so the first job need not be the oldest."""
 
 
 class QueueCollector(Collector):
     """Reads Redis at every scrape.
 
-    `afterimage_redis_up` is 0 while a store is down: the queue's, and then no other metric is
-    exported, or only the cache's, and then the others remain.
+    `afterimage_redis_up` is 0 while the queue's or the cache's Redis is down. The other metrics
+    need the queue's Redis only, and are missing while that is down.
     """
 
     def __init__(self, jobs: Jobs) -> None:
         self.jobs = jobs
 
     def describe(self) -> list[Metric]:
-        """Nothing, so that registering does not read Redis."""
+        """Return no metrics, so that registering the collector does not read Redis."""
         return []
 
     def collect(self) -> Iterator[Metric]:

@@ -50,8 +50,8 @@ _API_KEY_HEADER = APIKeyHeader(
 def require(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable[Caller]]:
     """Return a dependency that authenticates the caller and checks its scope.
 
-    `or_link` also accepts a signed link, for GET and HEAD. Without API keys, every client may do
-    everything. The dependency raises `Unauthorized`, `Forbidden`.
+    `or_link` also accepts a signed link, for GET and HEAD. A service without API keys
+    allows every client everything. The dependency raises `Unauthorized`, `Forbidden`.
     """
 
     async def caller(
@@ -77,7 +77,7 @@ _QUOTA_THREADS = anyio.CapacityLimiter(8)
 
 
 def within_quota(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable[Caller]]:
-    """Return a dependency that authenticates the caller, as `require`, and counts the request.
+    """Return a dependency that authenticates the caller, as `require` does, and counts the request.
 
     The dependency raises `Unauthorized`, `Forbidden`, `TooManyRequests`.
     """
@@ -99,7 +99,7 @@ def within_quota(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable
 
 
 def _joined(request: Request, name: str) -> str:
-    """A list header whose values may be spread over several lines, as one line."""
+    """All headers called `name`, joined to one list."""
     return ", ".join(request.headers.getlist(name))
 
 
@@ -110,7 +110,7 @@ async def accepted_format(request: Request) -> OutputFormat:
 
 async def prefer_header(
     request: Request,
-    prefer: Annotated[  # only for the schema: it holds the first line alone
+    prefer: Annotated[  # unused, for OpenAPI only: FastAPI passes only the first of several headers
         str | None, Header(examples=["respond-async, wait=10"], description="RFC 7240.")
     ] = None,
 ) -> Preferences:

@@ -22,8 +22,8 @@ async def finished_picture(
 ) -> bytes | None:
     """Return the finished picture as a file at realism `alpha`, or None if it is not in the cache.
 
-    Raises `JobNotFound`, `WrongWeights` if `alpha` is below 1 and the bitstream or its codec is
-    gone.
+    If `alpha` is below 1, raises `JobNotFound` if the bitstream has expired, and `WrongWeights` if
+    its codec is not installed any more.
     """
     png = await anyio.to_thread.run_sync(services.store.picture, decode.id)
     if png is None or (format == "png" and alpha == 1):
@@ -67,8 +67,13 @@ async def stored_bitstream(services: Services, decode: DecodeRequest) -> Bitstre
     """
     data = await anyio.to_thread.run_sync(services.store.bitstream, decode.digest)
     if data is None:
-        raise JobNotFound(f"the bitstream of decode {decode.id} has expired; submit it again")
+        raise JobNotFound(
+            f"the bitstream of decode {decode.id} has expired; submit the bitstream again"
+        )
     b = bitstream.parse(data, services.settings.max_pixels)
     if services.library.codec_id(b) != decode.codec:
-        raise WrongWeights(f"decode {decode.id} needs weights {decode.codec}; they were replaced")
+        raise WrongWeights(
+            f"decode {decode.id} needs the weights {decode.codec}, which are not in use any more; "
+            "submit the bitstream again"
+        )
     return b

@@ -18,7 +18,7 @@ from worker.queue.records import DecodeRequest
 
 DRAFT_CACHE = "max-age=0, stale-while-revalidate=60"
 FINAL_S = 31_536_000
-"""How long a finished picture may be cached: one year, since its URL never shows another."""
+"""How long clients may cache a finished picture: one year, because its content never changes."""
 _RANGE = re.compile(r"bytes=(\d{1,18})?-(\d{1,18})?")
 
 
@@ -103,7 +103,8 @@ def _requested_part(request: Request, etag: str, size: int) -> slice | None:
 
 
 def _parse_range(header: str, size: int) -> slice | None:
-    """Parse a `Range` header; None if it is invalid or names several ranges, which is ignored.
+    """Parse a `Range` header. Returns None, so that it is ignored, if it is invalid or has several
+    ranges.
 
     Raises `RangeNotSatisfiable`.
     """
@@ -117,7 +118,7 @@ def _parse_range(header: str, size: int) -> slice | None:
     if match[1] and match[2] and int(match[2]) < int(match[1]):
         return None
     if first > last:
-        message = f"the range {header} is outside the picture's {size} bytes"
+        message = f"the range {header} starts after the end of the file, which has {size} bytes"
         raise RangeNotSatisfiable(message, {"Content-Range": f"bytes */{size}"})
     return slice(first, last + 1)
 

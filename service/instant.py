@@ -1,4 +1,4 @@
-"""Instant decodes: run in a thread pool with a bounded waiting line; recent pictures are cached."""
+"""Instant decodes, run in a thread pool with a bounded queue; recent pictures are cached."""
 
 import asyncio
 import contextvars
@@ -25,14 +25,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class PictureFile:
-    """An encoded picture, and the milliseconds that its stages took; no stages if it was cached."""
+    """A picture file, and the milliseconds per decoding stage; no stages if it was cached."""
 
     data: bytes
     stages_ms: dict[str, float] = field(default_factory=dict)
 
 
 class InstantDecoder:
-    """Decodes bitstreams within requests, off the event loop.
+    """Decodes bitstreams for requests, in threads, so that the event loop is not blocked.
 
     At most `decodes_at_once` calls run at a time and `waiting_line` more wait.
     """
@@ -43,14 +43,14 @@ class InstantDecoder:
         self._threads = ThreadPoolExecutor(settings.decodes_at_once, "instant")
         self._pending = 0  # calls of `run` that wait or are running
         self._tasks: dict[Hashable, asyncio.Task[PictureFile]] = {}
-        self._cache: LRUCache[Hashable, bytes]  # per process: works without Redis
+        self._cache: LRUCache[Hashable, bytes]  # in this process, so that it works without Redis
         self._cache = LRUCache(settings.instant_cache_bytes, len)
         self._mean_s = 0.3  # moving average of a call's duration
         self.megapixel_s: float | None = None
         """Moving average of seconds per megapixel of an instant picture; None before the first."""
 
     async def picture(self, b: Bitstream, digest: str, format: OutputFormat) -> PictureFile:
-        """Return the codec's own picture of `b`. Raises as `Codec.latents` and `run`."""
+        """Return the instant picture of `b`. Raises what `Codec.latents` and `run` raise."""
         key = digest, self.library.codec_id(b), format
         metrics.cache("draft", key in self._cache)
         requested_at = time.perf_counter()
@@ -59,15 +59,16 @@ class InstantDecoder:
     async def once(self, key: Hashable, work: Callable[[], PictureFile]) -> PictureFile:
         """Return the cached result of `work` for `key`; concurrent callers share one computation.
 
-        Raises as `run`; all callers that share a computation have the deadline of the first.
+        Raises what `run` and `work` raise. Callers that share a computation also share its timeout,
+        which starts with the first of them.
         """
         if (cached := self._cache.get(key)) is not None:
             return PictureFile(cached)
         if key not in self._tasks:
             self._tasks[key] = task = asyncio.create_task(self._compute(key, work))
-            # retrieve the exception, or asyncio logs it if every caller has left
+            # read the exception: asyncio would log it if all callers have disconnected
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return await asyncio.shield(self._tasks[key])  # other callers wait on if this one leaves
+        return await asyncio.shield(self._tasks[key])  # one caller must not cancel it for all
 
     async def _compute(self, key: Hashable, work: Callable[[], PictureFile]) -> PictureFile:
         try:
@@ -79,21 +80,22 @@ class InstantDecoder:
         return picture
 
     async def check(self, b: Bitstream) -> None:
-        """Entropy-decode `b` and discard the result. Raises as `Codec.latents` and `run`."""
+        """Entropy-decode `b` only to find errors. Raises what `Codec.latents` and `run` raise."""
         await self.run(lambda: self.library.codec(b).latents(b))
 
     async def run(self, work: Callable[[], T]) -> T:
         """Return the result of `work`, run in a thread of the pool.
 
-        Raises `Busy` if the waiting line is full, and `DeadlineExceeded` after
-        `request_timeout_s`. Work that has started by then keeps its thread until it returns.
+        Raises `Busy` if `waiting_line` calls wait already, `DeadlineExceeded` after
+        `request_timeout_s`, and what `work` raises. After the timeout, work that has started still
+        occupies its thread until it returns.
         """
         waiting = max(self._pending - self.settings.decodes_at_once, 0)
         if waiting >= self.settings.waiting_line:
             turns = (waiting + 1) / self.settings.decodes_at_once
             retry_after = str(math.ceil(turns * self._mean_s))
             metrics.shed("line")
-            message = f"{waiting} requests already wait for a decoder thread"
+            message = f"{waiting} requests already wait for a decoder; try again in {retry_after} s"
             raise Busy(message, {"Retry-After": retry_after})
         future = self._threads.submit(contextvars.copy_context().run, self._timed, work)
         self._pending += 1
@@ -103,7 +105,8 @@ class InstantDecoder:
         except TimeoutError as e:
             limit = self.settings.request_timeout_s
             metrics.shed("timeout")
-            raise DeadlineExceeded(f"the picture was not ready within {limit:g} s") from e
+            message = f"not finished within {limit:g} s; try again later, or use a smaller picture"
+            raise DeadlineExceeded(message) from e
         finally:
             self._pending -= 1
 

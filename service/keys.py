@@ -1,4 +1,4 @@
-"""API keys: a TOML file that lists their digests; `afterimage keys new` adds to it.
+"""API keys: a TOML file lists their digests; `afterimage keys new` adds keys.
 
 Several keys may have the same name: they belong to one caller, as during a rotation. Each key is a
 table:
@@ -31,7 +31,7 @@ class KeysError(AfterimageError):
 
 
 class Key(BaseModel):
-    """A key's table in the file."""
+    """The entry of a key in the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -44,7 +44,7 @@ class Key(BaseModel):
 
     @property
     def expired(self) -> bool:
-        """Whether the last valid day is over."""
+        """Whether the last day on which the key is valid is over."""
         return self.expires is not None and self.expires < datetime.now(UTC).date()
 
 
@@ -75,7 +75,7 @@ def parse(text: str, source: object) -> list[Key]:
         faults = "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors())
         raise KeysError(f"{source}: {faults}") from None
     if len({key.sha256 for key in keys}) < len(keys):
-        raise KeysError(f"{source}: keys: two keys have the same sha256")
+        raise KeysError(f"{source}: keys: two keys have the same sha256; remove one of them")
     return keys
 
 
@@ -89,4 +89,4 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise KeysError(f"{path}: {getattr(e, 'strerror', 'not UTF-8')}") from e
+        raise KeysError(f"{path}: {getattr(e, 'strerror', 'the file is not UTF-8 text')}") from e

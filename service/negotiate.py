@@ -8,9 +8,10 @@ from models.image import MEDIA_TYPES, OutputFormat
 from service.problems import NotAcceptable
 
 PREFERENCE: Sequence[OutputFormat] = ("png", "webp", "avif", "jpeg", "npy")
-"""Order of formats that a client accepts equally: lossless and widely supported ones first."""
+"""The format that is chosen among those that a client accepts equally is the first of these.
+Lossless and widely supported formats come first."""
 MAX_WAIT_S = 60
-"""The longest `wait`, in seconds; longer ones are cut to this."""
+"""The longest `Prefer: wait`, in seconds; longer values are reduced to this."""
 
 _OUTSIDE_QUOTES = r'(?:[^{0}"]|"(?:\\.|[^"\\])*"?)+'
 _ITEMS = re.compile(_OUTSIDE_QUOTES.format(","))
@@ -41,7 +42,7 @@ def picture_format(accept: str | None) -> OutputFormat:
     best = max(PREFERENCE, key=lambda f: weights[f])  # the first, if several are equal
     if not weights[best]:
         available = ", ".join(MEDIA_TYPES[f] for f in PREFERENCE)
-        raise NotAcceptable(f"Accept is {accept!r}; available formats are {available}")
+        raise NotAcceptable(f"Accept is {accept!r}; choose one of {available}")
     return best
 
 
@@ -70,7 +71,7 @@ def _ranges(accept: str) -> Iterator[tuple[str, float]]:
 
 
 def _weight(media_type: str, ranges: Sequence[tuple[str, float]]) -> float:
-    """The weight of the most specific range that matches; 0 if none does."""
+    """The weight of the most specific media range that matches; 0 if none does."""
     for name in (media_type, media_type.split("/")[0] + "/*", "*/*"):
         weights = [weight for media_range, weight in ranges if media_range == name]
         if weights:

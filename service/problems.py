@@ -196,13 +196,13 @@ def install(app: FastAPI) -> None:
         kind, headers = kinds.get(e.status_code, "http-error"), dict(e.headers or {})
         if e.status_code == 405:
             documented = ", ".join(_methods(app, request.url.path))
-            headers["Allow"] = documented or headers.get("Allow", "")  # the page is undocumented
+            headers["Allow"] = documented or headers.get("Allow", "")  # `/` is not in OpenAPI
         return problem(e.status_code, kind, str(e.detail), headers)
 
     @app.exception_handler(RedisError)
     async def _redis_error(request: Request, _e: RedisError) -> JSONResponse:
         metrics.shed("redis")
-        error = QueueAway("Redis is unavailable; instant decodes still work")
+        error = QueueAway("Redis is unavailable; instant decodes still work; try again later")
         return await _afterimage_error(request, error)
 
     @app.exception_handler(Exception)
@@ -212,7 +212,7 @@ def install(app: FastAPI) -> None:
 
 
 def _methods(app: FastAPI, path: str) -> list[str]:
-    """All methods of a path: Starlette's 405 lists only those of one of its routes."""
+    """All methods of a path. Starlette's own 405 lists those of only one of the path's routes."""
     templates = app.openapi()["paths"]
     matching = (t for t in templates if compile_path(t)[0].match(path))
     return sorted({method.upper() for t in matching for method in templates[t]})

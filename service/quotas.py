@@ -1,6 +1,7 @@
 """Quotas of a caller: requests per minute, and jobs that have not ended.
 
-Counted in Redis, shared by all API processes. Headers: draft-ietf-httpapi-ratelimit-headers-10.
+The counts are kept in Redis, which all API processes share.
+Headers: draft-ietf-httpapi-ratelimit-headers-10.
 """
 
 import logging
@@ -21,12 +22,15 @@ from worker.queue.store import RedisError
 
 WINDOW_S = 60
 JOB_TTL_S = 24 * 3600
-"""How long a job that never ends counts: as long as a subscription may last."""
+"""How long a job that does not end is counted: as long as the longest subscription."""
 SUBMIT_S = 60
-"""Minimum age of an entry that is removed because its job's record is missing or older than the
-entry: by then the job was submitted, even if the clocks of hosts differ by less."""
+"""How long an entry is kept although its job has no record, or only that of an earlier run.
+
+An entry is written shortly before its job is submitted. After this time, which also allows for
+hosts whose clocks differ, the submission must have failed, and the entry is removed."""
 PAUSE_S = 5.0
-"""How long requests are not counted after a Redis error, so that they do not all wait for it."""
+"""How long requests are not counted after a Redis error, so that not every request waits for a
+timeout."""
 WARN_S = 60.0
 """Minimum seconds between two log lines about a Redis error."""
 
@@ -75,7 +79,7 @@ class Quotas:
         now = time.monotonic()
         if limit is None or now < self._paused_until:
             return {}
-        if self._paused_until:  # this request probes Redis; the others do not wait for it
+        if self._paused_until:  # only this request tries Redis again; others skip it meanwhile
             self._paused_until = now + PAUSE_S
         try:
             allowed, left, reset_s = self._count(caller.name, limit)
@@ -87,7 +91,10 @@ class Quotas:
         if not allowed:
             retry = {"Retry-After": str(1 if left else reset_s)}
             metrics.rate_limited()
-            message = f"the quota is {limit} requests in {WINDOW_S} s"
+            message = (
+                f"the quota of {limit} requests in {WINDOW_S} s is used up; "
+                f"try again in {retry['Retry-After']} s"
+            )
             raise TooManyRequests(message, headers | retry)
         return headers
 
@@ -107,18 +114,19 @@ class Quotas:
         wait_s = max(math.ceil(min((t for t in times if t is not None), default=RETRY_S)), 1)
         headers = {**_headers("jobs", str(limit), 0, wait_s), "Retry-After": str(wait_s)}
         metrics.rate_limited()
-        raise TooManyRequests(f"the quota is {limit} jobs that have not ended", headers)
+        message = f"{limit} of your jobs have not ended, which is the quota; wait for one of them"
+        raise TooManyRequests(message, headers)
 
     def release_job(self, caller: Caller, job_id: str) -> None:
-        """Stop counting a job that the caller has withdrawn. Ended jobs need no call."""
+        """Stop counting a job that the caller has withdrawn. Jobs that end are removed by `job`."""
         self.jobs.store.queue.zrem(self._key(caller), job_id)
 
     def _limit(self, caller: Caller) -> int | None:
         return caller.requests_per_minute or self.requests_per_minute
 
     def _count(self, name: str, limit: int) -> tuple[bool, int, int]:
-        """Count a request: whether it is allowed, how many more are, and seconds until the next
-        one is allowed again."""
+        """Count a request. Return whether it is allowed, how many more are allowed now, and
+        the seconds until one more will be allowed."""
         item = RateLimitItemPerMinute(limit, namespace="requests")
         allowed = self._window.hit(item, name)
         reset, left = self._window.get_window_stats(item, name)
@@ -134,7 +142,7 @@ class Quotas:
             log.warning("requests are not counted while Redis is unavailable: %s", e)
 
     def _try_add(self, caller: Caller, job_id: str, limit: int) -> bool:
-        """Add a job to the caller's jobs; False if there are `limit` others."""
+        """Add a job to the caller's jobs; returns False if the caller has `limit` other jobs."""
         arguments = (job_id, time.time(), JOB_TTL_S, limit)
         return bool(self._add_job(keys=[self._key(caller)], args=arguments))
 
@@ -151,7 +159,7 @@ class Quotas:
         return unfinished
 
     def _key(self, caller: Caller) -> str:
-        """Redis key of the sorted set of a caller's jobs; scores are when entries expire."""
+        """Redis key of a sorted set: job id -> time at which the entry expires."""
         return self.jobs.store.key("jobs-of", caller.name)
 
 

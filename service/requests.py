@@ -1,4 +1,4 @@
-"""Middleware around every request: request id, trace, access log, metrics, send timeout."""
+"""ASGI middleware for all requests: request id, trace, access log, metrics, send timeout."""
 
 import logging
 import re
@@ -17,11 +17,12 @@ from worker.telemetry import logs, tracing
 log = logging.getLogger("afterimage.access")
 
 QUIET = frozenset({"/livez", "/readyz", "/startupz", "/metrics"})
-"""Routes that are polled by machines: logged at DEBUG unless they fail."""
+"""Routes that probes and Prometheus poll: logged at DEBUG unless they fail."""
 SEND_S = 60.0
-"""Longest wait for a stalled client, whose response and upload would stay in memory."""
+"""How long a client may take to read one chunk. A client that stops reading would otherwise keep
+its response and upload in memory."""
 CHUNK = 2**18
-"""Bytes of a response that are sent at a time; each has `SEND_S`."""
+"""Largest part of a response that is sent at a time, in bytes."""
 CLIENT_GONE = 499
 """The status in logs and metrics if the client disconnected before the response began."""
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -61,7 +62,7 @@ class RequestMiddleware:
                 pass  # nobody is left to respond to
             except Exception:
                 entry.status = 500
-                raise  # the id stays set, so that the server logs it with the traceback
+                raise  # `request_id` is not reset, so that the server's traceback is logged with it
             finally:
                 record_request(scope, entry)
         logs.request_id.reset(token)
@@ -111,7 +112,7 @@ def _observed(scope: Scope, send: Send, entry: RequestLog) -> Send:
             if entry.traceparent:
                 headers["traceparent"] = entry.traceparent
             for name, value in scope["state"].get("quota", {}).items():
-                headers.setdefault(name, value)  # a 429 has its own
+                headers.setdefault(name, value)  # a 429 response has set them already
         elif message["type"] == "http.response.body":
             entry.sent += len(message.get("body", b""))
         await send(message)
@@ -132,7 +133,7 @@ def record_request(scope: Scope, entry: RequestLog) -> None:
     """Write metrics, span attributes and a log line for a request that has ended."""
     seconds = time.perf_counter() - entry.began
     status, template, method = entry.status or CLIENT_GONE, route(scope), scope["method"]
-    waited_s = scope.get("state", {}).get("waited_s", 0.0)  # waiting that the client asked for
+    waited_s = scope.get("state", {}).get("waited_s", 0.0)  # because of `Prefer: wait`
     metrics.request(template, method, status, seconds - waited_s)
     tracing.annotate(
         f"{method} {template}",
@@ -153,7 +154,7 @@ def record_request(scope: Scope, entry: RequestLog) -> None:
 
 
 def _caller_and_job(scope: Scope) -> dict[str, str]:
-    """Caller and job id, as routes set them in the request's state or the path contains them."""
+    """Caller and job id, if known: from the request's state, which routes set, or from its path."""
     state = scope.get("state", {})
     path_id = str(scope.get("path_params", {}).get("id", ""))
     job_id = state.get("job_id") or (path_id if _JOB_ID.fullmatch(path_id) else "")

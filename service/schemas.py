@@ -164,8 +164,8 @@ class Inspection(BaseModel):
         """Return the public view of a header.
 
         `size`: bytes of the bitstream; `decodable`: whether its weights are installed;
-        `instant_s`: measured seconds per coded megapixel of an instant picture; `model`: cost model
-        of diffusion decodes.
+        `instant_s`: measured seconds per megapixel (of the padded picture) of an instant decode;
+        `model`: cost model of diffusion decodes.
         """
         coded = geometry.megapixels(b.height, b.width)
 
@@ -189,7 +189,7 @@ class Inspection(BaseModel):
 
 
 class Tier(BaseModel):
-    """A named choice of sampler settings, a point between low distortion and natural looks."""
+    """Named sampler settings: a choice between low distortion and natural looks."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -316,12 +316,12 @@ class Limits(BaseModel):
     )
 
     bytes: int  # largest request body
-    pixels: int  # of a picture, declared in a header or actual
-    megapixel_steps: float  # of a decode: megapixels times steps; guidance doubles it
-    steps: int
+    pixels: int  # largest picture, of a bitstream or an upload
+    megapixel_steps: float  # megapixels times steps of a job; guidance other than 1 doubles it
+    steps: int  # largest number of sampler steps
     wait_s: int  # largest `Prefer: wait`
-    deadline_s: int
-    request_timeout_s: float  # of an instant picture
+    deadline_s: int  # largest `deadline_s` of a decode
+    request_timeout_s: float  # longest wait for an instant picture
 
     @classmethod
     def of(cls, s: ServiceSettings) -> "Limits":

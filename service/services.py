@@ -34,9 +34,9 @@ class Services:
     webhooks: WebhookSettings
     instant: InstantDecoder
     uploads: UploadBudget
-    streams: AsyncRedis  # connections of event readers, which block
+    streams: AsyncRedis  # connections for blocking reads of event streams
     closing: threading.Event = field(default_factory=threading.Event)
-    """Set when the server begins to stop: waiting requests and event streams end then."""
+    """Set when the server begins to stop; waiting requests and event streams then end."""
 
 
 def load(settings: ServiceSettings, connected: Store, keys: Keys | None) -> Services:

@@ -1,4 +1,4 @@
-"""Settings of the API, from the environment; the stores' settings are the worker's."""
+"""Settings of the API, read from the environment."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from worker.settings import WorkerSettings
 
 
 class ServiceSettings(WorkerSettings):
-    """Limits on requests, besides what API and workers share."""
+    """Settings of the API, in addition to those that it shares with the workers."""
 
     max_bytes: int = Field(32 * 2**20, ge=1, description="largest request body, in bytes")
     bodies_bytes: int = Field(
         256 * 2**20,
         ge=1,
-        description="memory for uploads per API process; the first 64 KiB of each are free",
+        description="memory for uploads per API process; the first 64 KiB of each do not count",
     )
     max_megapixel_steps: float = Field(
         2000, gt=0, description="largest job: megapixels × steps, about 1 s each on one core"
@@ -25,22 +25,22 @@ class ServiceSettings(WorkerSettings):
     link_secret: SecretStr | None = Field(
         None,
         min_length=32,
-        description="signs links: 32 characters or more, the same for all API processes",
+        description="secret that signs links, 32 characters or more; the same for all processes",
     )
     requests_per_minute: int | None = Field(
-        None, ge=1, description="quota of callers whose key sets none"
+        None, ge=1, description="requests per minute of a caller whose key sets no limit"
     )
     jobs_at_once: int | None = Field(
-        None, ge=1, description="unfinished jobs of callers whose key sets no limit"
+        None, ge=1, description="unfinished jobs of a caller whose key sets no limit"
     )
     cors_origins: tuple[str, ...] = Field(
         (), description='JSON list of origins whose pages may call the API; `["*"]`: all'
     )
     metrics_host: str = Field(
-        "127.0.0.1", description="address of the metrics port; under `serve`: `--host`"
+        "127.0.0.1", description="address of the metrics port; under `serve`, default: `--host`"
     )
     metrics_port: int = Field(
-        0, ge=0, le=65535, description="separate port for `/metrics`; 0: the API's"
+        0, ge=0, le=65535, description="separate port for `/metrics`; 0: the port of the API"
     )
     max_backlog_s: float = Field(
         900, gt=0, description="seconds of queued work beyond which jobs are refused (503)"

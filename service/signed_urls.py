@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 _PURPOSE = "afterimage-link-1"  # so that other signatures by the same secret are not valid links
 _SIGNATURE_PARAMETERS = {"expires", "signature"}
-_NUMBER = re.compile(r"[0-9]{1,18}")  # a request with an API key may send any `expires`
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 def sign(secret: bytes, path: str, query: str, expires: int) -> str:
@@ -27,7 +27,7 @@ def sign(secret: bytes, path: str, query: str, expires: int) -> str:
 def valid(secret: bytes, path: str, query: str, now: float) -> bool:
     """Whether a GET or HEAD request has a valid signature that has not expired.
 
-    Parameters may be reordered, except for repeated ones, of which the last may count. Raises
+    The order of the parameters does not matter, except among parameters of the same name. Raises
     `ValueError` for an empty secret.
     """
     pairs = parse_qsl(query, keep_blank_values=True)
@@ -37,26 +37,29 @@ def valid(secret: bytes, path: str, query: str, now: float) -> bool:
     (_, expires), (_, signature) = parameters
     expected = _signature(secret, path, _canonical(query), expires)
     genuine = hmac.compare_digest(expected.encode(), signature.encode())
-    return genuine and now < int(expires)  # a genuine signature is of a number
+    return genuine and now < int(expires)  # a number, because `sign` signs nothing else
 
 
 def seconds_left(query: str, now: float) -> int | None:
-    """Seconds until the link of an authenticated request expires; None without an expiry."""
+    """Seconds until the signed link in a query expires; None if `expires` is missing or no number.
+
+    Does not check the signature: a request with an API key may contain any `expires`.
+    """
     expires = dict(parse_qsl(query)).get("expires", "")
     return max(int(expires) - int(now), 0) if _NUMBER.fullmatch(expires) else None
 
 
 def _canonical(query: str) -> str:
-    """The signed part of a query, sorted by name; repeated parameters keep their order."""
+    """The part of a query that is signed, sorted by name; equal names keep their order."""
     pairs = parse_qsl(query, keep_blank_values=True)
     signed = (pair for pair in pairs if pair[0] not in _SIGNATURE_PARAMETERS)
     return urlencode(sorted(signed, key=lambda pair: pair[0]))
 
 
 def _signature(secret: bytes, path: str, canonical: str, expires: int | str) -> str:
-    """HMAC-SHA256 over the lines below, in base64url without padding.
+    """HMAC-SHA256 of purpose, method, path, query and expiry, in base64url without padding.
 
-    Every line is percent-encoded: none can contain a newline, so the fields stay separate.
+    The fields are joined by newlines; percent-encoding ensures that no field contains one.
     """
     if not secret:
         raise ValueError("the secret is empty; links cannot be signed without a secret")

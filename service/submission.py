@@ -1,4 +1,4 @@
-"""Submitting a diffusion decode: respond with the finished picture, the draft or 202, and queue."""
+"""Submit a diffusion decode: queue a job, and respond with a picture or 202."""
 
 import time
 from collections.abc import Sequence
@@ -90,7 +90,7 @@ class Submission:
         if self.prefer.respond_async:
             return await self._respond_async(headers)
         draft = await drafts.draft(self.services, self.decode, self.upload.bitstream, self.format)
-        await self._submit()  # after decoding, so that a corrupt bitstream is never queued
+        await self._submit()  # after the instant decode, so that a corrupt bitstream is not queued
         return self._picture(draft.data, None, {**headers, **self.upload.server_timing(draft)})
 
     async def _respond_async(self, headers: dict[str, str]) -> Response:
@@ -103,7 +103,10 @@ class Submission:
                 self.services, self.request, state.id, self.prefer.wait_s
             )
             self.request.state.waited_s = time.perf_counter() - began
-            state, eta_s = await watching.load(self.services, state.id, self.caller.name), None
+            state, eta_s = (
+                await watching.load_and_renew(self.services, state.id, self.caller.name),
+                None,
+            )
             finished = await self._finished_picture(state)
             if finished is not None:
                 headers["Preference-Applied"] = f"wait={self.prefer.wait_s}"
@@ -132,12 +135,12 @@ class Submission:
         jobs = self.services.jobs
         self.services.quotas.job(self.caller, self.decode.id)
         self._register_webhooks()  # before queueing, so that the end of the job is not missed
-        # a caller with webhooks has no reason to poll, so it stays subscribed
+        # a caller with webhooks does not poll, which would extend its subscription
         subscription_s = MAX_SUBSCRIPTION_S if self.params.webhooks else self.params.deadline_s
         state, created = jobs.submit(
             self.decode, self.upload.data, self.caller.name, subscription_s
         )
-        if created:  # an earlier run may have ended in between and consumed the registrations
+        if created:  # again: an earlier run that ended meanwhile has removed the registrations
             self._register_webhooks()
         if self.params.webhooks and state.status in ENDED:
             outbox.job_ended(self.services.store, state.id, *outbox.event(state))
@@ -182,13 +185,15 @@ def build_decode(
     limit = services.settings.max_megapixel_steps
     size = b.width * b.height / 1e6 * settings.calls
     if size > limit:
-        message = f"{size:.0f} megapixel-steps; the limit is {limit:.0f}. Choose fewer steps"
-        raise ParameterError(message)
+        raise ParameterError(
+            f"steps: the job has {size:.0f} megapixel-steps; the limit is {limit:.0f}; "
+            "choose fewer steps or a smaller picture"
+        )
     return decode
 
 
 def check_idempotency_key(services: Services, caller: str, key: str, job_id: str) -> None:
-    """Remember which job an `Idempotency-Key` belongs to, unless the queue's memory is nearly full.
+    """Check an `Idempotency-Key`, and store its job unless the queue's memory is nearly full.
 
     Raises `KeyReused` if the key belongs to another job.
     """

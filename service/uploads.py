@@ -1,4 +1,4 @@
-"""Request bodies, read within limits of size, time and memory; multipart forms are unpacked."""
+"""Reads request bodies within limits of size, time and memory; takes the file out of forms."""
 
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -16,7 +16,7 @@ from service.settings import ServiceSettings
 
 
 class UploadBudget:
-    """Memory budget of `limit` bytes, shared by all request bodies that are being processed.
+    """Memory budget of `limit` bytes for the bodies of all requests that are being processed.
 
     The first `FREE` bytes of each body do not count: bitstreams are accepted even while large
     uploads use up the budget.
@@ -41,7 +41,8 @@ class UploadBudget:
             more = max(received - self.FREE, 0) - reserved
             if more and self.used + more > self.limit:
                 metrics.shed("bodies")
-                raise Busy(f"other uploads use the {self.limit} bytes reserved for request bodies")
+                message = f"other uploads use up the {self.limit} bytes for request bodies"
+                raise Busy(f"{message}; try again later")
             self.used += more
             reserved += more
 
@@ -77,12 +78,12 @@ async def _read_raw(
         with anyio.fail_after(seconds):
             async for chunk in request.stream():
                 if len(data) + len(chunk) > limit:
-                    raise BodyTooLarge(f"the body has more than {limit} bytes, the limit")
+                    raise BodyTooLarge(f"the body has more than {limit} bytes, which is the limit")
                 reserve(len(chunk))
                 data += chunk
     except TimeoutError:
         close = {"Connection": "close"}  # the rest of the body must not be read as a new request
-        message = f"only {len(data)} bytes of the body arrived within {seconds:g} s"
+        message = f"only {len(data)} bytes of the body arrived within {seconds:g} s; send it again"
         raise RequestTimeout(message, close) from None
     return bytes(data)
 
@@ -93,15 +94,18 @@ async def _first_file(request: Request, data: bytes) -> bytes:
 
     try:
         _, options = parse_options_header(request.headers["content-type"])
-        if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # punycode takes quadratic time
-            raise MalformedHeader("the charset of a multipart form must be UTF-8")
+        charset = options.get(b"charset", b"utf-8").lower()
+        if charset != b"utf-8":  # other codecs may be slow: punycode takes quadratic time
+            name = charset.decode("latin-1")
+            raise MalformedHeader(f"the charset of the multipart form is {name!r}; use UTF-8")
         form = await MultiPartParser(request.headers, stream()).parse()
     except (MultiPartException, KeyError, UnicodeError) as e:
-        raise MalformedHeader("the multipart form cannot be parsed") from e
+        message = "the multipart form cannot be parsed; check it, or send the file as the body"
+        raise MalformedHeader(message) from e
     try:
         for _, value in form.multi_items():
             if isinstance(value, UploadFile):
                 return await value.read()
     finally:
         await form.close()
-    raise MalformedHeader("the multipart form contains no file")
+    raise MalformedHeader("the multipart form contains no file; add a part with a filename")

@@ -1,4 +1,4 @@
-"""The state of a decode: loaded, waited for, and followed as a stream of events."""
+"""Reads the state of a decode, waits for its end, and follows its events."""
 
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,14 +21,14 @@ from worker.queue.store import BLOCK_S
 
 
 def find(services: Services, id: str) -> JobState:
-    """Return the state of a decode. Raises `JobNotFound`."""
+    """Return the state of a decode, without a change of subscriptions. Raises `JobNotFound`."""
     state = services.jobs.get(id)
     if state is None:
-        raise JobNotFound(f"there is no decode {id}")
+        raise JobNotFound(f"there is no decode {id}: it was never submitted, or has expired")
     return state
 
 
-async def load(services: Services, id: str, caller: str) -> JobState:
+async def load_and_renew(services: Services, id: str, caller: str) -> JobState:
     """Return the state of a decode and extend the caller's subscription. Raises `JobNotFound`."""
 
     def find_and_renew() -> JobState:
@@ -68,8 +68,9 @@ async def pending_response(
     Raises `Conflict` if the job failed or was canceled, so that no picture will come.
     """
     if state.status in {"failed", "canceled"}:
-        reason = state.error or f"POST /v1/decodes/{state.id}/retry to queue it again"
-        raise Conflict(f"decode {state.id} is {state.status}: {reason}")
+        reason = f" ({state.error})" if state.error else ""
+        hint = f"POST /v1/decodes/{state.id}/retry to queue it again"
+        raise Conflict(f"decode {state.id} is {state.status}{reason}; {hint}")
     document = await anyio.to_thread.run_sync(view, services, state, eta_s)
     headers = {"Retry-After": str(math.ceil(document.eta_s or 1)), "Cache-Control": "no-store"}
     return JSONResponse(document.model_dump(mode="json"), 202, headers)
@@ -98,9 +99,9 @@ async def events(
 ) -> AsyncIterator[Event]:
     """Yield the events of a job that follow event `after`, until the job has ended.
 
-    Also stops when the reader is `disconnected` or the server stops. With `caller`, each read
-    extends the caller's subscription and keeps previews coming. If the events have expired, the
-    last one is built from the job's record.
+    Also stops when the client is `disconnected` or the server stops. With `caller`, each read
+    extends the caller's subscription and asks the worker for previews. If the events have expired,
+    the last one is built from the job's record.
     """
     block_ms = None  # the first read returns at once
     while not services.closing.is_set() and not await disconnected():
@@ -129,7 +130,7 @@ def _keep_watching(services: Services, id: str, caller: str) -> None:
 async def _read_events(
     services: Services, id: str, after: str, block_ms: int | None
 ) -> list[Event]:
-    """Return the events after `after`; wait up to `block_ms` for the first, None: do not wait."""
+    """Return the events after `after`; wait up to `block_ms` for one; with None, do not wait."""
     key = job_events.key(services.store, id)
     streams: list[Any] = await services.streams.xread({key: after}, block=block_ms)  # type: ignore[assignment]
     return [Event.of(entry) for _, entries in streams for entry in entries]

@@ -1,8 +1,9 @@
 """A worker's attempt at a job, under a lease.
 
-An attempt takes the job's lease and a fencing number that is higher than those of all former
-attempts. A worker that sends no heartbeat for `LEASE_S` loses the job to a new attempt with a
-higher fence. Writes of the older attempt are then refused, so exactly one attempt commits.
+An attempt takes the job's lease and a fencing number, which is higher than those of all earlier
+attempts. If a worker sends no heartbeat for `LEASE_S` seconds, its lease ends and another worker
+begins a new attempt. Redis then refuses all writes that carry the older fencing number, so exactly
+one attempt stores its picture.
 """
 
 import time
@@ -39,15 +40,15 @@ end
 
 
 class LeaseLost(AfterimageError):
-    """Another attempt has the job, the job has ended, or its record is gone."""
+    """This attempt may not write: another one began, the job has ended, or its record expired."""
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Who currently waits for a running job."""
+    """Whether clients still want a running job."""
 
-    subscribed: bool  # False: the worker should stop
-    watched: bool  # True: somebody looks at previews
+    subscribed: bool  # False: no client waits for the picture, so the worker should stop
+    watched: bool  # True: a client reads the event stream, so previews are useful
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Attempt:
     def begin(cls, jobs: Jobs, job_id: str, owner: str = "") -> "Attempt | None":
         """Begin an attempt at a queued job; None if the job is not queued any more.
 
-        `owner` is shared by the jobs that a worker draws as one batch.
+        `owner` identifies a batch: a worker gives the same value to all jobs of one batch.
         """
         owner = owner or uuid.uuid4().hex
         started: list[JobState] = []
@@ -84,7 +85,7 @@ class Attempt:
         try:
             while not jobs.change(job_id, jobs.subscribers(job_id), start):
                 pass
-        except LeaseLost:  # or a former call succeeded, but the connection broke before its reply
+        except LeaseLost:  # or an earlier try succeeded, and only its reply was lost
             return cls.find(jobs, job_id, owner)
         return cls(jobs, started[-1])
 
@@ -102,12 +103,12 @@ class Attempt:
         return self.state.id
 
     def renew_lease(self) -> None:
-        """Send a heartbeat; no effect if the lease is lost."""
+        """Extend the lease (send a heartbeat); no effect if the lease is lost."""
         keys = self.jobs.key(self.id), self.jobs.leases
         self.jobs.store.queue.eval(_RENEW, 2, *keys, self.state.fence, self.id)
 
     def poll(self, step: int | None = None) -> Demand:
-        """Report progress, if `step` is given, and read the current demand. Raises `LeaseLost`."""
+        """Report that `step` is done, if given; return the demand. Raises `LeaseLost`."""
         jobs, total = self.jobs, self.state.total
         keys = jobs.key(self.id), jobs.subscribers(self.id), jobs.store.key("watched", self.id)
         values = self.state.fence, "" if step is None else step, RECORD_TTL_S
@@ -122,7 +123,7 @@ class Attempt:
         return Demand(bool(subscribers), bool(watched))
 
     def save_preview(self, step: int, picture: bytes) -> None:
-        """Store a preview, a picture file, and announce it in the event stream."""
+        """Store a preview (a picture file), and announce it in the event stream."""
         self.jobs.store.put_preview(self.id, picture)
         with self.jobs.store.queue.pipeline() as pipe:
             data = {"step": step, "total": self.state.total}
@@ -132,7 +133,7 @@ class Attempt:
     def commit(self, png: bytes) -> None:
         """Store the picture and mark the job as succeeded, even if it was queued again meanwhile.
 
-        Raises `LeaseLost` if another attempt has begun. After a `RedisError` it may be repeated.
+        Raises `LeaseLost` if another attempt has begun. After a `RedisError` the caller may retry.
         """
 
         def succeed(job_id: str, state: JobState, pipe: Pipeline) -> None:
@@ -147,7 +148,7 @@ class Attempt:
         self._write(succeed, _UNFINISHED)
 
     def record_duration(self, seconds: float) -> None:
-        """Record how long the picture took, for predictions and metrics."""
+        """Record the seconds that the picture took, for predictions and metrics."""
         jobs, work = self.jobs, self.state.decode.work
         estimates.record_duration(jobs, seconds, work)
         counters.add_model_time(jobs.store, estimates.WORKER_NAME, seconds, work)
@@ -159,9 +160,10 @@ class Attempt:
         self._write(lambda _, state, pipe: self.jobs.finish(pipe, state, "failed", error))
 
     def cancel(self, put_back: bool = True) -> bool:
-        """Cancel the job unless it has subscribers again. Raises `LeaseLost`.
+        """Cancel the job and return True, unless it has subscribers again. Raises `LeaseLost`.
 
-        With subscribers the job is queued again, or continues if not `put_back`; returns False.
+        If it has subscribers, returns False: the job is queued again, or, without `put_back`, goes
+        on running.
         """
         subscribed = False
 
@@ -189,9 +191,9 @@ class Attempt:
         change: Callable[[str, JobState, Pipeline], None],
         statuses: Container[Status] = ("running",),
     ) -> None:
-        """Run `change` in a transaction if the job has this attempt's fence and such a status.
+        """Run `change` in a transaction if this attempt holds the job and its status is allowed.
 
-        Raises `LeaseLost` otherwise.
+        `statuses` are the allowed ones. Raises `LeaseLost` otherwise.
         """
 
         def fenced(job_id: str, state: JobState | None, pipe: Pipeline) -> None:

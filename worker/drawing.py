@@ -1,4 +1,7 @@
-"""Drawing a batch of pictures: progress, previews, cancellation, and retries in smaller tiles."""
+"""Drawing a batch of pictures: progress, previews, cancellation, and retries in smaller windows.
+
+A window is the part of a picture that one call of the network computes (`models.tiles`).
+"""
 
 import contextlib
 import logging
@@ -23,17 +26,17 @@ log = logging.getLogger(__name__)
 PREVIEW_INTERVAL_S = 1.0
 """Shortest time between two previews, each of which takes some hundredths of a second."""
 POLL_PAUSE_S = 2.0
-"""How long demand is not polled after an error of Redis: each poll could wait for a timeout."""
+"""Pause of polling after an error of Redis, because each poll could wait for a timeout."""
 MIN_WINDOW = WINDOW // 8
-"""Smallest tiles, in latent positions; if these do not fit, nothing fits into memory."""
+"""Smallest window that is tried when memory runs out, in latent positions."""
 
 
 class OutOfMemory(AfterimageError):
-    """Not even the smallest tiles fit into memory; the process should exit."""
+    """Memory is insufficient even for the smallest windows; the process should exit."""
 
 
 class DeviceLost(AfterimageError):
-    """Every call on the device fails; the process should exit."""
+    """The CUDA device failed, and all further calls on it fail; the process should exit."""
 
 
 @dataclass(slots=True)
@@ -44,29 +47,31 @@ class Drawing:
     dropped: dict[str, AfterimageError] = field(default_factory=dict)  # job id -> reason
     step: int = 0
     began: float = field(default_factory=time.monotonic)
-    _poll_again_at: float = 0.0  # of time.monotonic()
-    _estimate: Callable[[], Tensor] | None = None  # renders the pictures so far
+    _poll_again_at: float = 0.0  # on the clock of time.monotonic()
+    _estimate: Callable[[], Tensor] | None = None  # returns the pictures as estimated so far
     _previewed_at: float = field(default_factory=time.monotonic)
 
     def draw(self, decoder: Decoder, inputs: Sequence[DiffusionInput]) -> Tensor:
         """Sample all pictures: (B, 3, H, W) in [0, 1], padded.
 
-        If memory runs out, starts again with tiles of half the size. Raises `Canceled` or
-        `LeaseLost` once every job of the batch is dropped, `OutOfMemory`, `DeviceLost`.
+        If memory runs out, starts again with windows of half the area. Raises `OutOfMemory`,
+        `DeviceLost`, and, once every job of the batch is dropped, `Canceled` or `LeaseLost`.
         """
         settings, window = self.attempts[0].state.decode.settings, WINDOW
         while True:
             try:
-                return decoder.sample_batch(inputs, settings, self._on_step, self._on_tile, window)
+                return decoder.sample_batch(
+                    inputs, settings, self._on_step, self._on_window, window
+                )
             except Exception as e:
                 if not is_out_of_memory(e):
                     if _is_device_lost(e):
                         raise DeviceLost(str(e).partition("\n")[0]) from e
                     raise
-                log.warning("out of memory with tiles of %d latent positions", window)
+                log.warning("out of memory with windows of %d latent positions", window)
             window //= 2
             if window < MIN_WINDOW:
-                raise OutOfMemory("out of memory even with the smallest tiles")
+                raise OutOfMemory("out of memory even with the smallest windows")
             if decoder.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -83,13 +88,13 @@ class Drawing:
         if watched and step < steps and since >= PREVIEW_INTERVAL_S:
             self._save_previews(watched)
 
-    def _on_tile(self) -> None:
+    def _on_window(self) -> None:
         self._poll(None)
 
     def _poll(self, step: int | None) -> list[Attempt]:
-        """Report progress, and drop jobs without demand; returns those whose previews are watched.
+        """Report progress, drop jobs without subscribers, and return those that clients watch.
 
-        Raises the first reason in `dropped` once every job is dropped.
+        Once every job is dropped, raises the reason of the one that was dropped first.
         """
         watched: list[Attempt] = []
         if time.monotonic() < self._poll_again_at:
@@ -105,7 +110,7 @@ class Drawing:
                     self._cancel(attempt)
             except LeaseLost as e:
                 self.dropped[attempt.id] = e
-            except RedisError:  # not worth losing the work: polled again later
+            except RedisError:  # keep drawing, and poll again later
                 self._poll_again_at = time.monotonic() + POLL_PAUSE_S
                 return []
         if len(self.dropped) == len(self.attempts):
@@ -113,10 +118,10 @@ class Drawing:
         return watched
 
     def _cancel(self, attempt: Attempt) -> None:
-        """Drop a job without subscribers, unless it got new ones meanwhile.
+        """Drop a job without subscribers, unless it has new ones by now.
 
-        The first attempt is that of RQ's current job: its record is ended later, when RQ is done
-        with the job.
+        The first attempt belongs to the job that RQ runs. It is only dropped here; its record is
+        ended by a deferred action, after RQ has released the job.
         """
         self._save_previews([attempt])
         if attempt is self.attempts[0] or attempt.cancel(put_back=False):
@@ -134,16 +139,16 @@ class Drawing:
 
 
 def encode(decode: DecodeRequest, x: Tensor, format: image.OutputFormat) -> bytes:
-    """The picture file of `x` (1, 3, H, W) in [0, 1], padded, with its provenance as metadata."""
+    """Crop `x` (1, 3, H, W) in [0, 1], padded; return a file with its provenance as metadata."""
     text = provenance(decode.tier, decode.settings, decode.seed, decode.codec, decode.decoder)
     pixels = codec.crop_to_pixels(x, decode.height, decode.width)
     return image.write(pixels, format, text)
 
 
 def is_out_of_memory(e: Exception) -> bool:
-    """True for an error for want of memory, of the device or of the host.
+    """True if `e` means that memory ran out, on the device or on the host.
 
-    Libraries below torch raise it as a plain `RuntimeError`.
+    Libraries that torch calls report this by a plain `RuntimeError`.
     """
     if isinstance(e, torch.OutOfMemoryError | MemoryError):
         return True

@@ -17,10 +17,12 @@ log = logging.getLogger(__name__)
 
 
 class Heartbeat(threading.Thread):
-    """Every `HEARTBEAT_S` seconds: renew leases, reap other workers' jobs, commit spooled pictures.
+    """Works every `HEARTBEAT_S` seconds.
 
-    While the main thread is past its deadline no heartbeat is sent, so that other workers reap its
-    job: it hangs where no signal reaches it, e.g. in a call of a GPU driver.
+    It renews this worker's leases, puts the jobs of dead workers back into the queue, and commits
+    spooled pictures. It sends no heartbeat once the main thread has missed its deadline: that
+    thread then hangs where no signal reaches it, e.g. in a call of a GPU driver, and other workers
+    must take its job.
     """
 
     def __init__(self, jobs: Jobs, spool: Spool, folder: Path) -> None:
@@ -31,10 +33,10 @@ class Heartbeat(threading.Thread):
         self.attempts: Sequence[Attempt] = ()
         """The attempts whose leases are renewed."""
         self.deadline = math.inf
-        """When the main thread must have finished drawing, of `time.monotonic()`."""
+        """Time by which the main thread must have drawn its batch, by `time.monotonic()`."""
         self.stopped = threading.Event()
         self._reap_from = time.monotonic() + HEARTBEAT_S + 1
-        self._last_beat = math.inf  # by the server's clock
+        self._last_beat = math.inf  # on the clock of the Redis server
         self._missing: set[str] = set()
 
     def run(self) -> None:
@@ -56,7 +58,7 @@ class Heartbeat(threading.Thread):
         except RedisError as e:
             log.warning("heartbeat: Redis failed: %s", e)
         except Exception:
-            log.exception("heartbeat: unexpected error; continuing")
+            log.exception("heartbeat: unexpected error; the next heartbeat tries again")
 
     def _touch_file(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,7 @@ class Heartbeat(threading.Thread):
             estimates.mark_alive(self.jobs)
             now = self.jobs.now()
         except RedisError:
-            self._pause_reaping()  # the other workers' heartbeats fail as well
+            self._pause_reaping()  # other workers cannot send heartbeats either
             raise
         if now - self._last_beat > LEASE_S:  # all workers were suspended, or the clock was set
             self._pause_reaping()
@@ -79,13 +81,13 @@ class Heartbeat(threading.Thread):
         self._requeue_missing()
 
     def _pause_reaping(self) -> None:
-        """Give the other workers time to send a heartbeat before they count as dead."""
+        """Let other workers send a heartbeat first, before any of them is treated as dead."""
         self._reap_from = time.monotonic() + LEASE_S
 
     def _requeue_missing(self) -> None:
-        """Restore jobs that are missing in two consecutive turns.
+        """Put back jobs that were missing from the queue at two consecutive heartbeats.
 
-        A job that a worker has just taken is missing for a moment only.
+        A job that a worker has just taken is missing only for a moment.
         """
         missing = self.jobs.missing()
         self.jobs.requeue(missing & self._missing)

@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("afterimage.worker")
 
 UNHEALTHY = 3
-"""Exit status after running out of memory or losing the device: start the process again."""
+"""Exit status after memory ran out or the device failed: the supervisor should restart it."""
 CUDA_BATCH = 8
 """Default batch size on CUDA."""
 
 
 def main() -> int:
-    """Load the models, then run jobs until SIGTERM or SIGINT; returns the exit status.
+    """Load the models, then run jobs until SIGTERM or SIGINT; return the exit status.
 
-    On a signal the running job is finished if that takes at most `grace_s`, and put back otherwise.
+    On a signal the running job is finished if that takes at most `grace_s` seconds. Otherwise it is
+    put back into the queue.
     """
     for number in (signal.SIGTERM, signal.SIGINT):  # PID 1 of a container has no default handlers
         signal.signal(number, _exit)
@@ -50,7 +51,7 @@ def main() -> int:
 
 
 def _exit(_number: int, _frame: FrameType | None) -> NoReturn:
-    """Exit at once: no job has begun. An exception could be caught by the interrupted code."""
+    """Exit at once, without an exception that the interrupted code could catch: no job runs yet."""
     os._exit(0)
 
 
@@ -74,7 +75,7 @@ def _load(settings: WorkerSettings) -> "WorkerContext":
 
     loaded = library.load(settings.threads, folder=settings.weights_dir)
     jobs = Jobs(connected, settings.job_timeout_s)
-    stores = f"{settings.prefix} {settings.redis_url}"  # hosts may share a folder of spools
+    stores = f"{settings.prefix} {settings.redis_url}"  # queues may share a folder
     spools = settings.cache_dir / "spool"
     Spool.remove_expired(spools)
     spool = Spool(spools / hashlib.sha256(stores.encode()).hexdigest()[:16])
@@ -107,5 +108,5 @@ def _serve(worker: "WorkerContext", redis_url: str) -> int:
 
 if __name__ == "__main__":
     status = main()
-    gc.freeze()  # the last collection at exit would take seconds, or minutes on a busy machine
+    gc.freeze()  # otherwise the last collection at exit takes seconds, or minutes on a busy machine
     sys.exit(status)

@@ -27,22 +27,22 @@ from worker.queue.store import CONNECT_TIMEOUT_S, RedisError
 log = logging.getLogger("afterimage.worker")
 
 WORKER_TTL_S = 30
-"""Expiry of RQ's record of an idle worker; its blocking reads take half of that."""
+"""Expiry of RQ's record of an idle worker. RQ's blocking reads of the queue last 15 s less."""
 SAME_SIGNAL_S = 2.0
-"""Signals within this time of the first are part of the same shutdown."""
+"""Signals within this time after the first one do not count as a second signal."""
 RETRY_S = 1.0
 """Pause before another try to reach the queue."""
 SHUTDOWN_SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
 class DecodeJob(Job):
-    """A job that can run nothing but `enhance`, and no callbacks, whatever its hash names."""
+    """A job that runs only `enhance` and no callbacks, whatever functions its Redis hash names."""
 
     @property
     def func(self) -> Callable[[str], None]:
         """The task; raises `ValueError` for a job that names another function."""
         if self.func_name != TASK:
-            raise ValueError(f"the job names {self.func_name}; only {TASK} is run")
+            raise ValueError(f"the job names the function {self.func_name}; only {TASK} is allowed")
         return tasks.enhance
 
     @property
@@ -101,7 +101,7 @@ class DecodeWorker(SimpleWorker):
         self._stop_requested = self.context.stopping
 
     def teardown(self) -> None:
-        """Stop RQ's pub/sub thread even if the queue is down, where RQ itself would not."""
+        """Stop RQ's pub/sub thread first: RQ itself would leave it running if the queue is down."""
         self.working = False
         if self.pubsub_thread:
             self.pubsub_thread.stop()
@@ -110,7 +110,7 @@ class DecodeWorker(SimpleWorker):
     def _install_signal_handlers(self) -> None:
         for number in SHUTDOWN_SIGNALS:
             signal.signal(number, self._shut_down)
-        self._stop_requested = self.context.stopping  # a signal may precede this worker
+        self._stop_requested = self.context.stopping  # a signal may have come earlier
 
     def _shut_down(self, _number: int, _frame: FrameType | None) -> None:
         """The signal handler."""
@@ -128,7 +128,7 @@ class DecodeWorker(SimpleWorker):
             self._start_timer()
 
     def _start_timer(self) -> None:
-        """Signal this process again when the grace period is over."""
+        """Send SIGTERM to this process again when the grace period is over."""
         seconds = max(self.context.grace_s, SAME_SIGNAL_S + 0.1)
         self.timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
         self.timer.daemon = True

@@ -51,26 +51,26 @@ class WorkerSettings(BaseSettings):
         / "afterimage/weights",
         description="imported codec weights; read at start",
     )
-    threads: int = Field(0, ge=0, description="CPU threads per process; 0: torch's choice")
+    threads: int = Field(0, ge=0, description="CPU threads per process; 0: torch's default")
     gs_precision: Literal["f32", "bf16"] = Field(
-        "f32", description="instant pictures on a CPU; `bf16`: half the time, if supported"
+        "f32", description="precision of instant decodes on a CPU; `bf16` takes half the time"
     )
     grace_s: float = Field(30, ge=0, description="seconds that a job may still run after SIGTERM")
     batch: int = Field(
-        0, ge=0, le=64, description="largest batch of pictures of one shape; 0: 8 on CUDA, else 1"
+        0, ge=0, le=64, description="pictures of one shape per batch, at most; 0: 8 on CUDA, else 1"
     )
     nice: int = Field(
         10, ge=0, le=19, description="niceness of workers, so that the API comes first"
     )
     max_pixels: int = Field(
-        MAX_PIXELS, ge=1, description="largest picture, by its header and as decoded"
+        MAX_PIXELS, ge=1, description="largest picture, in pixels: of a bitstream or of an upload"
     )
     job_timeout_s: int = Field(3600, ge=1, description="longest run of one job, in seconds")
 
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Turn the garbage collector off while modules and models load, and exempt them from it later.
+    """Turn the garbage collector off while modules and models load; never collect them later.
 
     Start-up takes a fifth less time, and later requests are not held up by full collections of half
     a second each.

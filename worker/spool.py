@@ -1,4 +1,4 @@
-"""Finished pictures on disk, for as long as they cannot be stored because Redis is down."""
+"""The spool: finished pictures that wait on disk because Redis is down."""
 
 import contextlib
 import logging
@@ -20,12 +20,12 @@ _NAME = re.compile(r"([0-9a-f]{32})\.(\d+)\.png")
 
 @dataclass(frozen=True, slots=True)
 class Spool:
-    """A folder that the workers of a host share; file names are `JOB.FENCE.png`."""
+    """A folder that the workers of a host share; file names are `JOB_ID.FENCE.png`."""
 
     folder: Path
 
     def save(self, attempt: Attempt, png: bytes) -> Path:
-        """Write the picture of an attempt, atomically."""
+        """Write the picture of an attempt atomically; return the file."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = self.folder / f"{attempt.id}.{attempt.state.fence}.png"
         with atomic_write(file) as part:
@@ -35,8 +35,8 @@ class Spool:
     def commit_all(self, jobs: Jobs, exclude: Container[str] = ()) -> None:
         """Commit the pictures of workers that have exited, and delete the files.
 
-        `exclude` holds the jobs whose pictures this process commits itself. A picture whose lease
-        is lost is deleted. Raises `RedisError`.
+        `exclude` holds the ids of jobs whose pictures this process commits itself. If another
+        attempt has begun, the picture is deleted. Raises `RedisError`.
         """
         for file, job_id, fence in self._files():
             if job_id in exclude:

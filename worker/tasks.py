@@ -31,7 +31,8 @@ from worker.telemetry import logs, tracing
 log = logging.getLogger(__name__)
 
 LATE_S = 60.0
-"""How long RQ's timeout may take to stop a drawing before the worker's heartbeat stops."""
+"""Time beyond the job's timeout in which RQ must have stopped the drawing. After it the heartbeat
+stops, and another worker takes the job."""
 
 
 def enhance(job_id: str) -> None:
@@ -57,7 +58,7 @@ def enhance(job_id: str) -> None:
 
 
 def _batch_size(worker: WorkerContext, decode: DecodeRequest) -> int:
-    """Largest batch of pictures of this size; on a CPU as many as fit into one window."""
+    """Largest batch of pictures of this size; on a CPU they must fit into one window together."""
     if worker.library.diffusion.device.type == "cuda":
         return worker.batch
     height, width = geometry.padded(decode.height, decode.width)
@@ -67,7 +68,7 @@ def _batch_size(worker: WorkerContext, decode: DecodeRequest) -> int:
 def _attempt(worker: WorkerContext, state: JobState, job_ids: Sequence[str]) -> None:
     """Begin an attempt at each job and run them as one batch; `state` is that of the first job.
 
-    If Redis fails, the jobs are put back later.
+    If Redis fails, a deferred action puts the jobs back into the queue.
     """
     owner = uuid.uuid4().hex
     attempts: list[Attempt] = []
@@ -87,7 +88,7 @@ def _attempt(worker: WorkerContext, state: JobState, job_ids: Sequence[str]) -> 
 
 
 def _put_back(worker: WorkerContext, job_id: str, owner: str) -> None:
-    """Put a job back if `owner` began it, even if the reply to that command was lost."""
+    """Put a job back if `owner` began an attempt at it, even if that command's reply was lost."""
     attempt = Attempt.find(worker.jobs, job_id, owner)
     if attempt is not None:
         attempt.put_back()
@@ -95,7 +96,7 @@ def _put_back(worker: WorkerContext, job_id: str, owner: str) -> None:
 
 @contextlib.contextmanager
 def request_context(state: JobState) -> Iterator[None]:
-    """Log with the ids of the job and of the request that queued it, and continue its trace."""
+    """Add the ids of the job and of the request that queued it to logs; continue its trace."""
     with (
         logs.bound(state.request_id, state.id),
         tracing.extract({"traceparent": state.traceparent}),
@@ -107,7 +108,7 @@ def request_context(state: JobState) -> Iterator[None]:
 def _run(worker: WorkerContext, attempts: Sequence[Attempt]) -> None:
     """Draw and store a batch, and end or release its jobs after any error.
 
-    Raises `RedisError`, with the attempts still running.
+    Raises `RedisError`; the attempts then still have the status `running`.
     """
     began = time.monotonic()
     worker.heartbeat.deadline = began + worker.jobs.timeout_s + LATE_S
@@ -133,9 +134,10 @@ def _run(worker: WorkerContext, attempts: Sequence[Attempt]) -> None:
 
 
 def _draw(worker: WorkerContext, attempts: Sequence[Attempt], began: float) -> None:
-    """Bitstreams -> latents -> pictures -> stores; only up to the pictures can it be interrupted.
+    """Decode the latents of all jobs, draw their pictures and store them.
 
-    `began` is the time at which the batch began, of `time.monotonic()`.
+    Signals can interrupt decoding and drawing, but not storing. `began` is the value of
+    `time.monotonic()` at the beginning of the batch.
     """
     cost = estimates.cost_model(worker.jobs)
     each_s = cost.seconds(attempts[0].state.decode.work) if cost else None
@@ -149,7 +151,7 @@ def _draw(worker: WorkerContext, attempts: Sequence[Attempt], began: float) -> N
         worker.drawing = drawing = Drawing(batch)
         with contextlib.suppress(Canceled, LeaseLost):  # every job of the batch was dropped
             pictures = drawing.draw(worker.library.diffusion, [x for _, x in inputs])
-    signal.alarm(0)  # RQ's timeout is for drawing; storing may take as long as Redis is down
+    signal.alarm(0)  # end RQ's timeout, which limits drawing; storing waits while Redis is down
     worker.heartbeat.deadline = math.inf
     for i, attempt in enumerate(batch):
         picture = None if pictures is None else pictures[i : i + 1]
@@ -158,7 +160,7 @@ def _draw(worker: WorkerContext, attempts: Sequence[Attempt], began: float) -> N
 
 
 def _input(worker: WorkerContext, attempt: Attempt) -> DiffusionInput | None:
-    """Latents and the codec's picture of a job; fails the job and returns None after an error."""
+    """Decode a job's latents and the codec's picture; after an error, fail the job, return None."""
     decode, library = attempt.state.decode, worker.library
     data = worker.jobs.store.bitstream(decode.digest)
     try:
@@ -167,8 +169,8 @@ def _input(worker: WorkerContext, attempt: Attempt) -> DiffusionInput | None:
         b = bitstream.parse(data, worker.max_pixels)
         if library.weights_ids(b) != (decode.codec, decode.decoder):
             raise WrongWeights(
-                "the job was queued for other weights than this worker has; send the bitstream "
-                "again"
+                f"the job was queued for codec {decode.codec} and decoder {decode.decoder}, which "
+                "this worker does not have; send the bitstream again"
             )
         return library.diffusion_input(b, decode.seed)
     except AfterimageError as e:
@@ -177,8 +179,9 @@ def _input(worker: WorkerContext, attempt: Attempt) -> DiffusionInput | None:
         raise
     except Exception as e:  # only this job fails, not the batch
         if is_out_of_memory(e):
-            raise OutOfMemory(f"decoding the latents of {decode.width}x{decode.height}") from e
-        log.exception("job %s: decoding its latents failed", attempt.id)
+            size = f"{decode.width}×{decode.height}"
+            raise OutOfMemory(f"out of memory while decoding the latents of {size} pixels") from e
+        log.exception("job %s: its latents could not be decoded", attempt.id)
         _fail([attempt], "internal error")
     return None
 
@@ -201,7 +204,7 @@ def _finish(
 
 
 def _has_subscribers(worker: WorkerContext, attempt: Attempt) -> bool:
-    """True if the job got subscribers again; also while Redis is down, to keep the picture."""
+    """True if the job has subscribers again, or if Redis is down: then the picture is kept."""
     try:
         return worker.jobs.has_subscribers(attempt.id)
     except RedisError:
@@ -211,7 +214,7 @@ def _has_subscribers(worker: WorkerContext, attempt: Attempt) -> bool:
 def store_result(worker: WorkerContext, attempt: Attempt, png: bytes) -> bool:
     """Commit a picture; retry while a store is down. Returns True if the first try succeeded.
 
-    Between the tries the picture is in the spool too: if this process exits, another commits it.
+    Meanwhile the picture is also in the spool: if this process exits, another worker commits it.
     """
     try:
         return _commit(worker, attempt, png)
@@ -243,7 +246,10 @@ def _commit(worker: WorkerContext, attempt: Attempt, png: bytes) -> bool:
 
 
 def _spool(worker: WorkerContext, attempt: Attempt, png: bytes) -> Path | None:
-    """The spooled picture; None if the file cannot be written: the picture is in memory only."""
+    """Write a picture to the spool and return its file; None if it cannot be written.
+
+    The picture is then in memory only.
+    """
     try:
         return worker.spool.save(attempt, png)
     except OSError as e:
@@ -252,7 +258,7 @@ def _spool(worker: WorkerContext, attempt: Attempt, png: bytes) -> Path | None:
 
 
 def _record_duration(attempt: Attempt, began: float, batch_size: int) -> None:
-    """Record the job's share of the time until the worker is free again."""
+    """Record the job's share of the time that its batch took, until the worker is free again."""
     attempt.record_duration((time.monotonic() - began) / batch_size)
 
 

@@ -69,7 +69,7 @@ def digest(data: bytes) -> str:
 
 
 def parse(data: bytes, max_pixels: int = MAX_PIXELS) -> Bitstream:
-    """Parse a file in either format. Nothing is decoded or allocated for the picture.
+    """Parse a file in either format, without decoding the picture or allocating memory for it.
 
     Raises `MalformedHeader`, `UnsupportedCodec`, `LengthMismatch`, `ChecksumMismatch`, or
     `PictureTooLarge` for more than `max_pixels`.
@@ -166,7 +166,7 @@ def _parse_compressai(data: bytes, max_pixels: int) -> Bitstream:
         strings.append(data[at : at + length])
         at += length
     if at != len(data):
-        raise LengthMismatch(f"{len(data) - at} bytes too many after the z string")
+        raise LengthMismatch(f"the file has {len(data) - at} bytes too many after the z string")
     y_string, z_string = strings
     return Bitstream(
         "compressai", "float", quality, METRICS[metric], height, width, y_string, z_string
@@ -174,12 +174,12 @@ def _parse_compressai(data: bytes, max_pixels: int) -> Bitstream:
 
 
 def _too_short(data: bytes, header: int) -> str:
-    return f"{len(data)} bytes; the header alone is {header}. The file is cut off"
+    return f"the file has {len(data)} bytes, fewer than its header of {header}: it is cut off"
 
 
 def _string_cut(name: str, length: int, present: int) -> str:
     return (
-        f"the file declares a {name} string of {length} bytes; only {present} are left. "
+        f"the file declares a {name} string of {length} bytes, but only {present} bytes follow. "
         "The file is cut off or damaged"
     )
 
@@ -187,13 +187,13 @@ def _string_cut(name: str, length: int, present: int) -> str:
 def _other_model(data: bytes) -> str:
     """The error text for a file that begins with neither format's magic or model id."""
     if data[0] >= len(_COMPRESSAI_MODELS):
-        return f"neither an .msh file nor one of CompressAI: it begins with {data[:4].hex()}"
+        return f"not an .msh file or an image file of CompressAI: it begins with {data[:4].hex()}"
     text = (
         f"the file was made with CompressAI's model {_COMPRESSAI_MODELS[data[0]]!r}. "
         "Only 'mbt2018-mean' is supported"
     )
     if data[0] == _MBT2018_MEAN - 1:
-        text += ". CompressAI before 1.2.2 wrote this model id for 'mbt2018-mean': encode it anew"
+        text += ". CompressAI before 1.2.2 wrote this id for 'mbt2018-mean'; encode it again"
     return text
 
 

@@ -57,7 +57,7 @@ def find(
 
 
 def wrong_weights(quality: int, metric: Metric, weights_id: str = "") -> WrongWeights:
-    """Return the error for a codec that `find` does not find."""
+    """Return the error to raise if `find` finds no codec."""
     if weights_id:
         return WrongWeights(
             f"the bitstream was encoded with weights {weights_id}, which are not installed for "
@@ -79,8 +79,8 @@ def install(
 ) -> Entry:
     """Write `name`.safetensors and append it to the folder's manifest, each atomically.
 
-    `row` holds `kind` and further fields of the `Entry`. Entries that have the same values in all
-    fields of `replaces` are removed from the manifest.
+    `row` holds `kind` and further fields of the `Entry`. `replaces` names fields: older entries
+    that agree with the new one in all of them are removed from the manifest.
     """
     data = save(tensors, metadata)
     fields: dict[str, str | int] = {

@@ -20,7 +20,7 @@ from models.image import Pixels
 
 Stage = Literal["entropy", "g_s"]
 OnStage = Callable[[Stage], None]
-"""Called at the end of each stage of decoding: entropy decoding ("entropy"), synthesis ("g_s")."""
+"""Called after each stage of decoding: "entropy" is entropy decoding, "g_s" is synthesis."""
 
 
 def _ignore(stage: Stage) -> None:
@@ -109,7 +109,7 @@ def to_pixels(x: Tensor) -> Pixels:
 
 
 def crop_to_pixels(x: Tensor, height: int, width: int) -> Pixels:
-    """Convert a padded `x` (1, 3, H, W) in [0, 1] to (height, width, 3) uint8."""
+    """Crop a padded `x` (1, 3, H, W) in [0, 1] and convert it to (height, width, 3) uint8."""
     return to_pixels(crop(x, height, width))
 
 

@@ -1,4 +1,7 @@
-"""`h_s` of the `exact` profile: the same scale indexes and means on every machine."""
+"""The network `h_s` in integer arithmetic, for the `exact` profile.
+
+It gives the same scale indexes and means on every machine.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -13,18 +16,19 @@ BITS = 16
 SLOPE = 655
 """LeakyReLU's slope in units of 2^-16: 655 / 65536 = 0.009995, for the float network's 0.01."""
 STRIP = 2048
-"""Positions per call of a layer. torch unfolds them, which takes about 0.1 GB."""
+"""Positions per call of a layer: torch copies the inputs of each (im2col), about 0.1 GB in all."""
 
-TOO_LARGE = "the weights of h_s are too large for exact sums below 2^53"
+TOO_LARGE = "the weights of h_s are too large for exact sums, which must stay below 2^53"
 
 
 class ExactHyperSynthesis:
     """`h_s` in integer arithmetic: weights and activations in units of 2^-16, stored in float64.
 
     Every sum of products is an integer below 2^53, so float64 holds it exactly in any order of
-    summation. A layer's result is divided by 2^16, rounded down and clamped to ±2^11, so the bound
-    holds for any z. If the sums of a layer could exceed the bound, its weights are halved and the
-    layer before it returns activations twice as large, repeatedly if needed.
+    summation. A layer's result is divided by 2^16, rounded down and clamped to ±2^11, so the sums
+    of the next layer stay below 2^53 for any z. If the sums of a layer could still exceed 2^53, its
+    weights are halved and its inputs doubled, by the weights of the layer before it, as often as
+    needed.
     """
 
     LIMIT = float(1 << (BITS + 11))

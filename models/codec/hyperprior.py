@@ -3,8 +3,9 @@
 `h_s` predicts a mean and a scale for every symbol of y, and the scale selects the CDF that codes
 it. Encoder and decoder must therefore agree on every scale index. There are two profiles:
 
-- `float` computes `h_s` in float32, as CompressAI does on a CPU. If a stream does not decode, other
-  float arithmetics are tried, one of which the encoder's machine may have used.
+- `float` computes `h_s` in float32, as CompressAI does on a CPU. If a stream does not decode, `h_s`
+  is computed again with other roundings (`models.codec.recovery`), one of which the encoder's
+  machine may have used.
 - `exact` computes `h_s` in integers (stored in float64, all sums below 2^53). The result does not
   depend on threads, backend or machine.
 """
@@ -100,7 +101,7 @@ class LatentCoder:
             indexes, means = self._prior(z_symbols, profile)
         try:
             symbols = rans.decode(y_string, indexes, self.y_tables)
-        except (CorruptStream, DesynchronisedStream) as e:  # a wrong scale causes either
+        except (CorruptStream, DesynchronisedStream) as e:  # a wrong scale causes one of the two
             if profile == "exact":
                 raise
             return self._recover(y_string, z_symbols, indexes, e)
@@ -113,13 +114,14 @@ class LatentCoder:
         indexes: rans.Int32Array,
         failure: CorruptStream | DesynchronisedStream,
     ) -> Latents:
-        """Decode the y string with the first arithmetic that succeeds; otherwise raise `failure`.
+        """Decode the y string with the first of `recovery.ARITHMETICS` that succeeds.
 
-        Arithmetics that give the same scale indexes as one before are skipped.
+        An arithmetic that gives the same scale indexes as an earlier one is skipped. If none
+        succeeds, raises `failure`.
         """
         tried = {_fingerprint(indexes)}
         try:
-            for arithmetic, indexes, means in self._priors(z_symbols):
+            for arithmetic, indexes, means in self._recovery_priors(z_symbols):
                 if _fingerprint(indexes) in tried:
                     continue
                 tried.add(_fingerprint(indexes))
@@ -129,10 +131,12 @@ class LatentCoder:
                     continue
                 return self._latents(symbols, indexes, means, arithmetic)
         except recovery.Unavailable as e:
-            raise type(failure)(f"{failure}; recovery with other arithmetics failed: {e}") from e
+            raise type(failure)(f"{failure}; recovery was not possible: {e}") from e
         raise failure
 
-    def _priors(self, z_symbols: rans.Int32Array) -> Iterator[tuple[str, rans.Int32Array, Tensor]]:
+    def _recovery_priors(
+        self, z_symbols: rans.Int32Array
+    ) -> Iterator[tuple[str, rans.Int32Array, Tensor]]:
         """Yield name, scale indexes and means for each of `recovery.ARITHMETICS`."""
         z_hat = self._z_hat(z_symbols)
         for arithmetic in recovery.ARITHMETICS:

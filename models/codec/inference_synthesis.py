@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.codec.msh import GDN
 
 STRIP = 32
-"""Feature rows that the last two layers process at a time, so that they fit the CPU's cache."""
+"""Rows that the last two layers process at a time, so that their features fit the CPU's cache."""
 
 
 class InferenceSynthesis(nn.Module):

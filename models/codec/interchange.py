@@ -39,7 +39,7 @@ _NEW_NAME = {"matri": "matrices", "bias": "biases", "factor": "factors"}
 
 
 def channels(quality: int) -> tuple[int, int]:
-    """Return N and M for a quality; they are the same for both metrics."""
+    """Return the channels N and M of a quality; they are the same for both metrics."""
     return (128, 192) if quality <= 4 else (192, 320)
 
 
@@ -108,8 +108,8 @@ def read(file: Path) -> dict[str, Tensor]:
     except Exception as e:  # `torch.load` raises many kinds of errors for damaged files
         reason = f": {_first_line(e)}" if isinstance(e, RuntimeError | SafetensorError) else ""
         raise WeightsError(
-            "no checkpoint with tensors only, as torch.save(model.state_dict(), FILE) writes it"
-            + reason
+            "not a safetensors file or a PyTorch checkpoint of tensors only; write one with "
+            f"torch.save(model.state_dict(), FILE){reason}"
         ) from e
     if isinstance(state, Mapping) and "state_dict" in state:
         state = state["state_dict"]
@@ -135,7 +135,7 @@ def validate(state: Mapping[str, Tensor], quality: int) -> dict[str, Tensor]:
             raise WeightsError(f"{name} is not a tensor of mbt2018-mean; use a checkpoint of it")
     for name, shape in shapes.items():
         if name not in tensors:
-            raise WeightsError(f"{name} is missing")
+            raise WeightsError(f"{name} is missing; use a complete checkpoint of mbt2018-mean")
         value = tensors[name]
         if value.shape != shape:
             raise WeightsError(
@@ -176,20 +176,22 @@ def write(state: dict[str, Tensor], file: Path) -> None:
 
 
 def _check_tables(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Check the CDF tables among `tensors`: all must be there, or none. Empty ones are dropped."""
+    """Check that `tensors` contain all CDF tables or none; drop empty ones."""
     present = [name for name in zoo.TABLES if name in tensors and tensors[name].numel()]
     if present and len(present) < len(zoo.TABLES):
         missing = next(name for name in zoo.TABLES if name not in present)
-        raise WeightsError(f"{missing} is missing, while {present[0]} is there; save all or none")
+        raise WeightsError(
+            f"{missing} is missing, while {present[0]} is there; save all CDF tables or none"
+        )
     others = {k: v for k, v in tensors.items() if k not in zoo.TABLES}
     tables = {k: (_floats if "scale" in k else _integers)(k, tensors[k]) for k in present}
     return others | tables
 
 
 def _is_plain(value: object) -> TypeGuard[Tensor]:
-    """Tell whether `value` is a dense tensor, all of whose bytes are in the file.
+    """Tell whether `value` is a dense tensor whose bytes are all in the file.
 
-    A view with stride 0 repeats the bytes of a small file, and could be larger than memory.
+    A view with stride 0 is not: a small file can declare one that is larger than memory.
     """
     return (
         isinstance(value, Tensor)
@@ -225,7 +227,7 @@ def _current_name(name: str) -> str:
 def _download(quality: int, metric: Metric, folder: Path) -> Path:
     with warnings.catch_warnings():  # DeprecationWarning from its dependencies
         warnings.simplefilter("ignore")
-        from compressai.zoo import image as published  # type: ignore[import-untyped]
+        from compressai.zoo import image as published
     from torch.hub import download_url_to_file
 
     url: str = published.model_urls["mbt2018-mean"][metric][quality]
@@ -242,7 +244,7 @@ def _download(quality: int, metric: Metric, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _socket_timeout() -> Iterator[None]:
-    """Use `TIMEOUT_S` as the default timeout of sockets, as torch's download sets none."""
+    """Use `TIMEOUT_S` as the default timeout of sockets, because torch's download sets none."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT_S)
     try:

@@ -1,4 +1,4 @@
-"""The four transforms of the mean-scale hyperprior (Minnen 2018), CompressAI's `mbt2018-mean`.
+"""The four transforms of the mean-scale hyperprior ("msh"; Minnen 2018; `mbt2018-mean`).
 
 Parameters have CompressAI's names, so that its checkpoints load unchanged. The entropy models are
 not part of this network: `models.codec.hyperprior` works from their CDF tables.

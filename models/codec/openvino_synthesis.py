@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import openvino as ov  # type: ignore[import-untyped]
+import openvino as ov
 import torch
 from filelock import FileLock
 from openvino import opset13 as ops
@@ -35,10 +35,10 @@ class OpenVinoSynthesis:
         self._net = net
         self._request: ov.InferRequest | None = None
         self.lock = threading.Lock()
-        """To be held during a call and until its result is copied: the next call overwrites it."""
+        """Callers hold it until they have copied the result: the next call overwrites it."""
 
     def __call__(self, y_hat: Tensor) -> Tensor:
-        """Return x_hat (1, 3, 16h, 16w), valid until the next call, of y_hat (1, M, h, w)."""
+        """Map y_hat (1, M, h, w) to x_hat (1, 3, 16h, 16w), which is valid until the next call."""
         if self._request is None:
             self._request = _compile(self._net).create_infer_request()
         used = y_hat[:, self._net.channels].contiguous().numpy()

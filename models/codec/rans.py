@@ -45,22 +45,22 @@ class Tables:
         n, width = self.cdf.shape
         if self.length.shape != (n,) or self.offset.shape != (n,):
             raise ValueError(
-                f"cdf has {n} contexts, length {self.length.shape}, offset {self.offset.shape}; "
-                "all three must agree"
+                f"cdf has {n} rows, but length has the shape {self.length.shape} and offset "
+                f"{self.offset.shape}; both must be ({n},)"
             )
         if n == 0 or self.length.min() < 3 or self.length.max() > width:
-            raise ValueError(f"a CDF has fewer than 3 entries or more than its row, {width}")
+            raise ValueError(f"the length of each CDF must be 3 to {width}, the width of the table")
         if self.offset.min() < -OFFSET_MAX or self.offset.max() > OFFSET_MAX:
-            raise ValueError(f"a CDF's first symbol is out of range; choose ±{OFFSET_MAX}")
+            raise ValueError(f"an offset is out of range; choose -{OFFSET_MAX} to {OFFSET_MAX}")
         for row, size in zip(self.cdf, self.length, strict=True):
             rises = (row[1:size] > row[: size - 1]).all()  # `np.diff` could overflow
             if row[0] != 0 or row[size - 1] != 1 << PRECISION or not rises:
-                raise ValueError("a CDF does not rise strictly from 0 to 65536")
+                raise ValueError("each CDF must rise strictly from 0 to 65536; one does not")
 
 
 @njit(cache=True, nogil=True)
 def _refill(x, words, position):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Renormalise the state. Without words left, `position` ends up behind the last word."""
+    """Renormalise the state by reading a word; if none is left, read 0 and advance `position`."""
     if x >= np.uint64(1 << 31):
         return x, position
     word = words[position] if position < words.size else np.uint32(0)
@@ -69,7 +69,7 @@ def _refill(x, words, position):  # type: ignore[no-untyped-def]  # pragma: no c
 
 @njit(cache=True, nogil=True)
 def _raw(value, escape):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Return the number to write as bypass digits; -1 if the value has an entry in its CDF."""
+    """Return the number to write as bypass digits, or -1 if the CDF has an entry for the value."""
     if 0 <= value < escape:
         return np.int64(-1)
     return -2 * value - 1 if value < 0 else 2 * (value - escape)
@@ -193,10 +193,11 @@ def parse_words(data: bytes) -> NDArray[np.uint32]:
     """
     if len(data) % 4 or len(data) < 8:
         raise CorruptStream(
-            f"a string has {len(data)} entropy-coded bytes; a multiple of 4, 8 or more, is needed"
+            f"an entropy-coded string has {len(data)} bytes; its length must be a multiple of 4, "
+            "and at least 8"
         )
     if not STATE_LOW <= int.from_bytes(data[:8], "little") < 1 << 63:
-        raise CorruptStream("the entropy-coded bytes begin with a state that no encoder ends in")
+        raise CorruptStream("the entropy-coded bytes do not begin with a valid state: damaged data")
     return np.frombuffer(data, "<u4")
 
 
@@ -210,13 +211,19 @@ def decode(data: bytes, indexes: Int32Array, tables: Tables) -> Int32Array:
     out = np.empty(contexts.size, np.int32)
     status = _decode(words, contexts, tables.cdf, tables.length, tables.offset, out)
     if status == _SHORT:
-        raise CorruptStream("the entropy-coded bytes end before the last symbol")
+        raise CorruptStream("the entropy-coded bytes end before the last symbol: damaged data")
     if status == _BYPASS:
-        raise CorruptStream("an escape code holds a value that no encoder writes")
+        raise CorruptStream("an escape code holds a value that no encoder writes: damaged data")
     if status == _STATE:
-        raise DesynchronisedStream("the entropy decoder did not end in the encoder's start state")
+        raise DesynchronisedStream(
+            "the entropy decoder did not end in the encoder's start state: damaged data, or other "
+            "weights than the encoder's"
+        )
     if status == _TRAILING:
-        raise DesynchronisedStream("entropy-coded bytes remain after the last symbol")
+        raise DesynchronisedStream(
+            "entropy-coded bytes remain after the last symbol: damaged data, or other weights than "
+            "the encoder's"
+        )
     return out.reshape(indexes.shape)
 
 
@@ -258,6 +265,6 @@ def _flat(symbols: Int32Array, indexes: Int32Array) -> Int32Array:
         )
     if symbols.size and not -MAX_SYMBOL - 1 <= symbols.min() <= symbols.max() <= MAX_SYMBOL:
         raise ValueError(
-            f"symbols are {symbols.min()} to {symbols.max()}; they must fit 31 bits with a sign"
+            f"symbols are {symbols.min()} to {symbols.max()}; they must fit 31 bits, sign included"
         )
     return np.ascontiguousarray(symbols, np.int32).reshape(-1)

@@ -1,9 +1,10 @@
-"""Compute `h_s` with other float arithmetics, in a child process.
+"""Compute `h_s` with other float roundings, in a child process.
 
-A bitstream of the `float` profile decodes only if `h_s` is rounded as on the encoder's machine.
-Rounding depends on settings that are global to a process (threads, oneDNN), so they are changed in
-a child process only. It is started when it is first needed, serves one caller at a time with a time
-limit, and ends after `IDLE_S` without work or with its parent.
+A bitstream of the `float` profile decodes only if the sums in `h_s` are rounded as on the encoder's
+machine. Rounding depends on the number format, the memory layout, threads and oneDNN. A combination
+of these is called an arithmetic here. Threads and oneDNN are settings of a whole process, so only a
+child process changes them. It is started when it is first needed, serves one caller at a time with
+a time limit, and ends with its parent or after `IDLE_S` seconds without work.
 """
 
 import atexit
@@ -26,9 +27,10 @@ from torch import Tensor, nn
 from models import tiles
 
 ARITHMETICS = ("float64", "one thread", "oneDNN off", "channels_last")
-"""Arithmetics in the order in which they are tried. Where two float32 arithmetics round a scale to
-different sides of a table's edge, float64 agrees with each about equally often: of 900 streams made
-with AVX2, 17 did not decode with AVX-512, and 11 of these decoded with float64."""
+"""The arithmetics, in the order in which they are tried. float64 comes first: where two machines
+round a scale to different sides of a threshold in the scale table, float64 agrees with each of them
+about equally often. Of 900 streams made with AVX2, 17 did not decode with AVX-512, and 11 of these
+decoded with float64."""
 TIMEOUT_S = 60.0
 """Longest wait for the process to become free, and then for its result. The largest picture takes
 2 to 13 s per arithmetic."""
@@ -98,7 +100,7 @@ def _in_windows(h_s: nn.Sequential, z_hat: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Child:
-    """A running child process, the parent's end of its pipe, and the keys of weights it has."""
+    """A running child process, our end of its pipe, and the keys of the weights that it holds."""
 
     process: subprocess.Popen[bytes]
     connection: "Connection[bytes, bytes]"
@@ -155,9 +157,9 @@ class RecoveryProcess:
         return self._child.process.pid if self._child else None
 
     def _forget(self) -> None:
-        """After a fork, in the forked process: leave the child process and the lock to the parent.
+        """Called in a forked process: forget the child process and the lock, which the parent uses.
 
-        The inherited pipe is closed, because the child process ends once all copies are closed.
+        The inherited copy of the pipe is closed: the child process ends only when all copies are.
         """
         if self._child is not None:
             self._child.connection.close()
@@ -215,7 +217,7 @@ def serve(connection: "Connection[bytes, bytes]") -> None:
 
 def main() -> NoReturn:
     """Run the child process. Its argument is the file descriptor of its pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and that ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, whose end is this one's
     os.nice(10)  # recovery must not slow down bitstreams that need none
     serve(Connection(int(sys.argv[1])))
     sys.exit(0)

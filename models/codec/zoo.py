@@ -58,7 +58,8 @@ def from_tensors(tensors: Mapping[str, Tensor], quality: int, metric: Metric = "
             tensors["gaussian_conditional.scale_table"].float(),
         )
     except (KeyError, IndexError, RuntimeError, ValueError) as e:
-        raise WeightsError(f"the tensors are no mean-scale hyperprior: {e}") from e
+        reason = f"{e} is missing" if isinstance(e, KeyError) else e
+        raise WeightsError(f"the tensors do not form a codec of mbt2018-mean: {reason}") from e
     synthesis = Synthesis(net.g_s, net.M)
     return Codec(quality, metric, checkpoint.weights_id(tensors), net, latent_coder, synthesis)
 
@@ -110,8 +111,8 @@ class Imports:
 def with_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters and CDF tables of a CompressAI state dict.
 
-    Tables in the state dict are kept unchanged, because only they decode bitstreams that were
-    encoded with them. Otherwise `update()` computes them, for which `compressai` is imported.
+    Tables in the state dict are kept unchanged: bitstreams decode only with the tables that encoded
+    them. If tables are missing, `update()` of the package `compressai` computes all of them.
     """
     if all(name in state and state[name].numel() for name in TABLES):
         return dict(state)
@@ -129,7 +130,7 @@ def compressai_model(N: int, M: int) -> Any:
     """Return CompressAI's `MeanScaleHyperprior`. API and worker never import `compressai`."""
     with warnings.catch_warnings():  # DeprecationWarning from its dependencies
         warnings.simplefilter("ignore")
-        from compressai.models import MeanScaleHyperprior as Reference  # type: ignore[import-untyped]
+        from compressai.models import MeanScaleHyperprior as Reference
 
     return Reference(N, M)
 
@@ -140,10 +141,11 @@ def _check_tables(tensors: Mapping[str, Tensor], net: MeanScaleHyperprior) -> No
     contexts = [tensors[f"{p}._offset"].numel() for p in parts]
     if contexts != [net.N, scales.numel()]:
         raise ValueError(
-            f"there are {contexts} CDFs, but {net.N} channels and {scales.numel()} scales"
+            f"there are {contexts[0]} and {contexts[1]} CDFs for z and y; "
+            f"{net.N} channels and {scales.numel()} scales need as many"
         )
     if scales.ndim != 1 or not (scales > 0).all() or not (scales.diff() > 0).all():
-        raise ValueError("the scale table is not a list of rising scales above 0")
+        raise ValueError("the scale table must hold increasing scales above 0")
 
 
 def _tables(tensors: Mapping[str, Tensor], part: str) -> rans.Tables:

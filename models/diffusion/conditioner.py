@@ -25,7 +25,7 @@ class Condition:
     bits: Tensor  # (B, 1, H/16, W/16), bits spent on each latent position
     quality: Tensor  # (B,) int64
     beta: Tensor  # (B,)
-    latents_visible: Tensor  # (B,): 1, or 0 to hide `y_hat` (unknown codecs, autoguidance)
+    latents_visible: Tensor  # (B,): 1, or 0 to hide `y_hat` (for unknown codecs and autoguidance)
 
 
 class Conditioner(nn.Module):
@@ -67,7 +67,7 @@ class Conditioner(nn.Module):
 
 
 class PerQuality(nn.ModuleList):
-    """One 1×1 convolution per quality, because each codec's latents have a basis of their own.
+    """One 1×1 convolution per quality, because the channels of each codec mean something else.
 
     Index 0 is the convolution for an unknown quality.
     """

@@ -21,14 +21,16 @@ from models.geometry import STRIDE_Y
 from models.tiers import Settings
 
 OnWindow = Callable[[], None]
-"""Called after each window of a network call; an exception ends the sampling."""
+"""Called after each window. If it raises an exception, the sampling ends."""
 OnPicture = Callable[[int, int, Callable[[], Tensor]], None]
-"""Called after each step with (steps done, total steps, preview). `preview()` is the current
-estimate (B, 3, H, W) in [0, 1]. An exception, for example `Canceled`, ends the sampling."""
+"""Called after each step with (steps done, total steps, preview). `preview()` computes the current
+estimate of the pictures, (B, 3, H, W) in [0, 1]. If the callback raises an exception, for example
+`Canceled`, the sampling ends."""
 
 WINDOW = 1_390_000 // STRIDE_Y**2
-"""Most latent positions per network call; larger pictures are computed in windows. Up to this size,
-the finest activations stay below 32 MiB; glibc requests larger blocks from the kernel each time."""
+"""Largest number of latent positions per network call; larger pictures are computed in windows. Up
+to this size, the finest activations stay below 32 MiB, so glibc can reuse their memory: it requests
+larger blocks from the kernel each time."""
 OVERLAP = 4
 """Latent positions around a window of the compact denoiser. The receptive field's radius is up to
 98 pixels, but pixels beyond 64 change the final picture by 0.03/255 at most (measured; 0.34 beyond
@@ -61,7 +63,10 @@ class Decoder:
         device: torch.device | None = None,
         codecs: Collection[str] | None = None,
     ) -> None:
-        """`codecs`: weights ids of the codecs it was trained with; None if the file has no list."""
+        """Move `net` to `device` (default: CPU).
+
+        `codecs` are the weights ids of the codecs that it was trained with; None if unknown.
+        """
         self.weights_id, self.codecs = weights_id, codecs
         self.device = device or torch.device("cpu")
         net = net.eval().requires_grad_(False)
@@ -80,7 +85,7 @@ class Decoder:
     def nearest_quality(self, quality: int) -> int:
         """The trained quality closest to `quality`."""
         scales = enumerate(self.net.scales.tolist())
-        trained = [q for q, scale in scales if q and scale != 1]  # training measures a scale
+        trained = [q for q, scale in scales if q and scale != 1]  # 1: never trained
         return min(trained, key=lambda q: abs(q - quality), default=quality)
 
     def sample(
@@ -127,9 +132,9 @@ class Decoder:
             return _BatchSampler(self, inputs, settings, on_window, window).run(on_step).cpu()
 
     def denoiser(self, item: DiffusionInput) -> sampler.Denoise:
-        """The denoiser of one picture for posterior sampling (beta 0).
+        """Return the denoiser for one picture, as posterior sampling (beta 0) uses it.
 
-        Takes and returns CPU tensors. Raises the errors of `sample_batch`.
+        It takes and returns CPU tensors. Raises the errors of `sample_batch`.
         """
         batch = _BatchSampler(self, [item], Settings("ddim", 1), lambda: None, WINDOW)
 
@@ -142,7 +147,7 @@ class Decoder:
         return denoise
 
     def target(self, item: DiffusionInput, x: Tensor) -> Tensor:
-        """x0 for the original picture `x` (1, 3, H, W) in [0, 1], of the same shape as `x_hat`."""
+        """The x0 that stands for the original `x` (1, 3, H, W) in [0, 1], padded like `x_hat`."""
         if self.config.target == "image":
             return x * 2 - 1
         scale = float(self.net.scales[self.nearest_quality(item.quality)])
@@ -171,7 +176,7 @@ class _BatchSampler:
             self.blind_maps = self.network.maps(replace(self.condition, latents_visible=hidden))
 
     def run(self, on_step: OnPicture | None) -> Tensor:
-        """Run the sampler; the pictures (B, 3, H, W) in [0, 1]."""
+        """Run the sampler; return the pictures (B, 3, H, W) in [0, 1]."""
 
         def report(step: int, steps: int, x0: Tensor) -> None:
             if on_step is not None:
@@ -322,7 +327,7 @@ def load(folder: Path = checkpoint.WEIGHTS, device: torch.device | None = None) 
 
 
 def from_file(file: Path, device: torch.device | None = None) -> Decoder:
-    """Load the decoder that a training run wrote; `WeightsError` if `file` is something else."""
+    """Load a decoder that a training run wrote. Raises `WeightsError` if `file` holds none."""
     tensors, metadata = checkpoint.read(file)
     net = _network(tensors, metadata, file)
     return Decoder(checkpoint.weights_id(tensors), net, device, _codecs(metadata))

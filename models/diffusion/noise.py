@@ -21,7 +21,7 @@ def normals(
     origin: tuple[int, int] = (0, 0),
     device: torch.device | None = None,
 ) -> Tensor:
-    """Standard normals (1, C, H, W) for `shape` (C, H, W), C at most 4.
+    """Draw standard normals (1, C, H, W) for `shape` (C, H, W), with C at most 4.
 
     `origin` is the (y, x) position of the top left value: a window of a larger picture gets the
     values of the whole picture there. `seed` is in 0…2^64 - 1.

@@ -19,7 +19,7 @@ class UNetConfig:
     up: tuple[int, ...]  # residual blocks on the way up
     embedding: int
     latents: int = 192  # channels of `y_hat`, the codec's M
-    qualities: int = 0  # highest quality it is conditioned on; 0: on neither quality nor beta
+    qualities: int = 0  # highest quality; 0: the network is conditioned on neither quality nor beta
     condition: tuple[int, ...] = ()  # channels of the feature maps
     depth: int = 2  # residual blocks per scale of the conditioner
     attention: tuple[int, ...] = ()  # levels with attention
@@ -38,7 +38,8 @@ class UNetConfig:
     def halo(self) -> int:
         """Radius in pixels of the denoiser's receptive field.
 
-        `paper` has attention and group norm over the whole picture; 96 is a choice, not a bound.
+        `paper` has no bound, because its attention and group norm read the whole picture. Its 96 is
+        a compromise.
         """
         if self.preset == "paper":
             return 96
@@ -83,7 +84,8 @@ PAPER = UNetConfig(
     target="image",
     learned_variance=True,
 )
-"""The paper's network: 113.2 million parameters; predicts epsilon and the variance of the image."""
+"""The paper's network: 113.2 million parameters. It denoises the picture itself, not a residual,
+and predicts epsilon and the variance."""
 PRESETS = {"compact": COMPACT, "fine": FINE, "paper": PAPER}
 
 

@@ -1,4 +1,7 @@
-"""Realism: a mix of the codec's picture and the diffusion decoder's. Colours stay the codec's."""
+"""Realism (alpha in code): how far the picture lies from the codec's to the diffusion decoder's.
+
+The lowest frequencies, and with them the colours, always come from the codec.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +13,8 @@ from models.tiers import check_realism
 def high_pass(r: Tensor) -> Tensor:
     """Remove the lowest frequencies of `r` (B, C, H, W), whose sides are multiples of 16.
 
-    They are the means of 16×16 blocks, blurred once and interpolated back. Residual decoders leave
-    this band to the codec's picture, so they cannot shift colours.
+    These are the means of 16×16 blocks, blurred once and interpolated to the size of `r`. Residual
+    decoders take this band from the codec's picture, so they cannot shift colours.
     """
     coarse = F.avg_pool2d(r, 16)
     kernel = torch.tensor([0.25, 0.5, 0.25], device=r.device, dtype=r.dtype)
@@ -24,9 +27,10 @@ def high_pass(r: Tensor) -> Tensor:
 def mix(x_hat: Tensor, x: Tensor, alpha: float) -> Tensor:
     """Interpolate between the codec's picture `x_hat` (alpha 0) and the decoder's `x` (alpha 1).
 
-    Linear interpolation is optimal (Freirich 2021, eq. 11), for each frequency too. Both pictures
-    of a residual decoder share the lowest band, so no alpha shifts a colour. The network is not
-    run. Raises `ParameterError` unless alpha is in [0, 1], `ValueError` if the shapes differ.
+    Linear interpolation is the optimal trade-off between squared error and perception (Freirich
+    2021, eq. 11), also at each frequency. Both pictures of a residual decoder share the lowest
+    band, so no alpha shifts colours. Raises `ParameterError` unless alpha is in [0, 1], and
+    `ValueError` if the shapes differ.
     """
     check_realism(alpha)
     if x_hat.shape != x.shape:

@@ -30,9 +30,9 @@ class DenoiserOutput:
 Denoise = Callable[[Tensor, float, float], DenoiserOutput]
 """(x_t, t, alpha-bar) -> estimates of x0 and eps."""
 Noise = Callable[[int], Tensor]
-"""Index of the draw -> standard normals (B, C, H, W); index 0 is the initial noise."""
+"""Number of the draw -> standard normals (B, C, H, W); number 0 is the initial noise."""
 OnStep = Callable[[int, int, Tensor], None]
-"""(steps done, total steps, current x0); an exception ends the sampling."""
+"""Called with (steps done, total steps, current x0). An exception from it ends the sampling."""
 
 
 def ddim_step(
@@ -44,7 +44,7 @@ def ddim_step(
     eta: float = 0.0,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """x_t -> x_{t-1}: eqs. 12 and 16 of arXiv:2010.02502; `a` is alpha-bar.
+    """One DDIM step x_t -> x_{t-1}: eqs. 12 and 16 of arXiv:2010.02502; `a` is alpha-bar.
 
     `noise` is required if `eta` is above 0.
     """
@@ -62,10 +62,10 @@ def ddpm_step(
     noise: Tensor,
     fraction: Tensor | None = None,
 ) -> Tensor:
-    """x_t -> x_{t-1}: eqs. 6 and 7 of arXiv:2006.11239.
+    """One DDPM step x_t -> x_{t-1}: eqs. 6 and 7 of arXiv:2006.11239.
 
-    The variance is the posterior's. With `fraction` it is interpolated between the posterior's
-    and beta, in logarithms (arXiv:2102.09672, eq. 15).
+    The variance is that of the posterior. With `fraction`, its logarithm is interpolated between
+    those of the posterior's variance and beta (arXiv:2102.09672, eq. 15).
     """
     beta = 1 - a_t / a_prev
     mean_x0 = math.sqrt(a_prev) * beta / (1 - a_t)
@@ -86,7 +86,7 @@ def dpmpp_2m_step(
     a_prev: float,
     a_before: float,
 ) -> Tensor:
-    """x_t -> x_{t-1}: algorithm 2 of arXiv:2211.01095 (DPM-Solver++, 2M).
+    """One DPM-Solver++ (2M) step x_t -> x_{t-1}: algorithm 2 of arXiv:2211.01095.
 
     `x0_before` is the estimate of the previous step, at `a_before`; None in the first step.
     """

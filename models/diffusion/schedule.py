@@ -23,7 +23,7 @@ Scalar = TypeVar("Scalar", float, Tensor)
 
 @dataclass(frozen=True, slots=True)
 class SamplingStep:
-    """One denoiser call: from `a` at time `t` in [0, 1] to `a_prev`, 1 in the last step."""
+    """One step, from `a` (alpha-bar) at time `t` in [0, 1] to `a_prev`, which is 1 at the end."""
 
     t: float
     a: float
@@ -54,9 +54,10 @@ class Continuous:
 
 
 class Discrete:
-    """`T` steps (Nichol & Dhariwal 2021, eq. 17, betas at most .999); t = index / (T - 1).
+    """Discrete time with `T` steps (Nichol & Dhariwal 2021, eq. 17, betas at most .999).
 
-    `alphas_cumprod` is (T,) float64. Ten of 4000 steps have the indices 3999, 3555, …, 444, 0.
+    The time is t = index / (T - 1), and `alphas_cumprod` is (T,) float64. A request for ten of 4000
+    steps uses the indices 3999, 3555, …, 444, 0.
     """
 
     def __init__(self, T: int = 4000) -> None:

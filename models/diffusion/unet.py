@@ -1,4 +1,4 @@
-"""Conditional U-Net, in a compact and the paper's form.
+"""Conditional U-Net, in two forms: `compact` and `paper`.
 
 The conditioner turns a picture's latents into feature maps once; the denoiser reads these maps at
 every step. `paper` is the network of Mari & Milani: g_s,dec and the U-Net of Ho et al. as modified
@@ -29,8 +29,9 @@ from models.diffusion.presets import UNetConfig
 class Denoiser(nn.Module):
     """Predict v or epsilon from x_t and the feature maps.
 
-    Skip connections and feature maps are concatenated in `paper`, where every block has a skip
-    connection. They are added in `compact`, where every level has one.
+    In `paper` every block has a skip connection; skip connections and feature maps are concatenated
+    with the features. In `compact` every level has one skip connection, and both are added. The
+    finest `unmapped` levels get no feature map.
     """
 
     def __init__(self, c: UNetConfig) -> None:
@@ -129,8 +130,8 @@ class Denoiser(nn.Module):
 class UNet(nn.Module):
     """Conditioner and denoiser of one configuration.
 
-    `scales` (qualities + 1,) holds the residual's standard deviation per quality. A residual is
-    divided by it before diffusion. 1 marks a quality without training.
+    `scales` (qualities + 1,) holds the residual's standard deviation for each quality, by which a
+    residual is divided before diffusion. It is 1 for qualities that were not trained.
     """
 
     def __init__(self, c: UNetConfig) -> None:

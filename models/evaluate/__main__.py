@@ -3,9 +3,9 @@
 python -m models.evaluate --pictures KODAK --lpips lpips_alex.safetensors --out FOLDER
 
 Writes evaluation.json, evaluation.md, rate.png, perception.png and sheet.webp, and with a diffusion
-tier also calibration.png, crops.webp and the decoded pictures in decodes/. Decoded pictures that
-are already there are reused, and included in the report at the chosen qualities; so an evaluation
-can be interrupted, resumed and extended. `--rivals` also measures other codecs.
+tier also calibration.png, crops.webp and the decoded pictures in decodes/. An evaluation can be
+interrupted, resumed and extended: decoded pictures in decodes/ are reused, and the report includes
+those of the chosen qualities. `--rivals` also measures reference codecs such as JPEG.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Results:
     def __init__(self, lpips: LpipsAlex, names: Sequence[str]) -> None:
         self.lpips, self.sheet, self.crops = lpips, Sheet(names), BestAndWorst(lpips)
         self.rows: list[DecodeMetrics] = []
-        self.other_rows: list[DecodeMetrics] = []  # of other codecs
+        self.other_rows: list[DecodeMetrics] = []  # rows of the reference codecs
         self.curves: dict[int, list[list[calibration.Point]]] = {}  # by quality
         self.features: dict[tuple[int, str], dict[str, NDArray[np.float64]]] = {}
 
@@ -63,7 +63,7 @@ class Results:
             self._add_features(0 if tier == ORIGINAL else first.quality, tier, first, picture)
 
     def add_other(self, row: DecodeMetrics, picture: Tensor) -> None:
-        """Add one picture of another codec."""
+        """Add one picture of a reference codec."""
         self.other_rows.append(row)
         self._add_features(row.quality, row.tier, row, picture)
 
@@ -121,7 +121,8 @@ def evaluate(args: argparse.Namespace) -> str:
     """
     files = sorted(p for p in args.pictures.iterdir() if p.suffix.lower() in SUFFIXES)[: args.limit]
     if not files:
-        raise PictureError(f"{args.pictures}: no pictures ({', '.join(sorted(SUFFIXES))})")
+        suffixes = ", ".join(sorted(SUFFIXES))
+        raise PictureError(f"{args.pictures}: no pictures in this folder; use files of {suffixes}")
     networks = Networks(
         LpipsAlex(args.lpips),
         LpipsMetric("vgg", args.lpips_vgg) if args.lpips_vgg else None,
@@ -156,16 +157,16 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--lpips",
         type=Path,
-        help="weights of LPIPS-Alex with the names of the package lpips, or torchvision's AlexNet; "
-        "downloaded by default",
+        help="file with the weights of LPIPS-Alex, with tensor names of the package lpips, or of "
+        "torchvision's AlexNet; downloaded by default",
     )
     add(
         "--lpips-vgg",
         type=Path,
-        help="weights of LPIPS-VGG with the names of the package lpips, or torchvision's VGG-16; "
-        "without them LPIPS-VGG is not measured",
+        help="file with the weights of LPIPS-VGG, with tensor names of the package lpips, or of "
+        "torchvision's VGG-16; without it LPIPS-VGG is not measured",
     )
-    add("--dists", type=Path, help="torchvision's VGG-16; without it DISTS is not measured")
+    add("--dists", type=Path, help="file of torchvision's VGG-16; without it no DISTS")
     add(
         "--decoder",
         type=Path,
@@ -187,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=list(reference_codecs.SETTINGS),
         default=[],
-        help="other codecs to measure",
+        help="reference codecs to measure too",
     )
     add("--limit", type=int, help="use only the first LIMIT pictures")
     return parser

@@ -1,8 +1,8 @@
 """Baseline pictures: trivial changes of the instant picture that a perceptual tier has to beat.
 
-LPIPS and NIQE reward grain and sharp edges as such. The baselines are the instant picture with
-white noise, and the instant picture with an unsharp mask, each as far from the original as the
-perceptual picture. They show which part of a gain in these metrics costs nothing.
+LPIPS and NIQE reward grain and sharp edges, whether or not they resemble the original. The two
+baselines are the instant picture with white noise and with an unsharp mask. Each has the same PSNR
+as the perceptual picture. They show which part of a gain in these metrics is trivial.
 """
 
 import math
@@ -11,18 +11,18 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur  # type: ignore[import-untyped]
+from torchvision.transforms.functional import gaussian_blur
 
 from models.evaluate.metrics import mse, psnr
 
 NOISE, UNSHARP = "msh+noise", "msh+unsharp"
 NAMES = (NOISE, UNSHARP)
 TOLERANCE_DB = 0.02
-"""The report names baselines that miss the PSNR of the perceptual picture by more."""
+"""The report names baselines whose PSNR differs by more from that of the perceptual picture."""
 RADIUS = 1.0
 """Standard deviation of the unsharp mask's blur, in pixels."""
 _LIMIT = {NOISE: 1.0, UNSHARP: 64.0}
-"""Largest amplitudes of the search: nothing but noise, or nothing but halos."""
+"""Largest amplitudes of the search; there the picture is only noise, or only halos."""
 _HALVINGS = 24
 
 
@@ -41,7 +41,7 @@ def baseline(name: str, instant: Tensor, x: Tensor, target: float) -> Tensor:
 
 
 def gap_db(value: float, target: float) -> float:
-    """Difference of two mean squared errors in dB."""
+    """Absolute difference of two mean squared errors in dB."""
     return abs(psnr(value) - psnr(target)) if value != target else 0.0
 
 

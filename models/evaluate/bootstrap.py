@@ -1,7 +1,7 @@
 """Confidence intervals: the percentile bootstrap (Efron 1979) over pictures.
 
-A resample is a vector of weights: the number of times that each picture was drawn. A statistic is
-therefore a function of weights. With weights of 1 it is the figure itself.
+A resample draws pictures with replacement. It is stored as weights: how often each picture was
+drawn. A statistic is therefore a function of weights; with all weights 1 it is the figure itself.
 """
 
 from collections.abc import Callable, Sequence

@@ -17,18 +17,19 @@ from models.geometry import STRIDE_Y
 POINTS = 16
 """Number of equal parts of the time from 0 to 1. Both ends are left out."""
 SIDE = 256
-"""Side in pixels of the square in a picture's middle that is measured."""
+"""Side in pixels of the square that is measured, in the middle of a picture."""
 _ALIGNED = 64
+"""The square's sides are multiples of this, in pixels."""
 _PROBE = 0.01
 """Length of a finite difference, in standard deviations of x_t."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Mean squared errors of x0 at time `t`, in x0's units.
+    """Mean squared errors of x0 at time `t`, in the units of x0.
 
-    `predicted` is the posterior variance that the denoiser implies, `actual` its error, and `zero`
-    the error of x0 = 0, which for the compact presets is the codec's picture.
+    `predicted` is the posterior variance that the denoiser implies, `actual` is the denoiser's
+    error, and `zero` the error of predicting x0 = 0 (for the compact presets: the codec's picture).
     """
 
     t: float

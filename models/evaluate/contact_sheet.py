@@ -21,7 +21,7 @@ SCALE = 2
 PICTURES = 4
 """Number of pictures on the contact sheet, spread evenly over the folder."""
 BEST = 3
-"""Number of pictures whose best crop is shown, besides the worst crop of all."""
+"""Number of pictures whose best crop is shown; the worst crop of all pictures follows."""
 TierCrops = dict[str, Pixels]
 """Tier -> a crop (h, w, 3)."""
 _GAP, _LINE = 8, 24
@@ -116,7 +116,7 @@ def _draw(rows: Sequence[tuple[str, TierCrops]], file: Path) -> None:
             enlarged = pixels.repeat(SCALE, 0).repeat(SCALE, 1)
             x = _GAP + columns.index(tier) * cell
             sheet.paste(Image.fromarray(enlarged), (x, y + _LINE))
-    sheet.save(file, quality=90)  # 4:2:0 chroma loses nothing, because of `SCALE`
+    sheet.save(file, quality=90)  # `SCALE` of 2: 4:2:0 chroma loses nothing
 
 
 def corner(a: Tensor, b: Tensor) -> tuple[int, int]:
@@ -134,7 +134,7 @@ def corner(a: Tensor, b: Tensor) -> tuple[int, int]:
 
 
 def _pair_to_compare(pictures: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The instant and the perceptual picture, or substitutes if they are missing."""
+    """The instant and the perceptual picture; others in their place if one is missing."""
     decodes = [tier for tier in pictures if tier != ORIGINAL]
     first = INSTANT if INSTANT in decodes else ORIGINAL
     others = [tier for tier in decodes if tier != first] or [ORIGINAL]

@@ -1,8 +1,8 @@
 """Cache of drawn pictures on disk, so that an evaluation can be interrupted, resumed and extended.
 
 The files are PNGs, for example `FOLDER/q2/kodim01.png/ddim-10.seed0.png`. Text chunks hold the
-origin (bitstream, weights, settings and code) and the seconds of drawing. A file with another
-origin is ignored and drawn again.
+origin, which names all that a picture depends on (bitstream, weights, settings and code), and the
+seconds that drawing took. A file with another origin than the expected one is drawn again.
 """
 
 import ast

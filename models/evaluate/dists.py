@@ -1,12 +1,12 @@
-"""DISTS (Ding 2020) with `piq`, from local weights instead of downloads."""
+"""DISTS (Ding 2020) by the package `piq`, but with local weights instead of downloaded ones."""
 
 from pathlib import Path
 
-import piq  # type: ignore[import-untyped]
+import piq
 import torch
 import torchmetrics.functional.image
 from torch import Tensor, nn
-from torchvision.models import vgg16  # type: ignore[import-untyped]
+from torchvision.models import vgg16
 
 from models.errors import WeightsError
 from models.evaluate.metrics import read_state

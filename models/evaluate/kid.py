@@ -1,10 +1,10 @@
 """KID (Bińkowski 2018): unbiased squared MMD with a cubic kernel between features of patches.
 
-The features are conv5 of LPIPS's AlexNet; the patches are 128 pixels wide. Originals and decodes
-show the same scenes, and patches of one picture are similar, so the patches are not independent
-draws: an average over all pairs would mistake equal content for closeness. Therefore all three
-terms average only pairs from *different* pictures. This is the U-statistic of Gretton 2012 (lemma
-6, eq. 4) with pictures as draws. Two identical sets have a distance of exactly zero.
+The features are conv5 of LPIPS's AlexNet; the patches are 128 pixels wide. Patches are not
+independent draws: originals and decodes show the same scenes, and patches of one picture are
+similar. An average over all pairs of patches would count equal content as similarity. Therefore all
+three terms of the MMD average only pairs from *different* pictures. This is the U-statistic of
+Gretton 2012 (lemma 6, eq. 4) with pictures as draws. Two identical sets have distance zero.
 """
 
 from collections.abc import Sequence
@@ -43,17 +43,17 @@ def features(net: LpipsAlex, picture: Tensor) -> Array:
 
 
 def statistic(originals: Sequence[Array], decodes: Sequence[Array]) -> Statistic:
-    """KID of P pictures as a function of their weights.
+    """Return KID of P pictures as a function of their weights.
 
-    A picture has features (N, D) in `originals` and in `decodes`, with the same N. KID is NaN if
-    fewer than two pictures have a weight.
+    `originals` and `decodes` hold features (N, D) of each picture, with the same N in both. KID is
+    NaN unless at least two pictures have a weight above 0.
     """
     counts = np.array([len(f) for f in originals])
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     x, y = np.concatenate(originals), np.concatenate(decodes)
 
     def with_all(a: Array, b: Array) -> Array:
-        """Kernel sums of one picture with each; only its rows of the kernels are in memory."""
+        """Kernel sums of one picture with every picture; only its rows are in memory."""
         h = _kernel(a, x) + _kernel(b, y) - _kernel(a, y) - _kernel(b, x)
         return np.add.reduceat(h.sum(0), starts)
 

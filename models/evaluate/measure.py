@@ -27,7 +27,7 @@ from models.evaluate.nlpd import nlpd
 from models.tiers import TIERS, Settings
 
 SHUFFLED = "shuffled"
-"""A control experiment, not a tier: `perceptual` with its latents at shuffled positions."""
+"""A control experiment, not a tier: `perceptual`, with the latents moved to random positions."""
 ORIGINAL, INSTANT, PERCEPTUAL = "original", "instant", "perceptual"
 NAMES = (*TIERS, SHUFFLED)
 """Choices of `--tiers`, in the order of the report."""
@@ -55,8 +55,8 @@ class DecodeMetrics:
     niqe: float | None  # of the decoded picture
     niqe_original: float | None  # of the original
     offset: float  # largest difference of the channels' means, in 1/255
-    shift: float | None  # the same against the codec's picture
-    seeds_mse: float  # MSE against the picture of the first seed
+    shift: float | None  # like `offset`, but against the codec's picture
+    seeds_mse: float  # MSE against the picture that was drawn with the first seed
     seconds: float | None
 
 
@@ -75,7 +75,7 @@ class PictureResult:
 
     rows: list[DecodeMetrics]
     pictures: dict[str, Tensor]  # "original", then tier -> first seed; (1, 3, H, W), 8-bit values
-    calibration: list[calibration.Point]  # empty: too small, or no diffusion tier
+    calibration: list[calibration.Point]  # empty if it is too small or has no diffusion tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ class Evaluation:
         )
 
     def _decode(self, source: _EncodedPicture, key: DecodeKey) -> CachedDecode:
-        """Draw and cache a picture; `instant` is returned as it is."""
+        """Draw and cache a picture; for `instant`, return the codec's picture."""
         name, seed = key
         if (settings := _settings(name)) is None:
             return CachedDecode(codec.to_pixels(source.instant), 0.0)
@@ -203,7 +203,7 @@ class Evaluation:
         return decode
 
     def _origin(self, source: _EncodedPicture, key: DecodeKey) -> str:
-        """Everything that a drawn picture depends on."""
+        """Text that names everything on which a drawn picture depends."""
         name, seed = key
         visible = "shown" if self.latents_visible else "hidden"
         settings = f"{name} {_settings(name)} seed {seed} {visible}"

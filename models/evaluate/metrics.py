@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-import piq  # type: ignore[import-untyped]
+import piq
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -60,7 +60,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
         reason = str(e).partition("\n")[0]
         raise WeightsError(f"{file}: not a weights file: {reason}") from e
     if not isinstance(state, dict):
-        raise WeightsError(f"{file}: not a dictionary of tensors")
+        raise WeightsError(f"{file}: holds a {type(state).__name__}, not a dictionary of tensors")
     return state
 
 
@@ -72,7 +72,7 @@ class LpipsMetric:
 
         Without `weights` the package downloads them. Raises `WeightsError` if they do not fit.
         """
-        import lpips  # type: ignore[import-untyped]
+        import lpips
 
         with warnings.catch_warnings():
             warnings.simplefilter(

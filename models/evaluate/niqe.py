@@ -1,7 +1,8 @@
-"""NIQE (Mittal, Soundararajan and Bovik 2013): distance of a picture's statistics from pristine.
+"""NIQE: distance between the statistics of a picture and those of undistorted photographs.
 
-"Making a completely blind image quality analyzer" (IEEE Signal Processing Letters 20). The pristine
-model is the authors' and has its own licence file.
+Mittal, Soundararajan and Bovik 2013, "Making a completely blind image quality analyzer" (IEEE
+Signal Processing Letters 20). The statistics of undistorted ("pristine") photographs are those of
+the authors; the file has its own licence.
 """
 
 import functools
@@ -39,7 +40,7 @@ def niqe(pixels: Pixels) -> float | None:
 
 
 def _distance(features: Array) -> float:
-    """Distance of the Gaussian fitted to the features (N, 36) from the pristine one."""
+    """Distance between the Gaussian fitted to the features (N, 36) and the pristine Gaussian."""
     mu, covariance = _pristine()
     difference = mu - features.mean(0)
     pooled = (covariance + np.cov(features, rowvar=False)) / 2
@@ -55,7 +56,8 @@ def _pristine() -> tuple[Array, Array]:
 def _luma(pixels: Pixels) -> Array:
     """BT.601 luma from 0 to 255, rounded to integers.
 
-    Keep the order of the sum: it decides how halves are rounded, and with it NIQE's third decimal.
+    The order of the sum must not change: it decides how values of .5 are rounded, and thereby the
+    third decimal of NIQE.
     """
     r, g, b = np.moveaxis(pixels, 2, 0)
     return np.asarray(np.round(0.299 * r + 0.587 * g + 0.114 * b), np.float64)

@@ -1,4 +1,7 @@
-"""Reference codecs to compare rates with: JPEG, WebP and AVIF, encoded by Pillow."""
+"""Reference codecs to compare rates with: JPEG, WebP and AVIF, encoded by Pillow.
+
+The option `--rivals` chooses them. Reports call them other codecs.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -22,7 +25,7 @@ SETTINGS: Mapping[str, Sequence[int]] = {
     "webp": (1, 5, 10, 20, 35),
     "avif": (20, 25, 30, 40, 50),
 }
-"""Format -> `quality` settings whose rates are about those of our qualities 1 to 3."""
+"""Format -> `quality` settings of Pillow, with about the rates of the codec's qualities 1 to 3."""
 _OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "jpeg": {"optimize": True},
     "webp": {"method": 6},
@@ -44,7 +47,7 @@ class Gap:
 def rows(
     path: Path, names: Sequence[str], networks: Networks
 ) -> list[tuple[DecodeMetrics, Tensor]]:
-    """Encode the picture in `path` in each format at each setting; its metrics and its decode."""
+    """Encode the picture in `path` in each format at each setting; return metrics and decodes."""
     pixels = image.read(path.read_bytes(), geometry.MAX_PIXELS)
     x, niqe_original = codec.to_tensor(pixels), niqe(pixels)
     out = []
@@ -68,14 +71,17 @@ def rows(
 
 
 def encode(pixels: Pixels, name: str, setting: int) -> bytes:
-    """Encode as format `name`; the file's bytes."""
+    """Encode in the format `name`; return the file's bytes."""
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, name, quality=setting, **_OPTIONS[name])
     return out.getvalue()
 
 
 def gaps(lines: Sequence[SummaryLine], others: Sequence[SummaryLine]) -> list[Gap]:
-    """Gaps of every tier to every reference codec with overlapping rates and as many pictures."""
+    """Return the gap of each tier to each reference codec.
+
+    Pairs whose rates do not overlap, or whose numbers of pictures differ, are left out.
+    """
     out = []
     for tier in dict.fromkeys(line.tier for line in lines):
         for rival in dict.fromkeys(line.tier for line in others):

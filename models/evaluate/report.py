@@ -24,7 +24,7 @@ FIGURES: Titles = {
     "seconds": "seconds",
 }
 """Columns of the first table: the usual metrics."""
-JUDGED: Titles = {
+CRITERIA: Titles = {
     "psnr": "PSNR",
     "psnr_loss": "PSNR loss",
     "lpips": "LPIPS-Alex",
@@ -46,7 +46,7 @@ DIAGNOSTICS: Titles = {
 """Columns of the third table."""
 OTHER_CODECS: Titles = {
     **{name: FIGURES[name] for name in ("bpp", "psnr", "ms_ssim", "lpips", "nlpd", "gmsd")},
-    **{name: JUDGED[name] for name in ("niqe_gap", "kid")},
+    **{name: CRITERIA[name] for name in ("niqe_gap", "kid")},
 }
 """Columns of the table of other codecs."""
 _LEGEND = """\
@@ -83,7 +83,7 @@ def markdown(
     parts += [_BASELINES] if any(line.tier in baselines.NAMES for line in lines) else []
     parts += [
         *_missed_baselines(lines),
-        table(lines, JUDGED, True),
+        table(lines, CRITERIA, True),
         table(lines, DIAGNOSTICS, False),
     ]
     parts += ["## Other codecs\n", table(others, OTHER_CODECS, False)] if others else []
@@ -118,7 +118,7 @@ def _equal_rate(gaps: Sequence[Gap]) -> str:
 
 
 def _with_interval(line: SummaryLine, name: str) -> str:
-    """A figure, and its interval if that has a width above zero."""
+    """A figure, followed by its interval unless that is a single value."""
     text = _number(line.figures.get(name), 3)
     low, high = line.intervals.get(name, (0, 0))
     return f"{text} [{_number(low, 3)}, {_number(high, 3)}]" if high > low else text
@@ -135,7 +135,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _missed_baselines(lines: Sequence[SummaryLine]) -> list[str]:
-    """A sentence for each baseline that misses the PSNR of `perceptual`."""
+    """A sentence for each baseline whose PSNR differs from that of `perceptual`."""
     return [
         f"`{line.tier}` at quality {line.quality} misses the PSNR of `perceptual` by up to "
         f"{line.figures['null_gap']:.2f} dB; no amplitude comes closer.\n"

@@ -108,7 +108,10 @@ def _add_comparison(
 def _add_baseline_gap(
     line: SummaryLine, rows: Sequence[DecodeMetrics], perceptual: Sequence[DecodeMetrics]
 ) -> None:
-    """Add the largest difference in dB between a baseline's PSNR and that of `perceptual`."""
+    """Add the largest difference in dB between a baseline's PSNR and that of `perceptual`.
+
+    In evaluation.json it is called `null_gap`.
+    """
     target = {r.picture: r.mse for r in reversed(perceptual)}  # of the first seed
     line.figures["null_gap"] = max(baselines.gap_db(r.mse, target[r.picture]) for r in rows)
 

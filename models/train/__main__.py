@@ -31,7 +31,7 @@ def main() -> None:
             _export(**args)
         elif command == "follow":
             unexplained = adapt(**args)
-            print(f"{unexplained:.4f} of the latents' power is not explained by the map")  # noqa: T201
+            print(f"fraction of latent power that the map does not explain: {unexplained:.4f}")  # noqa: T201
         else:
             _train(command, args)
     except (ValueError, OSError, AfterimageError) as e:
@@ -41,10 +41,14 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models.train", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    add_options(commands.add_parser("msh", help="train the codec"), MshConfig)
-    add_options(commands.add_parser("diffusion", help="train the decoder"), DiffusionConfig)
+    add_options(
+        commands.add_parser("msh", help="train the codec, a mean-scale hyperprior (msh)"), MshConfig
+    )
+    add_options(
+        commands.add_parser("diffusion", help="train the diffusion decoder"), DiffusionConfig
+    )
 
-    b = commands.add_parser("bank", help="encode photographs once and store the results")
+    b = commands.add_parser("bank", help="encode photographs once, for `diffusion --bank`")
     b.add_argument("--photos", type=Path, required=True, help="folder of photographs")
     b.add_argument("--out", type=Path, required=True, help="folder of the bank")
     b.add_argument("--quality", type=int, choices=(1, 2, 3), required=True, help="codec quality")
@@ -53,11 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     b.add_argument(
         "--variants", type=int, default=1,
-        help="scaled, flipped or transposed versions of each photograph (default: 1, unchanged)",
+        help="versions of each photograph; the first is unchanged, others are scaled, flipped or "
+        "transposed (default: 1)",
     )  # fmt: skip
     b.add_argument("--held-out", action="store_true", help="encode the held-out photographs only")
     b.add_argument("--limit", type=int, help="encode the first N photographs only")
-    b.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device")
+    b.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device that encodes"
+    )
 
     f = commands.add_parser("follow", help="adapt a decoder to a codec that was trained further")
     f.add_argument("decoder", type=Path, help="decoder.safetensors of a run, or the shipped one")

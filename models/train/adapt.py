@@ -1,8 +1,9 @@
 """Adapt a decoder to a codec that was trained further, without training the decoder.
 
-Training rotates and scales a codec's latents slightly. A linear map from the new latents of a
-position to the old ones, fitted by least squares on photographs, is folded into the layer that
-reads the latents. Training then only has to learn what the map cannot express.
+This is the command `python -m models.train follow`. Further training rotates and scales a codec's
+latents slightly. A linear map from the new latents of a position to the old ones is fitted to
+photographs by least squares, and multiplied into the weights of the layer that reads the latents.
+Later training of the decoder then only has to learn what the map cannot express.
 """
 
 from collections.abc import Iterable
@@ -20,9 +21,9 @@ from models.train.encoder import Encoder
 from models.train.photos import photographs
 
 RIDGE = 1e-3
-"""Ridge term per position in the normal equations: idle channels get weight zero."""
+"""Ridge term per position in the normal equations; it gives unused channels the weight zero."""
 PHOTOGRAPHS = 60
-"""Upper bound of the photographs that the map is fitted to, spread evenly over the folder."""
+"""Largest number of photographs to which the map is fitted, spread evenly over the folder."""
 
 
 def adapt(decoder: Path, quality: int, before: Path, after: Path, photos: Path, out: Path) -> float:
@@ -35,7 +36,7 @@ def adapt(decoder: Path, quality: int, before: Path, after: Path, photos: Path, 
     tensors, metadata = checkpoint.read(decoder)
     if f"conditioner.latents.{quality}.weight" not in tensors:
         raise WeightsError(
-            f"{decoder}: reads no latents of quality {quality}; give a decoder of a compact preset"
+            f"{decoder}: reads no latents of quality {quality}; use a decoder of a compact preset"
         )
     cpu = torch.device("cpu")
     old, new = (Encoder(checkpoint.read(file)[0], cpu) for file in (before, after))

@@ -1,10 +1,11 @@
-"""Banks of encoded photographs: each is encoded once, so that training steps run no codec.
+"""Banks: data sets of photographs that the codec has encoded once, before training starts.
 
-A bank lies on disk, with one safetensors file per photograph, quality and variant: `x`, `x_hat`
-(3, H, W) uint8, `y_hat` (M, H/16, W/16) float16, `bits` (H/16, W/16) float16; about 8 bytes per
-pixel. Or it is encoded at the start of a run and kept in device memory. Photographs are encoded
-whole, padded at the right and bottom, and only positions without padding are kept, so that crops on
-the 16-pixel grid look like parts of a real decode.
+Training steps then need not run the codec. A bank on disk has one safetensors file per photograph,
+quality and variant: `x`, `x_hat` (3, H, W) uint8, `y_hat` (M, H/16, W/16) float16, `bits`
+(H/16, W/16) float16; about 8 bytes per pixel. Without a bank on disk, a run encodes the photographs
+at its start and keeps them in device memory. Photographs are encoded whole, padded at the right and
+bottom, and only positions without padding are kept, so that crops on the 16-pixel grid look like
+parts of a real decode.
 """
 
 import random
@@ -27,7 +28,7 @@ from models.train.encoder import Encoder
 from models.train.photos import CropSampler, Ragged, open_picture, reduced
 
 SCALES = (1.0, 0.8, 0.65)
-"""Scales of variants. A reduced photograph has finer texture per pixel."""
+"""Scales of variants. Scaling a photograph down makes its texture finer."""
 
 SMALLEST = 4
 """Smallest side of an encoded photograph in positions of the latents: 64 pixels."""
@@ -35,7 +36,7 @@ SMALLEST = 4
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A photograph as it is encoded: number 0 unchanged, others scaled, flipped or transposed."""
+    """A photograph to encode: unchanged if `number` is 0, else scaled, flipped or transposed."""
 
     path: Path
     quality: int
@@ -43,7 +44,7 @@ class Variant:
 
     @property
     def _transform(self) -> tuple[float, bool, bool]:
-        """Scale, flip and transpose, drawn with a seed from name, quality and number."""
+        """Scale, flip and transpose, drawn at random from the name, quality and number as seed."""
         if not self.number:
             return 1.0, False, False
         rng = random.Random(f"{self.path.stem}/{self.quality}/{self.number}")
@@ -82,8 +83,8 @@ def build(
 ) -> None:
     """Encode `files` at `quality` into the folder `out`, on `device` (default: CPU).
 
-    Files that this codec has written before are kept. Raises `PictureError` if two photographs have
-    the same name up to folder and suffix.
+    Files that the same codec wrote earlier are kept. Raises `PictureError` if two photographs have
+    the same name, apart from folder and suffix.
     """
     out.mkdir(parents=True, exist_ok=True)
     by_name: dict[str, Variant] = {}

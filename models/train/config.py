@@ -71,16 +71,16 @@ class RunConfig:
     init: str = option("", "safetensors file with the weights to start from")
     optimiser: str = option(
         "adam",
-        "soap learns more in the same time when it starts from trained weights",
+        "soap learns faster than adam if --init gives trained weights",
         choices=("adam", "soap"),
     )
     lr: float = option(0.0, "peak learning rate; 0: the preset's value")
     batch: int = option(8, "crops per step on each device")
     crop: int = option(128, "side length of a crop in pixels")
     warm: int = option(200, "steps of learning-rate warm-up at the start of each stage")
-    clip: float = option(1.0, "largest gradient norm; larger gradients are scaled down to it")
+    clip: float = option(1.0, "largest norm of the gradient; larger ones are scaled down to it")
     ema: float = option(0.0, "decay per step of the averaged weights; 0: the preset's value")
-    seed: int = option(0, "random seed; with rank and step number it determines every draw")
+    seed: int = option(0, "seed of all random draws, together with rank and step number")
     device: str = option("auto", "device to train on", choices=("auto", "cpu", "cuda"))
     bf16: bool | None = option(None, "bfloat16 in the wide layers (default: on CUDA only)")
     compile: bool = option(False, "compile the networks with torch.compile")
@@ -89,7 +89,7 @@ class RunConfig:
 
 
 PATHS = frozenset({"out", "init", "photos", "bank", "held_out", "lpips", "codecs"})
-"""Fields that hold paths; `card` records only the last part of each."""
+"""Fields that hold paths; `card` records only the last component of each."""
 
 
 def card(config: RunConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from models.tiers import MAX_STEPS
 from models.train.config import RunConfig, Stage, option
 
 PHASES = (Stage("phase1", 60), Stage("phase2", 45))
-"""Default plan. The paper's loss has phase 1 only."""
+"""Default plan. The preset `paper` trains in phase 1 only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,9 @@ class DiffusionConfig(RunConfig):
     codecs: str = option("", "with --photos: folder of msh_q….safetensors (default: shipped ones)")
     qualities: tuple[int, ...] = option((1, 2, 3), "with --photos: qualities to encode at")
     variants: int = option(
-        2, "with --photos: scaled, flipped or transposed versions of each photograph per quality"
+        2,
+        "with --photos: versions of each photograph per quality; the first is unchanged, "
+        "others are scaled, flipped or transposed",
     )
     plan: tuple[Stage, ...] = option(
         (),
@@ -35,10 +37,13 @@ class DiffusionConfig(RunConfig):
     preset: str = option("compact", "network and loss", choices=tuple(PRESETS))
     widths: tuple[int, ...] = option((), "channels per level, instead of the preset's")
     other_codec: bool = option(
-        False, "--init's weights belong to another codec: reinitialise the layers that read latents"
+        False,
+        "--init is for another codec: start the layers that read latents from random weights",
     )
     lpips: str = option("", "LPIPS weights (AlexNet or VGG), for phase 2 and the paper's loss")
-    calls: int = option(4, "denoiser calls of the perceptual decoder that phase 2 trains")
+    calls: int = option(
+        4, "denoiser calls per picture of the perceptual decoder that phase 2 trains"
+    )
     lr_phase2: float = option(2e-4, "peak learning rate of phase 2")
     times: str = option(
         "uniform",
@@ -48,7 +53,7 @@ class DiffusionConfig(RunConfig):
     drop_latents: float = option(0.12, "fraction of crops whose latents are hidden")
     mse_weight: float = option(0.2, "weight of the squared error in phase 2")
     mse_allowance: float = option(
-        1.5, "a squared error above this multiple of the codec's has three times the weight"
+        1.5, "if the squared error is more than this multiple of the codec's, triple its weight"
     )
     spectrum: float = option(0.2, "weight of the distance of local power spectra in phase 2")
     adversarial: float = option(0.0, "weight of the adversarial term in phase 2")
@@ -88,11 +93,11 @@ def _checks(config: DiffusionConfig) -> Iterator[tuple[bool, str]]:
     for stage in config.plan:
         yield (
             stage.name not in phases,
-            f"stage {stage.name!r}: {config.preset} has {', '.join(phases)}",
+            f"stage {stage.name!r}: {config.preset} has {', '.join(phases)} only",
         )
         yield (
             stage.name == "phase2" and config.batch < 2,
-            f"--batch {config.batch}: phase 2 needs a batch of 2 or more; it splits each in two",
+            f"--batch {config.batch}: phase 2 splits each batch and needs a batch of 2 or more",
         )
     yield (
         not 1 <= config.calls <= MAX_STEPS,

@@ -34,10 +34,10 @@ from models.train.soap import Soap
 from models.train.task import TrainingStep, Update, cosine
 
 PERCEPTUAL_UNTIL = 0.5
-"""The perceptual loss is applied to pictures predicted at this t or below, and to those of the last
-call. Predictions at higher t are still undecided."""
-JUDGED = 64
-"""Held-out crops on which a stage is validated."""
+"""The perceptual loss is applied to pictures that are predicted at this t or below, or by the last
+call. Predictions at higher t are still blurred, because much of the detail is undecided."""
+VALIDATION_CROPS = 64
+"""Number of held-out crops on which a stage is validated."""
 
 
 class DiffusionTask:
@@ -77,7 +77,7 @@ class DiffusionTask:
         return torch.optim.AdamW(parameters, self.config.lr, betas, weight_decay=decay, fused=True)
 
     def learning_rate(self, step: int, fraction: float, stage: Stage) -> float:
-        """Warm-up, then a cosine; the paper's preset holds its rate for 80 % of the stage."""
+        """Return the rate: warm-up, then a cosine (for `paper` after 80 % of the stage)."""
         peak = self.config.lr if stage.name == "phase1" else self.config.lr_phase2
         hold = 0.8 if self.config.paper else 0.0
         return peak * min(1.0, (step + 1) / max(1, self.config.warm)) * cosine(fraction, hold)
@@ -100,7 +100,7 @@ class DiffusionTask:
     def _denoising(
         self, batch: Batch, keep: Tensor | None, t: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Return the v-loss of the denoiser, and of predicting zero."""
+        """Return the v-loss of the denoiser, and the v-loss of predicting zero."""
         x0 = self.network.residual(batch)
         denoise = self.network.denoiser_for(batch, 0.0, keep)
         return losses.denoising(denoise, x0, t, _noise(x0, generator))
@@ -131,9 +131,10 @@ class DiffusionTask:
     def _few_steps(
         self, denoise: Denoise, noise: Tensor, step: TrainingStep
     ) -> tuple[float, Tensor]:
-        """Return a random call's time, and the x0 predicted there after the network's own rollout.
+        """Run the sampler up to a random denoiser call; return its time and the x0 it predicts.
 
-        The call is the same on all ranks, so that all have the same losses.
+        The earlier calls are made without gradient. All ranks choose the same call, so that all
+        have the same losses.
         """
         calls = step.shared_random.randrange(len(self.times))
         with torch.no_grad():
@@ -150,10 +151,10 @@ class DiffusionTask:
         return self.config.mse_weight * weight * mse, ratio
 
     def _paper(self, batch: Batch, step: TrainingStep) -> Update:
-        """L_simple + L_vlb / 1000 + rho LPIPS.
+        """Return the update with the paper's loss, L_simple + L_vlb / 1000 + rho LPIPS.
 
-        The paper trains on y + U(±1/2). Here the latents are rounded as they are for a decoder, so
-        that training and inference see the same inputs.
+        The paper trains on latents with uniform noise, y + U(±1/2). Here they are rounded, so that
+        training and inference see the same inputs.
         """
         terms = self._hybrid_terms(batch, step.generator)
         loss = terms.simple + terms.vlb / 1000
@@ -171,7 +172,7 @@ class DiffusionTask:
         return self.hybrid(denoise, x, index, _noise(x, generator))
 
     def _keep(self, batch: Batch, step: TrainingStep) -> Tensor:
-        """Return 0 for a random `drop_latents` of the crops, whose latents are hidden, else 1."""
+        """Return 0 for a random fraction `drop_latents`, whose latents are hidden, else 1."""
         uniform = torch.rand(len(batch.x), generator=step.generator, device=self.device)
         return (uniform >= self.config.drop_latents).float()
 
@@ -180,14 +181,14 @@ class DiffusionTask:
         """Return losses and distances on fixed held-out crops."""
         generator = torch.Generator(self.device).manual_seed(1)
         rows: list[dict[str, Tensor]] = []
-        for _ in range(JUDGED // 8):
+        for _ in range(VALIDATION_CROPS // 8):
             batch = self.held_out.batch(8, self.config.crop, generator)
             measure = self._measure_paper if self.config.paper else self._measure
             rows.append(measure(batch, generator))
         return {k: round(float(sum(r[k] for r in rows)) / len(rows), 5) for k in rows[0]}
 
     def _measure(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the v-loss, that of predicting zero, and distances of the few-step picture."""
+        """Return v-losses (of the denoiser, of predicting zero) and the few-step distances."""
         t = losses.stratified(len(batch.x), generator)
         v, zero = self._denoising(batch, None, t, generator)
         denoise = self.network.denoiser_for(batch, 1.0)
@@ -242,20 +243,24 @@ def _banks(config: DiffusionConfig, device: torch.device) -> tuple[Bank, Bank]:
         )
     for bank in banks:
         if max(bank.sampler.shortest) * STRIDE_Y < config.crop:
-            raise ValueError(f"no photograph is as large as a crop of {config.crop} pixels")
+            raise ValueError(
+                f"no photograph is as large as a crop of {config.crop} pixels; lower --crop"
+            )
     return banks
 
 
 def _initial_net(config: DiffusionConfig, bank: Bank, init: Mapping[str, Tensor] | None) -> UNet:
-    """Return the network with random weights, replaced by those of `init` that fit.
+    """Return the network; tensors of `init` with a fitting name and shape replace random ones.
 
-    Raises `WeightsError` if none fits.
+    Raises `WeightsError` if no tensor fits.
     """
     net = network.build(config.preset, config.widths, bank.latents)
     if not config.paper:
         network.measure_scales(net, bank)
     if init is not None and not network.load_into(net, init, config.other_codec):
-        raise WeightsError(f"{config.init}: nothing in it fits this network")
+        raise WeightsError(
+            f"{config.init}: nothing in it fits this network; check --preset and --widths"
+        )
     return net
 
 

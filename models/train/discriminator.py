@@ -8,7 +8,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from models.geometry import STRIDE_Y
 
 _LATENTS = 12
-"""Channels that `y_hat` is reduced to before it is upsampled to the pixels (as in HiFiC)."""
+"""Number of channels to which `y_hat` is reduced before it is upsampled to pixels, as in HiFiC."""
 
 
 class Discriminator(nn.Module):
@@ -32,8 +32,8 @@ class Discriminator(nn.Module):
     ) -> Tensor:
         """`x`, `x_hat` (B, 3, H, W) in [0, 1], `y_hat` (B, M, H/16, W/16) -> logits.
 
-        Rows and columns before `offset` are cut off. The strides multiply to 16, so the offset
-        determines which phase of a periodic pattern the discriminator sees.
+        Rows and columns before `offset` are cut off. The product of the strides is 16, so offsets
+        from 0 to 15 shift a periodic pattern against the grid of the convolutions.
         """
         latents = F.leaky_relu(self.latents(torch.tanh(y_hat / 4)), 0.2)  # y_hat reaches ±60
         upsampled = F.interpolate(latents, scale_factor=float(STRIDE_Y), mode="nearest")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class GroupStatus:
-    """State of all ranks since the last exchange."""
+    """What happened on all ranks since the last exchange."""
 
     finite: bool  # no rank had a loss or gradient that is NaN or infinite
     stopping: bool  # at least one rank received a stop signal
@@ -20,9 +20,10 @@ class GroupStatus:
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroup:
-    """This process and its device within the group of ranks that train data-parallel.
+    """This process and its device, in a group of ranks that train one model on different crops.
 
-    Parameters start equal and receive the same averaged gradients, so they stay equal.
+    All ranks start with equal parameters and apply the same averaged gradients, so the parameters
+    stay equal.
     """
 
     rank: int

@@ -1,7 +1,7 @@
 """The codec's encoder in torch alone, on any device, without entropy coding.
 
-It computes what a decoder receives for a picture. Bits per position are computed from the Gaussians
-that the entropy coder's tables are made of.
+It computes what a decoder would receive for a picture. The bits per position are estimated from the
+Gaussians from which the entropy coder's tables are computed.
 """
 
 from pathlib import Path
@@ -29,7 +29,8 @@ class Encoder:
             self.net.load_state_dict(state)
             medians = tensors["entropy_bottleneck.quantiles"].float()[:, 0, 1]
         except (KeyError, RuntimeError) as e:
-            raise WeightsError(f"not a mean-scale hyperprior: {e}") from e
+            reason = f"{e} is missing" if isinstance(e, KeyError) else e
+            raise WeightsError(f"not a mean-scale hyperprior: {reason}") from e
         self.net.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
         self.medians = medians[None, :, None, None].to(device)
         self.weights_id = checkpoint.weights_id(tensors)
@@ -42,7 +43,7 @@ class Encoder:
         for entry in checkpoint.manifest():
             if (entry.kind, entry.quality, entry.metric) == ("codec", quality, "mse"):
                 return cls(checkpoint.load(entry), device)
-        raise WeightsError(f"no codec of quality {quality} is installed")
+        raise WeightsError(f"no codec of quality {quality} is shipped; name a folder with --codecs")
 
     @torch.inference_mode()
     def __call__(self, x: Tensor) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ TAIL = 1e-9
 
 
 class LowerBound(torch.autograd.Function):
-    """max(x, bound), with the gradient kept where it increases an x that is below the bound."""
+    """max(x, bound). Below the bound, only gradients that make x larger are passed on."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
@@ -60,7 +60,7 @@ class EntropyBottleneck(nn.Module):
         return self.quantiles[None, :, 0, 1, None, None]
 
     def likelihood(self, z: Tensor) -> Tensor:
-        """`z` (B, C, h, w) -> probability of the unit interval around each, (C, 1, B h w)."""
+        """`z` (B, C, h, w) -> probability of the unit interval around each value, (C, 1, B h w)."""
         v = z.transpose(0, 1).reshape(z.shape[1], 1, -1)
         p = torch.sigmoid(self._logits(v + 0.5)) - torch.sigmoid(self._logits(v - 0.5))
         return lower_bound(p, LIKELIHOOD_MIN)

@@ -37,9 +37,9 @@ def codec(
 def decoder(file: Path, folder: Path = checkpoint.WEIGHTS) -> str:
     """Install the averaged weights of a diffusion run (`decoder.safetensors`); return their id.
 
-    The installed decoder is replaced. The new one is recorded as trained for the codecs that are
-    installed now; it gets no latents of other codecs. Export a new codec before its decoder.
-    Raises `WeightsError` if `file` holds no decoder.
+    It replaces the installed decoder. The file records the codecs that are installed now as those
+    that the decoder was trained for; latents of other codecs are hidden from it. So export a new
+    codec before its decoder. Raises `WeightsError` if `file` holds no decoder.
     """
     tensors, metadata = checkpoint.read(file)
     if "config" not in metadata:
@@ -56,6 +56,6 @@ def decoder(file: Path, folder: Path = checkpoint.WEIGHTS) -> str:
 
 
 def _card(file: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Return the model card's manifest entry if the card names these weights by their id."""
+    """Return the manifest's field `card`, if that model card contains the id of these weights."""
     matches = file.exists() and checkpoint.weights_id(tensors) in file.read_text("utf-8")
     return {"card": file.name} if matches else {}

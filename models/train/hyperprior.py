@@ -57,7 +57,7 @@ class TrainableHyperprior(MeanScaleHyperprior):
 
     @torch.no_grad()
     def rescale(self, k: float) -> None:
-        """Multiply the latents y by `k`, and divide where they are read; x_hat stays the same."""
+        """Multiply the latents y by `k` and divide the weights that read them: same x_hat."""
         tensors = self.state_dict()
         for name in ("g_a.6.weight", "g_a.6.bias", "h_s.4.weight", "h_s.4.bias"):
             tensors[name].mul_(k)

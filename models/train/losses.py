@@ -1,4 +1,4 @@
-"""Losses of the diffusion decoder, as functions of a denoiser that is bound to its condition."""
+"""Losses of the diffusion decoder, as functions of a denoiser with a fixed condition."""
 
 import functools
 import math
@@ -35,7 +35,7 @@ def stratified(n: int, generator: torch.Generator) -> Tensor:
 def middle(u: Tensor) -> Tensor:
     """Map uniform `u` in [0, 1) to times in [0, 1), three quarters of them in [.1, .7].
 
-    At later times little but the mean can be predicted; at earlier ones little remains undecided.
+    At later times only the mean can be predicted; at earlier ones almost everything is decided.
     """
     return torch.maximum(torch.minimum(u, 0.02 + 0.8 * u), 2 * u - 1)
 
@@ -60,9 +60,9 @@ def few_steps(calls: int) -> tuple[float, ...]:
 
 
 def rollout(denoise: Denoise, x_t: Tensor, times: Sequence[float], calls: int) -> Tensor:
-    """Take the first `calls` DDIM steps along `times` from noise `x_t` (B, C, H, W).
+    """Take the first `calls` DDIM steps along `times`, from noise `x_t` (B, C, H, W).
 
-    After all of them the result is x0.
+    If `calls` is the number of all times, the result is x0.
     """
     ends = (*times[1:], 0.0)
     for t, t_prev in list(zip(times, ends, strict=True))[:calls]:
@@ -74,18 +74,19 @@ def rollout(denoise: Denoise, x_t: Tensor, times: Sequence[float], calls: int) -
 
 
 def spectrum(picture: Tensor, x: Tensor) -> Tensor:
-    """Distance of local power spectra of the lumas (BT.601): mean |ln| of the amplitudes' ratio.
+    """Distance of the lumas' local power spectra (BT.601): mean |ln| of the ratio of amplitudes.
 
     `picture` and `x` are (B, 3, H, W) in [0, 1]; H and W are at least 36. The distance compares
-    statistics of regions, not pixels: detail may move, but missing detail and another texture cost.
-    It penalises the hatching that LPIPS on AlexNet rewards (AlexNet's first layer has stride 4).
+    statistics of regions, not pixels: detail may move within a region, but missing detail and
+    wrong texture increase the distance. So does the hatching that LPIPS on AlexNet rewards, whose
+    first layer has stride 4.
     Related distances compare statistics of learned features (Ding 2020, DISTS; Qiu 2024,
     Wasserstein distortion). Here the features are fixed: cosines of 8×8 blocks, without the mean.
     """
     both = torch.cat([picture, x])
     power = F.conv2d(both, _luma_cosines(x.device), stride=DCT // 2).square()
     power = F.avg_pool2d(power, REGION, REGION // 2)
-    # the offset makes power below one grey level count little
+    # with this offset, differences of power below one grey level count little
     log_power, log_power_x = (power + 255.0**-2).log().chunk(2)
     return (log_power - log_power_x).abs().mean() / 2
 
@@ -143,7 +144,7 @@ class Hybrid:
         x0 = ((x_t - rest * eps_hat) / root).clamp(-1, 1)
         fraction = (v + 1) / 2
         log_variance = fraction * log_beta.float() + (1 - fraction) * log_posterior.float()
-        mean = weight_x0.float() * x0.detach() + weight_x_t.float() * x_t  # Nichol 2021: detached
+        mean = weight_x0.float() * x0.detach() + weight_x_t.float() * x_t  # as in Nichol 2021
         true_mean = weight_x0.float() * x + weight_x_t.float() * x_t
         kl = _kl(true_mean, log_posterior.float(), mean, log_variance)
         nll = -_log_likelihood(x, mean, log_variance)

@@ -1,8 +1,8 @@
 """LPIPS (Zhang 2018, v0.1) as a training loss, with AlexNet or VGG-16.
 
-A reimplementation, so that training needs neither the package `lpips` nor torchvision. The tensors
-in the weights file have the names of `lpips`; they determine the network. A test compares the
-distances with those of the package.
+It is reimplemented here, so that training needs neither the package `lpips` nor torchvision. The
+tensors in the weights file have the names that `lpips` uses, and these show whether the network is
+AlexNet or VGG-16. A test compares the distances with those of the package.
 """
 
 from collections.abc import Mapping

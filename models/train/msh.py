@@ -1,9 +1,9 @@
-"""Training of the codec, a mean-scale hyperprior (Minnen 2018), for rate and distortion.
+"""Training of the codec, a mean-scale hyperprior ("msh", Minnen 2018), for rate and distortion.
 
 The plan has one stage per quality, and each stage starts from the weights of the previous one. At
-the change of quality the latents are multiplied by the square root of the lambdas' ratio, because a
-change of lambda mainly changes the quantiser's step relative to the latents. The tail of each stage
-trains only the hyperprior, which otherwise lags behind the transforms.
+the start of a stage the latents are multiplied by the square root of the ratio of the new lambda to
+the old one, because lambda mainly determines the quantiser's step relative to the latents. The tail
+(last part) of each stage trains only the hyperprior, which otherwise lags behind the transforms.
 """
 
 import json
@@ -32,7 +32,7 @@ from models.train.task import TrainingStep, Update, cosine
 LAMBDA = {1: 0.0018, 2: 0.0035, 3: 0.0067, 4: 0.0130}
 """Weight of 255² x MSE relative to bits per pixel, by quality (CompressAI's values)."""
 LATENTS_STD = 4.0
-"""Standard deviation of the latents at a random start; without scaling all would round to zero."""
+"""Standard deviation to which latents of random weights are scaled; else all round to zero."""
 QUANTILES_EVERY = 200
 """Steps between two updates of the entropy bottleneck's quantiles."""
 
@@ -49,14 +49,16 @@ class MshConfig(RunConfig):
         type=Stage.parse_plan,
         metavar="NAME:LENGTH,…",
     )
-    origin: int = option(0, "quality of --init's weights; 0: that of the first stage")
+    origin: int = option(
+        0, "quality that the weights of --init were trained for; 0: that of the first stage"
+    )
     N: int = option(128, "hidden channels, if there is no --init")
     M: int = option(192, "latent channels, if there is no --init")
     batch: int = option(16, "crops per step on each device")
     crop: int = option(256, "side length of a crop in pixels, a multiple of 64")
     lr: float = option(4e-4, "peak learning rate of the transforms")
     hyper: float = option(3.0, "learning rate of the hyperprior, as a multiple of the transforms'")
-    tail: float = option(0.08, "last fraction of a stage, which trains the hyperprior alone")
+    tail: float = option(0.08, "fraction of a stage, at its end, that trains only the hyperprior")
     ema: float = option(0.999, "decay per step of the averaged weights")
     warm: int = option(300, "steps of learning-rate warm-up at the start of each stage")
     whole: int = option(24, "number of held-out photographs for validation")
@@ -108,7 +110,7 @@ class MshTask:
         return torch.optim.Adam(groups, self.config.lr, fused=True)
 
     def learning_rate(self, step: int, fraction: float, stage: Stage) -> float:
-        """Warm-up, then a cosine until the tail, then linear from a quarter of the peak to zero."""
+        """Return the rate: warm-up, a cosine, then in the tail linear from peak / 4 to zero."""
         tail = self.config.tail
         warm = self.config.lr * min(1.0, (step + 1) / max(1, self.config.warm))
         if fraction >= 1 - tail:
@@ -155,7 +157,7 @@ class MshTask:
             save_file(tensors, part, {"train": json.dumps(card)})
 
     def _round_to_half(self) -> None:
-        """Update the quantiles and round the weights to float16: validate what is exported."""
+        """Update the quantiles and round the weights to float16, as they are exported."""
         self.net.entropy_bottleneck.update_quantiles()
         self.net.load_state_dict({k: v.half().float() for k, v in self.net.state_dict().items()})
 

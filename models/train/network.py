@@ -1,4 +1,4 @@
-"""The U-Net in training: initialisation, scales measured from data, autocast, compilation."""
+"""The U-Net in training: initial weights, scales measured from data, autocast, compilation."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,7 +14,7 @@ from models.train.bank import Bank, Batch
 from models.train.losses import Denoise
 
 MEASURED = 100
-"""Photographs per quality from which the scale of the residual is measured."""
+"""Number of photographs per quality from which the scale of the residual is measured."""
 
 
 class Network:
@@ -56,7 +56,7 @@ class Network:
         return self.net.scales[batch.quality][:, None, None, None]
 
     def residual(self, batch: Batch) -> Tensor:
-        """Return x0 of the compact presets: the codec's error above the lowest band, scaled."""
+        """Return x0 of the compact presets: the codec's error without its lowest band, scaled."""
         return high_pass(batch.x - batch.x_hat) / self.scale(batch)
 
     def picture(self, batch: Batch, x0: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ LPIPS_STRIDE = 4
 class PerceptualLoss:
     """LPIPS, distance of local power spectra and, if configured, an adversarial term.
 
-    Each term sees the picture from a random offset on. The networks draw blocks of four pixels and
-    AlexNet reads every fourth pixel: with a fixed offset LPIPS rewarded a hatching between the
-    pixels that it reads.
+    Each term gets the picture without a random number of its first rows and columns. The decoder
+    draws blocks of four pixels, and AlexNet's first layer has stride 4: without these offsets,
+    LPIPS rewarded a hatching with a period of four pixels.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class PerceptualLoss:
     def terms(
         self, picture: Tensor, batch: Batch, step: TrainingStep
     ) -> Iterator[tuple[str, float, Tensor]]:
-        """Yield (name, weight, value) of every term that is configured and active."""
+        """Yield (name, weight, value) of every term that is configured and used in this step."""
         if self.lpips is not None:
             yield "lpips", 1.0, _lpips_term(self.lpips, picture, batch.x, step)
         if self.config.spectrum:
@@ -58,7 +58,7 @@ class PerceptualLoss:
 
 
 def random_offset(step: TrainingStep, period: int) -> tuple[int, int]:
-    """Draw a row and a column below `period`, equal on all ranks."""
+    """Draw a row and a column from 0 to `period` - 1, equal on all ranks."""
     return step.shared_random.randrange(period), step.shared_random.randrange(period)
 
 

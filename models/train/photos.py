@@ -102,7 +102,7 @@ class CropSampler:
         Raises `ValueError` if no picture is as large as the crop.
         """
         if max(self.shortest) < size:
-            raise ValueError(f"no picture is as large as a crop of {size}")
+            raise ValueError(f"no picture is as large as a crop of {size}; use smaller crops")
         large = self.sizes.amin(1) >= size
         ends = (self.sizes.prod(1) * large).double().cumsum(0)
         device = self.sizes.device
@@ -125,10 +125,11 @@ class Photos:
         self.sampler = CropSampler(sizes, device)
 
     def batch(self, n: int, size: int, reach: float, generator: torch.Generator) -> Tensor:
-        """Return crops (n, 3, size, size) in [0, 1]; half are reduced from `reach` times the size.
+        """Return random crops (n, 3, size, size) in [0, 1].
 
-        `reach` >= 1 is limited so that at least a tenth of the photographs is large enough. Half of
-        the crops are mirrored, and half are transposed, independently.
+        Half of them are cut with sides of `reach` times `size` (`reach` >= 1) and reduced to
+        `size`. `reach` is limited so that at least a tenth of the photographs is large enough. Half
+        of the crops are mirrored, and independently half are transposed.
         """
         large = sorted(self.sampler.shortest)[-max(1, len(self.sampler.shortest) // 10)]
         outer = max(size, min(round(size * reach), large))

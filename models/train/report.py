@@ -16,7 +16,7 @@ _LINE_EVERY_S = 30.0
 
 
 class Report:
-    """Writes log and curves into `folder`; does nothing unless `enabled` (on the first rank)."""
+    """Writes log and curves into `folder` if `enabled`, which is so on the first rank only."""
 
     def __init__(self, folder: Path, enabled: bool = True) -> None:
         self.folder, self.enabled = folder, enabled

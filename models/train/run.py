@@ -25,7 +25,7 @@ from models.train.report import Report
 from models.train.task import Task, TrainingStep, Update
 
 SYNC_EVERY_CUDA = 10
-"""Steps between two reads of results from a CUDA device: each read empties its kernel queue."""
+"""Steps between two reads of results from a CUDA device, because each waits for all its kernels."""
 
 
 @dataclass(slots=True)
@@ -33,12 +33,12 @@ class Progress:
     """Position of a run. The fields are saved in checkpoints under these names."""
 
     stage: int = 0  # index in the plan
-    spent: float = 0.0  # seconds in the current stage, without interruptions
+    spent: float = 0.0  # seconds of training in the current stage
     total: float = 0.0  # seconds in all stages
     number: int = 0  # steps in the current stage
     steps: int = 0  # steps in all stages
     begun: int = 0  # last stage for which `Task.begin` was called
-    setbacks: int = 0  # times that this stage returned to the averaged weights
+    setbacks: int = 0  # number of times that this stage returned to the averaged weights
 
     def done(self, stage: Stage) -> float:
         """Seconds or steps of the current stage that are complete, in the stage's unit."""
@@ -89,7 +89,7 @@ class Run:
         """
         with _signals(self._on_signal):
             self.group.barrier()  # no rank writes a checkpoint while another still reads one
-            self.save()  # fail now if the folder is not writable, not after minutes of training
+            self.save()  # so that an unwritable folder is noticed before training
             while self.progress.stage < len(self.config.plan) and not self._stopping:
                 self._run_stage(self.config.plan[self.progress.stage])
         self.report.close()
@@ -174,7 +174,7 @@ class Run:
             )
 
     def _restore_average(self) -> None:
-        """Continue from the averaged weights; from the second time on, halve the learning rate."""
+        """Continue from the averaged weights; every time but the first, halve the learning rate."""
         p = self.progress
         p.setbacks += 1
         self.report.row(not_finite=p.steps, setbacks=p.setbacks)
@@ -263,7 +263,7 @@ class Run:
         if optimiser != self.config.optimiser:
             raise WeightsError(
                 f"{self.out}: --optimiser is {self.config.optimiser}; "
-                f"the checkpoint's optimiser is {optimiser}"
+                f"the checkpoint's optimiser is {optimiser}: use that one, or another --out"
             )
         begun = self.progress.stage + (self.progress.number > 0)
         names = [stage["name"] for stage in saved["plan"]][:begun]  # type: ignore[attr-defined]

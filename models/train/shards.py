@@ -1,8 +1,8 @@
 """Checkpoints: a folder of small files that stays readable if the process is killed at any moment.
 
-A generation consists of `000012-….safetensors`, each at most 16 MiB so that upload limits do not
-matter, and the index `000012.json`, which is written last and lists them with their SHA-256. Older
-generations are deleted after the new index is in place.
+Each saved checkpoint is a numbered generation. It consists of files `000012-….safetensors` of at
+most 16 MiB, so that they can be uploaded anywhere, and the index `000012.json`, which is written
+last and lists the files with their SHA-256. Then older generations are deleted.
 """
 
 import hashlib

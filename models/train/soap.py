@@ -1,7 +1,7 @@
 """SOAP (Vyas et al. 2024, algorithm 3): Adam in the eigenbasis of Shampoo's statistics.
 
-Applied to convolutions, whose gradient has a matrix of output by input channels at every tap. All
-other parameters are updated by Adam. The overhead is a few products of small matrices per step.
+It updates convolutions, whose gradients are matrices (output × input channels) at every tap. Adam
+updates all other parameters. The overhead is a few products of small matrices per step.
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ EPS = 1e-8
 
 
 class Soap(Optimizer):
-    """The optimiser. Its state consists of tensors only, and a step never reads them on the host.
+    """The optimiser SOAP. Its state holds only tensors, and a step never copies them to the CPU.
 
-    State per convolution: `left` and `right` are the eigenvectors, `of_left` and `of_right` the
-    statistics that they belong to.
+    For a convolution, `left` and `right` in the state are the eigenvectors, and `of_left` and
+    `of_right` the statistics to which these belong.
     """
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.95, 0.95)) -> None:
@@ -94,7 +94,7 @@ def _statistics(g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _initial_bases(g: Tensor) -> dict[str, Tensor]:
-    """Statistics of the first gradient and their eigenvectors, by falling eigenvalue."""
+    """Statistics of the first gradient, and their eigenvectors in order of falling eigenvalues."""
     of_left, of_right = _statistics(g)
     left, right = (torch.linalg.eigh(s)[1].flip(1).contiguous() for s in (of_left, of_right))
     return {"of_left": of_left, "of_right": of_right, "left": left, "right": right}

@@ -25,10 +25,10 @@ class TrainingStep:
     """
 
     stage: Stage
-    number: int  # within the stage, from 0
-    fraction: float  # of the stage that is complete, in [0, 1)
-    generator: torch.Generator  # on the device; differs between ranks
-    shared_random: random.Random  # equal on all ranks: for choices that change which losses exist
+    number: int  # number of the step within the stage, from 0
+    fraction: float  # completed fraction of the stage, in [0, 1)
+    generator: torch.Generator  # on the device; each rank draws other numbers
+    shared_random: random.Random  # all ranks draw the same: for choices of which losses to compute
 
 
 class Update(NamedTuple):

@@ -1,6 +1,6 @@
 """Widen a codec to more channels without changing its output.
 
-A codec that was trained with few channels can be shipped, or trained further, at larger sizes.
+A codec that was trained with few channels can thus be shipped, or trained further, at larger sizes.
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ LAST = ("g_a.6", "h_a.4", "h_s.4")
 def widen(tensors: Mapping[str, Tensor], N: int, M: int, alive: bool = False) -> dict[str, Tensor]:
     """Return the state dict of the codec `tensors` with `N` hidden and `M` latent channels.
 
-    The old channels come first and do not read the new ones. New latents are zero for every
-    picture and cost less than 1e-4 of the rate. New hidden channels are zero too; with `alive` they
-    get random weights, unread by others, so that training can use them. Raises `WeightsError` if
-    the codec already has more channels.
+    The old channels come first, and no weight leads from new channels to old ones. New latents are
+    zero for every picture and cost less than 1e-4 of the rate. New hidden channels are zero too;
+    with `alive` they get random weights, so that training can begin to use them. Raises
+    `WeightsError` if the codec already has more channels.
     """
     m, n = tensors["g_a.6.weight"].shape[:2]
     if N < n or M < m:

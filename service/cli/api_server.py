@@ -1,4 +1,7 @@
-"""The HTTP API in this process. Importing it loads torch; `afterimage serve` does so late."""
+"""The HTTP API as a server in this process.
+
+Importing this module loads torch, so `afterimage serve` does it only when it needs the server.
+"""
 
 import socket
 from collections.abc import Callable
@@ -13,7 +16,7 @@ SHUTDOWN_TIMEOUT_S = 10
 
 
 class ApiServer(uvicorn.Server):
-    """Uvicorn with the API, over the settings in the environment.
+    """Uvicorn with the API, which reads its settings from the environment.
 
     `on_ready` is called once the models are loaded and the port accepts connections.
     """
@@ -40,6 +43,6 @@ class ApiServer(uvicorn.Server):
             self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer requests that wait for a job at once, then finish the others."""
+        """End requests that wait for a job, then finish the other requests."""
         self._app.state.services.closing.set()
         await super().shutdown(sockets)

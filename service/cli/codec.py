@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     options.add_quality(
         encode,
         default=2,
-        help="1 (smallest file) to 8 (best); 4 and more need imported weights (default: 2)",
+        help="1 (smallest file) to 8 (best picture); 4 to 8 need imported weights (default: 2)",
     )
     options.add_metric(
         encode, help="metric of the weights; ms-ssim needs imported weights (default: mse)"
@@ -56,7 +56,7 @@ def add(commands: Any) -> None:
 
 def _add_diffusion(decode: argparse.ArgumentParser) -> None:
     decode.add_argument(
-        "--tier", choices=tuple(TIERS), default="instant", help="decoder (default: instant)"
+        "--tier", choices=tuple(TIERS), default="instant", help="tier (default: instant)"
     )
     decode.add_argument("--seed", type=int, default=0, help="seed of the sampler (default: 0)")
     for name in ("steps", "eta", "gamma", "guidance"):
@@ -67,7 +67,7 @@ def _add_diffusion(decode: argparse.ArgumentParser) -> None:
         "--realism",
         type=float,
         default=1.0,
-        help="0 (the instant picture) to 1 (the tier's picture); between them a mix (default: 1)",
+        help="0: the instant picture, 1: the tier's picture; between 0 and 1, a mix (default: 1)",
     )
 
 
@@ -147,7 +147,7 @@ def _local_decoder(
                 def on_step(_step: int, _steps: int, _picture: Callable[[], Tensor]) -> None:
                     bar.update()
 
-                pixels = models.perceptual(b, sampling, args.seed, on_step, args.realism)
+                pixels = models.draw(b, sampling, args.seed, on_step, args.realism)
             ids = models.weights_ids(b)
             text = library.provenance(args.tier, sampling, args.seed, *ids, args.realism)
         return image.write(pixels, picture_format(targets[source]), text)

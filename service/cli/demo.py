@@ -21,7 +21,7 @@ from service.cli.terminal import say
 
 TIER = "perceptual"
 START_TIMEOUT_S = 180.0
-"""How long a service may take to start; the first start compiles code."""
+"""How long the service may take to start. The first start is slow because it compiles code."""
 TITLE_HEIGHT = 18
 """Pixels above each picture of a sheet."""
 
@@ -39,7 +39,7 @@ class Row:
 
 
 def main() -> int:
-    """Encode at qualities 1 to 3, decode each with both tiers, print a table, save the pictures."""
+    """Encode at qualities 1 to 3, decode with both tiers, print a table, and save the pictures."""
     parser = argparse.ArgumentParser(prog="python -m service.cli.demo", description=__doc__)
     parser.add_argument("photo", type=Path, help="photograph to encode")
     parser.add_argument("--url", help="a running service (default: start one for the demo)")
@@ -101,7 +101,8 @@ def _wait(client: httpx.Client, location: str, title: str) -> None:
             if state["status"] == "succeeded":
                 return
             if state["status"] in {"failed", "canceled"}:
-                raise SystemExit(f"the decode {location} {state['status']}: {state['error']}")
+                reason = state["error"] or "no reason is known"
+                raise SystemExit(f"the decode {location} is {state['status']}: {reason}")
             time.sleep(0.1)
 
 
@@ -122,7 +123,8 @@ def _service() -> Iterator[str]:
             time.sleep(0.2)
         else:
             status = process.poll()
-            reason = "is not ready" if status is None else f"exited with status {status}"
+            late = f"was not ready after {START_TIMEOUT_S:.0f} s"
+            reason = late if status is None else f"exited with status {status}"
             raise SystemExit(f"the service {reason}; see its output above")
         yield url
     finally:

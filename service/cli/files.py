@@ -27,14 +27,15 @@ def output_paths(inputs: Sequence[Path], output: str, suffix: str) -> dict[Path,
     for source in inputs:
         _check_input(source)
     if len(set(inputs)) < len(inputs):
-        raise AfterimageError("an input file is given twice; name each file once")
+        twice = next(source for source in inputs if list(inputs).count(source) > 1)
+        raise AfterimageError(f"the input {twice} is given twice; name it once")
     folder = len(inputs) > 1 or path.is_dir() or output.endswith("/")
     if not folder:
         targets = {inputs[0]: path}
     elif STDIO in (*inputs, path):
         raise AfterimageError("'-' is stdin or stdout; use it with one input and one output file")
     elif path.exists() and not path.is_dir():
-        raise AfterimageError(f"{path} is a file; choose a folder as output")
+        raise AfterimageError(f"the output {path} is a file, but must be a folder; choose another")
     else:
         targets = {source: path / f"{source.stem}{suffix}" for source in inputs}
     _check_targets(targets)
@@ -66,7 +67,9 @@ def _check_targets(targets: dict[Path, Path]) -> None:
                 "write them to different folders"
             )
         if source != STDIO and source.resolve() == target.resolve():
-            raise AfterimageError(f"{source} would be overwritten; choose another output")
+            raise AfterimageError(
+                f"{source} is an input and would be overwritten; choose another output"
+            )
 
 
 def read_input(source: Path) -> bytes:
@@ -93,7 +96,7 @@ def picture_format(target: Path) -> "OutputFormat":
 
 
 def convert_each(targets: dict[Path, Path], convert: Callable[[Path], bytes]) -> int:
-    """Write `convert(source)` to each target; returns the exit status.
+    """Write `convert(source)` to the target of each source; returns the exit status.
 
     Each output is noted on stderr. A file that fails is reported there, and the remaining files
     are converted.

@@ -20,18 +20,18 @@ def add(commands: Any) -> None:
     """Add `keys` to the parser's commands."""
     keys = commands.add_parser("keys", help="create API keys")
     new = keys.add_subparsers(required=True, metavar="COMMAND").add_parser(
-        "new", help="create a key; it is printed once, and only its SHA-256 is stored"
+        "new", help="create a key and print it once; only its SHA-256 is stored"
     )
     new.add_argument(
-        "name", metavar="NAME", help="caller; keys with the same name share their limits"
+        "name", metavar="NAME", help="name of the caller; keys of one name share their limits"
     )
     new.add_argument(
         "--scopes",
         default="decode",
-        help=f"what the key allows, separated by commas: {','.join(SCOPES)} (default: decode)",
+        help=f"comma-separated list of what the key allows: {','.join(SCOPES)} (default: decode)",
     )
     new.add_argument(
-        "--requests-per-minute", type=int, metavar="N", help="largest number of requests a minute"
+        "--requests-per-minute", type=int, metavar="N", help="largest number of requests per minute"
     )
     new.add_argument(
         "--jobs-at-once", type=int, metavar="N", help="largest number of unfinished jobs"
@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
         "--expires",
         type=date.fromisoformat,
         metavar="DATE",
-        help="last day on which the key is valid, as 2027-01-31 (UTC)",
+        help="last day on which the key is valid (UTC), for example 2027-01-31",
     )
     new.add_argument(
         "--file", type=Path, help="append the key to this key file (default: print its entry)"

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare_process(ServiceSettings())
         return command(args)
     except ValidationError as e:
-        faults = "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors())
+        faults = "; ".join(f"{_variable(x['loc'])}: {x['msg']}" for x in e.errors())
         return complain(f"invalid settings in the environment: {faults}")
     except SettingsError as e:  # a value that is not valid JSON
         return complain(f"invalid settings in the environment: {e}")
@@ -38,6 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(str(e))
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _variable(loc: tuple[int | str, ...]) -> str:
+    """The environment variable of a setting, with the index of an invalid list item."""
+    name, *index = map(str, loc)
+    prefix = ServiceSettings.model_config["env_prefix"]
+    variable = name if name.isupper() else f"{prefix}{name}".upper()
+    return ".".join((variable, *index))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -34,18 +34,18 @@ def add_metric(command: argparse.ArgumentParser, *aliases: str, help: str) -> No
 
 
 def add_stores(command: argparse.ArgumentParser, without: str) -> None:
-    """Add the URLs of both Redis servers; `without` says what happens if there is no queue URL."""
+    """Add the URLs of both Redis servers; `without`: help text on what happens without any URL."""
     command.add_argument(
         "--redis-url", help=f"Redis server of the queue (default: REDIS_URL; without it {without})"
     )
     command.add_argument(
         "--cache-redis-url",
-        help="Redis server of the picture cache (default: CACHE_REDIS_URL, else the queue's)",
+        help="Redis server of the picture cache (default: CACHE_REDIS_URL, else that of the queue)",
     )
 
 
 def export_stores(args: argparse.Namespace) -> None:
-    """Write the URLs of `add_stores` to the environment, from which child processes read them."""
+    """Write the URLs from `add_stores` to the environment, where child processes read them."""
     for name, url in (("REDIS_URL", args.redis_url), ("CACHE_REDIS_URL", args.cache_redis_url)):
         if url:
             os.environ[name] = url

@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
     options.add_stores(serve, "a private Redis is started")
     serve.set_defaults(run=_serve)
 
-    worker = commands.add_parser("worker", help="run one worker over an existing Redis")
+    worker = commands.add_parser("worker", help="run one worker that uses an existing Redis")
     options.add_stores(worker, "the worker does not start")
     worker.set_defaults(run=_worker)
 
@@ -40,7 +40,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     with contextlib.ExitStack() as loading, contextlib.ExitStack() as running:
         loading.enter_context(without_garbage_collection())
-        # before the workers start, which would compete for the processor
+        # import before the workers start, because they compete for the CPU
         from service.cli.api_server import ApiServer
         from worker.telemetry import logs, tracing
 
@@ -81,14 +81,14 @@ def _start_private_redis(cache_dir: Path, running: contextlib.ExitStack) -> None
     """Start queue and cache servers, which stop with `running`, and export their URLs."""
     from worker.queue import private_redis
 
-    say("REDIS_URL is not set: starting a private Redis")
+    say("REDIS_URL is not set; starting a private Redis")
     queue_url, cache_url = running.enter_context(private_redis.servers(cache_dir))
     os.environ["REDIS_URL"] = queue_url
     os.environ.setdefault("CACHE_REDIS_URL", cache_url)
 
 
 def _child_commands(workers: int) -> list[tuple[str, ...]]:
-    """Commands of the processes that run next to the API; webhooks need a secret to be sent."""
+    """Commands of the child processes: workers and, if there is a webhook secret, the sender."""
     from worker.webhooks.settings import WebhookSettings
 
     return [WORKER] * workers + ([WEBHOOK_SENDER] if WebhookSettings().secrets else [])
@@ -100,5 +100,5 @@ def _worker(args: argparse.Namespace) -> int:
 
 
 def _exit(_signal: int, _frame: FrameType | None) -> None:
-    """Exit through an exception, so that child processes are stopped on the way."""
+    """Raise `SystemExit`, so that context managers stop the child processes."""
     raise SystemExit(0)

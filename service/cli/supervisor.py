@@ -13,12 +13,12 @@ from service.cli.terminal import say
 Command = tuple[str, ...]
 
 WORKER: Command = (sys.executable, "-P", "-m", "worker.main")
-"""Command of a worker. -P: a folder `worker` in the current directory must not be imported."""
+"""Command of a worker. -P: do not import a folder `worker` of the current directory."""
 WEBHOOK_SENDER: Command = (sys.executable, "-P", "-m", "worker.webhooks")
 """Command of the process that sends webhooks."""
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 30.0
-"""Restart delays: the first, and the limit. The delay doubles while a process exits within
-`LONGEST_DELAY_S` of its start, because a process that cannot start would keep a core busy."""
+"""The first and the longest delay before a restart. The delay doubles each time that a process
+exits within `LONGEST_DELAY_S` of its start: a process that cannot start must not occupy a core."""
 POLL_S = 0.2
 """Time between two checks whether a process has exited."""
 EXIT_S = 30.0
@@ -26,9 +26,9 @@ EXIT_S = 30.0
 
 
 class Supervisor:
-    """Context manager for child processes that run next to the API.
+    """Context manager that runs child processes next to the API.
 
-    Entering starts them, and a process that exits is restarted. Leaving stops them; their jobs may
+    It starts them on entry, restarts those that exit, and stops all on exit; their jobs may then
     take `grace_s` to finish. Workers share the cores unless `AFTERIMAGE_THREADS` is set.
     """
 
@@ -53,8 +53,9 @@ class Supervisor:
 
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
-        # SIGTERM before the watchers end: a child also gets one when the thread that started it
-        # ends, and a worker takes two in quick succession for one.
+        # send SIGTERM before the watchers end: the kernel sends another one to a child when the
+        # thread that started it ends (`die_with_parent`), and a later one would count as a second
+        # signal; workers treat two signals in quick succession as one
         self._terminate()
         for watcher in self._watchers:
             watcher.join()
@@ -89,7 +90,7 @@ class Supervisor:
             process.terminate()
 
     def _wait(self) -> None:
-        """Wait for all processes; kill those that are left after the timeout."""
+        """Wait for all processes; kill those that still run after the timeout."""
         deadline = time.monotonic() + self._stop_timeout_s
         for process in self._processes:
             try:

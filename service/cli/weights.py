@@ -1,4 +1,4 @@
-"""`afterimage weights import`, `export`, `list` and `remove`: codec weights of the user."""
+"""`afterimage weights import`, `export`, `list` and `remove`: imported codec weights."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ from service.cli.terminal import say
 from service.settings import ServiceSettings
 
 ZOO = "zoo"
-"""Argument of `import` that downloads CompressAI's published weights instead of reading a file."""
+"""Value of `import SOURCE` for which CompressAI's published weights are downloaded."""
 
 
 def add(commands: Any) -> None:
@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     exporter.set_defaults(run=_export)
 
     lister = actions.add_parser(
-        "list", help="list installed weights; the first of a quality and metric is the one in use"
+        "list", help="list installed weights; of each quality and metric, the first are in use"
     )
     lister.set_defaults(run=_list)
 

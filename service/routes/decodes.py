@@ -1,4 +1,4 @@
-"""`POST /v1/decodes` and `PUT /v1/decodes/{id}`: decode a bitstream, and queue its upgrade."""
+"""`POST /v1/decodes` and `PUT /v1/decodes/{id}`: decode a bitstream, and queue a job for it."""
 
 import time
 from typing import Annotated, Any
@@ -61,7 +61,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 async def decode_params(
-    tier: Annotated[str, tier_query("One of `/v1/tiers`.")] = "instant",
+    tier: Annotated[str, tier_query("Name of a tier; `/v1/tiers` lists them.")] = "instant",
     seed: Annotated[int, Query(ge=0, le=tiers.MAX_SEED)] = 0,
     steps: Annotated[int | None, Query(ge=1, le=tiers.MAX_STEPS)] = None,
     eta: Annotated[float | None, Query(ge=0, le=1)] = None,
@@ -80,25 +80,26 @@ async def decode_params(
         Query(
             ge=1,
             le=MAX_SUBSCRIPTION_S,
-            description="Seconds after which the job is canceled unless its state is requested.",
+            description="Seconds until the job is canceled, unless a client asks for its state.",
         ),
     ] = SUBSCRIPTION_S,
     webhook: Annotated[
         list[str] | None,
         Query(
             max_length=8,
-            description="An https URL to notify when the job ends, by Standard Webhooks.",
+            description="An https URL that gets a message (Standard Webhooks) when the job ends.",
         ),
     ] = None,
 ) -> DecodeParams:
-    """Check the query parameters together. Raises `ParameterError`."""
+    """Parse and check the query parameters. Raises `ParameterError`."""
     chosen = tiers.find(tier)
     settings = chosen.settings and tiers.vary(
         chosen.settings, sampler=sampler, steps=steps, eta=eta, gamma=gamma, guidance=guidance
     )
     if webhook and settings is None:
         raise ParameterError(
-            "webhooks need a diffusion tier: an instant picture is in the response"
+            "webhook is set, but the tier is instant, which queues no job; "
+            "choose a diffusion tier or leave webhook out"
         )
     return DecodeParams(chosen, settings, seed, deadline_s, webhook or ())
 
@@ -118,7 +119,7 @@ IdempotencyKey = Annotated[
     Header(
         min_length=1,
         max_length=255,
-        description="A key for this request; using it for a different request is an error.",
+        description="Any key for this request. The same key for a different request is an error.",
     ),
 ]
 
@@ -142,9 +143,9 @@ async def decode(
 ) -> Response:
     """Decode a bitstream.
 
-    Responds with the instant picture. A diffusion tier also queues a job, whose id is the digest of
-    the request's content: repeating the request does not queue a second job, and once the job is
-    done, the response is the finished picture.
+    Responds with the instant picture. For a diffusion tier it also queues a job. The job's id is a
+    digest of the request's content, so repeating the request does not queue a second job. Once the
+    job has succeeded, the response is the finished picture.
     """
     if params.settings is None:
         file = await services.instant.picture(upload.bitstream, upload.digest, format)
@@ -168,7 +169,10 @@ async def decode(
     openapi_extra=schemas.BITSTREAM,
     responses={
         **_RESPONSES,
-        201: {**_RESPONSES[200], "description": "As 200; the decode is new."},
+        201: {
+            **_RESPONSES[200],
+            "description": "As 200, for a decode that this request has created.",
+        },
         422: problems.responses(
             *errors.BitstreamError.__subclasses__(), errors.Quarantined, ParameterError, IdMismatch
         )[422],
@@ -197,7 +201,7 @@ async def put(
     job = submission.build_decode(services, upload, params, params.settings)
     request.state.job_id = job.id
     if job.id != id:
-        raise IdMismatch(f"the id of this content is {job.id}, not {id}")
+        raise IdMismatch(f"the id of this content is {job.id}, not {id}; use it in the path")
     submitted = Submission(services, request, upload, job, params, format, prefer, caller)
     response = await submitted.respond()
     if submitted.created and response.status_code == 200:

@@ -60,16 +60,23 @@ async def encode(
     caller: EncodeCaller,
     data: RequestBody,
     quality: Annotated[
-        int, Query(ge=1, le=8, description="1: smallest, 3: best; up to 8 with imported weights.")
+        int,
+        Query(
+            ge=1,
+            le=8,
+            description="1: smallest file, 3: best picture; 4 to 8 need imported weights.",
+        ),
     ] = 2,
     metric: Annotated[
         Metric,
-        Query(description="The metric the codec was trained for; ms-ssim needs imported weights."),
+        Query(
+            description="Metric for which the codec was trained; ms-ssim needs imported weights."
+        ),
     ] = "mse",
     format: Annotated[Format, Query(description="Container format of the bitstream.")] = "msh",
 ) -> Response:
-    """Encode a photograph, after it is rotated by its EXIF orientation, converted to sRGB, and
-    flattened onto white."""
+    """Encode a photograph. It is rotated by its EXIF orientation, converted to sRGB, and
+    transparent pixels are blended with white."""
 
     def compute() -> Bitstream:
         used = services.library.find(quality, metric)

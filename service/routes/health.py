@@ -13,20 +13,21 @@ from worker.queue.store import RedisError
 router = APIRouter(tags=["health"])
 
 PING_S = 2.0
-"""Seconds until an unresponsive Redis counts as down; the probe's own timeout is longer."""
+"""Seconds after which a Redis that does not respond counts as down; shorter than the timeouts of
+usual probes."""
 _PING_THREADS = anyio.CapacityLimiter(4)
 """Threads that ping Redis; separate, so that an unresponsive Redis does not block requests."""
 
 
 @router.get("/livez", summary="Alive")
 async def livez() -> Health:
-    """The process responds."""
+    """The process responds. Redis is not checked."""
     return Health(status="ok", redis="unasked")
 
 
 @router.get("/startupz", summary="Started")
 async def startupz() -> Health:
-    """The models are loaded: the server accepts no connection before that."""
+    """The models are loaded. Before that, the server accepts no connections."""
     return Health(status="ok", redis="unasked")
 
 

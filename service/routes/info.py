@@ -20,7 +20,7 @@ _MARKDOWN = "text/markdown"
 @router.get("/models", summary="List the installed weights")
 async def models(services: ServicesDep) -> list[schemas.Model]:
     """List the codecs, shipped and imported, and the diffusion decoder. Weights ids are part of the
-    id of a decode; a bitstream may name the weights it was made with."""
+    id of a decode; an `.msh` file contains the id of the weights that encoded it."""
     return [
         schemas.Model.of(row.entry)
         for row in (*catalogue.shipped(), *services.library.imports.rows)
@@ -55,7 +55,7 @@ async def card(
             text = await anyio.to_thread.run_sync((row.folder / row.entry.card).read_text, "utf-8")
             return Response(text, media_type=_MARKDOWN)
     raise ModelNotFound(
-        f"there is no model card for weights {weights_id}; /v1/models lists all cards"
+        f"there is no model card for weights {weights_id}; /v1/models lists the cards that exist"
     )
 
 

@@ -17,7 +17,7 @@ from worker.queue.store import PICTURE_TTL_S
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
 
 MAX_LINK_S = PICTURE_TTL_S
-"""The longest validity of a link: pictures expire after that time."""
+"""Longest validity of a link: the picture expires after that time."""
 
 
 @router.post(
@@ -35,13 +35,15 @@ async def share(
     seconds: Annotated[
         int, Query(ge=1, le=MAX_LINK_S, description="Seconds until the link expires.")
     ] = 3600,
-    min_tier: Annotated[str, tier_query("As in the picture's URL.")] = "instant",
-    realism: Annotated[float, Query(ge=0, le=1, description="As in the picture's URL.")] = 1.0,
+    min_tier: Annotated[str, tier_query("`min_tier` of the picture's URL.")] = "instant",
+    realism: Annotated[
+        float, Query(ge=0, le=1, description="`realism` of the picture's URL.")
+    ] = 1.0,
 ) -> schemas.Link:
-    """A URL of the picture that works without an API key until it expires."""
+    """Create a URL of the picture that works without an API key until it expires."""
     tiers.find(min_tier)
     if services.link_secret is None:
-        raise Conflict("signed links are disabled: the service has no AFTERIMAGE_LINK_SECRET")
+        raise Conflict("signed links are disabled; the operator can set AFTERIMAGE_LINK_SECRET")
     await anyio.to_thread.run_sync(watching.find, services, id)
     query = urlencode({"min_tier": min_tier, "realism": realism})
     expires = int(time.time()) + seconds

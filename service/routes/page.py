@@ -17,7 +17,7 @@ HEADERS = {
 
 
 class Files(StaticFiles):
-    """The page's files: HTML, style, scripts, samples."""
+    """Serves the files of the page: HTML, style, scripts and sample photographs."""
 
     def __init__(self) -> None:
         super().__init__(directory=Path(__file__).parents[1] / "web")

@@ -30,7 +30,7 @@ _ROUTE: dict[str, Any] = {
         200: {"content": schemas.PICTURES, "description": "The best available picture."},
         202: {"model": schemas.Decode, "description": "No picture of `min_tier` is ready yet."},
         206: {"content": schemas.PICTURES, "description": "The part that `Range` asks for."},
-        304: {"description": "The best available picture is the one that If-None-Match names."},
+        304: {"description": "`If-None-Match` names the ETag of the best available picture."},
         **problems.responses(
             *problems.OF_AUTHENTICATION, *problems.OF_COMPUTATION, problems.QueueAway, JobNotFound,
             Conflict, PictureGone, ParameterError, WrongWeights, problems.NotAcceptable,
@@ -50,7 +50,8 @@ async def picture(
     format: AcceptedFormat,
     prefer: PreferHeader,
     min_tier: Annotated[
-        str, tier_query("The lowest tier to accept; the response is 202 until it is ready.")
+        str,
+        tier_query("Lowest acceptable tier; until such a picture is ready, the response is 202."),
     ] = "instant",
     realism: Annotated[
         float,
@@ -60,13 +61,16 @@ async def picture(
     """The finished picture or, until it is ready, the instant picture; the header
     `X-Afterimage-Tier` names its tier."""
     tiers.find(min_tier)
-    state = await watching.load(services, id, caller.name)
+    state = await watching.load_and_renew(services, id, caller.name)
     if min_tier != "instant" and prefer.wait_s:
         await watching.wait_until_ended(services, request, id, prefer.wait_s)
-        state = await watching.load(services, id, caller.name)
+        state = await watching.load_and_renew(services, id, caller.name)
     watching.check_kept(state)
     if _RANKS[min_tier] > _rank(state.decode):
-        raise Conflict(f"decode {id} has tier {state.decode.tier} and will not reach {min_tier}")
+        raise Conflict(
+            f"min_tier is {min_tier}, but the picture of decode {id} will have the lower tier "
+            f"{state.decode.tier}; choose that tier or a lower one"
+        )
     if state.status != "succeeded" and min_tier != "instant":
         return await watching.pending_response(services, state)
     if state.status == "succeeded" and realism > 0:
@@ -91,16 +95,22 @@ async def picture(
     },
 )
 async def preview(services: ServicesDep, caller: ImageCaller, id: JobId) -> Response:
-    """The latest intermediate picture of a running decode; made only while its events are read."""
-    state = await watching.load(services, id, caller.name)
+    """The latest intermediate picture of a running decode. Previews are made only while a client
+    reads its events."""
+    state = await watching.load_and_renew(services, id, caller.name)
     file = await anyio.to_thread.run_sync(services.store.preview, id)
     if file is None:
-        raise JobNotFound(f"decode {id} has no preview")
+        raise JobNotFound(
+            f"decode {id} has no preview; previews are made only while its events are read"
+        )
     headers = {"Cache-Control": "no-store", **image_response.provenance_headers(state.decode)}
     return Response(file, 200, headers, "image/webp")
 
 
 def _rank(decode: DecodeRequest) -> int:
-    """The rank of the best tier with the decode's settings, which may not be the tier it names."""
+    """The rank of the decode's tier, or of the highest tier with the same settings.
+
+    A request may change the settings of its tier to those of a higher one.
+    """
     same = (t.name for t in tiers.TIERS.values() if t.settings == decode.settings)
     return max(_RANKS[name] for name in (decode.tier, *same))

@@ -43,9 +43,9 @@ async def status(
     request: Request,
     response: Response,
 ) -> schemas.Decode:
-    """Status, finished steps and place in the queue. With `Prefer: wait=N`, responds when the
+    """Status, finished steps and position in the queue. With `Prefer: wait=N`, responds when the
     decode has ended or after N seconds."""
-    state = await watching.load(services, id, caller.name)
+    state = await watching.load_and_renew(services, id, caller.name)
     watching.check_kept(state)
     if prefer.wait_s:
         await watching.wait_until_ended(services, request, id, prefer.wait_s)
@@ -56,8 +56,11 @@ async def status(
 
 
 async def _kept_state(services: ServicesDep, caller: DecodeCaller, id: JobId) -> JobState:
-    """A dependency, so that its errors are raised before the event stream begins."""
-    state = await watching.load(services, id, caller.name)
+    """The state of a decode whose picture has not expired.
+
+    This is a dependency, so that its errors are raised before the event stream begins.
+    """
+    state = await watching.load_and_renew(services, id, caller.name)
     watching.check_kept(state)
     return state
 
@@ -84,8 +87,8 @@ async def follow(
         Header(description="Id of the last event received; the stream continues after it."),
     ] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    """Server-sent events until the decode ends: `queued started progress preview completed failed
-    canceled`."""
+    """Server-sent events until the decode ends: `queued`, `started`, `progress`, `preview`,
+    `completed`, `failed`, `canceled`."""
     after = last_event_id if last_event_id and _is_event_id(last_event_id) else "0"
     yield ServerSentEvent(comment="connected", retry=RECONNECT_MS)
     with contextlib.suppress(RedisError):  # ends the stream; the client reconnects and gets a 503
@@ -102,14 +105,18 @@ async def follow(
     responses={
         200: {
             "model": schemas.Decode,
-            "description": "Withdrawn; without other subscribers, the decode is canceled.",
+            "description": "Withdrawn. The decode is canceled unless other callers wait for it.",
         },
-        202: {"model": schemas.Decode, "description": "A worker is running it and will stop."},
+        202: {
+            "model": schemas.Decode,
+            "description": "Withdrawn. The decode is running; its worker will cancel it.",
+        },
         **problems.responses(*_PROBLEMS, Conflict),
     },
 )
 async def withdraw(services: ServicesDep, caller: DecodeCaller, id: JobId) -> Response:
-    """Unsubscribe the caller from the decode; the job is canceled when no subscriber is left."""
+    """End the caller's subscription to the decode. The job is canceled if no other caller waits
+    for it."""
 
     def unsubscribe() -> tuple[schemas.Decode, bool]:
         state = watching.find(services, id)
@@ -133,7 +140,7 @@ async def withdraw(services: ServicesDep, caller: DecodeCaller, id: JobId) -> Re
 async def retry(
     services: ServicesDep, caller: DecodeCaller, id: JobId, response: Response
 ) -> schemas.Decode:
-    """Queue a decode again that failed, was canceled, or whose picture has expired."""
+    """Queue a decode again if it failed, was canceled, or its picture has expired."""
 
     def requeue() -> schemas.Decode:
         state = watching.find(services, id)
@@ -142,7 +149,9 @@ async def retry(
             raise Conflict(f"decode {id} is {state.status}; {reason}")
         data = services.store.bitstream(state.decode.digest)
         if data is None:
-            raise JobNotFound(f"the bitstream of decode {id} has expired; submit it again")
+            raise JobNotFound(
+                f"the bitstream of decode {id} has expired; submit the bitstream again"
+            )
         admission.admit(services, state)
         services.quotas.job(caller, id)
         state, _ = services.jobs.submit(state.decode, data, caller.name)

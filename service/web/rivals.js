@@ -1,4 +1,4 @@
-// Web worker: encodes a picture as JPEG and WebP with at most `bytes` bytes, by bisection.
+// Web worker: bisects for the best JPEG and WebP file of at most `bytes` bytes.
 
 const TRIES = 7;
 
@@ -7,7 +7,7 @@ onmessage = async ({ data: { bitmap, bytes, types } }) => {
   canvas.getContext("2d").drawImage(bitmap, 0, 0);
   bitmap.close();
   for (const type of types) {
-    const result = await best(canvas, type, bytes).catch(() => ({ file: null })); // too wide
+    const result = await best(canvas, type, bytes).catch(() => ({ file: null })); // size not supported
     postMessage({ type, ...result });
   }
 };

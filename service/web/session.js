@@ -7,8 +7,8 @@ import * as link from "./link.js";
 import * as panel from "./panel.js";
 import { $, fields } from "./panel.js";
 
-const POLL_MS = 5000; // of the position in the queue
-const INSTANT_ONLY = [ // problems that the instant tier does not have
+const POLL_MS = 5000; // for the queue position
+const FALLBACK = [ // problems after which the instant tier is used
   "queue-away", "queue-full", "busy", "too-many-requests", "parameter-error", "quarantined",
 ];
 const PHOTO = /^(\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftyp)/s; // first bytes
@@ -20,10 +20,10 @@ class Session {
   photo = null;
   original = null; // bitmap of the photo
   bitstream = null;
-  waiting = false; // for the queue
-  following = false; // a job
-  withdrawal = null; // of the previous job, a promise
-  #job = new AbortController(); // its requests
+  waiting = false; // until the queue is back
+  following = false; // reads a job's events
+  withdrawal = null; // promise: the last job canceled
+  #job = new AbortController(); // for its requests
 
   constructor(name, id = "", bytes = 0) {
     Object.assign(this, { name, id, bytes, tier: "" });
@@ -130,7 +130,7 @@ class Session {
   async #request(tier, signal) {
     try {
       const sent = api.decode(this.bitstream, tier, fields.seed.value || 0);
-      // without the signal: cancelling the job takes its id
+      // not aborted: only its response has the id to cancel
       this.withdrawal = sent.then((result) =>
         signal.aborted && result.id && result.tier === "instant" ? api.cancel(result.id) : null,
       ).catch(() => null);
@@ -139,7 +139,7 @@ class Session {
       return { result };
     } catch (refusal) {
       signal.throwIfAborted();
-      if (!INSTANT_ONLY.includes(refusal.kind)) throw refusal;
+      if (!FALLBACK.includes(refusal.kind)) throw refusal;
       const result = await api.decode(this.bitstream, "instant", 0, signal).catch((e) => {
         throw e.name === "AbortError" ? e : refusal;
       });
@@ -154,7 +154,7 @@ class Session {
     comparison.put("instant", bitmap);
     this.instant = this.bitstream;
     $("times").textContent = `Instant: ${Math.round(ms)} ms`;
-    view.addEventListener("drawn", () => {
+    view.addEventListener("paint", () => {
       performance.measure("draft", { start: received });
       this.#compareFormats();
     }, { once: true });
@@ -291,7 +291,7 @@ class Session {
     if (this !== current || stopping || status === "canceled") return; // an event follows
     this.#job.abort();
     this.following = false;
-    this.#showEnd({ status: "canceled", error: "It continues, because others wait for it." });
+    this.#showEnd({ status: "canceled", error: "Others wait for it, so it is still decoded." });
   }
 }
 

@@ -1,9 +1,9 @@
 // Canvas with two pictures, one on each side of a divider.
 //
-// Zoom and pan scale each picture to a canvas of the view's size; all else only composes these.
+// Zoom and pan render each picture to a layer; other changes combine layers.
 
-const DOUBLINGS = 2; // of a difference
-const PIXELATED = 3; // scale without interpolation
+const DOUBLINGS = 2; // differences × 4
+const PIXELATED = 3; // scale without smoothing
 const MAX_SCALE = 32;
 const FADE_MS = 300;
 const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
@@ -60,10 +60,10 @@ export class View extends EventTarget {
   realism = 1;
   split = 0.5;
   difference = false;
-  width = 0; // of a picture
+  width = 0; // picture pixels
   height = 0;
   scale = 1; // screen pixels per picture pixel
-  x = 0; // of its corner, in screen pixels
+  x = 0; // top left, in screen pixels
   y = 0;
   fitted = true;
   #frame = 0;
@@ -84,7 +84,7 @@ export class View extends EventTarget {
     this.#listen();
   }
 
-  // Set a picture; `fade` it in over the one before it, or over the instant one.
+  // Set a picture; `fade` it in over the one it replaces, or over the instant one.
   put(name, bitmap, fade = false) {
     const before = this.pictures.get(name);
     const from = before ?? this.pictures.get("instant");
@@ -112,13 +112,13 @@ export class View extends EventTarget {
     this.draw();
   }
 
-  // Draw with the next frame, or only the picture `name`.
+  // Draw in the next frame; with `name`, only that picture.
   draw(name = "") {
     this.#only = this.#frame && this.#only !== name ? "" : name;
     this.#frame ||= requestAnimationFrame(() => {
       this.#frame = 0;
       this.#compose(this.#only);
-      this.dispatchEvent(new Event("drawn"));
+      this.dispatchEvent(new Event("paint"));
     });
   }
 

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.append(str(Path(__file__).parent))
-import machine
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from models import checkpoint, geometry, image
 from models.codec import bitstream, codec, rans, zoo
@@ -30,6 +29,7 @@ from models.codec.codec import Codec
 from models.codec.inference_synthesis import InferenceSynthesis
 from models.codec.msh import GDN
 from models.codec.synthesis import Synthesis
+from tests.bench import machine
 from worker.settings import WorkerSettings, prepare_process
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
@@ -103,7 +103,7 @@ def _reference(ours: Codec) -> Any:
     """CompressAI's model with the same weights."""
     entry = next(e for e in checkpoint.manifest() if e.quality == QUALITY)
     weights = {k: v.float() for k, v in checkpoint.load(entry).items() if v.is_floating_point()}
-    reference = zoo.reference(ours.net.N, ours.net.M)
+    reference = zoo.compressai_model(ours.net.N, ours.net.M)
     reference.update()
     reference.load_state_dict({**reference.state_dict(), **weights})
     reference.g_s.load_state_dict(ours.net.g_s.state_dict(), strict=False)
@@ -179,10 +179,10 @@ def _table(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
 def main() -> int:
     prepare_process(WorkerSettings())
     if len(sys.argv) > 1:
-        weights, *size, file = sys.argv[1:]
+        weights, *sides, file = sys.argv[1:]
         result = (
-            measure(weights, int(size[0]), int(size[1]), Path(file))
-            if size
+            measure(weights, int(sides[0]), int(sides[1]), Path(file))
+            if sides
             else measure_memory(weights, Path(file))
         )
         print(json.dumps(result))  # noqa: T201

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.append(str(Path(__file__).parent))
-import machine
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from models import image
 from models.codec import codec, zoo
 from models.diffusion import decoder
 from models.diffusion.decoder import Decoder, DiffusionInput
 from models.tiers import TIERS, Settings
+from tests.bench import machine
 from worker.settings import WorkerSettings, prepare_process
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"

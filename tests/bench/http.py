@@ -22,11 +22,11 @@ from typing import Any
 
 import httpx
 
-sys.path.append(str(Path(__file__).parent))
-import machine
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from models import image
 from models.codec import bitstream, codec, zoo
+from tests.bench import machine
 from worker.settings import WorkerSettings, prepare_process
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
@@ -148,9 +148,9 @@ def main() -> int:
     prepare_process(WorkerSettings())
     q2 = zoo.load(QUALITY)
     x = codec.to_tensor(image.read(PHOTO.read_bytes(), 10**7))
+    formats: dict[str, bitstream.Format] = {"float": "compressai", "exact": "msh"}
     streams = {
-        name: bitstream.serialize(q2.encode(x, format, "exact"))
-        for name, format in (("float", "compressai"), ("exact", "msh"))
+        name: bitstream.serialize(q2.encode(x, format, "exact")) for name, format in formats.items()
     }
     alone: dict[str, dict[str, float]] = {}
     rows: list[dict[str, Any]] = []

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, FilePayload, Page, expect, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -63,8 +63,8 @@ def measure(browser: Browser, url: str, size: tuple[int, int], view: tuple[int, 
     page = browser.new_page(viewport={"width": view[0], "height": view[1]})
     page.goto(url)
     expect(page.locator("[name=tier]")).to_have_value("perceptual")
-    file = {"name": "photo.jpg", "mimeType": "image/jpeg", "buffer": photograph(size)}
-    page.set_input_files("#chosen", files=[file])  # type: ignore[list-item]
+    file: FilePayload = {"name": "photo.jpg", "mimeType": "image/jpeg", "buffer": photograph(size)}
+    page.set_input_files("#chosen", files=[file])
     expect(page.locator("#right")).to_have_text("Perceptual", timeout=TIMEOUT_MS)
     expect(page.locator("#ring")).to_be_hidden(timeout=TIMEOUT_MS)
     expect(page.locator("#rows")).not_to_contain_text("…", timeout=TIMEOUT_MS)

@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,9 @@ from worker.queue.jobs import QUARANTINED
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
-LONG = Settings("ddim", 150)
+LONG = Settings("ddim", 80)
 """Takes longer than the workers' grace period at 150×100 pixels."""
-SHORT = Settings("ddim", 60)
+SHORT = Settings("ddim", 30)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,8 @@ def test_pictures_are_never_stored_in_the_queue(own: Rig, worker: Worker, small_
     assert own.ended(job).status == "succeeded"
     assert own.store.preview(job) and own.store.picture(job)
     queue = own.store.queue
-    for key in queue.keys():
+    keys: list[Any] = queue.keys()
+    for key in keys:
         values = queue.dump(key) or b""
         assert b"\x89PNG" not in values and b"WEBP" not in values
         assert key.startswith((b"afterimage:", b"rq:"))
@@ -119,7 +121,7 @@ def test_pictures_are_never_stored_in_the_queue(own: Rig, worker: Worker, small_
 
 def test_a_stopping_worker_finishes_a_short_job(own: Rig, worker: Worker, small_msh: bytes) -> None:
     job = own.submit(small_msh, SHORT, 6)
-    own.at_step(job, 55)  # 5 of 60 steps are left, which takes less than the grace period
+    own.at_step(job, 26)  # 4 of 30 steps are left, which takes less than the grace period
     assert worker.terminate() == 0
     assert (own.state(job).status, own.commits(job)) == ("succeeded", 1)
 

@@ -33,7 +33,7 @@ class Load(threading.Thread):
                 return
             tier = "instant" if number % 5 else "perceptual"
             with httpx.Client(base_url=self.url, timeout=60) as client:
-                params = {"tier": tier, "seed": number}
+                params: dict[str, str | int] = {"tier": tier, "seed": number}
                 answer = client.post("/v1/decodes", params=params, content=self.data)
             self.answers.append(answer)
 
@@ -61,7 +61,7 @@ def test_a_hundred_equal_requests_to_two_processes_run_one_job(
     own: Rig, two: tuple[Service, Service], small_msh: bytes
 ) -> None:
     clients = [service.client for service in two]
-    asked = {"tier": "ddim-10", "steps": 20}
+    asked: dict[str, str | int] = {"tier": "ddim-10", "steps": 20}
     before = counters.read(own.store).get(counters.SUCCEEDED)
     made = clients[0].post("/v1/decodes", params=asked, content=small_msh)
     waited = clients[1].get(made.headers["location"], headers={"Prefer": "wait=6"})

@@ -55,7 +55,9 @@ def map_path_parameters(
     context: Any, path_parameters: dict[str, Any] | None
 ) -> dict[str, Any] | None:
     """Most decodes that are asked for are there."""
-    name = path_parameters and path_parameters.get("id")
+    if not path_parameters:
+        return path_parameters
+    name = path_parameters.get("id")
     if isinstance(name, str) and JOB_ID.fullmatch(name) and (at := zlib.crc32(name.encode())) % 4:
         return {**path_parameters, "id": IDS[at % len(IDS)]}
     return path_parameters

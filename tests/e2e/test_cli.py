@@ -34,6 +34,7 @@ def run_process(*args: object, cwd: Path | None = None) -> subprocess.CompletedP
 
 def afterimage(*args: object, cwd: Path | str = ".") -> subprocess.CompletedProcess[str]:
     """Run the command in this process, which has imported torch already."""
+    arguments = [str(a) for a in args]
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(out),
@@ -42,10 +43,10 @@ def afterimage(*args: object, cwd: Path | str = ".") -> subprocess.CompletedProc
         mock.patch.dict(os.environ),
     ):
         try:
-            code = main.main([str(a) for a in args])
+            code = main.main(arguments)
         except SystemExit as e:
             code = int(e.code or 0)
-    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def refused(done: subprocess.CompletedProcess[str], message: str, status: int = 1) -> None:
@@ -126,7 +127,7 @@ def test_a_diffusion_picture_declares_synthesised_detail(tmp_path: Path, small_m
 
 def test_invalid_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFTERIMAGE_MAX_PIXELS", "many")
-    refused(afterimage("inspect", DATA / "kodim23.msh"), "max_pixels")
+    refused(afterimage("inspect", DATA / "kodim23.msh"), "AFTERIMAGE_MAX_PIXELS")
     monkeypatch.delenv("AFTERIMAGE_MAX_PIXELS")
     monkeypatch.setenv("AFTERIMAGE_CORS_ORIGINS", "https://a.example")  # not JSON
     refused(afterimage("inspect", DATA / "kodim23.msh"), "cors_origins")

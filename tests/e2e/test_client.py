@@ -30,7 +30,7 @@ def stream(client: Client, photo: image.Pixels, at: int) -> bytes:
 
 def location(service: Service, data: bytes, steps: int) -> str:
     """URL path of the `ddim-100` decode with this number of steps."""
-    params = {"tier": "ddim-100", "steps": steps}
+    params: dict[str, str | int] = {"tier": "ddim-100", "steps": steps}
     return service.client.post("/v1/decodes", params=params, content=data).headers["location"]
 
 
@@ -57,7 +57,7 @@ def test_a_picture_queued_under_another_tier_s_name_is_used(
 ) -> None:
     with Client(url) as client:
         data = stream(client, photo, 31)
-        params = {"tier": "ddpm-100", "steps": 3}
+        params: dict[str, str | int] = {"tier": "ddpm-100", "steps": 3}
         service.client.post("/v1/decodes", params=params, content=data)
         updates = list(client.decode(data, "ddpm-1000", steps=3))
         assert (updates[-1].kind, updates[-1].tier) == ("final", "ddpm-100")
@@ -160,7 +160,7 @@ def test_events_continue_at_another_api_process_when_one_is_killed(
 
         async def listen() -> list[str]:
             http = httpx.AsyncClient(transport=Balancer(), timeout=60)
-            kinds = []
+            kinds: list[str] = []
             async with AsyncClient(first_url, http=http) as client:
                 async for update in client.decode(data, "ddim-100", steps=100):
                     kinds.append(update.kind)

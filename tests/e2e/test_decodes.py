@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import numpy as np
@@ -26,7 +27,7 @@ from worker.queue.records import DecodeRequest, JobState
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
-SLOW = {"tier": "ddim-100", "steps": 400}
+SLOW: dict[str, str | int] = {"tier": "ddim-100", "steps": 400}
 """A job of some seconds at 150×100 pixels."""
 
 
@@ -44,7 +45,7 @@ def stream(client: httpx.Client, photo: image.Pixels, request: pytest.FixtureReq
     return client.post("/v1/encodes", content=image.write(cut, "png")).content
 
 
-def submit(client: httpx.Client, stream: bytes, **asked: object) -> str:
+def submit(client: httpx.Client, stream: bytes, **asked: str | int) -> str:
     answer = client.post("/v1/decodes", params={"tier": "perceptual", **asked}, content=stream)
     assert answer.status_code == 200, answer.text
     return str(answer.headers["location"])
@@ -132,7 +133,7 @@ def test_a_client_may_name_the_id_that_it_computed(client: httpx.Client, stream:
     digest = hashlib.sha256(stream).hexdigest()
     ids = weights["msh_q2"], weights["decoder_compact"]
     own = DecodeRequest(digest, "ddim-10", settings, 7, *ids, 2, 150, 100)
-    asked = {"tier": "ddim-10", "seed": 7}
+    asked: dict[str, str | int] = {"tier": "ddim-10", "seed": 7}
     first = client.put(f"/v1/decodes/{own.id}", params=asked, content=stream)
     assert (first.status_code, first.headers["x-afterimage-tier"]) == (201, "instant")
     again = client.put(f"/v1/decodes/{own.id}", params=asked, content=stream)
@@ -369,7 +370,7 @@ def test_an_expired_picture_is_gone_until_it_is_tried_again(
 
 def test_a_picture_without_its_record_is_drawn_anew(service: Service, stream: bytes) -> None:
     client = service.client
-    asked = {"tier": "ddim-10", "seed": 31}
+    asked: dict[str, str | int] = {"tier": "ddim-10", "seed": 31}
     location = submit(client, stream, **asked)
     wait_for(client, location)
     with service.stores() as store:
@@ -412,13 +413,14 @@ def test_a_running_job_stops_once_its_deadline_is_over(service: Service, stream:
         while int(store.queue.hget(key, "step") or 0) < 1:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        (caller,) = store.queue.zrange(store.key("interest", id), 0, -1)
+        interest: list[Any] = store.queue.zrange(store.key("interest", id), 0, -1)
+        (caller,) = interest
         store.queue.zadd(store.key("interest", id), {caller: time.time() + 1})  # it is nearly over
         while (status := store.queue.hget(key, "status")) in {b"queued", b"running"}:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert status == b"canceled"
-        assert 0 < int(store.queue.hget(key, "step")) < 1000
+        assert 0 < int(store.queue.hget(key, "step") or 0) < 1000
     preview = service.client.get(f"{location}/preview")  # the best so far
     assert preview.headers["content-type"] == "image/webp"
     assert preview.headers["x-afterimage-note"] == "synthesised detail"
@@ -457,7 +459,7 @@ def test_a_long_queue_refuses_new_jobs_but_no_repeats(service: Service, stream: 
         finally:
             client.delete(first)
             reaches(client, first, "canceled")
-            store.queue.hset(key, mapping=before)
+            store.queue.hset(key, mapping=dict[Any, Any](before))
 
 
 def test_an_idempotency_key_means_one_request(client: httpx.Client, stream: bytes) -> None:
@@ -518,7 +520,8 @@ def test_models_and_limits_are_listed(client: httpx.Client) -> None:
 
 
 def test_many_duplicates_are_one_computation(service: Service, stream: bytes) -> None:
-    client, asked = service.client, {"tier": "ddim-10", "seed": 3}
+    client = service.client
+    asked: dict[str, str | int] = {"tier": "ddim-10", "seed": 3}
     with service.stores() as store:
         before = counters.read(store).get(counters.SUCCEEDED)
     etags: list[str] = []

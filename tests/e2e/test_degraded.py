@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import redis
-from playwright.sync_api import Page, expect
+from playwright.sync_api import FilePayload, Page, expect
 
 from models.tiers import Settings
 from service.client import Client
@@ -81,7 +81,7 @@ def test_instant_decodes_go_on_without_redis_and_upgrades_when_it_is_back(
     own: Service, stores: Rig, worker: Worker, small_msh: bytes, small_compressai: bytes, page: Page
 ) -> None:
     asked = {"tier": "perceptual"}
-    coded = {"name": "small.bin", "mimeType": "", "buffer": small_compressai}
+    coded: FilePayload = {"name": "small.bin", "mimeType": "", "buffer": small_compressai}
     client = own.client
     assert client.get("/readyz").json() == {"status": "ok", "redis": "up"}
     before = client.post("/v1/decodes", params=asked, content=small_msh)
@@ -99,7 +99,7 @@ def test_instant_decodes_go_on_without_redis_and_upgrades_when_it_is_back(
     for path in ("", "/image", "/events"):
         assert client.get(before.headers["location"] + path).status_code == 503
     expect(page.locator("#away")).to_be_visible(timeout=10_000)
-    page.set_input_files("#chosen", files=[coded])  # type: ignore[list-item]
+    page.set_input_files("#chosen", files=[coded])
     expect(page.locator("#times")).to_contain_text("Instant")
     expect(page.locator("#problem")).to_be_hidden()
     expect(page.locator("#ring")).to_be_hidden()
@@ -147,7 +147,7 @@ def test_a_full_queue_refuses_jobs_and_lets_workers_finish(
     own: Service, stores: Rig, worker: Worker, small_msh: bytes
 ) -> None:
     client, queue = own.client, stores.store.queue
-    asked = {"tier": "ddim-100", "steps": 200}
+    asked: dict[str, str | int] = {"tier": "ddim-100", "steps": 200}
     first = client.post("/v1/decodes", params=asked, content=small_msh)
     assert first.status_code == 200
     queue.config_set("maxmemory", int(queue.info("memory")["used_memory"] / 0.9))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import FilePayload, Page, expect
 
 from service.client import ApiError, Client
 from tests.support.api_keys import TOKENS
@@ -43,9 +43,9 @@ def test_pages_of_named_origins_may_call_the_api(guarded: Service) -> None:
 
     def allowed(origin: str) -> str | None:
         headers = {"Origin": origin, **asked}
-        return guarded.client.options("/v1/decodes", headers=headers).headers.get(
-            "access-control-allow-origin"
-        )
+        answer = guarded.client.options("/v1/decodes", headers=headers)
+        origins: str | None = answer.headers.get("access-control-allow-origin")
+        return origins
 
     origin = "https://gallery.example"
     assert allowed(origin) == origin
@@ -58,8 +58,8 @@ def test_pages_of_named_origins_may_call_the_api(guarded: Service) -> None:
 def test_the_page_asks_for_a_key(guarded: Service, small_msh: bytes, page: Page) -> None:
     page.goto(str(guarded.client.base_url))
     expect(page.locator("[name=tier]")).to_have_value("perceptual")
-    coded = {"name": "small.msh", "mimeType": "", "buffer": small_msh}
-    page.set_input_files("#chosen", files=[coded])  # type: ignore[list-item]
+    coded: FilePayload = {"name": "small.msh", "mimeType": "", "buffer": small_msh}
+    page.set_input_files("#chosen", files=[coded])
     for key, said in (("", "no API key and no valid"), ("wrong", "the API key is not valid")):
         if key:
             page.get_by_label("API key").fill(key)
@@ -92,7 +92,7 @@ def test_a_rate_is_limited_and_says_until_when(guarded: Service, small_msh: byte
 
 def test_jobs_at_once_are_limited(guarded: Service, small_msh: bytes) -> None:
     def post(seed: int) -> httpx.Response:
-        asked = {"tier": "ddim-100", "steps": 300, "seed": seed}
+        asked: dict[str, str | int] = {"tier": "ddim-100", "steps": 300, "seed": seed}
         return guarded.client.post(
             "/v1/decodes", params=asked, content=small_msh, headers=by("single")
         )
@@ -157,7 +157,11 @@ def test_the_client_and_the_command_line_bring_their_key(
 
 
 def test_without_a_secret_webhooks_are_refused(guarded: Service, small_msh: bytes) -> None:
-    asked = {"tier": "perceptual", "webhook": "https://example.org/", "seed": 77}
+    asked: dict[str, str | int] = {
+        "tier": "perceptual",
+        "webhook": "https://example.org/",
+        "seed": 77,
+    }
     answer = guarded.client.post("/v1/decodes", params=asked, content=small_msh, headers=by("both"))
     assert answer.status_code == 422
     assert "AFTERIMAGE_WEBHOOK_SECRET" in answer.json()["detail"]

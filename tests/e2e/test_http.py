@@ -69,7 +69,7 @@ def test_a_photograph_becomes_bytes_then_a_draft_then_the_perceptual_picture(
 
 def test_a_draft_is_served_until_the_upgrade_is_there(service: Service, small_msh: bytes) -> None:
     client = service.client
-    asked = {"tier": "ddim-100", "seed": 3}
+    asked: dict[str, str | int] = {"tier": "ddim-100", "seed": 3}
     draft = client.post("/v1/decodes", params=asked, content=small_msh)
     location = draft.headers["location"]
     meanwhile = client.get(f"{location}/image")
@@ -96,7 +96,7 @@ def test_seeds_are_different_pictures_and_equal_requests_one_job(
     client = service.client
 
     def post(seed: int) -> str:
-        asked = {"tier": "ddim-10", "seed": seed, "steps": 2}
+        asked: dict[str, str | int] = {"tier": "ddim-10", "seed": seed, "steps": 2}
         location: str = client.post("/v1/decodes", params=asked, content=small_msh).headers[
             "location"
         ]
@@ -109,7 +109,8 @@ def test_seeds_are_different_pictures_and_equal_requests_one_job(
     for location in sorted(set(locations)):
         assert wait_for(client, location)["attempts"] == 1
         pictures.append(pixels(client.get(f"{location}/image")))
-    assert not np.array_equal(*pictures)
+    first, second = pictures
+    assert not np.array_equal(first, second)
 
 
 def test_both_formats_and_multipart_are_understood(
@@ -187,7 +188,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(service: Service) ->
     assert declared.getresponse().status == 413
     declared.close()
 
-    def chunks():  # type: ignore[no-untyped-def]
+    def chunks() -> Iterator[bytes]:
         for _ in range(40):
             yield bytes(2**20)
 

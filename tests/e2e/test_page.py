@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import BrowserContext, Page, Request, Route, expect
+from playwright.sync_api import BrowserContext, FilePayload, Page, Request, Route, expect
 
 from models import image
 from models.image import Pixels
@@ -89,7 +89,7 @@ def only(page: Page, side: str, name: str) -> Pixels:
 
 def job(page: Page) -> str:
     """The decode's id in the page's address."""
-    return re.findall(r"decode=([0-9a-f]{32})", page.url)[0]
+    return str(re.findall(r"decode=([0-9a-f]{32})", page.url)[0])
 
 
 def api_image(service: Service, id: str, **params: Any) -> Pixels:
@@ -214,8 +214,8 @@ class Late:
 
 
 def test_a_photograph_without_a_media_type_is_encoded(opened: Page, small_png: Path) -> None:
-    untyped = {"name": "photo", "mimeType": "", "buffer": small_png.read_bytes()}
-    opened.set_input_files("#chosen", files=[untyped])  # type: ignore[list-item]
+    untyped: FilePayload = {"name": "photo", "mimeType": "", "buffer": small_png.read_bytes()}
+    opened.set_input_files("#chosen", files=[untyped])
     expect(opened.locator("#right")).to_have_text("Perceptual", timeout=SLOW)
     expect(opened.locator("#qualities")).to_be_visible()
 

@@ -44,10 +44,10 @@ def bodies(
             (root / kind / "cut").write_bytes(image.write(cut, format))
     streams = root / "application/octet-stream"
     streams.mkdir(parents=True)
-    for format in ("msh", "compressai"):
-        asked = {"format": format}
+    for container in ("msh", "compressai"):
+        asked = {"format": container}
         made = client.post("/v1/encodes", params=asked, content=image.write(cut, "png"))
-        (streams / format).write_bytes(made.content)
+        (streams / container).write_bytes(made.content)
     return root
 
 
@@ -57,7 +57,7 @@ def decodes(client: httpx.Client, bodies: Path) -> list[str]:
     stream = (bodies / "application/octet-stream/msh").read_bytes()
     found = []
     for seed, steps in enumerate((2, 2, 200, 200)):
-        asked = {"tier": "ddim-10", "steps": steps, "seed": seed}
+        asked: dict[str, str | int] = {"tier": "ddim-10", "steps": steps, "seed": seed}
         answer = client.post("/v1/decodes", params=asked, content=stream)
         found.append(str(answer.headers["location"]))
         if steps > 2:
@@ -79,9 +79,9 @@ def test_the_service_does_what_its_schema_says(
     }
     command = [
         str(Path(sys.executable).with_name("schemathesis")),
-        "--config-file", HERE / "schemathesis.toml", "run", f"{client.base_url}/openapi.json",
+        "--config-file", str(HERE / "schemathesis.toml"), "run", f"{client.base_url}/openapi.json",
         "--continue-on-failure", "--max-examples", "10", "--seed", "1", "--request-timeout", "30",
-        "--report", "ndjson", "--report-ndjson-path", tmp_path / "events", "--no-color",
+        "--report", "ndjson", "--report-ndjson-path", str(tmp_path / "events"), "--no-color",
     ]  # fmt: skip
     done = subprocess.run(
         command, env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
 
 def test_the_job_of_a_killed_worker_runs_again(service: Service, small_msh: bytes) -> None:
-    asked = {"tier": "ddpm-1000", "steps": 60}
+    asked: dict[str, str | int] = {"tier": "ddpm-1000", "steps": 30}
     answer = service.client.post("/v1/decodes", params=asked, content=small_msh)
     location = answer.headers["location"]
     (worker,) = (
@@ -23,5 +23,5 @@ def test_the_job_of_a_killed_worker_runs_again(service: Service, small_msh: byte
     until(lambda: service.client.get(location).json()["step"] >= 2, "the second step")
     os.kill(worker, signal.SIGKILL)
     state = wait_for(service.client, location)
-    assert (state["status"], state["attempts"], state["step"]) == ("succeeded", 2, 60)
+    assert (state["status"], state["attempts"], state["step"]) == ("succeeded", 2, 30)
     assert "worker.main exited with status -9; restarting" in service.log.read_text()

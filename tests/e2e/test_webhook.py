@@ -33,12 +33,12 @@ def test_the_end_of_a_decode_is_told_signed(
             pass
 
     host, client = f"127.0.0.1:{webhook_port}", service.client
-    asked = {"tier": "perceptual", "seed": 41}
+    asked: dict[str, str | int] = {"tier": "perceptual", "seed": 41}
     with HTTPServer(("127.0.0.1", webhook_port), Receiver) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
         def submit(**changed: str | int) -> httpx.Response:
-            params = {**asked, "webhook": f"http://{host}/told", **changed}
+            params: dict[str, str | int] = {**asked, "webhook": f"http://{host}/told", **changed}
             return client.post("/v1/decodes", params=params, content=small_msh)
 
         answer = submit()
@@ -51,7 +51,8 @@ def test_the_end_of_a_decode_is_told_signed(
         answer = submit(tier="ddpm-1000", deadline_s=1)
         with service.stores() as store:  # nobody need ask about it
             key = store.key("interest", answer.headers["location"].rpartition("/")[2])
-            ((_, until),) = store.queue.zrange(key, 0, -1, withscores=True)
+            interest: list[Any] = store.queue.zrange(key, 0, -1, withscores=True)
+            ((_, until),) = interest
         assert until > time.time() + 23 * 3600
         client.delete(answer.headers["location"])  # who asked may withdraw
         ended = wait_for(client, answer.headers["location"])

@@ -60,7 +60,7 @@ def test_encode_and_decode_use_imported_weights(
     tmp_path: Path, imported: str, small: image.Pixels
 ) -> None:
     (tmp_path / "a.png").write_bytes(image.write(small, "png"))
-    options = ("-q", 5, "--metric", "ms-ssim")
+    options: tuple[object, ...] = ("-q", 5, "--metric", "ms-ssim")
     done = afterimage("encode", tmp_path / "a.png", "-o", tmp_path / "a.msh", *options)
     assert done.returncode == 0
     b = bitstream.parse((tmp_path / "a.msh").read_bytes())
@@ -92,7 +92,7 @@ def test_the_service_serves_imported_weights(
     expected = codec.to_pixels(codec.crop(theirs.clamp(0, 1), b.height, b.width)).astype(int)
     with run_service(tmp_path) as service:
         client = service.client
-        params = {"tier": "perceptual", "steps": 1}
+        params: dict[str, str | int] = {"tier": "perceptual", "steps": 1}
         draft = client.post("/v1/decodes", params=params, content=bytes(data))
         assert np.abs(image.read(draft.content, 10**6) - expected).max() <= 1
         state = wait_for(client, draft.headers["location"])

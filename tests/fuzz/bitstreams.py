@@ -31,8 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-import mutate
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from models import image
 from models.codec import bitstream, rans, recovery, zoo
@@ -40,6 +39,7 @@ from models.codec.codec import Codec
 from models.codec.hyperprior import LatentCoder
 from models.errors import BitstreamError, ChecksumMismatch, PictureTooLarge, WrongWeights
 from models.library import Library
+from tests.fuzz import mutate
 from worker.settings import WorkerSettings, prepare_process
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
@@ -88,14 +88,22 @@ class CachingCoder(LatentCoder):
             self.priors[key, profile] = super()._prior(z_symbols, profile)
         return self.priors[key, profile]
 
-    def _priors(self, z_symbols: rans.Int32Array) -> Iterator[tuple[str, rans.Int32Array, Tensor]]:
+    def _recovery_priors(
+        self, z_symbols: rans.Int32Array
+    ) -> Iterator[tuple[str, rans.Int32Array, Tensor]]:
         key = z_symbols.tobytes()
         if self.fresh or key not in self.known:
-            yield from super()._priors(z_symbols)
+            yield from super()._recovery_priors(z_symbols)
             return
         if key not in self.recovered:
-            self.recovered[key] = list(super()._priors(z_symbols))
+            self.recovered[key] = list(super()._recovery_priors(z_symbols))
         yield from self.recovered[key]
+
+
+def caching_coder(codec: Codec) -> CachingCoder:
+    """The coder of a codec that the fuzzer runs."""
+    assert isinstance(codec.latent_coder, CachingCoder)
+    return codec.latent_coder
 
 
 class Shared:
@@ -137,8 +145,7 @@ def judge(codecs: Library, m: mutate.Mutant, fresh: bool) -> tuple[str, int]:
         return "header", 0
     try:
         codec = codecs.codec(b)
-        coder = codec.latent_coder
-        assert isinstance(coder, CachingCoder)
+        coder = caching_coder(codec)
         coder.fresh, coder.z_symbols = fresh, None
         latents = codec.latents(b)
     except WrongWeights:
@@ -162,7 +169,7 @@ def canonical(b: bitstream.Bitstream, coder: CachingCoder, arithmetic: str) -> b
     indexes = (
         coder._prior(z_symbols, arithmetic)[0]
         if arithmetic == "float"
-        else next(i for name, i, _ in coder._priors(z_symbols) if name == arithmetic)
+        else next(i for name, i, _ in coder._recovery_priors(z_symbols) if name == arithmetic)
     )
     symbols = rans.decode(b.y_string, indexes, coder.y_tables)
     channels = np.broadcast_to(np.arange(len(z_symbols))[:, None, None], z_symbols.shape)
@@ -183,8 +190,7 @@ class Fuzzer:
         self.seeds, self.seed = seeds, seed
         self.small = seeds[0].symbols.size < 10**5
         for s in seeds if self.small else ():
-            coder = caching[s.parsed.quality].latent_coder
-            assert isinstance(coder, CachingCoder)
+            coder = caching_coder(caching[s.parsed.quality])
             caching[s.parsed.quality].latents(s.parsed)
             assert coder.z_symbols is not None
             coder.known.add(coder.z_symbols.tobytes())

@@ -4,6 +4,7 @@ import random
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -101,7 +102,8 @@ def _strings(rng: random.Random, seed: Seed, other: Seed) -> tuple[str, bytes]:
     else:
         of_class = "several bytes"
         new = rng.choice(_CHANGES)(rng, old, getattr(other.parsed, name))
-    return of_class, bitstream.serialize(replace(seed.parsed, **{name: new}))
+    strings: dict[str, Any] = {name: new}
+    return of_class, bitstream.serialize(replace(seed.parsed, **strings))
 
 
 def _bit(rng: random.Random, s: bytes) -> bytes:
@@ -181,7 +183,7 @@ def _header(rng: random.Random, seed: Seed) -> bytes:
     b = seed.parsed
     if rng.random() < 0.5:
         side = rng.choice(("height", "width"))
-        changes: dict[str, object] = rng.choice(
+        changes: dict[str, Any] = rng.choice(
             (
                 {side: getattr(b, side) + rng.choice((-1, 1))},
                 {side: max(1, getattr(b, side) + rng.randrange(-80, 81))},
@@ -192,7 +194,7 @@ def _header(rng: random.Random, seed: Seed) -> bytes:
                 {"y_string": b.z_string, "z_string": b.y_string},
             )
         )
-        return bitstream.serialize(replace(b, **changes))  # type: ignore[arg-type]
+        return bitstream.serialize(replace(b, **changes))
     size = 36 if b.format == "msh" else _COMPRESSAI_HEADER
     at = rng.randrange(size)
     n = min(rng.choice((1, 1, 2, 4)), size - at)

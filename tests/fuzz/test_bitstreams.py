@@ -11,8 +11,8 @@ import pytest
 
 from models.codec.codec import Codec
 from models.image import Pixels
-from tests.fuzz import bitstreams
-from tests.fuzz.bitstreams import Fuzzer, mutate
+from tests.fuzz import bitstreams, mutate
+from tests.fuzz.bitstreams import Fuzzer
 
 pytestmark = pytest.mark.weights
 
@@ -25,7 +25,7 @@ def fuzzer(shipped: Codec, photo: Pixels) -> Fuzzer:
 def test_two_thousand_mutated_bitstreams_cause_no_failure(tmp_path: Path) -> None:
     command = [
         sys.executable, "-P", "-W", "ignore", bitstreams.__file__,
-        "2000", "--full-size", "0", "--cuts", "3", "--failures", tmp_path,
+        "2000", "--full-size", "0", "--cuts", "3", "--failures", str(tmp_path),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)

@@ -20,8 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-import machine
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from models import image, library
 from models.codec import codec, zoo
@@ -31,6 +30,7 @@ from models.diffusion.decoder import Decoder, DiffusionInput
 from models.diffusion.presets import PAPER
 from models.diffusion.unet import UNet
 from models.tiers import TIERS, Settings
+from tests.bench import machine
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
 PERCEPTUAL = Settings("ddim", 4, beta=1.0)
@@ -226,7 +226,7 @@ def main() -> int:
     on_cpu, on_device = decoder.load(), decoder.load(device=check.device)
     equality(check, q2, on_cpu, on_device)
     trainers(check, args.trainers, args.minutes)
-    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
+    sizes = [(int(w), int(h)) for w, h in (size.split("x") for size in args.sizes)]
     timings(check, q2, on_device, sizes)
     if args.device == "cuda":
         document = {"machine": machine.describe(), "found": check.results}

@@ -38,7 +38,7 @@ def pixels(answer: httpx.Response) -> image.Pixels:
     return image.read(answer.content, 10**6)
 
 
-def test_a_committed_stream_decodes_to_the_cards_psnr(
+def test_the_bitstream_in_tests_data_decodes_to_the_psnr_in_the_model_card(
     api: httpx.Client, photo: image.Pixels
 ) -> None:
     """kodim23 at quality 2: the figure stands in the card of the codec's weights."""
@@ -52,7 +52,7 @@ def test_a_committed_stream_decodes_to_the_cards_psnr(
 
 def test_compressai_files_can_be_written(api: httpx.Client, small: image.Pixels) -> None:
     client = api
-    asked = {"format": "compressai", "quality": 1}
+    asked: dict[str, str | int] = {"format": "compressai", "quality": 1}
     made = client.post("/v1/encodes", params=asked, content=image.write(small, "png")).content
     found = client.post("/v1/inspect", content=made).json()
     assert (found["format"], found["profile"], found["quality"]) == ("compressai", "float", 1)
@@ -141,7 +141,9 @@ def test_wrong_parameters_are_named(
     assert said in answer.json()["detail"]
 
 
-def test_pictures_that_cannot_be_encoded(api: httpx.Client, small: image.Pixels) -> None:
+def test_pictures_that_cannot_be_encoded_are_refused(
+    api: httpx.Client, small: image.Pixels
+) -> None:
     client = api
     large = image.write(np.zeros((1001, 1000, 3), np.uint8), "png")
     for data, status in (
@@ -157,7 +159,7 @@ def test_pictures_that_cannot_be_encoded(api: httpx.Client, small: image.Pixels)
 
 
 @pytest.mark.parametrize("id", ["0" * 31, "A" * 32, "\U0001f426", "nothing"])
-def test_what_is_no_id_is_refused(api: httpx.Client, id: str) -> None:
+def test_an_invalid_id_is_refused(api: httpx.Client, id: str) -> None:
     for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/retry"), ("GET", "/events")):
         answer = api.request(method, f"/v1/decodes/{id}{path}")
         assert (answer.status_code, answer.headers["content-type"]) == (422, PROBLEM)

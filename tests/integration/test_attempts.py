@@ -69,7 +69,7 @@ def test_a_job_has_one_attempt_at_a_time(jobs: Jobs, small_msh: bytes) -> None:
     assert Attempt.begin(jobs, "0" * 32) is None
 
 
-def test_of_concurrent_attempts_at_a_job_one_begins(jobs: Jobs, small_msh: bytes) -> None:
+def test_only_one_of_several_concurrent_attempts_begins(jobs: Jobs, small_msh: bytes) -> None:
     job_id = submit(jobs, small_msh)
     begun: list[Attempt | None] = []
     threads = [

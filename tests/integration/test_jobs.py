@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rq.job import Job
@@ -122,7 +123,8 @@ def test_queued_jobs_are_json_and_name_the_task(jobs: Jobs, small_msh: bytes) ->
     jobs.submit(d, small_msh)
     job = Job.fetch(d.id, jobs.store.queue, serializer=JSONSerializer)
     assert (job.func_name, list(job.args)) == ("worker.tasks.enhance", [d.id])
-    assert small_msh not in jobs.store.queue.hget(f"rq:job:{d.id}", "data")
+    data = jobs.store.queue.hget(f"rq:job:{d.id}", "data")
+    assert isinstance(data, bytes) and small_msh not in data
 
 
 def test_a_job_lost_between_queue_and_worker_is_queued_again(jobs: Jobs, small_msh: bytes) -> None:
@@ -165,6 +167,7 @@ def test_a_full_queue_store_does_not_stop_the_heartbeat(
     attempt = Attempt.begin(jobs, d.id)
     assert attempt is not None
     before = jobs.store.queue.config_get("maxmemory")["maxmemory"]
+    assert before is not None
     jobs.store.queue.config_set("maxmemory", "1")
     try:
         heartbeat = Heartbeat(jobs, Spool(tmp_path), tmp_path / "alive")
@@ -209,12 +212,12 @@ def test_an_unknown_job_is_none(jobs: Jobs) -> None:
 def test_a_failed_job_may_be_submitted_again(jobs: Jobs, small_msh: bytes) -> None:
     d = decode_of(small_msh)
     jobs.submit(d, small_msh)
-    jobs.queue.empty()
+    jobs.queue.empty()  # type: ignore[no-untyped-call]
     jobs.fail_queued(d.id, "broken")
     state = jobs.get(d.id)
     assert state is not None and (state.status, state.error) == ("failed", "broken")
     assert jobs.submit(d, small_msh)[1]
-    stream = jobs.store.queue.xrange(events.key(jobs.store, d.id))
+    stream: Any = jobs.store.queue.xrange(events.key(jobs.store, d.id))
     assert [fields[b"kind"] for _, fields in stream] == [b"queued"]  # the old end is gone
 
 

@@ -12,6 +12,7 @@ import pytest
 import redis
 
 from worker.queue import private_redis
+from worker.queue.urls import NoRedis
 
 pytestmark = pytest.mark.redis
 
@@ -60,7 +61,7 @@ def test_a_server_on_path_is_preferred(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", str(tmp_path))
     assert private_redis.find_server() == fake
     with (
-        pytest.raises(private_redis.NoRedis, match="did not start"),
+        pytest.raises(NoRedis, match="did not start"),
         private_redis.servers(tmp_path),
     ):
         pass
@@ -80,7 +81,7 @@ def test_a_server_that_is_too_old_is_skipped(
 def test_without_any_server_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(private_redis.NoRedis, match="REDIS_URL"):
+    with pytest.raises(NoRedis, match="REDIS_URL"):
         private_redis.find_server()
 
 

@@ -92,7 +92,7 @@ def connected_to(url: str) -> Iterator[Store]:
 
 
 def settings(url: str) -> WorkerSettings:
-    return WorkerSettings(REDIS_URL=url)  # type: ignore[call-arg]
+    return WorkerSettings(REDIS_URL=url)
 
 
 @contextlib.contextmanager
@@ -163,7 +163,8 @@ def test_an_unreachable_sentinel_is_tried_once(connect: Callable[..., Any]) -> N
         connected = connect(f"redis+sentinel://{hosts}/queue", socket_connect_timeout=2)
         with pytest.raises(redis.ConnectionError):
             reply = connected.ping()
-            asyncio.run(reply) if inspect.isawaitable(reply) else None
+            if inspect.iscoroutine(reply):
+                asyncio.run(reply)
         assert attempts == [0, 1]
         for listener in (a, b):
             listener.shutdown(socket.SHUT_RDWR)
@@ -235,7 +236,8 @@ def test_a_failover_by_sentinel_loses_no_job(tmp_path: Path, small_msh: bytes) -
                     return bool(await connection.ping())
                 finally:
                     await connection.aclose()
-                    for sentinel in connection.connection_pool.sentinel_manager.sentinels:
+                    pool: Any = connection.connection_pool
+                    for sentinel in pool.sentinel_manager.sentinels:
                         await sentinel.aclose()
 
             assert anyio.run(ping)
@@ -258,7 +260,7 @@ def test_a_sentinel_url_has_users_and_tls_options() -> None:
     url = (
         "rediss+sentinel://app:pw@a:1,b/queue/3?ssl_ca_certs=/ca.pem&sentinel_password=other%20one"
     )
-    pool = urls.client(url).connection_pool
+    pool: Any = urls.client(url).connection_pool
     assert pool.connection_kwargs["username"] == "app"
     assert pool.connection_kwargs["password"] == "pw"
     assert pool.connection_kwargs["db"] == 3

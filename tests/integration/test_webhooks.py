@@ -256,7 +256,8 @@ def test_attempts_are_counted_and_delayed(store: Store, receiver: Receiver) -> N
     with delivering(store, settings(receiver, webhook_retries_s=(0, 86400, 86400))):
         until(lambda: len(receiver.requests) == 2, "a second attempt")
         queue = Outbox(store)
-        [(name, due)] = store.queue.zrange(queue.due, 0, -1, withscores=True)
+        entries: list[Any] = store.queue.zrange(queue.due, 0, -1, withscores=True)
+        [(name, due)] = entries
         key = queue.key(name.decode())
         until(
             lambda: store.queue.zscore(queue.due, name) != due or due > time.time() + 60,
@@ -331,9 +332,9 @@ def test_retry_after_has_an_upper_limit(store: Store, receiver: Receiver) -> Non
 
 
 def _due_in(store: Store, queue: Outbox) -> float:
-    return max(score for _, score in store.queue.zrange(queue.due, 0, -1, withscores=True)) - (
-        time.time()
-    )
+    entries: list[Any] = store.queue.zrange(queue.due, 0, -1, withscores=True)
+    last: float = max(score for _, score in entries)
+    return last - time.time()
 
 
 def test_retry_after_of_other_statuses_is_ignored(store: Store, receiver: Receiver) -> None:
@@ -435,9 +436,10 @@ def _answering() -> bool:
 
 
 def test_a_response_that_is_not_http_is_a_failure(store: Store, receiver: Receiver) -> None:
-    receiver.answer = lambda handler, _n: (
-        handler.wfile.write(b"220 smtp.example ESMTP\r\n") and None
-    )
+    def answer(handler: BaseHTTPRequestHandler, _n: int) -> None:
+        handler.wfile.write(b"220 smtp.example ESMTP\r\n")
+
+    receiver.answer = answer
     end_job(store, receiver.url())
     deliver_all(store, settings(receiver, webhook_retries_s=()))
     assert "RemoteProtocolError" in dead_letters(store)[0]["error"]

@@ -40,7 +40,7 @@ def rank(nodeid: str) -> int:
 
 def scheduler(config: Any, log: Any) -> Any:
     """A scheduler that hands out whole groups, in the order of collection."""
-    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+    from xdist.scheduler import LoadScopeScheduling
 
     # `--dist loadgroup` of xdist 3.8 ignores its marks with pytest 9.2
     class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc]

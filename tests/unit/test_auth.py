@@ -122,7 +122,9 @@ def test_a_key_with_non_ascii_characters_is_unknown(file: Path) -> None:
 def test_a_key_without_the_scope_is_forbidden(file: Path) -> None:
     response = send_request(application(Keys.read(file)), "/encodes", X_API_Key=TOKEN)
     assert response.status_code == 403
-    assert response.json()["detail"] == "the API key lacks the scope encode"
+    assert response.json()["detail"] == (
+        "the API key lacks the scope encode; use a key that has it"
+    )
     assert 'scope="encode"' in response.headers["www-authenticate"]
 
 
@@ -224,7 +226,7 @@ def test_the_error_of_an_unreadable_file_names_it(tmp_path: Path) -> None:
     with pytest.raises(KeysError, match="missing.toml: No such file or directory"):
         Keys.read(tmp_path / "missing.toml")
     (tmp_path / "keys.toml").write_bytes(b"\xff")
-    with pytest.raises(KeysError, match="keys.toml: not UTF-8"):
+    with pytest.raises(KeysError, match="keys.toml: the file is not UTF-8"):
         Keys.read(tmp_path / "keys.toml")
 
 

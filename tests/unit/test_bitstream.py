@@ -2,6 +2,7 @@
 
 import random
 import struct
+from typing import Any
 
 import google_crc32c
 import pytest
@@ -68,7 +69,7 @@ def test_other_file_formats_are_unsupported(data: bytes) -> None:
 
 @pytest.mark.parametrize("fields", [{"code": 0x2F}, {"code": 0x09}, {"depth": 10}])
 def test_unknown_metrics_qualities_and_bit_depths_of_compressai_are_unsupported(
-    fields: dict[str, int],
+    fields: dict[str, Any],
 ) -> None:
     with pytest.raises(UnsupportedCodec):
         bitstream.parse(compressai_header(**fields))
@@ -103,24 +104,6 @@ def test_contradicting_lengths_are_refused(data: bytes) -> None:
         bitstream.parse(data)
 
 
-HEADERS = st.builds(
-    lambda model, code, sides, depth, z, strings, rest: (
-        compressai_header(model, code, *sides, depth, z, strings) + rest
-    ),
-    st.integers(0, 255), st.integers(0, 255), st.tuples(*[st.integers(0, 2**32 - 1)] * 2),
-    st.integers(0, 255), st.tuples(*[st.integers(0, 2**32 - 1)] * 2), st.integers(0, 2**32 - 1),
-    st.binary(max_size=40),
-)  # fmt: skip
-MSH_HEADERS = st.builds(
-    lambda fields, sides, weights, lengths, payload: (
-        _msh(*fields, *sides, weights, *lengths, payload)
-    ),
-    st.tuples(*[st.integers(0, 4)] * 4), st.tuples(*[st.integers(0, 5000)] * 2),
-    st.binary(min_size=8, max_size=8), st.tuples(st.integers(0, 60), st.integers(0, 2**32 - 1)),
-    st.binary(max_size=60),
-)  # fmt: skip
-
-
 def _msh(version: int, profile: int, quality: int, metric: int, height: int, width: int,
          weights: bytes, y_length: int, symbols: int, payload: bytes) -> bytes:  # fmt: skip
     """An .msh file with any header fields and a valid checksum."""
@@ -128,6 +111,21 @@ def _msh(version: int, profile: int, quality: int, metric: int, height: int, wid
         "<BBBBII8sII", version, profile, quality, metric, height, width, weights, y_length, symbols
     )
     return head + struct.pack("<I", google_crc32c.value(head + payload)) + payload
+
+
+HEADERS = st.builds(
+    lambda model, code, h, w, depth, z, strings, rest: (
+        compressai_header(model, code, h, w, depth, z, strings) + rest
+    ),
+    *[st.integers(0, 255)] * 2, *[st.integers(0, 2**32 - 1)] * 2,
+    st.integers(0, 255), st.tuples(*[st.integers(0, 2**32 - 1)] * 2), st.integers(0, 2**32 - 1),
+    st.binary(max_size=40),
+)  # fmt: skip
+MSH_HEADERS = st.builds(
+    _msh, *[st.integers(0, 4)] * 4, *[st.integers(0, 5000)] * 2,
+    st.binary(min_size=8, max_size=8), st.integers(0, 60), st.integers(0, 2**32 - 1),
+    st.binary(max_size=60),
+)  # fmt: skip
 
 
 @given(st.one_of(st.binary(max_size=80), HEADERS, MSH_HEADERS))

@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,8 +145,9 @@ def test_a_compressai_bitstream_with_a_flipped_bit_is_refused(
     for _ in range(20):
         name = rng.choice(["y_string", "z_string"])
         old = getattr(good, name)
+        changes: dict[str, Any] = {name: flipped(old, rng.randrange(8 * len(old)))}
         with pytest.raises(BitstreamError):
-            shipped.latents(replace(good, **{name: flipped(old, rng.randrange(8 * len(old)))}))
+            shipped.latents(replace(good, **changes))
 
 
 def test_a_flipped_bit_is_accepted_only_if_an_encoder_could_have_written_those_bytes(

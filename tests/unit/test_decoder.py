@@ -49,7 +49,7 @@ def test_colours_do_not_shift(tiny_decoder: Decoder, decoded: tuple[Latents, Ten
     """A network with a constant output cannot move the mean: the lowest band is the codec's."""
     net = copy.deepcopy(tiny_decoder.net)
     with torch.no_grad():
-        net.denoiser.outward.bias.fill_(3.0)
+        net.denoiser.get_parameter("outward.bias").fill_(3.0)
     x = Decoder("0" * 16, net).sample(*decoded, 2, FAST, 0)
     shift = (x - decoded[1]).mean((2, 3)).abs() * 255
     assert float(shift.max()) < 0.5

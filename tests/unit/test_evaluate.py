@@ -453,9 +453,9 @@ def test_pictures_equal_the_services_even_if_the_decoder_was_not_trained_with_th
     settings = TIERS["perceptual"].settings
     assert settings is not None
     b = models.codecs[2, "mse"].encode(codec.to_tensor(small), "msh", "exact")
-    assert np.array_equal(drawn, models.perceptual(b, settings, 0))
+    assert np.array_equal(drawn, models.draw(b, settings, 0))
     models.decoder.codecs = None
-    assert not np.array_equal(drawn, models.perceptual(b, settings, 0))
+    assert not np.array_equal(drawn, models.draw(b, settings, 0))
 
 
 @pytest.mark.weights

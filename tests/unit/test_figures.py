@@ -76,7 +76,7 @@ def test_the_readme_shows_every_tier_with_the_evaluations_figures() -> None:
             assert_rounded(cell, measured(2, tier)[COLUMNS[column]])
 
 
-def test_the_readmes_text_on_its_table_is_the_evaluations() -> None:
+def test_the_readmes_text_below_its_table_agrees_with_the_evaluation() -> None:
     text = (ROOT / "README.md").read_text()
     instant = measured(2, "instant")
     assert f"quality 2 ({instant['bpp']:.4f} bits per pixel)" in text

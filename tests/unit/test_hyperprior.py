@@ -73,12 +73,12 @@ def test_the_order_of_summation_does_not_change_the_result(
     """Reversing the channels of inputs and weights reverses the order of every sum."""
     z = symbols(1, 128, 5, 4)
     reverse = copy.deepcopy(shipped.net.h_s)
-    first, second, third = (reverse[i] for i in (0, 2, 4))
-    first.weight.data = first.weight.data.flip(0, 1)
-    first.bias.data = first.bias.data.flip(0)
-    second.weight.data = second.weight.data.flip(0, 1)
-    second.bias.data = second.bias.data.flip(0)
-    third.weight.data = third.weight.data.flip(1)
+    for name, axes in (
+        ("0.weight", (0, 1)), ("0.bias", (0,)), ("2.weight", (0, 1)), ("2.bias", (0,)),
+        ("4.weight", (1,)),
+    ):  # fmt: skip
+        p = reverse.get_parameter(name)
+        p.data = p.data.flip(axes)
     other = ExactHyperSynthesis(reverse, 192, shipped.latent_coder.scale_table)
     medians = shipped.latent_coder.medians
     assert same(exact(z, medians), other(z.flip(1), medians.flip(1)))
@@ -89,10 +89,10 @@ def test_large_weights_are_scaled_across_layers(shipped: Codec, layer: int, fact
     """The integer result is close to the float one, whatever the scaling between two layers is."""
     h_s = copy.deepcopy(shipped.net.h_s)
     with torch.no_grad():
-        h_s[layer].weight.mul_(factor)
-        h_s[layer].bias.mul_(factor)
+        h_s.get_parameter(f"{layer}.weight").mul_(factor)
+        h_s.get_parameter(f"{layer}.bias").mul_(factor)
         for later in range(layer + 2, 6, 2):  # keeps the size of the hidden channels
-            h_s[later].weight.div_(factor)
+            h_s.get_parameter(f"{later}.weight").div_(factor)
     z, medians = symbols(1, 128, 4, 4).clamp(-1, 1), shipped.latent_coder.medians
     z *= symbols(1, 128, 4, 4).abs() > 2
     _, means = ExactHyperSynthesis(h_s, 192, shipped.latent_coder.scale_table)(z, medians)
@@ -105,7 +105,7 @@ def test_large_weights_are_scaled_across_layers(shipped: Codec, layer: int, fact
 def test_weights_that_no_scaling_fits_are_refused(shipped: Codec, layer: int) -> None:
     h_s = copy.deepcopy(shipped.net.h_s)
     with torch.no_grad():
-        h_s[layer].weight.mul_(2.0**12)
+        h_s.get_parameter(f"{layer}.weight").mul_(2.0**12)
     with pytest.raises(ValueError, match="too large for exact sums"):
         ExactHyperSynthesis(h_s, 192, shipped.latent_coder.scale_table)
 
@@ -240,6 +240,6 @@ def test_sizes_that_are_not_multiples_of_64_are_refused(
 
 def test_weights_too_large_for_exact_sums_are_refused(shipped: Codec) -> None:
     h_s = copy.deepcopy(shipped.net.h_s)
-    h_s[2].weight.data *= 1e4
+    h_s.get_parameter("2.weight").data *= 1e4
     with pytest.raises(ValueError, match="exact sums"):
         ExactHyperSynthesis(h_s, 192, shipped.latent_coder.scale_table)

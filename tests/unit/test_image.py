@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
 from tests.support.data import psnr
 
 
-def file(picture: Image.Image, format: str = "PNG", **options: object) -> bytes:
+def file(picture: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     out = io.BytesIO()
     picture.save(out, format, **options)
     return out.getvalue()
@@ -90,7 +91,9 @@ TURNS = {
 def test_exif_orientation_is_applied(small: image.Pixels, format: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}, "AVIF": {"speed": 10}}
+    options: dict[str, dict[str, Any]] = {
+        "JPEG": {"quality": 95}, "WEBP": {"lossless": True}, "AVIF": {"speed": 10},
+    }  # fmt: skip
     data = file(Image.fromarray(small), format, exif=exif, **options.get(format, {}))
     assert apart(image.read(data, 10**6), TURNS[orientation](small)) < 3
 
@@ -102,9 +105,11 @@ def apart(a: image.Pixels, b: image.Pixels) -> float:
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "AVIF", "TIFF"])
 def test_transparent_pixels_are_blended_with_white(format: str) -> None:
-    options = {"AVIF": {"quality": 100}, "WEBP": {"lossless": True}}.get(format, {})
+    options: dict[str, dict[str, Any]] = {"AVIF": {"quality": 100}, "WEBP": {"lossless": True}}
     for alpha, expected in ((0, (255, 255, 255)), (128, (255, 127, 127)), (255, (255, 0, 0))):
-        data = file(Image.new("RGBA", (8, 8), (255, 0, 0, alpha)), format, **options)
+        data = file(
+            Image.new("RGBA", (8, 8), (255, 0, 0, alpha)), format, **options.get(format, {})
+        )
         assert np.abs(image.read(data, 10**6)[0, 0].astype(int) - expected).max() <= 2
 
 
@@ -279,8 +284,8 @@ def test_a_profile_leaves_transparency_unchanged() -> None:
 @pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0"])
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 def test_broken_exif_data_are_ignored(small: image.Pixels, format: str, exif: bytes) -> None:
-    options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(format, {})
-    data = file(Image.fromarray(small), format, exif=exif, **options)
+    options: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}
+    data = file(Image.fromarray(small), format, exif=exif, **options.get(format, {}))
     assert apart(image.read(data, 10**6), small) < 3
 
 

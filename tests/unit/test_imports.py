@@ -107,7 +107,7 @@ def test_a_module_imports_only_what_its_place_allows(module: str) -> None:
             assert not name.startswith("models.train."), name
 
 
-def test_what_a_process_without_a_model_imports_stays_free_of_torch() -> None:
+def test_modules_of_processes_without_a_model_do_not_import_torch() -> None:
     code = f"import sys, {', '.join(NO_TORCH)}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

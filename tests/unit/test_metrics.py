@@ -72,7 +72,7 @@ def test_gmsd_equals_the_papers_formula(pair: tuple[Tensor, Tensor]) -> None:
     assert metrics.gmsd(*pair) == pytest.approx(expected, rel=1e-3)
 
 
-def test_niqe_of_kodim23_is_the_published_codes(photo: image.Pixels) -> None:
+def test_niqe_of_kodim23_equals_that_of_the_published_code(photo: image.Pixels) -> None:
     assert niqe(photo) == pytest.approx(4.247, abs=1e-3)
 
 
@@ -87,7 +87,7 @@ def test_niqe_is_missing_without_two_blocks_that_have_texture(photo: image.Pixel
 
 
 def slow_nlpd(a: image.Pixels, b: image.Pixels) -> float:
-    """Two-dimensional kernels, explicit borders and index arithmetic instead of `models`' way."""
+    """NLPD again, with two-dimensional kernels, explicit borders and index arithmetic."""
     low = np.outer(nlpd_module.LOWPASS, nlpd_module.LOWPASS)
 
     def pyramid(pixels: image.Pixels) -> list[Array]:
@@ -216,7 +216,7 @@ def test_dists_of_equal_pictures_is_zero_with_the_published_mixture(
     assert dists(a, b) > 1e-3
 
 
-def test_lpips_alex_takes_torchvisions_file_too(
+def test_lpips_alex_also_reads_torchvisions_file(
     pair: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -234,7 +234,7 @@ def test_lpips_alex_takes_torchvisions_file_too(
     torch.testing.assert_close(net.conv5(a), maps.mean((2, 3)), rtol=1e-3, atol=1e-6)
 
 
-def test_wrong_weights_are_named(tmp_path: Path, vgg_file: Path) -> None:
+def test_the_error_names_a_file_with_wrong_weights(tmp_path: Path, vgg_file: Path) -> None:
     broken = tmp_path / "a.safetensors"
     broken.write_bytes(b"no weights")
     for load in (LpipsAlex, Dists):
@@ -249,7 +249,7 @@ def test_wrong_weights_are_named(tmp_path: Path, vgg_file: Path) -> None:
 def sides(
     rng: np.random.Generator, shift: float, pictures: int = 12
 ) -> tuple[list[Array], list[Array]]:
-    """Two looks at the same scenes, three patches each; `shift` moves the second's distribution."""
+    """Features of originals and decodes of the same scenes; `shift` is added to the decodes."""
     scenes = rng.standard_normal((pictures, 1, 4))
     x, y = scenes + 0.5 * rng.standard_normal((2, pictures, 3, 4))
     return list(x), list(y + shift)
@@ -270,7 +270,8 @@ def test_kid_is_the_double_sum_over_patches_of_different_pictures() -> None:
     total, pairs = 0.0, 0
 
     def k(a: Array, b: Array) -> float:
-        return (sum(u * v for u, v in zip(a, b, strict=True)) / 4 + 1) ** 3
+        kernel: float = (sum(u * v for u, v in zip(a, b, strict=True)) / 4 + 1) ** 3
+        return kernel
 
     for p in range(4):
         for q in range(4):
@@ -282,7 +283,7 @@ def test_kid_is_the_double_sum_over_patches_of_different_pictures() -> None:
     assert one(kid.statistic(x, y), 4) == pytest.approx(total / pairs)
 
 
-def test_kid_is_torchmetrics_less_its_pairs_of_one_picture() -> None:
+def test_kid_equals_torchmetrics_without_pairs_from_one_picture() -> None:
     rng = np.random.default_rng(1)
     m = 20
     x, y = rng.standard_normal((2, m, 1, 8))
@@ -299,12 +300,12 @@ def test_kid_of_one_distribution_is_zero_on_average_although_scenes_are_shared()
     ours = np.array([one(kid.statistic(*d), 12) for d in draws])
     plain = np.array([plain_kid(np.concatenate(x), np.concatenate(y)) for x, y in draws])
     assert abs(ours.mean()) < 3 * ours.std() / 20
-    assert plain.mean() < -3 * plain.std() / 20  # what the usual estimator would make of it
+    assert plain.mean() < -3 * plain.std() / 20  # the usual estimator is biased
     shifted = [one(kid.statistic(*sides(rng, 0.5)), 12) for _ in range(50)]
     assert np.mean(shifted) > 5 * abs(ours.mean())
 
 
-def test_kid_of_equal_sides_is_zero_and_of_one_picture_unknown() -> None:
+def test_kid_of_equal_sets_is_zero_and_of_one_picture_is_undefined() -> None:
     x, _ = sides(np.random.default_rng(3), 0)
     assert one(kid.statistic(x, x), 12) == pytest.approx(0, abs=1e-12)
     assert bootstrap.estimate(kid.statistic(x[:1], x[:1]), 1) is None
@@ -318,7 +319,7 @@ def test_patches_tile_the_middle_of_a_picture() -> None:
     assert len(kid.patches(picture[:, :, :127])) == 0
 
 
-def test_bootstrap_intervals_of_means_are_the_normal_theorys() -> None:
+def test_bootstrap_intervals_of_means_equal_those_of_normal_theory() -> None:
     values = np.random.default_rng(0).normal(3, 2, 400)
     found = bootstrap.estimate(bootstrap.mean(list(values)), 400)
     assert found is not None
@@ -339,7 +340,7 @@ def test_bootstrap_intervals_cover_the_truth_as_often_as_they_say() -> None:
     assert 0.90 <= covered / 200 <= 0.98
 
 
-def test_bootstrap_keeps_pairs_together_and_knows_its_limits() -> None:
+def test_bootstrap_pairs_values_and_gives_no_interval_where_none_exists() -> None:
     base = [1.0, 2.0, 5.0]
     found = bootstrap.estimate(bootstrap.ratio([0.5 * b for b in base], base), 3)
     assert found is not None

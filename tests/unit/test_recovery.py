@@ -65,8 +65,9 @@ def encode_elsewhere(
             pytest.fail(f"no z found for which {arithmetic} gives other scale indexes")
         symbols = torch.round(y - means_hat)[0].to(torch.int32).numpy()
         contexts = np.broadcast_to(np.arange(len(z))[:, None, None], z.shape)
+        height, width = picture.shape[:2]
         b = Bitstream(
-            "compressai", "float", shipped.quality, shipped.metric, *picture.shape[:2],
+            "compressai", "float", shipped.quality, shipped.metric, height, width,
             rans.encode(symbols, theirs, h.y_tables), rans.encode(z, contexts, h.z_tables),
         )  # fmt: skip
         return b, torch.from_numpy(symbols)[None].float() + means_hat

@@ -165,7 +165,7 @@ def test_on_step_gets_the_step_number_and_may_cancel() -> None:
 
 def test_a_single_step_gives_the_posterior_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ddim", "ddpm"):
-        x = sampler.sample(exact, draws(0), Settings(name, 1))  # type: ignore[arg-type]
+        x = sampler.sample(exact, draws(0), Settings(name, 1))
         assert torch.allclose(x, torch.full_like(x, MEAN), atol=1e-5)
 
 

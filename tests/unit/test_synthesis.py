@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import openvino as ov  # type: ignore[import-untyped]
+import openvino as ov
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models import tiles
 from models.codec import codec, synthesis
 from models.codec.codec import Codec
-from models.codec.inference_synthesis import InferenceSynthesis, used_channels
+from models.codec.inference_synthesis import InferenceSynthesis, SubPixel, used_channels
 from models.codec.msh import GDN, MeanScaleHyperprior
 from models.codec.synthesis import Synthesis
 from models.image import Pixels
@@ -35,9 +35,9 @@ def latents(M: int, *shape: int) -> Tensor:
 def with_idle_channels(g_s: nn.Sequential) -> nn.Sequential:
     """A copy of `g_s` whose picture depends on five channels, and these on some of the channels."""
     g_s = copy.deepcopy(g_s)
-    g_s[6].weight.data[5:] = 0
-    g_s[4].weight.data[6:, :5] = 0
-    g_s[0].weight.data[3:6] = 0
+    g_s.get_parameter("6.weight").data[5:] = 0
+    g_s.get_parameter("4.weight").data[6:, :5] = 0
+    g_s.get_parameter("0.weight").data[3:6] = 0
     assert isinstance(g_s[3], GDN)
     g_s[3].gamma.data[:6, 7] = 1.0  # one more channel is used by the norm of others
     return g_s
@@ -71,8 +71,8 @@ def test_channels_that_do_not_affect_the_picture_are_removed(
 
 
 def test_a_network_without_any_used_channel_gives_its_bias(g_s: nn.Sequential) -> None:
-    g_s[6].weight.data[:] = 0
-    g_s[6].bias.data[:] = torch.tensor([0.2, 0.4, 0.6])
+    g_s.get_parameter("6.weight").data[:] = 0
+    g_s.get_parameter("6.bias").data[:] = torch.tensor([0.2, 0.4, 0.6])
     x_hat = Synthesis(g_s, 12)(latents(12, 4, 4))
     assert torch.allclose(x_hat.mean((0, 2, 3)), torch.tensor([0.2, 0.4, 0.6]))
 
@@ -80,7 +80,9 @@ def test_a_network_without_any_used_channel_gives_its_bias(g_s: nn.Sequential) -
 @pytest.mark.weights
 def test_the_shipped_codec_needs_half_of_its_channels(shipped: Codec) -> None:
     net = InferenceSynthesis(shipped.net.g_s)
-    assert (len(net.channels), net.tail[1].conv.in_channels) == (128, 64)
+    last = net.tail[1]
+    assert isinstance(last, SubPixel)
+    assert (len(net.channels), last.conv.in_channels) == (128, 64)
     y_hat = latents(192, 8, 12) / 5
     x_hat = Synthesis(shipped.net.g_s, 192)(y_hat)
     assert (x_hat - shipped.net.g_s(y_hat).clamp(0, 1)).abs().max() < 1e-5

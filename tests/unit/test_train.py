@@ -90,7 +90,7 @@ def config(
 @pytest.fixture
 def few_held_out_crops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Validate on 8 crops instead of 64, for tests that do not compare the held-out losses."""
-    monkeypatch.setattr("models.train.diffusion.JUDGED", 8)
+    monkeypatch.setattr("models.train.diffusion.VALIDATION_CROPS", 8)
 
 
 def trained(config: DiffusionConfig) -> Run:

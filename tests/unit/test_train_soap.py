@@ -73,7 +73,7 @@ def test_updates_do_not_depend_on_the_basis_of_the_channels() -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
-def test_parameters_other_than_convolutions_are_updated_as_by_adam() -> None:
+def test_adam_updates_parameters_that_are_not_convolutions() -> None:
     results = []
     for kind in (Adam, Soap):
         p = nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4))

@@ -111,7 +111,7 @@ def test_a_name_that_does_not_resolve_is_refused(error: Exception) -> None:
         url_guard.check("https://nowhere.example/", resolver=fail)
 
 
-def test_names_under_invalid_do_not_resolve() -> None:
+def test_names_in_the_top_level_domain_invalid_are_refused() -> None:
     with pytest.raises(ParameterError, match="does not resolve"):
         url_guard.check("https://nowhere.invalid/")
 

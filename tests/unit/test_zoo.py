@@ -371,12 +371,12 @@ def test_latents_of_imported_codecs_are_hidden_from_the_diffusion_decoder(
     assert latents.y_hat.shape[1] == 320
     hidden = tiny_decoder.sample(latents, x_hat, 5, FAST, 3, latents_visible=False)
     expected = codec.crop_to_pixels(hidden, b.height, b.width)
-    assert np.array_equal(installed.perceptual(b, FAST, 3), expected)
+    assert np.array_equal(installed.draw(b, FAST, 3), expected)
 
     b = shipped.encode(codec.to_tensor(small), "msh", "exact")
     visible = tiny_decoder.sample(*installed.codec(b).reconstruct(b), 2, FAST, 3)
     expected = codec.crop_to_pixels(visible, b.height, b.width)
-    assert np.array_equal(installed.perceptual(b, FAST, 3), expected)
+    assert np.array_equal(installed.draw(b, FAST, 3), expected)
 
 
 @pytest.mark.weights
@@ -385,7 +385,7 @@ def test_the_shipped_diffusion_decoder_works_with_an_imported_codec(
 ) -> None:
     installed = Library({}, decoder.load(), zoo.Imports(catalogue.imported(folder)))
     b, _ = compressed(foreign, small, 5)
-    assert installed.perceptual(b, Settings("ddim", 1), 0).shape == small.shape
+    assert installed.draw(b, Settings("ddim", 1), 0).shape == small.shape
 
 
 def test_realism_mixes_the_instant_and_the_finished_picture(shipped: Codec, small: Pixels) -> None:
@@ -408,7 +408,12 @@ def test_removing_weights_deletes_their_entry_and_file(tmp_path: Path, folder: P
 def test_the_manifest_can_hold_any_source_name(tmp_path: Path) -> None:
     names = ['a "b" \\ c', "ü 🦜", "line\nbreak \x7f \x1b", "bad \udcff"]
     for quality, source in enumerate(names, 1):
-        row = {"kind": "codec", "quality": quality, "metric": "mse", "source": source}
+        row: dict[str, str | int] = {
+            "kind": "codec",
+            "quality": quality,
+            "metric": "mse",
+            "source": source,
+        }
         catalogue.install({"a": torch.zeros(quality)}, f"q{quality}", tmp_path, row)
     sources = [e.source for e in checkpoint.manifest(tmp_path)]
     assert sources == ['a "b" \\ c', "ü 🦜", "line?break ? ?", "bad ?"]
@@ -416,7 +421,7 @@ def test_the_manifest_can_hold_any_source_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["../", "/etc/", "sub/"])
 def test_a_manifest_with_a_file_outside_its_folder_is_refused(tmp_path: Path, folder: str) -> None:
-    row = {"kind": "codec", "quality": 2, "metric": "mse"}
+    row: dict[str, str | int] = {"kind": "codec", "quality": 2, "metric": "mse"}
     catalogue.install({"a": torch.zeros(1)}, "a", tmp_path, row)
     manifest = tmp_path / catalogue.MANIFEST
     manifest.write_text(manifest.read_text().replace('"a.safe', f'"{folder}a.safe'))

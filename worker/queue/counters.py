@@ -16,7 +16,7 @@ from redis.client import Pipeline
 from worker.queue.store import RECORD_TTL_S, RedisError, Store
 
 WORKER_TTL_S = 24 * 3600
-"""How long a worker's counters are kept after its last job."""
+"""How long the counters of a worker are kept after its last job (RQ's own limit is separate)."""
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 """Upper bounds of the histogram of measured over predicted time."""
 

@@ -1,9 +1,10 @@
 """Predictions of job durations, from the durations of finished jobs.
 
-The cost model is seconds = a + b · megapixel-steps, fitted by least squares; older jobs count less.
-The variance is assumed proportional to the size w, so a job's weight is 1/w. The fitted total of
-all jobs then equals their measured total, which matters most for waiting times. (Weights of 1/s²
-follow the fast jobs: where durations scatter by a third, totals came out a fifth too small.)
+The cost model is seconds = a + b · w, where w is the job's size in megapixel-steps. It is fitted by
+weighted least squares, and older jobs count less. The variance is assumed to be proportional to w,
+so each job has the weight 1/w. The predicted total of all jobs then equals their measured total,
+which matters most for waiting times. (Weights of 1/seconds² favour fast jobs: where durations
+scattered by a third, the predicted totals were a fifth too small.)
 
 The hash `sums` holds each worker's regression sums and the time of its last job. The sorted set
 `workers` holds the live workers: name -> time of the last heartbeat. Times are the Redis server's.
@@ -23,7 +24,7 @@ from worker.queue.store import RECORD_TTL_S
 WORKER_NAME = f"{socket.gethostname()}-{os.getpid()}"
 """Name of this process among the workers."""
 MAX_DEAD_WORKERS = 16
-"""Dead workers whose sums are kept, to predict while no worker is alive."""
+"""Number of dead workers whose sums are kept, to predict while no worker is alive."""
 DECAY = 0.9
 """Factor on the weight of all former jobs with each new one."""
 
@@ -52,12 +53,12 @@ class RegressionSums:
 
     @classmethod
     def of(cls, seconds: float, w: float) -> "RegressionSums":
-        """The sums of one job; `w` > 0 in megapixel-steps."""
+        """The sums of one job, whose size `w` > 0 is in megapixel-steps."""
         return cls(1 / w, 1.0, w, seconds / w, seconds)
 
     @property
     def values(self) -> tuple[float, ...]:
-        """All five sums."""
+        """The five sums as a tuple."""
         return self.one, self.w, self.ww, self.s, self.ws
 
     def plus(self, other: "RegressionSums", decay: float = 1.0) -> "RegressionSums":
@@ -106,7 +107,7 @@ def live_workers(jobs: Jobs) -> list[bytes]:
 def record_duration(
     jobs: Jobs, seconds: float, megapixel_steps: float, name: str = WORKER_NAME
 ) -> None:
-    """Add a finished job to a worker's sums; drop the sums of workers that died long ago."""
+    """Add a finished job to a worker's sums; drop sums of all but `MAX_DEAD_WORKERS` dead ones."""
     queue, key = jobs.store.queue, _sums_key(jobs)
     stored: dict[bytes, bytes] = queue.hgetall(key)  # type: ignore[assignment]
     former = stored.pop(name.encode(), None)
@@ -122,9 +123,9 @@ def record_duration(
 
 
 def cost_model(jobs: Jobs) -> CostModel | None:
-    """Fit the jobs of the live workers, or of all known workers if no live one finished a job.
+    """Fit the cost model to the jobs of the live workers; None until a first job has finished.
 
-    None until a first job has finished.
+    If no live worker has finished a job, the jobs of dead workers are used.
     """
     stored: dict[bytes, bytes] = jobs.store.queue.hgetall(_sums_key(jobs))  # type: ignore[assignment]
     live = [stored[name] for name in live_workers(jobs) if name in stored]

@@ -19,7 +19,7 @@ MAX_EVENTS = 256
 ENDED_TTL_S = 600
 """How long the stream of an ended job is kept; the job's record holds the result as well."""
 MAX_PROGRESS_EVENTS = 100
-"""Progress events of one attempt at most."""
+"""Largest number of progress events of one attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Event:
 
     @classmethod
     def of(cls, entry: tuple[bytes, dict[bytes, bytes]]) -> "Event":
-        """Parse an entry as redis-py returns it."""
+        """Parse a stream entry, in the form in which redis-py returns it."""
         event_id, fields = entry
         kind: Kind = fields[b"kind"].decode()  # type: ignore[assignment]
         return cls(event_id.decode(), kind, json.loads(fields[b"data"]))

@@ -27,27 +27,30 @@ LEASE_S = 10
 HEARTBEAT_S = 3
 """Interval of a worker's heartbeats."""
 MAX_CRASHES = 2
-"""Workers that may crash on one bitstream; then the bitstream is quarantined."""
+"""Number of workers that may crash on one bitstream before it is quarantined."""
 CRASHES_TTL_S = 24 * 3600
-"""How long crashes are counted after the latest one."""
+"""How long crashes on a bitstream are remembered after the latest one."""
 QUARANTINED = (
     f"{MAX_CRASHES} workers crashed while they decoded this bitstream; it is refused for "
     f"{CRASHES_TTL_S // 3600} hours"
 )
 MAX_ATTEMPTS = 5
-"""Attempts after which a job fails whose workers lost their leases, but did not crash."""
-TOO_MANY_ATTEMPTS = f"its workers lost their connection {MAX_ATTEMPTS} times"
+"""Number of attempts after which a job fails if its workers lost their leases without a crash."""
+TOO_MANY_ATTEMPTS = (
+    f"gave up after {MAX_ATTEMPTS} attempts, in each of which the worker lost its connection to "
+    "Redis; send the bitstream again"
+)
 
 SUBSCRIPTION_S = 3600
 """How long a submission subscribes its caller, by default."""
 MAX_SUBSCRIPTION_S = 24 * 3600
 """Longest subscription that a submission may ask for."""
 POLL_SUBSCRIPTION_S = 600
-"""A poll extends the caller's subscription to at least this long from now."""
+"""After a poll, the caller's subscription lasts at least this long."""
 BATCH_LOOKAHEAD = 64
-"""Jobs at the head of the queue among which a worker looks for a batch."""
+"""Number of jobs at the head of the queue among which a worker looks for similar ones."""
 WATCHED_S = 30
-"""How long previews are made after the last read of the job's event stream."""
+"""How long the worker makes previews after a client last read the job's event stream."""
 
 Change = Callable[[str, JobState | None, Pipeline], None]
 """Adds commands to a transaction, given the job's id and its record."""
@@ -70,9 +73,9 @@ class Jobs:
     ) -> tuple[JobState, bool]:
         """Queue a job unless it is queued, running or done already.
 
-        Returns its state, and True if this call queued it. One transaction writes record, bitstream
-        and queue entry, so that concurrent calls queue one job. The caller is subscribed in any
-        case. Raises `Quarantined`.
+        Returns its state, and True if this call queued it. One transaction writes the record, the
+        bitstream and the queue entry, so that concurrent calls queue only one job. The caller is
+        subscribed in any case. Raises `Quarantined`.
         """
         if self.crash_count(decode.digest) >= MAX_CRASHES:
             raise Quarantined(QUARANTINED)
@@ -89,7 +92,7 @@ class Jobs:
                     state = JobState.queued(decode, logs.request_id.get(), traceparent)
                     pipe.multi()
                     pipe.set(self.store.key("bitstream", decode.digest), data, ex=RECORD_TTL_S)
-                    pipe.delete(key, events.key(self.store, decode.id))  # of a former run
+                    pipe.delete(key, events.key(self.store, decode.id))  # earlier run
                     pipe.hset(key, mapping=state.new_record())
                     pipe.expire(key, RECORD_TTL_S)
                     self.enqueue(decode.id, pipe)
@@ -100,7 +103,7 @@ class Jobs:
                     continue
 
     def get(self, job_id: str) -> JobState | None:
-        """The job's state; None without a record. Status `expired` once its picture is gone."""
+        """The job's state; None without a record. The status is `expired` once the picture is."""
         state = self.record(job_id)
         picture = self.store.key("picture", job_id)
         if state and state.status == "succeeded" and not self.store.cache.exists(picture):
@@ -108,12 +111,12 @@ class Jobs:
         return state
 
     def record(self, job_id: str) -> JobState | None:
-        """Like `get`, but never `expired`: the cache is not asked for the picture."""
+        """Like `get`, but does not check the cache for the picture: never returns `expired`."""
         row: dict[bytes, bytes] = self.store.queue.hgetall(self.key(job_id))  # type: ignore[assignment]
         return JobState.of(job_id, row)
 
     def subscribe(self, job_id: str, caller: str, seconds: float) -> None:
-        """Subscribe the caller to the job; never shortens a subscription."""
+        """Subscribe the caller to the job for `seconds`; never shortens a subscription."""
         key = self.subscribers(job_id)
         with self.store.queue.pipeline() as pipe:
             pipe.zadd(key, {caller: self.now() + seconds}, gt=True)
@@ -126,7 +129,7 @@ class Jobs:
         self.store.queue.zadd(key, {caller: self.now() + seconds}, xx=True, gt=True)
 
     def save_eta(self, job_id: str, seconds: float) -> None:
-        """Store the time to completion that was predicted at submission."""
+        """Store the seconds until completion, as predicted at submission."""
         self.store.queue.hset(self.key(job_id), "eta_s", str(seconds))
 
     def watch(self, job_id: str) -> None:
@@ -136,7 +139,7 @@ class Jobs:
     def withdraw(self, job_id: str, caller: str) -> bool:
         """End the caller's subscription; True if the job has other subscribers.
 
-        Without subscribers a queued job is canceled here, a running one by its worker.
+        Without other subscribers, a queued job is canceled here, and a running one by its worker.
         """
         self.store.queue.zrem(self.subscribers(job_id), caller)
 
@@ -186,7 +189,7 @@ class Jobs:
         return bool(self.subscribed([job_id]))
 
     def subscribed(self, job_ids: Iterable[str]) -> list[str]:
-        """Those of the jobs that have subscribers; workers skip the others."""
+        """Return the ids that have subscribers; workers skip the others."""
         ids, now = list(job_ids), self.now()
         with self.store.queue.pipeline(transaction=False) as pipe:
             for job_id in ids:
@@ -200,11 +203,11 @@ class Jobs:
     def reap(self) -> None:
         """Put jobs whose worker missed its heartbeats back at the front of the queue.
 
-        Each counts as a crash on its bitstream. After `MAX_CRASHES` of them, or `MAX_ATTEMPTS`
-        attempts, the job fails.
+        Each counts as a crash on its bitstream. After `MAX_CRASHES` crashes or `MAX_ATTEMPTS`
+        attempts, the job fails instead.
         """
         silent = self.store.queue.zrangebyscore(self.leases, 0, self.now() - LEASE_S)
-        owners: set[str] = set()  # a worker with a batch counts once
+        owners: set[str] = set()  # a worker that loses a batch is counted once
 
         def expire(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
             pipe.zrem(self.leases, job_id)
@@ -236,7 +239,7 @@ class Jobs:
         return int(self.store.queue.scard(self._crashes(digest)))
 
     def forgive_worker(self, state: JobState) -> None:
-        """Take back the crash of an attempt whose worker lost its connection, but is alive."""
+        """Uncount the crash of an attempt: its worker is alive, and only lost its connection."""
         self.store.queue.srem(self._crashes(state.decode.digest), state.owner)
 
     def reset_crashes(self, digest: str, pipe: Pipeline) -> None:
@@ -302,9 +305,9 @@ class Jobs:
         outbox.job_ended(self.store, state.id, *event, pipe)
 
     def change(self, job_id: str, also: str, change: Change) -> bool:
-        """Run `change` in a transaction that depends on the job's record and on the key `also`.
+        """Run `change` in a transaction that watches the job's record and the key `also`.
 
-        Returns False, with nothing written, if either of them changed meanwhile.
+        If another client changed either of them meanwhile, writes nothing and returns False.
         """
         with self.store.queue.pipeline() as pipe, contextlib.suppress(redis.WatchError):
             pipe.watch(self.key(job_id), also)  # type: ignore[no-untyped-call]
@@ -316,7 +319,7 @@ class Jobs:
         return False
 
     def _retry(self, job_id: str, change: Change) -> None:
-        """Run `change`, again whenever the record or the subscribers changed meanwhile."""
+        """Run `change`; repeat it if another client changed the record or the subscribers."""
         while not self.change(job_id, self.subscribers(job_id), change):
             pass
 
@@ -327,7 +330,7 @@ class Jobs:
         self.queue.add(job_id, pipe, at_front)
 
     def now(self) -> float:
-        """Time of the Redis server, which all workers share, in seconds since the epoch."""
+        """Time on the Redis server's clock, which all workers share: seconds since the epoch."""
         seconds, micros = self.store.queue.time()
         return float(seconds) + micros / 1e6
 

@@ -1,10 +1,11 @@
 """Outbox of webhook messages: registered URLs, messages that are due, and dead letters.
 
 A sorted set holds the time at which each message is due; a hash per message holds the rest. A
-consumer claims a message in one script, which counts the attempt and sets the due time to the end
-of the consumer's lease: other consumers do not see the message meanwhile, and it becomes due again
-if this one is killed. A consumer may record the result only while the attempt count is still the
-one that it claimed. Times are the Redis server's. The scripts build key names: no Redis Cluster.
+sender claims a message in one script, which counts the attempt and sets the due time to the end of
+the sender's lease. Other senders do not see the message meanwhile; if this sender is killed, the
+message becomes due again. A sender may record the result only while the attempt count is still the
+one that it claimed. Times are those of the Redis server. The scripts build key names, so Redis
+Cluster is not supported.
 """
 
 import json
@@ -23,7 +24,7 @@ from worker.queue.records import JobState
 from worker.queue.store import RECORD_TTL_S, Store
 
 MAX_URLS = 32
-"""Webhook URLs of one job, of all callers that submitted the same decode."""
+"""Largest number of webhook URLs of one job, over all callers that submitted the same decode."""
 
 MESSAGE_TTL_S = 3 * 24 * 3600
 """How long a message is kept after its last attempt; longer than any interval between attempts."""
@@ -80,7 +81,7 @@ class Outbox:
     store: Store
 
     def register(self, job_id: str, url: str, limit: int) -> bool:
-        """Register a URL for the end of a job; False if the job has `limit` others already."""
+        """Register a URL to notify when a job ends; False if `limit` others are registered."""
         key = self._registered(job_id)
         with self.store.queue.pipeline() as pipe:
             pipe.sadd(key, url)
@@ -100,7 +101,7 @@ class Outbox:
         )  # fmt: skip
 
     def claim(self, lease_s: float) -> Message | None:
-        """Claim the message that has been due longest, for `lease_s`; None if none is due."""
+        """Claim the message that was due first, for `lease_s` seconds; None if none is due."""
         fields = self.store.queue.eval(_CLAIM, 1, self.due, self.key(""), lease_s)
         if not fields:
             return None
@@ -108,11 +109,11 @@ class Outbox:
         return Message(name, url, body, job, int(attempts))
 
     def delivered(self, message: Message) -> bool:
-        """Remove a delivered message."""
+        """Remove a delivered message; False if this sender has lost it to another."""
         return self._record(message, lambda pipe, _: self._remove(pipe, message))
 
     def retry_in(self, message: Message, seconds: float) -> bool:
-        """Make the message due again in so many seconds."""
+        """Make the message due again in `seconds`; False if this sender has lost it."""
 
         def postpone(pipe: Pipeline, now: float) -> None:
             pipe.zadd(self.due, {message.id: now + seconds})
@@ -122,7 +123,7 @@ class Outbox:
         return self._record(message, postpone)
 
     def give_up(self, message: Message, error: str) -> bool:
-        """Move the message to the dead letters, with its last error."""
+        """Move the message, with its last error, to the dead letters; False if it was lost."""
 
         def move(pipe: Pipeline, now: float) -> None:
             self._remove(pipe, message)
@@ -137,7 +138,7 @@ class Outbox:
         pipe.zrem(self.due, message.id)
 
     def _record(self, message: Message, change: Callable[[Pipeline, float], None]) -> bool:
-        """Apply the result of an attempt; False, without effect, if the message was reclaimed."""
+        """Apply the result of an attempt; False, without effect, if another sender claimed it."""
         key = self.key(message.id)
         with self.store.queue.pipeline() as pipe, suppress(redis.WatchError):
             pipe.watch(key)  # type: ignore[no-untyped-call]
@@ -156,7 +157,7 @@ class Outbox:
 
     @property
     def due(self) -> str:
-        """Key of a sorted set: message -> time at which it is due, or its consumer's lease ends."""
+        """Key of a sorted set: message -> time at which it is due, or its sender's lease ends."""
         return self.store.key("webhooks")
 
     @property

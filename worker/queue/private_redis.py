@@ -53,7 +53,8 @@ def find_server() -> Path:
 def _version(server: str) -> tuple[int, ...]:
     """The version that `redis-server --version` prints.
 
-    Without a version in the output, a supported version: the error of starting it says more.
+    If the output contains no version, returns `MIN_VERSION`: the server is then started, and its
+    own error is shown.
     """
     text = subprocess.run([server, "--version"], capture_output=True, text=True, timeout=10).stdout
     match = re.search(r"\bv=(\d+)\.(\d+)", text)
@@ -65,7 +66,7 @@ def servers(cache_dir: Path) -> Iterator[tuple[str, str]]:
     """Run a queue server and a cache server; yields their URLs.
 
     The queue's data are kept in `cache_dir`, so that jobs survive a restart. If another service
-    uses that folder, the data go to a temporary one.
+    already uses that folder, they are kept in a temporary folder instead.
     """
     binary = find_server()
     with contextlib.ExitStack() as stack:
@@ -112,10 +113,10 @@ def _wait_until_ready(process: subprocess.Popen[bytes], socket: Path, log: Path)
                     return
             time.sleep(0.02)
     tail = log.read_text(errors="replace")[-500:] if log.exists() else ""
-    raise NoRedis(f"{process.args[0]!s} did not start: {tail}")  # type: ignore[index]
+    raise NoRedis(f"{process.args[0]!s} did not start; the end of its log is: {tail}")  # type: ignore[index]
 
 
 def die_with_parent() -> None:
-    """Send SIGTERM to this process when its parent dies: a `preexec_fn`. Linux only."""
+    """Have SIGTERM sent to this process when its parent dies; for `preexec_fn`, on Linux only."""
     if _PRCTL is not None:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -22,8 +22,8 @@ class DecodeRequest:
     tier: str
     settings: Settings
     seed: int
-    codec: str  # weights id
-    decoder: str  # weights id
+    codec: str  # weights id of the codec
+    decoder: str  # weights id of the diffusion decoder
     quality: int
     width: int
     height: int
@@ -51,7 +51,7 @@ class DecodeRequest:
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """A job's record. Times are seconds since the epoch, 0 for what has not happened yet."""
+    """A job's record. Times are seconds since the epoch, or 0 if that has not happened yet."""
 
     id: str
     status: Status
@@ -64,10 +64,10 @@ class JobState:
     ended: float
     error: str
     eta_s: float = 0.0  # predicted at submission; 0 if nothing was predicted
-    fence: int = 0  # of the attempt that may write; rises with each attempt
-    owner: str = ""  # of that attempt; the attempts of one batch share it
-    request_id: str = ""  # of the HTTP request that queued the job
-    traceparent: str = ""  # of that request's trace
+    fence: int = 0  # number of the attempt that may write; each attempt has a higher one
+    owner: str = ""  # id of the batch to which that attempt belongs
+    request_id: str = ""  # id of the HTTP request that queued the job
+    traceparent: str = ""  # trace context of that request
 
     @classmethod
     def of(cls, job_id: str, row: Mapping[bytes, bytes]) -> "JobState | None":

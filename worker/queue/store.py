@@ -22,8 +22,8 @@ CONNECT_TIMEOUT_S = 2
 READ_TIMEOUT_S = 5
 """Timeout of a reply."""
 MAX_BLOCKED_READS = 5000
-"""Concurrent blocking reads of a process, each on a connection of its own: half of the clients that
-Redis accepts by default. redis-py's own default is 100."""
+"""Largest number of concurrent blocking reads of a process, each of which needs a connection. It is
+half of the clients that Redis accepts by default; redis-py's own default is 100."""
 BLOCK_S = 5
 """How long one read of an event stream may block."""
 
@@ -31,7 +31,7 @@ MIN_VERSION = (6, 2)
 """The first version of Redis that has all commands in use."""
 
 RedisError = redis.RedisError
-"""What every use of a store may raise."""
+"""Any use of a store may raise this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Store:
         self.ping()
         version = str(self.queue.info("server")["redis_version"])
         if tuple(int(n) for n in version.split(".")[:2]) < MIN_VERSION:
-            raise urls.NoRedis(f"the queue's Redis is {version}; 6.2 or later is needed")
+            raise urls.NoRedis(f"the queue's Redis has version {version}; use 6.2 or later")
 
     def close(self) -> None:
         """Close all connections."""
@@ -103,7 +103,7 @@ class Store:
 
 
 def connect(settings: WorkerSettings) -> Store:
-    """Clients of the configured stores; they connect on first use.
+    """Create clients of the configured stores, which connect on first use.
 
     Raises `NoRedis` for an invalid URL.
     """

@@ -22,7 +22,7 @@ SENTINEL_PORT = 26379
 
 
 class NoRedis(AfterimageError):
-    """No Redis server is configured or installed, or it cannot be started."""
+    """Redis is not installed, cannot be started, is too old, or has an invalid URL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,12 @@ class _Sentinels:
 
     addresses: list[tuple[str, int]]
     service: str
-    options: dict[str, Any]  # redis-py's, of the connections to the service
-    sentinel_options: dict[str, Any]  # and of those to the Sentinels
+    options: dict[str, Any]  # options of redis-py for connections to the Redis service
+    sentinel_options: dict[str, Any]  # options of redis-py for connections to the Sentinels
 
 
 def client(url: str, **settings: Any) -> redis.Redis:
-    """A client that connects on first use; `settings` are redis-py's.
+    """A client that connects on first use; `settings` are keyword arguments of redis-py.
 
     Raises `NoRedis` for an invalid URL.
     """
@@ -83,7 +83,7 @@ def _parse(url: str, settings: dict[str, Any]) -> _Sentinels:
     _, _, hosts = parts.netloc.rpartition("@")
     service, _, db = parts.path.strip("/").partition("/")
     if not service or not hosts:
-        raise ValueError("the form is redis+sentinel://host:port[,…]/service")
+        raise ValueError("write redis+sentinel://host:port[,host:port…]/service")
     query = dict(parse_qsl(parts.query))
     sentinel_options: dict[str, Any] = {
         key.removeprefix("sentinel_"): query.pop(key)
@@ -94,13 +94,13 @@ def _parse(url: str, settings: dict[str, Any]) -> _Sentinels:
     if "ssl" in options:
         sentinel_options |= {k: v for k, v in options.items() if k.partition("_")[0] == "ssl"}
     sentinel_options |= {k: v for k, v in settings.items() if k.startswith("socket_")}
-    sentinel_options["retry"] = None  # by default 10 retries of one Sentinel come before the next
+    sentinel_options["retry"] = None  # by default each Sentinel is retried 10 times before the next
     addresses = [_address(host) for host in hosts.split(",")]
     return _Sentinels(addresses, service, options, sentinel_options)
 
 
 def _service_options(parts: SplitResult, db: str, query: dict[str, str]) -> dict[str, Any]:
-    """What redis-py reads from a URL of one server: user, password, db, TLS and the query."""
+    """The options that redis-py reads from a URL of one server: user, password, db, TLS, query."""
     credentials, at, _ = parts.netloc.rpartition("@")
     plain_url = f"{parts.scheme}://{credentials}{at}host/{db}?{urlencode(query)}"
     options: dict[str, Any] = parse_url(plain_url)  # type: ignore[no-untyped-call]
@@ -113,7 +113,7 @@ def _service_options(parts: SplitResult, db: str, query: dict[str, str]) -> dict
 def _address(text: str) -> tuple[str, int]:
     parts = urlsplit(f"//{text}")
     if not parts.hostname:
-        raise ValueError(f"{text!r} is not host:port")
+        raise ValueError(f"the Sentinel address {text!r} has no host; write host:port")
     return parts.hostname, parts.port or SENTINEL_PORT
 
 

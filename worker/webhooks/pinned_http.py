@@ -19,9 +19,9 @@ from worker.webhooks.url_guard import Target
 CONNECT_TIMEOUT_S = 4.0
 """Timeout of connecting to one address; leaves time to try the next."""
 READ_BYTES = 1024
-"""Size of one read from a connection; of the response's body only one read is taken."""
+"""Size of one read from a connection. Only one read of the response's body is made."""
 MAX_READ_BYTES = 32 * 1024
-"""Limit of what is read from a connection in total: status, headers, and what came with them."""
+"""Limit on all bytes read from a connection: status, headers, and body bytes read with them."""
 
 NETWORK_ERRORS = (
     httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, OSError
@@ -42,7 +42,7 @@ def post(
 ) -> Response:
     """POST to the first of the target's addresses that accepts the connection.
 
-    `timeout_s` is for everything, TLS included. Raises one of `NETWORK_ERRORS`.
+    `timeout_s` limits the whole exchange, including TLS. Raises one of `NETWORK_ERRORS`.
     """
     url = httpcore.URL(  # from the checked parts: parsing the text again could give another host
         scheme=target.scheme.encode(), host=target.host.encode(), port=target.port,
@@ -54,7 +54,8 @@ def post(
         httpcore.ConnectionPool(ssl_context=tls, network_backend=backend) as pool,
         pool.stream("POST", url, headers=list(all_headers.items()), content=body) as response,
     ):
-        with contextlib.suppress(*NETWORK_ERRORS):  # closing during a send may raise at the server
+        # read once: if the connection is closed during a send, the server may raise an error
+        with contextlib.suppress(*NETWORK_ERRORS):
             next(iter(response.iter_stream()), b"")
         return Response(response.status, _retry_after_s(response.headers))
 
@@ -105,7 +106,7 @@ class _LimitedStream(httpcore.NetworkStream):
         data = self.stream.read(min(max_bytes, READ_BYTES), _remaining_s(self.deadline))
         self.bytes_read += len(data)
         if self.bytes_read > MAX_READ_BYTES:
-            raise httpcore.ReadError(f"more than {MAX_READ_BYTES} bytes of headers")
+            raise httpcore.ReadError(f"the server sent over {MAX_READ_BYTES} bytes of headers")
         return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:

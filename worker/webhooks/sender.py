@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 MAX_RETRY_AFTER_S = 3600.0
 """Upper limit of a receiver's Retry-After."""
 POLL_S = 0.5
-"""Longest pause of an idle thread before it looks for due messages again."""
+"""Longest pause between two looks of an idle thread for due messages."""
 REDIS_RETRY_S = 0.5
 """Pause after an error of Redis."""
 MAX_ERROR_CHARS = 200
@@ -43,7 +43,7 @@ class Outcome:
 
     error: str = ""  # empty: delivered
     final: bool = False  # True: no further attempts
-    wait_s: float = 0.0  # shortest wait before the next attempt, as the receiver asks
+    wait_s: float = 0.0  # shortest wait before the next attempt, from the receiver's Retry-After
 
 
 class WebhookSender:
@@ -66,7 +66,7 @@ class WebhookSender:
                 if not self._send_next():
                     stop.wait(POLL_S * random.uniform(0.5, 1))
             except RedisError as e:
-                log.warning("Redis failed: %s", e)
+                log.warning("webhooks: Redis failed; retrying: %s", e)
                 stop.wait(REDIS_RETRY_S)
 
     def _send_next(self) -> bool:
@@ -88,14 +88,14 @@ class WebhookSender:
 
     def _attempt(self, message: Message) -> Outcome:
         if message.attempts > len(self.settings.webhook_retries_s) + 1:
-            return Outcome("its former senders crashed", final=True)
+            return Outcome("every earlier sender of this message crashed", final=True)
         try:
             target = url_guard.check(message.url, self.settings.allow, self.resolver)
             response = self._post(target, message)
         except (ParameterError, *pinned_http.NETWORK_ERRORS) as e:
             return Outcome(f"{type(e).__name__}: {e}"[:MAX_ERROR_CHARS])
         except Exception:
-            log.exception("webhook %s", message.id)
+            log.exception("webhook %s: unexpected error", message.id)
             return Outcome("internal error")
         status = response.status
         if 200 <= status < 300:
@@ -159,13 +159,13 @@ def main() -> int:
         logs.setup()
         settings, webhooks = WorkerSettings(), WebhookSettings()
         if not settings.redis_url or not webhooks.secrets:
-            return _complain("webhooks need REDIS_URL and AFTERIMAGE_WEBHOOK_SECRET", 2)
+            return _complain("set REDIS_URL and AFTERIMAGE_WEBHOOK_SECRET to send webhooks", 2)
         connected = connect(settings)
         connected.ping()
     except (ValidationError, SettingsError, AfterimageError, RedisError) as e:
         return _complain(f"webhooks cannot be sent: {e}", 1)
     stop = _stop_on_signals()
-    log.info("sending webhooks: %s", settings.prefix)
+    log.info("sending webhooks of the queue with prefix %s", settings.prefix)
     deliver_forever(connected, webhooks, stop)
     connected.close()
     return 0

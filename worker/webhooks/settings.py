@@ -23,14 +23,14 @@ class WebhookSettings(BaseSettings):
 
     webhook_secret: SecretStr = Field(
         SecretStr(""),
-        description="signs webhooks: `whsec_` and base64 of 24 to 64 bytes; to rotate: `NEW OLD`",
+        description="secret: `whsec_` and base64 of 24 to 64 bytes; to rotate it: `NEW OLD`",
     )
     webhook_allow: str = Field(
-        "", description="hosts, or host:port, with commas: may be private or plain http"
+        "", description="hosts or host:port, with commas, that may be private or use plain http"
     )
     webhook_retries_s: tuple[Annotated[float, Field(ge=0, le=86400)], ...] = Field(
         (5, 30, 120, 600, 3600, 4 * 3600, 12 * 3600),
-        description="JSON list: longest waits after the 1st, 2nd, … failure, in seconds",
+        description="JSON list: longest wait after the 1st, 2nd, … failure, in seconds",
     )
     webhook_timeout_s: float = Field(
         10, gt=0, le=60, description="timeout of one attempt, in seconds"
@@ -48,7 +48,7 @@ class WebhookSettings(BaseSettings):
             except ValueError:
                 size = 0
             if not secret.startswith("whsec_") or not 24 <= size <= 64:
-                raise ValueError("the secret must be whsec_ and base64 of 24 to 64 bytes")
+                raise ValueError("write each secret as whsec_ and base64 of 24 to 64 bytes")
         return value
 
     @property

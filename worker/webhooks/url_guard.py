@@ -22,7 +22,7 @@ MAX_URL = 2048
 RESOLVE_TIMEOUT_S = 4.0
 """Timeout of resolving a host."""
 MAX_ADDRESSES = 8
-"""Addresses of a host that are tried at most."""
+"""Largest number of a host's addresses that are tried."""
 
 Resolver = Callable[[str], list[str]]
 """Host -> addresses. Raises `OSError` or `UnicodeError` if there are none."""
@@ -116,7 +116,7 @@ def check(url: str, allow: Set[str] = frozenset(), resolver: Resolver = resolve)
     except (OSError, UnicodeError):
         addresses = ()
     if not addresses or not (allowed or all(is_public(a) for a in addresses)):
-        raise ParameterError(f"webhook: {host} does not resolve to public addresses only")
+        raise ParameterError(f"webhook: {host} does not resolve, or not to public addresses only")
     return Target(scheme, host, port, path, addresses[:MAX_ADDRESSES])
 
 
@@ -128,7 +128,7 @@ def _parts(url: str) -> tuple[str, str, int, bytes]:
         parsed = httpx.URL(url)
         host, port = parsed.raw_host.decode("ascii"), parsed.port
     except (httpx.InvalidURL, UnicodeError, ValueError):
-        raise ParameterError("webhook: not a valid URL") from None
+        raise ParameterError("webhook: the URL is invalid; write https://host/path") from None
     if parsed.userinfo:
         raise ParameterError("webhook: the URL must not contain a user or password")
     if not _is_host(host):
@@ -140,7 +140,7 @@ def _parts(url: str) -> tuple[str, str, int, bytes]:
 
 
 def _is_host(host: str) -> bool:
-    """True for an IP address, or a name that no resolver would parse as one."""
+    """True for an IP address, or for a name that no resolver would parse as an IP address."""
     try:
         ipaddress.ip_address(host)
         return "%" not in host
