@@ -3,6 +3,7 @@
 import struct
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from models.errors import PictureError
@@ -45,11 +46,10 @@ def read_fields(data: bytes, max_pixels: int) -> Image.Image | None:
     return Image.fromarray(np.stack(channels, -1))
 
 
-def _channel(
-    values: "np.ndarray[tuple[int, ...], np.dtype[np.uint32]]", mask: int
-) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def _channel(values: NDArray[np.uint32], mask: int) -> NDArray[np.uint8]:
     """Extract the bits of a mask and stretch them to 0…255."""
     shift = (mask & -mask).bit_length() - 1
     top = mask >> shift
     scaled = ((values & np.uint32(mask)) >> np.uint32(shift)) * (255.0 / top)
-    return np.round(scaled).astype(np.uint8)
+    channel: NDArray[np.uint8] = np.round(scaled).astype(np.uint8)
+    return channel

@@ -111,7 +111,7 @@ def from_codes(primaries: int, transfer: int, full_range: bool = True) -> Colour
     points = PRIMARIES.get(primaries, PRIMARIES[1])
     if curve is srgb_curve and points == PRIMARIES[1] and full_range:
         return None
-    return Colour((curve,) * 3, _to_srgb_matrix(points), full_range)
+    return Colour((curve, curve, curve), _to_srgb_matrix(points), full_range)
 
 
 def from_gamma(gamma: float | None, chromaticities: tuple[float, ...] | None) -> Colour | None:
@@ -129,9 +129,11 @@ def from_gamma(gamma: float | None, chromaticities: tuple[float, ...] | None) ->
     if curve is srgb_curve and points == PRIMARIES[1]:
         return None
     try:
-        return Colour((curve,) * 3, _to_srgb_matrix(points))
+        with np.errstate(all="ignore"):
+            matrix = _to_srgb_matrix(points)
     except (np.linalg.LinAlgError, ZeroDivisionError):
         return None
+    return Colour((curve, curve, curve), matrix) if np.isfinite(matrix).all() else None
 
 
 def from_profile(profile: bytes) -> Colour | None:
@@ -145,12 +147,13 @@ def from_profile(profile: bytes) -> Colour | None:
         if tags.keys() & {b"A2B0", b"A2B1", b"D2B0", b"D2B1"} or profile[20:24] != b"XYZ ":
             return None
         if profile[16:20] == b"GRAY":
-            return Colour((_profile_curve(tags[b"kTRC"]),) * 3, np.eye(3))
+            grey = _profile_curve(tags[b"kTRC"])
+            return Colour((grey, grey, grey), np.eye(3))
         red, green, blue = (_profile_curve(tags[name]) for name in (b"rTRC", b"gTRC", b"bTRC"))
         columns = [struct.unpack(">3i", tags[n][8:20]) for n in (b"rXYZ", b"gXYZ", b"bXYZ")]
         matrix = np.linalg.inv(_srgb_at_d50()) @ (np.array(columns).T / 65536)
         return Colour((red, green, blue), matrix)
-    except (KeyError, ValueError, IndexError, struct.error):
+    except (KeyError, ValueError, IndexError, ZeroDivisionError, struct.error):
         return None
 
 
@@ -178,7 +181,7 @@ def _profile_curve(tag: bytes) -> Curve:
     if tag[:4] != b"para" or kind > 4:
         raise ValueError("unknown kind of curve")
     given = np.frombuffer(tag[12 : 12 + 4 * (1, 3, 4, 5, 7)[kind]], ">i4") / 65536
-    g, a, b, c, d, e, f = [*given, *[0.0] * (7 - len(given))]
+    g, a, b, c, d, e, f = [float(v) for v in given] + [0.0] * (7 - len(given))
     if kind == 0:
         return partial(gamma_curve, exponent=g)
     if kind < 3:  # d is where a*x + b becomes positive; below it the curve is c
@@ -199,7 +202,10 @@ def to_srgb(samples: NDArray[np.uint8] | NDArray[np.uint16], colour: Colour) -> 
     codes = np.arange(top + 1) / top
     if not colour.full_range:
         codes = (codes * 255 - 16) / 219
-    linear = [curve(codes).astype(np.float32) for curve in colour.curves]
+    with np.errstate(all="ignore"):
+        linear = [
+            np.nan_to_num(curve(codes), posinf=1).astype(np.float32) for curve in colour.curves
+        ]
     matrix = colour.matrix.T.astype(np.float32)
     encode = _srgb_codes()
     out = np.empty(samples.shape, np.uint8)
@@ -228,15 +234,15 @@ def _srgb_codes() -> NDArray[np.uint8]:
     """Linear light in 1/65535 -> sRGB in 8 bits (IEC 61966-2-1, 5.2)."""
     x = np.arange(65536) / 65535
     encoded = np.where(x <= 0.0031308, x * 12.92, 1.055 * x ** (1 / 2.4) - 0.055)
-    return np.round(encoded * 255).astype(np.uint8)
+    codes: NDArray[np.uint8] = np.round(encoded * 255).astype(np.uint8)
+    return codes
 
 
 def _to_xyz(points: tuple[float, ...]) -> Floats:
     """Linear RGB -> XYZ (SMPTE RP 177). Raises `ZeroDivisionError` or `LinAlgError`."""
     columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in _pairs(points)]).T
     primaries, white = columns[:, :3], columns[:, 3]
-    matrix: Floats = primaries * np.linalg.solve(primaries, white)
-    return matrix
+    return np.asarray(primaries * np.linalg.solve(primaries, white), np.float64)
 
 
 def _pairs(points: tuple[float, ...]) -> list[tuple[float, float]]:

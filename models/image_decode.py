@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 
 from models import (
     image_bmp,
@@ -80,11 +80,8 @@ def _png(data: bytes, format: str, max_pixels: int) -> Decoded:
         channels = samples[..., :-1] if png.has_alpha else samples
         exact = _exact(colour)
         if exact is None:
-            picture = Image.fromarray(
-                (channels >> 8).astype(np.uint8).squeeze(-1)
-                if channels.shape[-1] == 1
-                else (channels >> 8).astype(np.uint8)
-            )
+            upper = (channels >> 8).astype(np.uint8)
+            picture = Image.fromarray(upper[..., 0] if upper.shape[-1] == 1 else upper)
         else:
             picture, colour = _convert(channels, exact), None
         if alpha is not None:
@@ -92,8 +89,6 @@ def _png(data: bytes, format: str, max_pixels: int) -> Decoded:
         return Decoded(picture, colour, orientation, () if complete else (MISSING,))
     with Image.open(png.file(), formats=["PNG"]) as source:
         notes = _load(source)
-        if notes and not png.interlaced and png.rows_present() == 0:
-            raise PictureError("the PNG file is truncated: it has no complete row of pixels")
         picture = source
         if transparent is not None:
             picture = _with_transparent_colour(source, png.depth, transparent)
@@ -132,25 +127,26 @@ def _jpeg(data: bytes, format: str, max_pixels: int) -> Decoded:
     image_jpeg.check(data)
     source = image_formats.open_file(data, format)
     check_size(source.height, source.width, max_pixels)
-    notes: tuple[str, ...] = ()
+    decoded = Decoded(source, source.info.get("icc_profile"), _orientation(source))
     try:
         source.load()
     except OSError as e:
         if "truncated" not in str(e):
             raise
-        source, whole = image_jpeg.read_truncated(data)
-        notes = () if whole else (MISSING,)
-    return Decoded(source, source.info.get("icc_profile"), _orientation(source), notes)
+        decoded.picture, whole = image_jpeg.read_truncated(data)
+        decoded.notes = () if whole else _missing(decoded.picture)
+    return decoded
 
 
 def _tiff(data: bytes, format: str, max_pixels: int) -> Decoded:
     if image_tiff.is_big_endian_bigtiff(data):
         data = image_tiff.as_classic(data)
+    image_tiff.check(data, max_pixels)
     source = image_formats.open_file(data, format)
     if not isinstance(source, TiffImagePlugin.TiffImageFile):
         raise PictureError("the TIFF file is damaged: its header cannot be read")
     check_size(source.height, source.width, max_pixels)
-    orientation = image_tiff.prepare(source, data, max_pixels)
+    orientation = image_tiff.prepare(source, data)
     profile = source.info.get("icc_profile")
     source.load()
     picture: Image.Image = source
@@ -163,7 +159,7 @@ def _gif(data: bytes, format: str, max_pixels: int) -> Decoded:
     """Decode the first frame; the canvas around it is transparent, as in browsers."""
     source = image_formats.open_file(data, format)
     check_size(source.height, source.width, max_pixels)
-    frame = source.tile[0].extents if isinstance(source, Image.Image) and source.tile else None
+    frame = source.tile[0].extents if source.tile else None
     notes = _load(source)
     if frame is None or frame == (0, 0, *source.size):
         return Decoded(source, None, None, notes)
@@ -219,7 +215,7 @@ _DECODERS: Mapping[str, Callable[[bytes, str, int], Decoded]] = {
 }
 
 
-def _load(source: Image.Image) -> tuple[str, ...]:
+def _load(source: ImageFile.ImageFile) -> tuple[str, ...]:
     """Decode the pixels; those that a truncated file lacks stay black. Returns the notes."""
     try:
         source.load()
@@ -227,8 +223,16 @@ def _load(source: Image.Image) -> tuple[str, ...]:
         if "truncated" not in str(e) or source._im is None:
             raise
         source.tile = []
-        return (MISSING,)
+        return _missing(source)
     return ()
+
+
+def _missing(picture: Image.Image) -> tuple[str, ...]:
+    """Return the note on a picture that lacks pixels. Raises `PictureError` if it has none."""
+    samples = np.asarray(picture)
+    if (samples == samples[0, 0]).all():
+        raise PictureError("the picture is truncated: it has no pixels")
+    return (MISSING,)
 
 
 def _orientation(source: Image.Image) -> int | None:
@@ -245,13 +249,13 @@ def _sixteen_bits(picture: Image.Image) -> NDArray[np.uint16]:
     values = np.asarray(picture)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise UnsupportedPicture("samples of more than 16 bits are not supported; use 8 or 16 bits")
-    values = values.astype(np.uint16)
+    samples: NDArray[np.uint16] = values.astype(np.uint16)
     if isinstance(picture, TiffImagePlugin.TiffImageFile):  # Pillow does this up to 8 bits only
         if picture.tag_v2.get(_TAG.BitsPerSample) == (12,):
-            values = values << 4
+            samples <<= 4
         if picture.tag_v2.get(_TAG.PhotometricInterpretation) == 0:
-            values = 0xFFFF - values
-    return values
+            samples = ~samples
+    return samples
 
 
 def _exact(colour: Colour | bytes | None) -> Colour | None:

@@ -1,10 +1,9 @@
 """Which picture format a file has, and why it is not read."""
 
-import importlib
 import importlib.util
 import io
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -49,6 +48,7 @@ _STARTS: tuple[tuple[bytes, str], ...] = (
     (b"DDS ", "DDS"),
     (b"gimp xcf", "XCF (GIMP)"),
     (b"qoif", "QOI"),
+    (b"P7\n", "PAM"),
     (b"farbfeld", "farbfeld"),
     (b"SIMPLE  =", "FITS"),
     (b"\0\0\x01\0", "ICO"),
@@ -135,26 +135,29 @@ def open_file(data: bytes, format: str) -> ImageFile.ImageFile:
     """
     try:
         return Image.open(io.BytesIO(data), formats=[format])
+    except Image.DecompressionBombError:
+        raise
     except UnidentifiedImageError:
-        _raise_reason(data, format)
-
-
-def _raise_reason(data: bytes, format: str) -> NoReturn:
-    """`Image.open` hides why a reader refuses a file; the reader itself tells it."""
-    name = usual_name(format)
-    opener: Any = Image.OPEN[format][0]
-    try:
-        opener(io.BytesIO(data), "")
-        reason = "its header cannot be read"
+        reason = _hidden_reason(data, format)
     except Exception as e:  # readers raise many kinds of errors
-        reason = str(e) or type(e).__name__
-    if _is_variant(reason):
+        reason = str(e)
+    name = usual_name(format)
+    if any(words in reason.lower() for words in _VARIANT):
         raise UnsupportedPicture(
             f"the {name} file is of a kind that is not read: {reason}; convert it to PNG"
         )
-    raise PictureError(f"the {name} file is damaged: {reason}")
+    raise PictureError(f"the {name} file is damaged and cannot be read: {reason}")
 
 
-def _is_variant(reason: str) -> bool:
-    """Whether Pillow's reason is about a valid variant, rather than about damage."""
-    return reason.lower().startswith(("unsupported", "unknown", "unrecognized", "cannot handle"))
+def _hidden_reason(data: bytes, format: str) -> str:
+    """`Image.open` hides why a reader refuses a file; the reader itself tells it."""
+    opener: Any = Image.OPEN[format][0]
+    try:
+        opener(io.BytesIO(data), "")
+    except Exception as e:
+        return str(e) or type(e).__name__
+    return "its header cannot be read"
+
+
+_VARIANT = ("unsupported", "unknown pixel mode", "cannot handle", "not implemented", "unrecognized")
+"""Pillow's reasons that are about a valid variant, rather than about damage."""

@@ -53,11 +53,6 @@ class Png:
     def has_alpha(self) -> bool:
         return self.kind in {4, 6}
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row that is not interlaced, with its filter."""
-        return 1 + (self.width * _CHANNELS[self.kind] * self.depth + 7) // 8
-
     def file(self) -> io.BytesIO:
         """A PNG file of the chunks that pixels need."""
         out = io.BytesIO()
@@ -138,11 +133,6 @@ class Png:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             return np.asarray(picture).reshape(shape)
 
-    def rows_present(self) -> int:
-        """Count the rows that a truncated file still has."""
-        unpacker, size = zlib.decompressobj(), self.height * self.row_bytes
-        return len(unpacker.decompress(b"".join(self.idat), size)) // self.row_bytes
-
 
 def parse(data: bytes, max_pixels: int) -> Png:
     """Read a PNG file's chunks.
@@ -158,7 +148,8 @@ def parse(data: bytes, max_pixels: int) -> Png:
         raise PictureError("the PNG file is broken: its first chunk is not IHDR with 13 bytes")
     if not whole:
         raise PictureError("the PNG file is broken: its chunk IHDR has a wrong checksum")
-    png = Png(*struct.unpack(">IIBBxx?", content), other={name: bytes(content)})
+    width, height, depth, kind, interlaced = struct.unpack(">IIBBxx?", content)
+    png = Png(width, height, depth, kind, interlaced, other={name: bytes(content)})
     if png.depth not in _DEPTHS.get(png.kind, ()):
         raise PictureError(
             f"the PNG file is broken: colour type {png.kind} with {png.depth} bits does not exist"

@@ -100,29 +100,42 @@ def orientation(exif: bytes) -> int | None:
     return directories.integer(directories.first, _TAG.Orientation)
 
 
-def prepare(source: TiffImagePlugin.TiffImageFile, data: bytes, max_pixels: int) -> int | None:
-    """Check a TIFF file before it is decoded, and mend what Pillow reads wrongly.
+def check(data: bytes, max_pixels: int) -> None:
+    """Check a TIFF file before Pillow opens it.
 
-    Returns the orientation if Pillow does not apply it itself. Raises `PictureTooLarge` if tiles
-    are larger than `max_pixels`, `UnsupportedPicture` for a camera's raw file.
+    Raises `UnsupportedPicture` for a camera's raw file and for unknown compression,
+    `PictureTooLarge` if tiles are larger than `max_pixels`.
     """
-    directories, directory = Directories(data), source.tag_v2.offset
+    directories = Directories(data)
+    directory = directories.first
+    if _is_raw(directories, directory):
+        raise UnsupportedPicture(
+            "the file is a camera's raw file, which is not read; develop it to JPEG, PNG or TIFF"
+        )
+    compression = directories.integer(directory, _TAG.Compression)
+    if compression is not None and compression not in TiffImagePlugin.COMPRESSION_INFO:
+        raise UnsupportedPicture(
+            f"the TIFF file has compression {compression}, which is not read; use LZW or Deflate"
+        )
     width, height = _tile_size(directories, directory)
     if width * height > max_pixels:  # libtiff unpacks whole tiles
         raise PictureTooLarge(
             f"the TIFF file has tiles of {width}×{height} pixels; the limit is {max_pixels}"
         )
-    if _is_raw(directories, directory):
-        raise UnsupportedPicture(
-            "the file is a camera's raw file, which is not read; develop it to JPEG, PNG or TIFF"
-        )
+
+
+def prepare(source: TiffImagePlugin.TiffImageFile, data: bytes) -> int | None:
+    """Mend what Pillow reads wrongly in an opened file.
+
+    Returns the orientation if Pillow does not apply it itself.
+    """
     source.info.pop("xmp", None)  # Pillow looks for an orientation there
     _mend_palette(source)
-    entries = {entry.tag: entry for entry in directories.entries(directory)}
-    turned = entries.get(_TAG.Orientation)
-    if turned is None or turned.kind != 1:
-        return None
-    return next(iter(directories.integers(turned, 1)), None)
+    directories = Directories(data)
+    for entry in directories.entries(directories.first):
+        if entry.tag == _TAG.Orientation and entry.kind == 1:
+            return next(iter(directories.integers(entry, 1)), None)
+    return None
 
 
 def _tile_size(directories: Directories, directory: int) -> tuple[int, int]:
