@@ -24,7 +24,7 @@ from models.geometry import check_size
 from models.image_color import Colour
 
 _TAG = ExifTags.Base
-MISSING = "the picture is truncated: pixels are missing at its end"
+MISSING = "the picture is truncated: pixels are missing"
 """Note on a picture that was read in part."""
 
 

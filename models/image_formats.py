@@ -58,7 +58,7 @@ _STARTS: tuple[tuple[bytes, str], ...] = (
     (b"PK\x03\x04", "ZIP"),
     (b"\x1f\x8b", "gzip"),
     (b"\x93NUMPY", "NPY"),
-    (b"MSH", "MSH (a bitstream)"),
+    (b"\x8dMSH", "MSH (a bitstream, to be decoded)"),
     (b"\x1aE\xdf\xa3", "WebM or Matroska video"),
 )  # fmt: skip
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"II+\0", b"MM\0+")

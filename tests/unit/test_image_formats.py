@@ -90,10 +90,11 @@ def test_a_jpeg_that_lacks_only_its_end_marker_is_read(
 def test_half_a_file_is_read_with_a_note_and_refused_without(
     small: image.Pixels, format: str
 ) -> None:
-    data = file(Image.fromarray(small), format)
+    data = file(Image.fromarray(small), format, **({"interlace": 0} if format == "GIF" else {}))
     half = data[: len(data) // 2]
     picture = image.read_with_notes(half, 10**6)
-    assert np.array_equal(picture.pixels[:10], image.read(data, 10**6)[:10])
+    rows = slice(-10, None) if format == "BMP" else slice(10)  # BMP begins at the bottom
+    assert np.array_equal(picture.pixels[rows], image.read(data, 10**6)[rows])
     assert "truncated" in picture.notes[0]
     with pytest.raises(PictureError, match="truncated"):
         image.read(half, 10**6)
