@@ -71,17 +71,21 @@ _BRANDS = 64
 def name_of(data: bytes) -> str | None:
     """Return a file's format by its first bytes, as Pillow names it if it is read; None if the
     format is not known."""
-    if data[:4] in _TIFF_STARTS and data[8:10] != b"CR":
+    for start, name in _STARTS:
+        if data.startswith(start):
+            return name
+    if data[:4] in _TIFF_STARTS:
         return "TIFF"
+    if data[4:8] == b"ftyp":
+        return _of_brands(data)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
     if data[:1] == b"P" and data[1:2] in b"123456fFy" and data[2:3].isspace():
         return "PPM"
-    if data[4:8] == b"ftyp":
-        return _of_brands(data)
-    for start, name in _STARTS:
-        if data.startswith(start):
-            return name
+    return _of_text(data)
+
+
+def _of_text(data: bytes) -> str | None:
     head = data[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith(b"<svg") or (head.startswith(b"<?xml") and b"<svg" in head):
         return "SVG"

@@ -141,19 +141,7 @@ def parse(data: bytes, max_pixels: int) -> Png:
     `max_pixels`.
     """
     chunks = _chunks(data)
-    name, content, whole = next(chunks, (b"", memoryview(b""), False))
-    if name == b"CgBI":
-        raise UnsupportedPicture("Apple's CgBI variant of PNG is not read; use a standard PNG")
-    if name != b"IHDR" or len(content) != 13:
-        raise PictureError("the PNG file is broken: its first chunk is not IHDR with 13 bytes")
-    if not whole:
-        raise PictureError("the PNG file is broken: its chunk IHDR has a wrong checksum")
-    width, height, depth, kind, interlaced = struct.unpack(">IIBBxx?", content)
-    png = Png(width, height, depth, kind, interlaced, other={name: bytes(content)})
-    if png.depth not in _DEPTHS.get(png.kind, ()):
-        raise PictureError(
-            f"the PNG file is broken: colour type {png.kind} with {png.depth} bits does not exist"
-        )
+    png = _header(chunks)
     check_size(png.height, png.width, max_pixels)
     for name, content, whole in chunks:
         if name == b"IDAT":
@@ -167,6 +155,23 @@ def parse(data: bytes, max_pixels: int) -> Png:
     if png.kind == _PALETTE and b"PLTE" not in png.other:
         raise PictureError("the PNG file is broken: it has no palette (chunk PLTE)")
     return png
+
+
+def _header(chunks: Iterator[tuple[bytes, memoryview, bool]]) -> Png:
+    """Read the first chunk, IHDR."""
+    name, content, whole = next(chunks, (b"", memoryview(b""), False))
+    if name == b"CgBI":
+        raise UnsupportedPicture("Apple's CgBI variant of PNG is not read; use a standard PNG")
+    if name != b"IHDR" or len(content) != 13:
+        raise PictureError("the PNG file is broken: its first chunk is not IHDR with 13 bytes")
+    if not whole:
+        raise PictureError("the PNG file is broken: its chunk IHDR has a wrong checksum")
+    width, height, depth, kind, interlaced = struct.unpack(">IIBBxx?", content)
+    if depth not in _DEPTHS.get(kind, ()):
+        raise PictureError(
+            f"the PNG file is broken: colour type {kind} with {depth} bits does not exist"
+        )
+    return Png(width, height, depth, kind, interlaced, other={name: bytes(content)})
 
 
 _USED = {b"PLTE", b"tRNS", b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"eXIf"}

@@ -416,3 +416,13 @@ def test_jpeg_xl_files_are_read_where_the_extra_is_installed() -> None:
     assert np.array_equal(image.read(data, 10**6), pixels)
     with pytest.raises(PictureTooLarge, match="64×48"):
         image.read(data, 1000)
+
+
+@pytest.mark.parametrize("module", ["pi_heif", "pillow_jxl"])
+def test_broken_heic_and_jpeg_xl_files_are_named(module: str) -> None:
+    pytest.importorskip(module)
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+    data, name = {"pi_heif": (heic, "HEIC"), "pillow_jxl": (b"\xff\x0a\0\0\0", "JPEG XL")}[module]
+    with pytest.raises(PictureError, match=name) as caught:
+        image.read(data, 10**6)
+    assert not isinstance(caught.value, UnsupportedPicture)
