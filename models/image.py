@@ -3,21 +3,17 @@
 import io
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import (
-    ExifTags,
-    Image,
-    ImageCms,
-    PngImagePlugin,
-    TiffImagePlugin,
-    UnidentifiedImageError,
-)
+from PIL import ExifTags, Image, PngImagePlugin
 
-from models.errors import AfterimageError, PictureError, PictureTooLarge, UnsupportedPicture
-from models.geometry import check_size
+from models import image_color, image_decode, image_formats
+from models.errors import AfterimageError, PictureError, PictureTooLarge
+from models.image_color import Colour
+from models.image_formats import usual_name
 
 Pixels = NDArray[np.uint8]
 OutputFormat = Literal["png", "jpeg", "webp", "avif", "npy"]
@@ -37,16 +33,6 @@ SUFFIXES: Mapping[str, OutputFormat] = {
     ".avif": "avif",
     ".npy": "npy",
 }
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM")
-"""Formats that `read` accepts: those whose size is known before their pixels are decoded."""
-MAX_SCANS = 1000
-"""Limit on scans in a JPEG file. A scan can be as short as 14 bytes, and each takes 1 ms per
-megapixel to decode. Cameras write one scan, progressive files ten. Scans are counted by their
-marker, and data behind the picture may contain some hundred more markers."""
-_BIGTIFF = 43
-"""Version number of TIFF files with 64-bit offsets; other TIFF files have 42."""
-_TIFF_INTEGERS = {3: 2, 4: 4}
-"""TIFF field types that a tile's side may have (SHORT, LONG) -> their size in bytes."""
 ENCODERS: Mapping[OutputFormat, Mapping[str, Any]] = {
     "png": {"format": "PNG", "compress_level": 1, "compress_type": zlib.Z_RLE},
     "jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
@@ -71,8 +57,6 @@ perceptual one of 768×512, and an instant one of 3840×2160. For comparison, `g
 
 PNG with Z_HUFFMAN_ONLY takes a tenth less time, but flat pictures get larger. JPEG and AVIF are
 lossy: 47.6 and 45.6 dB PSNR to the instant picture."""
-_PNG_DEPTH = 24
-"""Position of the byte with the bits per sample in a PNG file."""
 _TAG = ExifTags.Base
 _TRANSPOSE: Mapping[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -86,38 +70,52 @@ _TRANSPOSE: Mapping[object, Image.Transpose] = {
 """EXIF orientation -> the operation that makes the picture upright."""
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture file's pixels (H, W, 3) in sRGB, and what its owner should know about them."""
+
+    pixels: Pixels
+    notes: tuple[str, ...] = ()
+
+
 def read(data: bytes, max_pixels: int) -> Pixels:
     """Read a picture file to (H, W, 3) uint8 in sRGB.
 
-    The EXIF orientation and the ICC profile are applied; both are ignored if they are broken.
-    Transparent pixels are blended with white. The transparent colour (tRNS) of a 16-bit PNG is
-    ignored. Samples of 16 bits are reduced to their upper 8 bits. Of several frames only the first
-    is read.
+    The EXIF orientation and the colours (ICC profile, codes of H.273, a PNG's gamma) are applied;
+    both are ignored if they are broken. Transparent pixels are blended with white. Samples of 16
+    bits keep their upper 8, after colours are applied. Of several frames, the first is read.
 
-    Raises `UnsupportedPicture` for other formats, `PictureTooLarge` for more than `max_pixels`
-    (before they are decoded), `PictureError` for a damaged file.
+    Raises `UnsupportedPicture` for other formats and for HDR, `PictureTooLarge` for more than
+    `max_pixels` (before they are decoded), `PictureError` for a damaged or truncated file. A file
+    that lacks only its end, but no pixels, is read.
+    """
+    picture = read_with_notes(data, max_pixels)
+    if picture.notes:
+        raise PictureError(f"the picture is damaged and cannot be read: {'; '.join(picture.notes)}")
+    return picture.pixels
+
+
+def read_with_notes(data: bytes, max_pixels: int) -> Picture:
+    """Read a picture file as `read` does, but read a truncated file as far as it goes.
+
+    `notes` says that pixels are missing: those are grey in a JPEG file, black in others.
     """
     if not data:
         raise PictureError("the picture is empty: it has 0 bytes")
+    format = image_formats.check(data)
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as source:
-            check_size(source.height, source.width, max_pixels)
-            _check_work(source, data, max_pixels)
-            source.load()
-            if source.format == "PNG" and data[_PNG_DEPTH] == 16:
-                source.info.pop("transparency", None)  # Pillow misreads its 16 bits as 8
-            upright = _upright(_eight_bits(source), _orientation(source))
-            picture = _to_rgb(upright, source.info.get("icc_profile"))
+        decoded = image_decode.decode(data, format, max_pixels)
+        upright = _upright(decoded.picture, decoded.orientation)
+        pixels = _to_rgb(upright, decoded.colour)
     except AfterimageError:
         raise
-    except UnidentifiedImageError as e:
-        formats = ", ".join(FORMATS)
-        raise UnsupportedPicture(f"not a picture in a supported format; use {formats}") from e
     except Image.DecompressionBombError as e:
         raise PictureTooLarge(str(e)) from e
     except Exception as e:  # Pillow raises many kinds of errors for damaged files
-        raise PictureError(f"the picture is damaged and cannot be read: {e}") from e
-    return np.array(picture)
+        raise PictureError(
+            f"the {usual_name(format)} file is damaged and cannot be read: {e}"
+        ) from e
+    return Picture(pixels, decoded.notes)
 
 
 def write(pixels: Pixels, format: OutputFormat, text: Mapping[str, str] | None = None) -> bytes:
@@ -157,114 +155,25 @@ def _exif(text: Mapping[str, str]) -> Image.Exif:
     return exif
 
 
-def _check_work(source: Image.Image, data: bytes, max_pixels: int) -> None:
-    """Refuse pictures that take much more time or memory to decode than their size suggests.
-
-    Raises `PictureError` for JPEG files of too many scans, `PictureTooLarge` for TIFF files whose
-    tiles are larger than `max_pixels`.
-    """
-    if source.format in {"JPEG", "MPO"}:
-        scans = data.count(b"\xff\xda")
-        if scans > MAX_SCANS:
-            raise PictureError(f"the JPEG file has {scans} scans; the limit is {MAX_SCANS} scans")
-    if isinstance(source, TiffImagePlugin.TiffImageFile):  # libtiff unpacks whole tiles
-        width, height = _tile_size(data, source.tag_v2.offset)
-        if width * height > max_pixels:
-            raise PictureTooLarge(
-                f"the TIFF file has tiles of {width}×{height} pixels; the limit is {max_pixels}"
-            )
-
-
-def _tile_size(data: bytes, directory: int) -> tuple[int, int]:
-    """Return width and height of a TIFF file's tiles; 0 if it has none.
-
-    They are read from the bytes of the directory, because Pillow skips entries that libtiff reads.
-    If a tag is repeated, the largest value counts. Raises `PictureError` unless the sides are
-    single integers.
-    """
-    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
-
-    def number(at: int, size: int) -> int:
-        return int.from_bytes(data[at : at + size], order)
-
-    word, size, value = (8, 20, 12) if number(2, 2) == _BIGTIFF else (4, 12, 8)
-    first = directory + (8 if word == 8 else 2)
-    end = min(first + number(directory, first - directory) * size, len(data))
-    sides = {int(_TAG.TileWidth): 0, int(_TAG.TileLength): 0}
-    for at in range(first, end, size):
-        if (tag := number(at, 2)) in sides:
-            kind, count = number(at + 2, 2), number(at + 4, word)
-            if kind not in _TIFF_INTEGERS or count != 1:
-                raise PictureError(
-                    f"the TIFF file's tile sides are not integers: field type {kind}, count {count}"
-                )
-            sides[tag] = max(sides[tag], number(at + value, _TIFF_INTEGERS[kind]))
-    width, height = sides.values()
-    return width, height
-
-
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Reduce grey pictures of up to 16 bits to their upper 8 bits; return others unchanged.
-
-    Raises `UnsupportedPicture` for floating-point samples and for more than 16 bits. Pillow reads
-    colour with 8 bits always.
-    """
-    if picture.mode == "F":
-        raise UnsupportedPicture("floating-point samples are not supported; use 8 or 16 bits")
-    if picture.mode != "I" and not picture.mode.startswith("I;16"):
-        return picture
-    values = np.asarray(picture)
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise UnsupportedPicture("samples of more than 16 bits are not supported; use 8 or 16 bits")
-    if isinstance(picture, TiffImagePlugin.TiffImageFile):  # Pillow does this up to 8 bits only
-        if picture.tag_v2.get(_TAG.BitsPerSample) == (12,):
-            values = values << 4
-        if picture.tag_v2.get(_TAG.PhotometricInterpretation) == 0:
-            values = 0xFFFF - values
-    return Image.fromarray((values >> 8).astype(np.uint8))
-
-
-def _orientation(picture: Image.Image) -> object:
-    """Return the orientation from EXIF or XMP; None if it is missing or broken.
-
-    The picture must be loaded. Pillow applies the orientation of TIFF files itself.
-    """
-    try:
-        return picture.getexif().get(_TAG.Orientation)
-    except Exception:  # Pillow raises many kinds of errors for broken EXIF data
-        return None
-
-
-def _upright(picture: Image.Image, orientation: object) -> Image.Image:
+def _upright(picture: Image.Image, orientation: int | None) -> Image.Image:
     operation = _TRANSPOSE.get(orientation)
     return picture if operation is None else picture.transpose(operation)
 
 
-def _to_rgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    """Convert any mode to RGB: apply the ICC profile and blend transparent pixels with white."""
+def _to_rgb(picture: Image.Image, colour: Colour | bytes | None) -> Pixels:
+    """Convert any mode to RGB: apply the colours and blend transparent pixels with white."""
     alpha = None
-    if picture.mode == "L" and "transparency" in picture.info:
-        picture = picture.convert("LA")  # stays grey, as its profile is for grey
-    elif picture.mode in {"P", "PA", "1", "YCbCr"} or "transparency" in picture.info:
+    if picture.mode in {"P", "PA", "1", "YCbCr"} or "transparency" in picture.info:
         picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     if picture.mode in {"RGBA", "LA"}:
         alpha = picture.getchannel("A")
         picture = picture.convert("RGB" if picture.mode == "RGBA" else "L")
-    if profile and picture.mode in {"RGB", "L", "CMYK"}:
-        picture = _to_srgb(picture, profile)
+    if isinstance(colour, bytes) and picture.mode in {"RGB", "L", "CMYK"}:
+        picture = image_color.apply_profile(picture, colour)
     picture = picture.convert("RGB")
+    if isinstance(colour, Colour):
+        picture = Image.fromarray(image_color.to_srgb(np.asarray(picture), colour))
     if alpha is not None:
         white = Image.new("RGB", picture.size, (255, 255, 255))
         picture = Image.composite(picture, white, alpha)
-    return picture
-
-
-def _to_srgb(picture: Image.Image, profile: bytes) -> Image.Image:
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(
-            picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
-    except (ImageCms.PyCMSError, OSError):  # ignore a profile that is broken or of another mode
-        return picture
-    return picture if converted is None else converted
+    return np.array(picture)

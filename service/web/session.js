@@ -302,7 +302,8 @@ const requeue = (id) => api.retry(id).catch((e) => {
 
 // A photograph on white, as the service encodes it.
 async function onWhite(photo) {
-  const bitmap = await createImageBitmap(photo);
+  const { toUpright } = await import("./upright.js");
+  const bitmap = await toUpright(photo);
   if (photo.type === "image/jpeg") return bitmap;
   const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
   const context = canvas.getContext("2d");

@@ -2,8 +2,6 @@
 
 import io
 import struct
-import zlib
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from PIL import ExifTags, Image, ImageCms
 from models import image
 from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
 from tests.support.data import psnr
+from tests.support.pictures import png
 
 
 def file(picture: Image.Image, format: str = "PNG", **options: Any) -> bytes:
@@ -127,24 +126,6 @@ def test_a_transparent_colour_becomes_white() -> None:
     assert tuple(image.read(file(palette, "GIF"), 10**6)[0, 0]) == (0, 255, 0)
 
 
-def test_a_transparent_colour_of_a_16_bit_png_is_ignored() -> None:
-    """Pillow compares a sample's upper byte with the colour's lower one: a wrong match."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        body = kind + content
-        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
-    for sample, colour in (
-        ((0x40,) * 3, (0, 0, 0)),
-        ((0x2FF, 0x4FF, 0x6FF), (0x102, 0x304, 0x506)),
-    ):
-        row = zlib.compress(b"\0" + struct.pack(">HHH", *sample))
-        chunks = head, chunk(b"tRNS", struct.pack(">HHH", *colour)), chunk(b"IDAT", row)
-        data = b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b"")
-        assert image.read(data, 10**6)[0, 0].tolist() == [value >> 8 for value in sample]
-
-
 @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "LA", "LAB", "YCbCr"])
 def test_other_modes_become_rgb(small: image.Pixels, mode: str) -> None:
     source = Image.fromarray(small)
@@ -204,20 +185,8 @@ def test_grey_tiffs_of_12_bits_and_with_white_as_zero_are_converted(
 def test_16_bit_colour_keeps_its_upper_8_bits(
     kind: int, samples: tuple[int, ...], seen: tuple[int, ...]
 ) -> None:
-    data = png16(kind, struct.pack(f">{len(samples)}H", *samples))
+    data = png(kind, 16, struct.pack(f">{len(samples)}H", *samples))
     assert tuple(image.read(data, 10**6)[0, 0]) == seen
-
-
-def png16(kind: int, pixel: bytes) -> bytes:
-    """A PNG of one pixel of colour type `kind`, 16 bits a sample, which Pillow does not write."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        crc = zlib.crc32(name + data)
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc)
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, kind, 0, 0, 0))
-    body = chunk(b"IDAT", zlib.compress(b"\0" + pixel))
-    return b"\x89PNG\r\n\x1a\n" + head + body + chunk(b"IEND", b"")
 
 
 def test_an_srgb_profile_changes_nothing(small: image.Pixels) -> None:

@@ -1,0 +1,64 @@
+"""JPEG files: limits, and files that end early."""
+
+import io
+
+from PIL import Image
+
+from models.errors import PictureError, UnsupportedPicture
+
+MAX_SCANS = 1000
+"""Limit on scans in a JPEG file. A scan can be as short as 14 bytes, and each takes 1 ms per
+megapixel to decode. Cameras write one scan, progressive files ten. Scans are counted by their
+marker, and data behind the picture may contain some hundred more markers."""
+_END = b"\xff\xd9"
+_FILLER = b"\x5a\xa5\x36\x99" * 16
+"""Bits that no encoder wrote."""
+_NOT_READ = {0xC3: "lossless", 0xC5: "hierarchical", 0xC6: "hierarchical", 0xC7: "hierarchical",
+             0xCB: "lossless", 0xCD: "hierarchical", 0xCE: "hierarchical",
+             0xCF: "hierarchical"}  # fmt: skip
+"""Markers of frames (ITU-T T.81, table B.1) -> process."""
+_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_MAX_SEGMENTS = 10_000
+
+
+def check(data: bytes) -> None:
+    """Refuse processes that libjpeg does not decode, and files of too many scans."""
+    scans = data.count(b"\xff\xda")
+    if scans > MAX_SCANS:
+        raise PictureError(f"the JPEG file has {scans} scans; the limit is {MAX_SCANS} scans")
+    process = _NOT_READ.get(_frame(data))
+    if process is not None:
+        raise UnsupportedPicture(
+            f"the JPEG file is {process}, which is not read; convert it to PNG"
+        )
+
+
+def _frame(data: bytes) -> int:
+    """Return the marker of the first frame; 0 if there is none."""
+    at = 2
+    for _ in range(_MAX_SEGMENTS):
+        if data[at : at + 1] != b"\xff" or at + 4 > len(data):
+            return 0
+        marker = data[at + 1]
+        if marker in _FRAMES:
+            return marker
+        if marker == 0xFF:
+            at += 1
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 0
+
+
+def read_truncated(data: bytes) -> tuple[Image.Image, bool]:
+    """Decode a file that ends early, with grey where pixels are missing, as browsers do.
+
+    The second value says whether all pixels are there. If they are, bits that follow the file's
+    last byte change nothing.
+    """
+    rest = data.rstrip(b"\xff")
+    picture, filled = (
+        Image.open(io.BytesIO(rest + more + _END), formats=["JPEG"]) for more in (b"", _FILLER)
+    )
+    picture.load()
+    filled.load()
+    return picture, picture.tobytes() == filled.tobytes()

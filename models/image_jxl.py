@@ -1,0 +1,67 @@
+"""JPEG XL files, which the plugin `pillow_jxl` decodes (extra `jxl`)."""
+
+import importlib
+import io
+from typing import Any
+
+from PIL import Image
+
+from models.errors import PictureError
+
+_CONTAINER = b"\0\0\0\x0cJXL \r\n\x87\n"
+_RATIOS = {1: (1, 1), 2: (12, 10), 3: (4, 3), 4: (3, 2), 5: (16, 9), 6: (5, 4), 7: (2, 1)}
+"""ISO/IEC 18181-1, table of SizeHeader's ratio -> width to height."""
+
+
+def size(data: bytes) -> tuple[int, int]:
+    """Return width and height (ISO/IEC 18181-1, SizeHeader), since the plugin decodes at once.
+
+    Raises `PictureError` if there is no codestream.
+    """
+    stream = _codestream(data) if data.startswith(_CONTAINER) else data[:64]
+    if stream[:2] != b"\xff\x0a":
+        raise PictureError("the JPEG XL file is damaged: it has no codestream")
+    bits, at = int.from_bytes(stream[2:64], "little"), 0
+
+    def take(count: int) -> int:
+        nonlocal at
+        at += count
+        return bits >> (at - count) & ((1 << count) - 1)
+
+    small = take(1)
+
+    def side() -> int:
+        return (take(5) + 1) * 8 if small else take((9, 13, 18, 30)[take(2)]) + 1
+
+    height = side()
+    ratio = take(3)
+    if ratio == 0:
+        return side(), height
+    wide, high = _RATIOS[ratio]
+    return height * wide // high, height
+
+
+def _codestream(data: bytes) -> bytes:
+    """Return the beginning of the codestream in a container."""
+    at = 0
+    for _ in range(1000):
+        length, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        start = at + 8
+        if length == 1:
+            length, start = int.from_bytes(data[start : start + 8], "big"), start + 8
+        if name == b"jxlc":
+            return data[start : start + 64]
+        if name == b"jxlp":
+            return data[start + 4 : start + 68]
+        if length < 8:
+            break
+        at += length
+    return b""
+
+
+def read(data: bytes) -> tuple[Image.Image, bytes | None]:
+    """Decode a file: the picture and its ICC profile. libjxl applies the orientation."""
+    plugin: Any = importlib.import_module("pillow_jxl.JpegXLImagePlugin")
+    picture = plugin.JXLImageFile(io.BytesIO(data))
+    picture.load()
+    return picture, picture.info.get("icc_profile")

@@ -1,0 +1,218 @@
+"""TIFF files, and Exif data, which have the same structure: what Pillow reads wrongly or not."""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import ExifTags, ImagePalette, TiffImagePlugin
+
+from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
+
+TiffImagePlugin.READ_LIBTIFF = True
+"""libtiff reads uncompressed files too: Pillow's own reader takes planes of 16 bits for 8, and
+does not know subsampled YCbCr."""
+_TAG = ExifTags.Base
+_BIGTIFF = 43
+"""Version number of TIFF files with 64-bit offsets; other TIFF files have 42."""
+_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8,
+          13: 4, 16: 8, 17: 8, 18: 8}  # fmt: skip
+"""Field type -> bytes of a value."""
+_INTEGERS = {1, 3, 4, 13, 16, 18}
+"""Field types that are unsigned integers: BYTE, SHORT, LONG, IFD, LONG8, IFD8."""
+_RAW_PHOTOMETRIC = {32803, 34892}
+"""Samples of a camera's sensor: colour filter array, linear raw."""
+_DNG_VERSION = 50706
+_MAX_DIRECTORIES = 20
+"""Limit on the directories that are searched for a camera's raw samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One field of a directory. `at` is the offset of its values in the file."""
+
+    tag: int
+    kind: int
+    count: int
+    at: int
+
+
+class Directories:
+    """The directories of a TIFF file or of Exif data."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
+        self.big = _BIGTIFF in (data[2:3] + data[3:4])
+        self.word = 8 if self.big else 4
+        self.first = self.number(8, 8) if self.big else self.number(4, 4)
+
+    def number(self, at: int, size: int) -> int:
+        return int.from_bytes(self.data[at : at + size], self.order)
+
+    def entries(self, directory: int) -> Iterator[Entry]:
+        """Yield the fields of the directory at this offset; none where the file has ended."""
+        start, size = self._table(directory)
+        for at in range(start, min(self._end(directory), len(self.data) - size + 1), size):
+            tag, kind = self.number(at, 2), self.number(at + 2, 2)
+            count, value = self.number(at + 4, self.word), at + 4 + self.word
+            if count * _SIZES.get(kind, 1) > self.word:
+                value = self.number(value, self.word)
+            yield Entry(tag, kind, count, value)
+
+    def next(self, directory: int) -> int:
+        """Return the offset of the next directory; 0 if there is none."""
+        return self.number(self._end(directory), self.word)
+
+    def integers(self, entry: Entry, limit: int = 16) -> list[int]:
+        """Return up to `limit` values of a field; none if it has no integers."""
+        if entry.kind not in _INTEGERS:
+            return []
+        size = _SIZES[entry.kind]
+        count = min(entry.count, limit)
+        return [self.number(entry.at + i * size, size) for i in range(count)]
+
+    def integer(self, directory: int, tag: int) -> int | None:
+        """Return the first value of a tag; None if it is missing or no integer."""
+        for entry in self.entries(directory):
+            if entry.tag == tag:
+                return next(iter(self.integers(entry, 1)), None)
+        return None
+
+    def _table(self, directory: int) -> tuple[int, int]:
+        """Offset of the first field, and bytes of a field."""
+        return (directory + 8, 20) if self.big else (directory + 2, 12)
+
+    def _end(self, directory: int) -> int:
+        start, size = self._table(directory)
+        return start + self.number(directory, start - directory) * size
+
+
+def orientation(exif: bytes) -> int | None:
+    """Return the orientation in Exif data; None if it is missing or broken.
+
+    Some programs store it as BYTE or LONG instead of SHORT.
+    """
+    exif = exif.removeprefix(b"Exif\0\0")
+    if exif[:4] not in {b"II*\0", b"MM\0*"}:
+        return None
+    directories = Directories(exif)
+    return directories.integer(directories.first, _TAG.Orientation)
+
+
+def check(data: bytes, max_pixels: int) -> None:
+    """Check a TIFF file before Pillow opens it.
+
+    Raises `UnsupportedPicture` for a camera's raw file and for unknown compression,
+    `PictureTooLarge` if tiles are larger than `max_pixels`.
+    """
+    directories = Directories(data)
+    directory = directories.first
+    if _is_raw(directories, directory):
+        raise UnsupportedPicture(
+            "the file is a camera's raw file, which is not read; develop it to JPEG, PNG or TIFF"
+        )
+    compression = directories.integer(directory, _TAG.Compression)
+    if compression is not None and compression not in TiffImagePlugin.COMPRESSION_INFO:
+        raise UnsupportedPicture(
+            f"the TIFF file has compression {compression}, which is not read; use LZW or Deflate"
+        )
+    width, height = _tile_size(directories, directory)
+    if width * height > max_pixels:  # libtiff unpacks whole tiles
+        raise PictureTooLarge(
+            f"the TIFF file has tiles of {width}×{height} pixels; the limit is {max_pixels}"
+        )
+
+
+def prepare(source: TiffImagePlugin.TiffImageFile, data: bytes) -> int | None:
+    """Mend what Pillow reads wrongly in an opened file.
+
+    Returns the orientation if Pillow does not apply it itself.
+    """
+    source.info.pop("xmp", None)  # Pillow looks for an orientation there
+    _mend_palette(source)
+    directories = Directories(data)
+    for entry in directories.entries(directories.first):
+        if entry.tag == _TAG.Orientation and entry.kind == 1:
+            return next(iter(directories.integers(entry, 1)), None)
+    return None
+
+
+def _tile_size(directories: Directories, directory: int) -> tuple[int, int]:
+    """Return width and height of a TIFF file's tiles; 0 if it has none.
+
+    They are read from the bytes of the directory, because Pillow skips entries that libtiff reads.
+    If a tag is repeated, the largest value counts. Raises `PictureError` unless the sides are
+    single integers.
+    """
+    sides = {int(_TAG.TileWidth): 0, int(_TAG.TileLength): 0}
+    for entry in directories.entries(directory):
+        if entry.tag in sides:
+            if entry.kind not in {3, 4} or entry.count != 1:
+                raise PictureError(
+                    "the TIFF file's tile sides are not integers: "
+                    f"field type {entry.kind}, count {entry.count}"
+                )
+            sides[entry.tag] = max(sides[entry.tag], *directories.integers(entry))
+    width, height = sides.values()
+    return width, height
+
+
+def _is_raw(directories: Directories, directory: int) -> bool:
+    """Whether this directory, or one that hangs on it, holds a sensor's samples.
+
+    Raw files begin with a small picture for display.
+    """
+    if directories.data[8:10] == b"CR":
+        return True
+    waiting, seen = [directory], set[int]()
+    while waiting and len(seen) < _MAX_DIRECTORIES:
+        at = waiting.pop()
+        if at == 0 or at in seen or at >= len(directories.data):
+            continue
+        seen.add(at)
+        for entry in directories.entries(at):
+            if entry.tag == _DNG_VERSION:
+                return True
+            if entry.tag == _TAG.PhotometricInterpretation:
+                if _RAW_PHOTOMETRIC & set(directories.integers(entry, 1)):
+                    return True
+            elif entry.tag == _TAG.SubIFDs:
+                waiting += directories.integers(entry)
+        waiting.append(directories.next(at))
+    return False
+
+
+def _mend_palette(source: TiffImagePlugin.TiffImageFile) -> None:
+    """Some scanners write a palette of 8 bits where TIFF wants 16; libtiff guesses the same way."""
+    colours = source.tag_v2.get(_TAG.ColorMap, ())
+    if source.mode in {"P", "PA"} and colours and max(colours) < 256:
+        source.palette = ImagePalette.raw("RGB;L", bytes(colours))
+
+
+def as_classic(data: bytes) -> bytes:
+    """Rewrite a big-endian BigTIFF file, which Pillow refuses, as a classic TIFF file.
+
+    The values stay where they are; a directory with offsets of 32 bits is appended. Only the first
+    directory is kept.
+    """
+    directories = Directories(data)
+    fields, appended = [], bytearray(data)
+    appended += bytes(len(appended) % 2)
+    for entry in directories.entries(directories.first):
+        kind, size = entry.kind, _SIZES.get(entry.kind, 1)
+        values = data[entry.at : entry.at + entry.count * size]
+        if kind in {16, 18}:  # LONG8, IFD8
+            longs = struct.unpack(f">{len(values) // 8}Q", values[: len(values) // 8 * 8])
+            values, kind = struct.pack(f">{len(longs)}I", *(min(v, 2**32 - 1) for v in longs)), 4
+        inline = values
+        if len(values) > 4:
+            inline = struct.pack(">I", len(appended))
+            appended += values + bytes(len(values) % 2)
+        fields.append(struct.pack(">HHI4s", entry.tag, kind, entry.count, inline))
+    appended[:8] = struct.pack(">2sHI", b"MM", 42, len(appended))
+    return bytes(appended) + struct.pack(">H", len(fields)) + b"".join(fields) + bytes(4)
+
+
+def is_big_endian_bigtiff(data: bytes) -> bool:
+    return data[:4] == b"MM\0\x2b"
