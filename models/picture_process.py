@@ -256,21 +256,26 @@ def serve(connection: "Connection[bytes, bytes]") -> None:
     with suppress(EOFError, OSError):
         while True:
             limits = json.loads(connection.recv_bytes())
-            data = connection.recv_bytes()
-            signal.setitimer(signal.ITIMER_PROF, limits["cpu_s"])  # the signal ends the process
-            try:
-                pixels = np.ascontiguousarray(image.read(data, limits["max_pixels"]))
-            except AfterimageError as e:
-                if isinstance(e.__cause__, MemoryError):
-                    raise MemoryError from e
-                connection.send_bytes(_pack(error=type(e).__name__, text=str(e)))
-            else:
-                height, width = pixels.shape[:2]
-                connection.send_bytes(_pack(height=height, width=width))
-                connection.send_bytes(pixels.data.cast("B"))
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            del data
-            pixels = None
+            _answer(connection, connection.recv_bytes(), limits["max_pixels"], limits["cpu_s"])
+
+
+def _answer(
+    connection: "Connection[bytes, bytes]", data: bytes, max_pixels: int, cpu_s: float
+) -> None:
+    """Read a picture file and send its pixels, or the error."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)  # its signal ends the process
+    try:
+        pixels = np.ascontiguousarray(image.read(data, max_pixels))
+    except AfterimageError as e:
+        if isinstance(e.__cause__, MemoryError):
+            raise MemoryError from e
+        connection.send_bytes(_pack(error=type(e).__name__, text=str(e)))
+    else:
+        height, width = pixels.shape[:2]
+        connection.send_bytes(_pack(height=height, width=width))
+        connection.send_bytes(pixels.data.cast("B"))
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _limit(memory_bytes: int) -> None:

@@ -58,7 +58,7 @@ class ServiceSettings(WorkerSettings):
         2, ge=1, description="encodes in parallel, each with a process that reads the photograph"
     )
     encode_megapixel_s: float = Field(
-        5, ge=0, description="longest time to encode, in seconds a megapixel, besides the wait below"
+        5, ge=0, description="seconds per megapixel that an encode may take, besides the wait below"
     )
     picture_cpu_s: float = Field(
         10, gt=0, description="CPU seconds that reading a photograph may take; more gets 422"

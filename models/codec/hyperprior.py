@@ -116,7 +116,7 @@ class LatentCoder:
         """Decode the y string with the first arithmetic that succeeds; otherwise raise `failure`.
 
         Arithmetics that give the same scale indexes as one before are skipped. Raises `Unavailable`
-        if the process that computes them is busy or dies: then nothing is known about the bitstream.
+        if the process that computes them is busy or dies: the bitstream may decode later.
         """
         tried = {_fingerprint(indexes)}
         for arithmetic, indexes, means in self._priors(z_symbols):

@@ -19,7 +19,11 @@ pytestmark = [pytest.mark.redis, pytest.mark.weights]
 def api(redis_urls: tuple[str, str]) -> Iterator[httpx.Client]:
     queue, cache = redis_urls
     settings = ServiceSettings(
-        REDIS_URL=queue, CACHE_REDIS_URL=cache, max_pixels=10**7, picture_cpu_s=2
+        REDIS_URL=queue,
+        CACHE_REDIS_URL=cache,
+        max_pixels=10**7,
+        picture_cpu_s=2,
+        request_timeout_s=120,
     )
     with weights.loaded_once(), run_app(settings) as client:
         yield client
@@ -40,9 +44,7 @@ def test_a_hostile_picture_is_refused_and_others_beside_it_succeed(
     assert "save it anew" in answer.json()["detail"]
 
 
-def test_instant_decodes_do_not_wait_for_photographs(
-    api: httpx.Client, small_msh: bytes
-) -> None:
+def test_instant_decodes_do_not_wait_for_photographs(api: httpx.Client, small_msh: bytes) -> None:
     attacks = 6
     with ThreadPoolExecutor(attacks) as pool:
         sent = [

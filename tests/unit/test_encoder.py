@@ -17,6 +17,7 @@ from service.encoder import Encoder
 from service.problems import Busy, DeadlineExceeded
 from service.settings import ServiceSettings
 from tests.support import hostile
+from tests.support.waiting import until
 
 DONE = Bitstream("msh", "exact", 2, "mse", 1000, 1000, b"", b"")
 
@@ -112,15 +113,13 @@ def test_a_request_that_is_cancelled_leaves_no_reader_behind(made: list[Encoder]
 
     async def scenario() -> None:
         task = asyncio.create_task(encode(one, hostile.strip_offsets()))
-        while not one.readers._busy:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(until, lambda: one.readers._busy, "the reader is busy")
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        while one.readers._busy:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(until, lambda: not one.readers._busy, "the reader has ended")
 
-    asyncio.run(asyncio.wait_for(scenario(), 60))
+    asyncio.run(scenario())
     assert one.readers._idle == []
 
 
@@ -128,8 +127,7 @@ def test_a_service_that_stops_waits_for_no_reader(made: list[Encoder]) -> None:
     one = encoder(made, picture_cpu_s=300, encodes_at_once=1)
 
     def close() -> None:
-        while not one.readers._busy:
-            time.sleep(0.01)
+        until(lambda: one.readers._busy, "the reader is busy")
         one.close()
 
     threading.Thread(target=close).start()

@@ -91,7 +91,7 @@ class Store:
 
     def _publish_committed(self, job_id: str) -> bool:
         """Publish the picture of a job whose worker committed it and then died or was suspended."""
-        status, fence = self.queue.hmget(self.key("job", job_id), "status", "fence")  # type: ignore[misc]
+        status, fence = self.queue.hmget(self.key("job", job_id), "status", "fence")
         return status == b"succeeded" and fence is not None and self.publish(job_id, int(fence))
 
     def preview(self, job_id: str) -> bytes | None:
