@@ -70,10 +70,8 @@ class _Reader:
         height, width = int(reply["height"]), int(reply["width"])
         if not 0 < height * width <= limits.max_pixels:
             raise ValueError(f"the reply has {width}×{height} pixels")
-        pixels = np.empty((height, width, 3), np.uint8)
-        if self.connection.recv_bytes_into(pixels.data.cast("B")) != pixels.nbytes:
-            raise ValueError("the reply has too few bytes")
-        return pixels
+        samples = np.frombuffer(self.connection.recv_bytes(height * width * 3), np.uint8)
+        return samples.reshape(height, width, 3).copy()  # torch wants to write to it
 
     def close(self) -> int:
         """Kill the process unless it has ended; return its exit status as `Popen.returncode`."""
@@ -201,7 +199,10 @@ class PictureReaders:
 
 @contextmanager
 def _killed_at(reader: _Reader, deadline: float, expired: threading.Event) -> Iterator[None]:
-    """Kill the reader at `deadline`, of `time.monotonic()`, and then set `expired`."""
+    """Set `expired` and kill the reader at `deadline`, of `time.monotonic()`.
+
+    Raises `EOFError` if that happened just after the block, since the reader is of no use then.
+    """
 
     def kill() -> None:
         expired.set()
@@ -214,7 +215,7 @@ def _killed_at(reader: _Reader, deadline: float, expired: threading.Event) -> It
         yield
     finally:
         timer.cancel()
-    if expired.is_set():  # it was killed just after its reply
+    if expired.is_set():
         raise EOFError
 
 

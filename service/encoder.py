@@ -1,8 +1,11 @@
 """Encodes: photographs are read in child processes, and encoded in threads of their own."""
 
+from contextlib import suppress
+
 from models import geometry
 from models.codec import codec
 from models.codec.bitstream import Bitstream, Format, Metric
+from models.errors import Unavailable
 from models.image import Pixels
 from models.library import Library
 from models.picture_process import Limits, PictureReaders, memory_limit
@@ -26,8 +29,9 @@ class Encoder:
         self.readers = PictureReaders(memory_limit(settings.max_pixels))
 
     def start(self) -> None:
-        """Start one reader. Raises `Unavailable`."""
-        self.readers.start()
+        """Start one reader, so that the first photograph does not wait for it."""
+        with suppress(Unavailable):  # the first photograph tries again
+            self.readers.start()
 
     def close(self) -> None:
         """Drop what waits and kill the readers, so that no thread waits for one."""

@@ -16,8 +16,9 @@ from service.collector import QueueCollector
 from worker.queue.jobs import Jobs
 
 ShedReason = Literal["line", "bodies", "backlog", "memory", "timeout", "redis"]
-"""Why a request got 503 or 504: full waiting line of the decoder, used up memory for bodies, long
-backlog of the queue, full memory of the queue, deadline of the request, Redis unavailable."""
+"""Why a request got 503 or 504: full waiting line of decodes or encodes, used up memory for
+bodies, long backlog of the queue, full memory of the queue, deadline of the request, Redis
+unavailable."""
 
 _REQUESTS = Histogram(
     "afterimage_request_duration_seconds",

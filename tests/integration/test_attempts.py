@@ -16,6 +16,7 @@ import torch
 from rq.timeouts import JobTimeoutException
 
 from models import image, library
+from models.codec import recovery
 from models.codec.bitstream import Bitstream
 from models.diffusion.decoder import DiffusionInput
 from models.library import Library
@@ -606,6 +607,25 @@ def test_a_damaged_bitstream_fails_alone_in_its_batch(
     tasks.enhance(good)
     assert [state(jobs, i).status for i in (good, odd)] == ["succeeded", "failed"]
     assert state(jobs, odd).error == "internal error"
+
+
+@pytest.mark.weights
+def test_a_job_whose_recovery_process_died_fails_and_may_be_sent_again(
+    worker: WorkerContext, jobs: Jobs, small_compressai: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying(*_: Any) -> DiffusionInput:
+        raise recovery._unavailable("ended before it replied")
+
+    job_id = submit(jobs, small_compressai)
+    jobs.queue.remove(job_id)
+    with monkeypatch.context() as patch:
+        patch.setattr(Library, "diffusion_input", dying)
+        tasks.enhance(job_id)
+    ended = state(jobs, job_id)
+    assert ended.status == "failed"
+    assert "ended before it replied; try again later" in ended.error
+    submit(jobs, small_compressai)
+    assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
 
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, loaded: Library, pixels: int) -> list[int]:

@@ -45,7 +45,7 @@ def test_a_hostile_picture_is_refused_and_others_beside_it_succeed(
 
 
 def test_instant_decodes_do_not_wait_for_photographs(api: httpx.Client, small_msh: bytes) -> None:
-    attacks = 6
+    attacks = 4
     with ThreadPoolExecutor(attacks) as pool:
         sent = [
             pool.submit(api.post, "/v1/encodes", content=hostile.strip_offsets())
