@@ -14,6 +14,7 @@ AfterimageError
     · UnsupportedPicture    the picture's file format is not read     (415)
   - ParameterError          tier, seed, quality … out of range        (422)
   - Quarantined             the bitstream crashed two workers         (422)
+  - Unavailable             a helper process is busy or has died      (503)
   - Canceled                the caller no longer wants the picture
   - WeightsError            a weights file is missing or altered      (500)
 """
@@ -106,6 +107,12 @@ class Quarantined(AfterimageError):
     """Two workers crashed while they decoded this bitstream; it is refused for a day."""
 
     kind = "quarantined"
+
+
+class Unavailable(AfterimageError):
+    """A helper process of the service is busy or has died; try again later."""
+
+    kind = "unavailable"
 
 
 class Canceled(AfterimageError):

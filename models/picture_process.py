@@ -1,14 +1,12 @@
-"""Picture files are read in child processes: a hostile file cannot stop the process that serves.
+"""Read picture files in child processes, so that a hostile file cannot stop the serving process.
 
-A reader is a warm child process that needs Pillow and numpy alone. It has a limit of memory, and
-each file has limits of CPU time and of elapsed time. A reader that exceeds one of them is killed;
-the next file gets a new reader.
+A reader is a child process that reads one file at a time and keeps running for the next one. Its
+memory is limited, and so are the CPU time and the elapsed time of each file. A reader that exceeds
+a limit is killed and replaced.
 """
 
-import contextlib
 import json
 import os
-import queue
 import resource
 import signal
 import subprocess
@@ -16,195 +14,292 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import NoReturn
 
 import numpy as np
+from PIL import AvifImagePlugin, Image
 
 from models import errors, image
-from models.errors import AfterimageError, PictureError
+from models.errors import AfterimageError, PictureError, Unavailable
 from models.image import Pixels
 
-MEMORY_BYTES = 3 * 2**30
-"""Address space of a reader. The largest pictures that are allowed need a fifth of it."""
+BASE_BYTES = 2**29
+"""Address space of a reader without pictures: 0.1 GB for libraries, the rest for large files."""
+BYTES_PER_PIXEL = 64
+"""Address space of a reader for each pixel of the largest picture; ordinary ones take up to 25."""
+_OUT_OF_MEMORY = 86
+"""Exit status of a reader that needs more memory than its limit."""
+_CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE})
+"""Signals by which a process ends itself; others come from outside."""
+_ADVICE = "save it anew with another program, as a plain PNG or JPEG file"
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one picture file may use."""
+    """What one picture file may take."""
 
     max_pixels: int
     cpu_s: float
     elapsed_s: float
 
 
-class PictureTooExpensive(PictureError):
-    """Reading the picture takes more time or memory than the limit."""
-
-    kind = "picture-error"
+class _Died(Exception):
+    """A reader ended, but not because of a limit; the argument is its `Popen.returncode`."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class _Reader:
+    """A running child process and the parent's end of its pipe."""
+
     process: subprocess.Popen[bytes]
     connection: "Connection[bytes, bytes]"
 
-    def close(self) -> None:
+    def read(self, data: bytes, limits: Limits) -> Pixels | AfterimageError:
+        """Send a file; return its pixels, or the error that reading it raised.
+
+        Raises `OSError` or `EOFError` if the reader ends, `ValueError` for a malformed reply.
+        """
+        self.connection.send_bytes(_pack(max_pixels=limits.max_pixels, cpu_s=limits.cpu_s))
+        self.connection.send_bytes(data)
+        reply = json.loads(self.connection.recv_bytes(2**20))
+        if "error" in reply:
+            return _error(str(reply["error"]), str(reply["text"]))
+        height, width = int(reply["height"]), int(reply["width"])
+        if not 0 < height * width <= limits.max_pixels:
+            raise ValueError(f"the reply has {width}×{height} pixels")
+        samples = np.frombuffer(self.connection.recv_bytes(height * width * 3), np.uint8)
+        return samples.reshape(height, width, 3).copy()  # torch wants to write to it
+
+    def close(self) -> int:
+        """Kill the process unless it has ended; return its exit status as `Popen.returncode`."""
         self.connection.close()
         self.process.kill()
-        self.process.wait()
+        return self.process.wait()
+
+
+def memory_limit(max_pixels: int) -> int:
+    """Bytes of address space that suffice to read pictures of up to `max_pixels`."""
+    return BASE_BYTES + BYTES_PER_PIXEL * max_pixels
 
 
 class PictureReaders:
-    """A fixed number of readers, started when they are first needed. Safe to use from threads."""
+    """As many readers as files are read at a time. Threads may share it.
 
-    def __init__(self, count: int, memory_bytes: int = MEMORY_BYTES) -> None:
+    `memory_bytes` limits the address space of each reader.
+    """
+
+    def __init__(self, memory_bytes: int) -> None:
         self.memory_bytes = memory_bytes
-        self._idle: queue.LifoQueue[_Reader | None] = queue.LifoQueue()
-        self._closed = threading.Event()
-        self._busy: set[int] = set()  # process ids
         self._lock = threading.Lock()
-        for _ in range(count):
-            self._idle.put(None)
+        self._idle: list[_Reader] = []
+        self._busy: set[_Reader] = set()
+        self._closed = False
 
     def start(self) -> None:
-        """Start one reader now, so that the first file does not wait for it."""
-        self._idle.put(self._idle.get() or self._start())
+        """Start a reader, so that the first file does not wait for it. Raises `Unavailable`."""
+        self._give_back(self._take())
 
     def read(self, data: bytes, limits: Limits) -> Pixels:
-        """`image.read` in a reader: a picture file -> (H, W, 3) uint8. Waits for a free reader.
+        """Read a picture file to (H, W, 3) uint8, as `image.read` does, in a reader.
 
-        Raises what `image.read` raises, and `PictureTooExpensive`.
+        If the reader dies for a reason other than a limit, another one tries once more. Raises what
+        `image.read` raises; `PictureError` if the file needs too much CPU time or memory, or
+        crashes both readers; `TimeoutError` after `elapsed_s`; `Unavailable` if the readers are
+        closed, cannot be started or are killed from outside.
         """
-        reader = self._idle.get()
+        deadline = time.monotonic() + limits.elapsed_s
+        with suppress(_Died):
+            return self._try(data, limits, deadline)
         try:
-            reader = reader or self._start()
-            pixels = self._ask(reader, data, limits)
-        except (OSError, EOFError, PictureTooExpensive) as e:
-            if reader is not None:
-                reader.close()
-                reader = None
-            if isinstance(e, PictureTooExpensive):
-                raise
-            raise PictureTooExpensive(
-                f"reading the picture takes more than {limits.cpu_s:g} s of CPU time or "
-                f"{self.memory_bytes / 2**30:g} GiB of memory"
-            ) from e
-        finally:
-            self._idle.put(reader)
-        return pixels
+            return self._try(data, limits, deadline)
+        except _Died as e:
+            status = e.args[0]
+        if -status in _CRASHES:
+            name = signal.Signals(-status).name
+            raise PictureError(f"the picture crashes the program that reads it ({name}); {_ADVICE}")
+        raise Unavailable(
+            f"the process that reads pictures ended twice (status {status}); try again later"
+        )
 
     def close(self) -> None:
-        """Kill all readers; what is being read ends with an error."""
-        self._closed.set()
-        with self._lock, contextlib.suppress(ProcessLookupError):
-            for pid in self._busy:
-                os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if (reader := self._idle.get_nowait()) is not None:
-                    reader.close()
-
-    def _ask(self, reader: _Reader, data: bytes, limits: Limits) -> Pixels:
-        with self._watched(reader, limits.elapsed_s) as expired:
-            try:
-                reader.connection.send_bytes(
-                    _pack(max_pixels=limits.max_pixels, cpu_s=limits.cpu_s)
-                )
-                reader.connection.send_bytes(data)
-                answer = json.loads(reader.connection.recv_bytes())
-                if "shape" in answer:
-                    flat = np.frombuffer(reader.connection.recv_bytes(), np.uint8)
-                    return flat.reshape(answer["shape"])
-            except (OSError, EOFError):
-                if not expired.is_set():
-                    raise
-                raise PictureTooExpensive(
-                    f"reading the picture takes longer than {limits.elapsed_s:g} s"
-                ) from None
-        raise _error(answer)
-
-    @contextlib.contextmanager
-    def _watched(self, reader: _Reader, seconds: float) -> Iterator[threading.Event]:
-        """Kill the reader after `seconds`; the event says whether that happened."""
-        expired = threading.Event()
-
-        def kill() -> None:
-            expired.set()
-            reader.process.kill()
-
-        timer = threading.Timer(seconds, kill)
-        timer.daemon = True
+        """Kill all readers. Calls of `read` raise `Unavailable`, those that are waiting too."""
         with self._lock:
-            self._busy.add(reader.process.pid)
-        timer.start()
-        try:
-            yield expired
-        finally:
-            timer.cancel()
-            with self._lock:
-                self._busy.discard(reader.process.pid)
+            self._closed = True
+            idle, self._idle = self._idle, []
+            for reader in self._busy:  # closed by the threads that use them
+                reader.process.kill()
+        for reader in idle:
+            reader.close()
 
-    def _start(self) -> _Reader:
-        if self._closed.is_set():
-            raise PictureError("the service is stopping")
+    def _try(self, data: bytes, limits: Limits, deadline: float) -> Pixels:
+        """`read` with one reader. Raises `_Died` too."""
+        reader = self._take()
+        expired = threading.Event()
+        try:
+            with _killed_at(reader, deadline, expired):
+                found = reader.read(data, limits)
+        except BaseException as e:
+            with self._lock:
+                self._busy.discard(reader)
+            status = reader.close()
+            if isinstance(e, OSError | EOFError | ValueError | KeyError | TypeError):
+                raise self._reason(status, limits, expired.is_set()) from e
+            raise
+        self._give_back(reader)
+        if isinstance(found, AfterimageError):
+            raise found
+        return found
+
+    def _reason(self, status: int, limits: Limits, expired: bool) -> Exception:
+        """Why a reader ended with `status`."""
+        if self._closed:
+            return Unavailable("the service is stopping; try again later")
+        if expired:
+            return TimeoutError(f"the picture was not read within {limits.elapsed_s:g} s")
+        if status == -signal.SIGPROF:
+            return PictureError(
+                f"reading the picture takes more than {limits.cpu_s:g} s of CPU time, the limit; "
+                f"{_ADVICE}"
+            )
+        if status == _OUT_OF_MEMORY:
+            gib = self.memory_bytes / 2**30
+            return PictureError(
+                f"reading the picture takes more than {gib:.1f} GiB of memory, the limit; {_ADVICE}"
+            )
+        return _Died(status)
+
+    def _take(self) -> _Reader:
+        """A reader that nobody else uses: an idle one, otherwise a new one."""
+        while True:
+            with self._lock:
+                reader = self._idle.pop() if self._idle and not self._closed else None
+            if reader is None:
+                reader = _start(self.memory_bytes)
+            elif reader.process.poll() is not None:  # killed from outside while it was idle
+                reader.close()
+                continue
+            with self._lock:
+                if not self._closed:
+                    self._busy.add(reader)
+                    return reader
+            reader.close()
+            raise Unavailable("the service is stopping; try again later")
+
+    def _give_back(self, reader: _Reader) -> None:
+        with self._lock:
+            self._busy.discard(reader)
+            if not self._closed:
+                self._idle.append(reader)
+                return
+        reader.close()
+
+
+@contextmanager
+def _killed_at(reader: _Reader, deadline: float, expired: threading.Event) -> Iterator[None]:
+    """Set `expired` and kill the reader at `deadline`, of `time.monotonic()`.
+
+    Raises `EOFError` if that happened just after the block, since the reader is of no use then.
+    """
+
+    def kill() -> None:
+        expired.set()
+        reader.process.kill()
+
+    timer = threading.Timer(max(deadline - time.monotonic(), 0), kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if expired.is_set():
+        raise EOFError
+
+
+def _start(memory_bytes: int) -> _Reader:
+    """Start a reader; it needs 0.3 s until it is ready. Raises `Unavailable`."""
+    try:
         ours, theirs = Pipe()
         with theirs:
+            descriptor = theirs.fileno()
+            command = (sys.executable, "-P", "-W", "ignore", "-m", __name__)
             process = subprocess.Popen(
-                [
-                    sys.executable, "-P", "-W", "ignore", "-m", __name__,
-                    str(theirs.fileno()), str(self.memory_bytes),
-                ],
-                pass_fds=[theirs.fileno()],
+                [*command, str(descriptor), str(memory_bytes)],
+                pass_fds=[descriptor],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # libtiff prints its warnings there
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-        return _Reader(process, ours)
+                # address space would be reserved for each thread
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+            )
+    except OSError as e:
+        raise Unavailable(f"no process can be started to read pictures: {e}") from e
+    return _Reader(process, ours)
 
 
 def _pack(**fields: object) -> bytes:
-    """A message as JSON. A reader that was taken over must not be able to send a pickle."""
+    """A message as JSON: unlike a pickle, it is harmless from a reader that a file took over."""
     return json.dumps(fields).encode()
 
 
-def _error(answer: dict[str, str]) -> AfterimageError:
-    found = getattr(errors, answer["error"], PictureError)
-    error: AfterimageError = found(answer["text"])
-    return error
+def _error(name: str, text: str) -> AfterimageError:
+    found = getattr(errors, name, None)
+    if not (isinstance(found, type) and issubclass(found, AfterimageError)):
+        found = PictureError
+    return found(text)
 
 
 def serve(connection: "Connection[bytes, bytes]") -> None:
     """Read pictures until the other end is closed."""
-    while True:
-        try:
+    with suppress(EOFError, OSError):
+        while True:
             limits = json.loads(connection.recv_bytes())
-            data = connection.recv_bytes()
-        except (EOFError, OSError):
-            return
-        spent = time.process_time()
-        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        resource.setrlimit(resource.RLIMIT_CPU, (int(spent + limits["cpu_s"]) + 1, hard))
-        try:
-            pixels = np.ascontiguousarray(image.read(data, limits["max_pixels"]))
-        except MemoryError:
-            os._exit(1)
-        except AfterimageError as e:
-            connection.send_bytes(_pack(error=type(e).__name__, text=str(e)))
-        else:
-            connection.send_bytes(_pack(shape=pixels.shape))
-            connection.send_bytes(pixels.data.cast("B"))
+            _answer(connection, connection.recv_bytes(), limits["max_pixels"], limits["cpu_s"])
+
+
+def _answer(
+    connection: "Connection[bytes, bytes]", data: bytes, max_pixels: int, cpu_s: float
+) -> None:
+    """Read a picture file and send its pixels, or the error."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)  # its signal ends the process
+    try:
+        pixels = np.ascontiguousarray(image.read(data, max_pixels))
+    except AfterimageError as e:
+        if isinstance(e.__cause__, MemoryError):
+            raise MemoryError from e
+        connection.send_bytes(_pack(error=type(e).__name__, text=str(e)))
+    else:
+        height, width = pixels.shape[:2]
+        connection.send_bytes(_pack(height=height, width=width))
+        connection.send_bytes(pixels.data.cast("B"))
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _limit(memory_bytes: int) -> None:
+    """Set the limits of this process, and make it the first that the kernel kills for memory."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it writes no files
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+    os.nice(5)  # instant decodes come first
 
 
 def main() -> NoReturn:
-    """A reader. Arguments: the descriptor of its pipe, and its memory limit in bytes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; the parent decides
-    descriptor, memory = int(sys.argv[1]), int(sys.argv[2])
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    serve(Connection(descriptor))
+    """Run a reader. Arguments: the file descriptor of its pipe, its memory limit in bytes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and that ends this one
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # by default as many as there are cores
+    Image.init()  # otherwise the first file waits until all plugins are imported
+    _limit(int(sys.argv[2]))
+    try:
+        serve(Connection(int(sys.argv[1])))
+    except MemoryError:
+        os._exit(_OUT_OF_MEMORY)
     sys.exit(0)
 
 

@@ -80,7 +80,7 @@ def _lifespan(
         yield
         if stop_metrics is not None:
             await anyio.to_thread.run_sync(stop_metrics)
-        connected.close()
+        await anyio.to_thread.run_sync(loaded.close)
         await loaded.streams.aclose()
 
     return lifespan

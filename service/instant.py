@@ -1,15 +1,11 @@
 """Instant decodes, run in a thread pool with a bounded queue; recent pictures are cached."""
 
 import asyncio
-import contextvars
-import math
 import time
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import anyio
 from cachetools import LRUCache
 
 from models import geometry, image
@@ -17,7 +13,7 @@ from models.codec.bitstream import Bitstream
 from models.image import OutputFormat
 from models.library import Library
 from service import metrics
-from service.problems import Busy, DeadlineExceeded
+from service.lines import Line
 from service.settings import ServiceSettings
 
 T = TypeVar("T")
@@ -40,12 +36,10 @@ class InstantDecoder:
     def __init__(self, library: Library, settings: ServiceSettings) -> None:
         self.library = library
         self.settings = settings
-        self._threads = ThreadPoolExecutor(settings.decodes_at_once, "instant")
-        self._pending = 0  # calls of `run` that wait or are running
+        self._line = Line("decoder", settings.decodes_at_once, settings.waiting_line, mean_s=0.3)
         self._tasks: dict[Hashable, asyncio.Task[PictureFile]] = {}
         self._cache: LRUCache[Hashable, bytes]  # in this process, so that it works without Redis
         self._cache = LRUCache(settings.instant_cache_bytes, len)
-        self._mean_s = 0.3  # moving average of a call's duration
         self.megapixel_s: float | None = None
         """Moving average of seconds per megapixel of an instant picture; None before the first."""
 
@@ -90,37 +84,18 @@ class InstantDecoder:
         `request_timeout_s`, and what `work` raises. After the timeout, work that has started still
         occupies its thread until it returns.
         """
-        waiting = max(self._pending - self.settings.decodes_at_once, 0)
-        if waiting >= self.settings.waiting_line:
-            turns = (waiting + 1) / self.settings.decodes_at_once
-            retry_after = str(math.ceil(turns * self._mean_s))
-            metrics.shed("line")
-            message = f"{waiting} requests already wait for a decoder; try again in {retry_after} s"
-            raise Busy(message, {"Retry-After": retry_after})
-        future = self._threads.submit(contextvars.copy_context().run, self._timed, work)
-        self._pending += 1
-        try:
-            with anyio.fail_after(self.settings.request_timeout_s):
-                return await asyncio.wrap_future(future)
-        except TimeoutError as e:
-            limit = self.settings.request_timeout_s
-            metrics.shed("timeout")
-            message = f"not finished within {limit:g} s; try again later, or use a smaller picture"
-            raise DeadlineExceeded(message) from e
-        finally:
-            self._pending -= 1
+        limit = self.settings.request_timeout_s
+        late = f"the picture was not ready within {limit:g} s; try again later"
+        return await self._line.run(lambda _: work(), limit, late)
+
+    def close(self) -> None:
+        """Drop the calls that wait."""
+        self._line.close()
 
     def _update_megapixel_s(self, ms: float, b: Bitstream) -> None:
         cost = ms / 1e3 / geometry.megapixels(b.height, b.width)
         before = cost if self.megapixel_s is None else self.megapixel_s
         self.megapixel_s = before + 0.1 * (cost - before)
-
-    def _timed(self, work: Callable[[], T]) -> T:
-        began = time.perf_counter()
-        try:
-            return work()
-        finally:
-            self._mean_s += 0.1 * (time.perf_counter() - began - self._mean_s)
 
     def _decode(self, b: Bitstream, format: OutputFormat, requested_at: float) -> PictureFile:
         ends: dict[str, float] = {}

@@ -16,9 +16,9 @@ from service.collector import QueueCollector
 from worker.queue.jobs import Jobs
 
 ShedReason = Literal["line", "bodies", "backlog", "memory", "timeout", "redis"]
-"""Why a request got 503 or 504. `line`: too many requests wait for an instant decode; `bodies`: the
-memory for request bodies is used up; `backlog`: too much work is queued; `memory`: the queue's
-Redis is nearly full; `timeout`: an instant decode took too long; `redis`: Redis is down."""
+"""Why a request got 503 or 504: full waiting line of decodes or encodes, used up memory for
+bodies, long backlog of the queue, full memory of the queue, deadline of the request, Redis
+unavailable."""
 
 _REQUESTS = Histogram(
     "afterimage_request_duration_seconds",

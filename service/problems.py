@@ -155,6 +155,7 @@ STATUS: dict[type[errors.AfterimageError], int] = {
     TooManyRequests: 429,
     errors.WeightsError: 500,
     errors.AfterimageError: 500,
+    errors.Unavailable: 503,
     Busy: 503,
     QueueAway: 503,
     QueueFull: 503,
@@ -236,7 +237,7 @@ OF_BODIES = (errors.MalformedHeader, RequestTimeout, BodyTooLarge, Busy)
 """Problems of every operation that takes a body."""
 OF_BITSTREAMS = (*errors.BitstreamError.__subclasses__(), errors.PictureTooLarge, *OF_BODIES)
 """Problems of every operation that takes a bitstream."""
-OF_COMPUTATION = (Busy, DeadlineExceeded)
+OF_COMPUTATION = (Busy, DeadlineExceeded, errors.Unavailable)
 """Problems of every operation that computes a picture."""
 
 

@@ -9,6 +9,7 @@ from models import checkpoint, library
 from models.errors import WeightsError
 from models.library import Library
 from service.auth import Keys
+from service.encoder import Encoder
 from service.instant import InstantDecoder
 from service.quotas import Quotas
 from service.settings import ServiceSettings
@@ -33,10 +34,17 @@ class Services:
     quotas: Quotas
     webhooks: WebhookSettings
     instant: InstantDecoder
+    encoder: Encoder
     uploads: UploadBudget
     streams: AsyncRedis  # connections for blocking reads of event streams
     closing: threading.Event = field(default_factory=threading.Event)
     """Set when the server begins to stop; waiting requests and event streams then end."""
+
+    def close(self) -> None:
+        """Kill the readers of pictures, drop work that waits, and close the stores' connections."""
+        self.encoder.close()
+        self.instant.close()
+        self.store.close()
 
 
 def load(settings: ServiceSettings, connected: Store, keys: Keys | None) -> Services:
@@ -50,6 +58,8 @@ def load(settings: ServiceSettings, connected: Store, keys: Keys | None) -> Serv
     decoder = next((e for e in checkpoint.manifest() if e.kind == "decoder"), None)
     if decoder is None:
         raise WeightsError("the weights manifest lists no diffusion decoder")
+    encoder = Encoder(codecs, settings)
+    encoder.start()
     jobs = Jobs(connected, settings.job_timeout_s)
     return Services(
         settings=settings,
@@ -62,6 +72,7 @@ def load(settings: ServiceSettings, connected: Store, keys: Keys | None) -> Serv
         quotas=Quotas(jobs, settings.requests_per_minute, settings.jobs_at_once),
         webhooks=WebhookSettings(),
         instant=InstantDecoder(codecs, settings),
+        encoder=encoder,
         uploads=UploadBudget(max(settings.bodies_bytes, settings.max_bytes)),
         streams=store.streams(settings),
     )

@@ -54,9 +54,18 @@ class ServiceSettings(WorkerSettings):
     waiting_line: int = Field(
         64, ge=0, description="requests waiting for an instant decode; more get 503"
     )
+    encodes_at_once: int = Field(
+        2, ge=1, description="encodes in parallel, each with a process that reads the photograph"
+    )
+    encode_megapixel_s: float = Field(
+        5, ge=0, description="seconds per megapixel that an encode may take, besides the wait below"
+    )
+    picture_cpu_s: float = Field(
+        10, gt=0, description="CPU seconds that reading a photograph may take; more gets 422"
+    )
     body_timeout_s: float = Field(
         60, gt=0, description="longest wait for a request's body, in seconds"
     )
     request_timeout_s: float = Field(
-        30, gt=0, description="longest wait for an instant picture, in seconds"
+        30, gt=0, description="longest wait for an instant picture or for a thread, in seconds"
     )

@@ -6,6 +6,7 @@ begins a new attempt. Redis then refuses all writes that carry the older fencing
 one attempt stores its picture.
 """
 
+import contextlib
 import time
 import uuid
 from collections.abc import Callable, Container
@@ -18,7 +19,7 @@ from models.errors import AfterimageError
 from worker.queue import counters, estimates, events
 from worker.queue.jobs import Jobs
 from worker.queue.records import JobState, Status
-from worker.queue.store import RECORD_TTL_S
+from worker.queue.store import RECORD_TTL_S, RedisError
 
 _UNFINISHED: tuple[Status, ...] = ("queued", "running")
 _POLL = """
@@ -133,7 +134,12 @@ class Attempt:
     def commit(self, png: bytes) -> None:
         """Store the picture and mark the job as succeeded, even if it was queued again meanwhile.
 
-        Raises `LeaseLost` if another attempt has begun. After a `RedisError` the caller may retry.
+        The picture is stored under a key of this attempt. The transaction in the queue decides
+        which attempt commits, and its record names that attempt by its fence; only this picture is
+        published. If this process dies in between, the first reader publishes it (`Store.picture`,
+        `Jobs.get`). The pictures of other attempts expire unseen.
+
+        Raises `LeaseLost` if another attempt has begun. After a `RedisError` it may be repeated.
         """
 
         def succeed(job_id: str, state: JobState, pipe: Pipeline) -> None:
@@ -143,9 +149,25 @@ class Attempt:
             self.jobs.finish(pipe, state, "succeeded")
             self.jobs.reset_crashes(state.decode.digest, pipe)
 
+        store, fence = self.jobs.store, self.state.fence
         self._write(lambda *_: None, _UNFINISHED)
-        self.jobs.store.put_picture(self.id, png)  # before events and webhooks announce it
-        self._write(succeed, _UNFINISHED)
+        store.put_picture(self.id, fence, png)  # before events and webhooks announce it
+        try:
+            self._write(succeed, _UNFINISHED)
+        except LeaseLost:
+            self._discard()
+            raise
+        with contextlib.suppress(RedisError):  # the job has succeeded: readers publish it later
+            if not store.publish(self.id, fence):  # it was evicted already
+                store.put_picture(self.id, fence, png)
+                store.publish(self.id, fence)
+
+    def _discard(self) -> None:
+        """Delete this attempt's picture, unless an earlier call committed it and lost the reply."""
+        with contextlib.suppress(RedisError):  # it expires otherwise
+            state = self.jobs.record(self.id)
+            if state is None or (state.status, state.fence) != ("succeeded", self.state.fence):
+                self.jobs.store.discard(self.id, self.state.fence)
 
     def record_duration(self, seconds: float) -> None:
         """Record the seconds that the picture took, for predictions and metrics."""

@@ -56,7 +56,8 @@ class Codec:
     def latents(self, b: Bitstream) -> Latents:
         """Entropy-decode a bitstream to its latents.
 
-        Raises `WrongWeights`, `CorruptStream`, `DesynchronisedStream` or `ChecksumMismatch`.
+        Raises `WrongWeights`, `CorruptStream`, `DesynchronisedStream`, `ChecksumMismatch`, or
+        `Unavailable` if other arithmetics must be tried and cannot be.
         """
         if b.weights_id and b.weights_id != self.weights_id:
             raise WrongWeights(

@@ -89,8 +89,8 @@ class LatentCoder:
     ) -> Latents:
         """Decode the strings of a picture whose padded size (H, W) is `size`.
 
-        Raises `CorruptStream` or `DesynchronisedStream`, and `LengthMismatch` if a side of `size`
-        is not a multiple of 64.
+        Raises `CorruptStream` or `DesynchronisedStream`, `Unavailable` as `_recover` does, and
+        `LengthMismatch` if a side of `size` is not a multiple of 64.
         """
         if size[0] % STRIDE_Z or size[1] % STRIDE_Z:
             raise LengthMismatch(f"padded size {size}: both sides must be multiples of {STRIDE_Z}")
@@ -116,22 +116,19 @@ class LatentCoder:
     ) -> Latents:
         """Decode the y string with the first of `recovery.ARITHMETICS` that succeeds.
 
-        An arithmetic that gives the same scale indexes as an earlier one is skipped. If none
-        succeeds, raises `failure`.
+        Arithmetics that give the same scale indexes as one before are skipped. Raises `Unavailable`
+        if the process that computes them is busy or dies: the bitstream may decode later.
         """
         tried = {_fingerprint(indexes)}
-        try:
-            for arithmetic, indexes, means in self._recovery_priors(z_symbols):
-                if _fingerprint(indexes) in tried:
-                    continue
-                tried.add(_fingerprint(indexes))
-                try:
-                    symbols = rans.decode(y_string, indexes, self.y_tables)
-                except (CorruptStream, DesynchronisedStream):
-                    continue
-                return self._latents(symbols, indexes, means, arithmetic)
-        except recovery.Unavailable as e:
-            raise type(failure)(f"{failure}; recovery was not possible: {e}") from e
+        for arithmetic, indexes, means in self._recovery_priors(z_symbols):
+            if _fingerprint(indexes) in tried:
+                continue
+            tried.add(_fingerprint(indexes))
+            try:
+                symbols = rans.decode(y_string, indexes, self.y_tables)
+            except (CorruptStream, DesynchronisedStream):
+                continue
+            return self._latents(symbols, indexes, means, arithmetic)
         raise failure
 
     def _recovery_priors(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from models import tiles
+from models.errors import Unavailable
 
 ARITHMETICS = ("float64", "one thread", "oneDNN off", "channels_last")
 """The arithmetics, in the order in which they are tried. float64 comes first: where two machines
@@ -32,8 +33,10 @@ round a scale to different sides of a threshold in the scale table, float64 agre
 about equally often. Of 900 streams made with AVX2, 17 did not decode with AVX-512, and 11 of these
 decoded with float64."""
 TIMEOUT_S = 60.0
-"""Longest wait for the process to become free, and then for its result. The largest picture takes
-2 to 13 s per arithmetic."""
+"""Longest wait for a result. The largest picture takes 2 to 13 s per arithmetic."""
+BUSY_S = 15.0
+"""Longest wait for the process to become free: less than the API's deadline for a picture, so that
+the client is told why."""
 WINDOW = 16**2
 """Positions of z per window of `h_s` in float64: a window takes 0.1 GB, a whole picture of 20
 megapixels 2 GB."""
@@ -41,10 +44,6 @@ OVERLAP = 2
 """Margin of a window, in positions of z: the receptive field of `h_s` is 1 + 1/2 + 1/4."""
 IDLE_S = 300.0
 """Idle time after which the process ends, to free about 0.7 GB."""
-
-
-class Unavailable(Exception):
-    """The process was busy, took too long or died; the message says which."""
 
 
 def prepare(h_s: nn.Sequential, arithmetic: str) -> nn.Sequential:
@@ -110,8 +109,9 @@ class _Child:
 class RecoveryProcess:
     """Client of the child process. Threads may share it; their calls wait for each other."""
 
-    def __init__(self, timeout: float = TIMEOUT_S) -> None:
+    def __init__(self, timeout: float = TIMEOUT_S, busy_timeout: float = BUSY_S) -> None:
         self.timeout = timeout
+        self.busy_timeout = busy_timeout
         self._lock = threading.Lock()
         self._child: _Child | None = None
         os.register_at_fork(after_in_child=self._forget)
@@ -123,10 +123,11 @@ class RecoveryProcess:
         """Call `evaluate` in the child process, which is started if there is none.
 
         `h_s` is the network as it is, without `prepare`; `key` identifies its weights, which are
-        sent once per child process. Raises `Unavailable`.
+        sent once per child process. Raises `Unavailable` if the process is busy, takes too long or
+        dies; the message says which.
         """
-        if not self._lock.acquire(timeout=self.timeout):
-            raise Unavailable(f"the recovery process was busy for {self.timeout:g} s")
+        if not self._lock.acquire(timeout=self.busy_timeout):
+            raise _unavailable(f"was busy for {self.busy_timeout:g} s")
         try:
             if self._child is not None:
                 with contextlib.suppress(OSError, EOFError):  # it may have ended after `IDLE_S`
@@ -136,7 +137,7 @@ class RecoveryProcess:
             return self._request(self._child, key, h_s, z_hat, arithmetic)
         except (OSError, EOFError) as e:
             self.close()
-            raise Unavailable("the recovery process ended before it replied") from e
+            raise _unavailable("ended before it replied") from e
         except BaseException:  # e.g. a job's time limit: the late reply must not be read by others
             self.close()
             raise
@@ -179,11 +180,18 @@ class RecoveryProcess:
         except (OSError, EOFError):
             if time.monotonic() - began < self.timeout:
                 raise
-            raise Unavailable(f"the recovery process took longer than {self.timeout:g} s") from None
+            raise _unavailable(f"took longer than {self.timeout:g} s") from None
         finally:
             timer.cancel()
         child.known.add(key)
         return torch.from_numpy(scales_hat), torch.from_numpy(means_hat)
+
+
+def _unavailable(reason: str) -> Unavailable:
+    return Unavailable(
+        "the bitstream does not decode with this machine's arithmetic, and the process that tries "
+        f"others {reason}; try again later"
+    )
 
 
 def _start() -> _Child:

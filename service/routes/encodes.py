@@ -6,9 +6,8 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import APIRouter, Query, Response
 
-from models import image
-from models.codec import bitstream, codec
-from models.codec.bitstream import Bitstream, Format, Metric
+from models.codec import bitstream
+from models.codec.bitstream import Format, Metric
 from models.errors import (
     ParameterError,
     PictureError,
@@ -78,12 +77,7 @@ async def encode(
     """Encode a photograph. It is rotated by its EXIF orientation, converted to sRGB, and
     transparent pixels are blended with white."""
 
-    def compute() -> Bitstream:
-        used = services.library.find(quality, metric)
-        pixels = image.read(data, services.settings.max_pixels)
-        return used.encode(codec.to_tensor(pixels), format, "exact")
-
-    b = await services.instant.run(compute)
+    b = await services.encoder.encode(data, quality, metric, format)
     file = bitstream.serialize(b)
     headers = {"X-Afterimage-Bpp": f"{8 * len(file) / (b.width * b.height):.4f}"}
     return Response(file, 200, headers, _MEDIA_TYPE)

@@ -16,6 +16,7 @@ import torch
 from rq.timeouts import JobTimeoutException
 
 from models import image, library
+from models.codec import recovery
 from models.codec.bitstream import Bitstream
 from models.diffusion.decoder import DiffusionInput
 from models.library import Library
@@ -107,6 +108,109 @@ def test_an_attempt_without_its_lease_writes_nothing(jobs: Jobs, small_msh: byte
     with pytest.raises(LeaseLost):
         fresh.commit(b"twice")
     assert jobs.store.queue.hget(jobs.key(stale.id), "commits") == b"1"
+
+
+def keys(jobs: Jobs, pattern: str) -> list[bytes]:
+    return list(jobs.store.cache.scan_iter(jobs.store.key(pattern, "*")))
+
+
+def test_an_attempt_that_pauses_before_it_writes_shows_nothing_after_another_commit(
+    jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pause is between the check of the lease and the write of the picture."""
+    stale = begin(jobs, small_msh)
+    put, shown = Store.put_picture, []
+
+    def pausing(store: Store, job_id: str, fence: int, png: bytes) -> None:
+        if png == b"stale":
+            expire_lease(jobs, stale)
+            jobs.reap()
+            fresh = Attempt.begin(jobs, stale.id)
+            assert fresh is not None
+            fresh.commit(b"fresh")
+        put(store, job_id, fence, png)
+        shown.append(store.picture(job_id))
+
+    monkeypatch.setattr(Store, "put_picture", pausing)
+    with pytest.raises(LeaseLost):
+        stale.commit(b"stale")
+    assert shown == [None, b"fresh"]
+    assert jobs.store.picture(stale.id) == b"fresh"
+    assert keys(jobs, "drawn") == []
+
+
+def test_an_attempt_that_pauses_before_it_commits_shows_nothing(
+    jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = begin(jobs, small_msh)
+    put = Store.put_picture
+
+    def pausing(store: Store, job_id: str, fence: int, png: bytes) -> None:
+        put(store, job_id, fence, png)
+        if png == b"stale":
+            expire_lease(jobs, stale)
+            jobs.reap()
+            assert Attempt.begin(jobs, stale.id) is not None
+
+    monkeypatch.setattr(Store, "put_picture", pausing)
+    with pytest.raises(LeaseLost):
+        stale.commit(b"stale")
+    assert (state(jobs, stale.id).status, jobs.store.picture(stale.id)) == ("running", None)
+
+
+@pytest.mark.parametrize("reader", ["of the picture", "of the record"])
+def test_a_picture_is_seen_although_its_worker_died_before_it_published_it(
+    jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    attempt = begin(jobs, small_msh)
+
+    def dying(*_: object) -> bool:
+        raise redis.ConnectionError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "publish", dying)
+        attempt.commit(b"picture")
+    assert keys(jobs, "picture") == []
+    if reader == "of the record":
+        assert state(jobs, attempt.id).status == "succeeded"
+    assert jobs.store.picture(attempt.id) == b"picture"
+    assert keys(jobs, "drawn") == []
+
+
+def test_a_picture_that_is_published_very_late_replaces_no_later_one(
+    jobs: Jobs, small_msh: bytes
+) -> None:
+    """Both attempts committed, the second one after the queue had lost the record."""
+    first = begin(jobs, small_msh)
+    jobs.store.put_picture(first.id, first.state.fence, b"first")
+    jobs.store.queue.flushall()
+    time.sleep(0.01)  # fences are milliseconds
+    second = begin(jobs, small_msh)
+    second.commit(b"second")
+    assert jobs.store.publish(first.id, first.state.fence)
+    assert jobs.store.picture(first.id) == b"second"
+    assert keys(jobs, "drawn") == []
+
+
+def test_a_picture_that_was_evicted_is_stored_again_or_has_expired(
+    jobs: Jobs, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = begin(jobs, small_msh)
+    put, calls = Store.put_picture, []
+
+    def evicted(store: Store, *args: Any) -> None:
+        calls.append(args)
+        if len(calls) > 1:
+            put(store, *args)
+
+    monkeypatch.setattr(Store, "put_picture", evicted)
+    attempt.commit(b"picture")
+    assert (len(calls), jobs.store.picture(attempt.id)) == (2, b"picture")
+    jobs.store.cache.flushall()
+    assert (state(jobs, attempt.id).status, jobs.store.picture(attempt.id)) == ("expired", None)
+    again = begin(jobs, small_msh)
+    again.commit(b"again")
+    assert jobs.store.picture(again.id) == b"again"
 
 
 def test_an_attempt_may_commit_after_its_lease_until_another_begins(
@@ -503,6 +607,25 @@ def test_a_damaged_bitstream_fails_alone_in_its_batch(
     tasks.enhance(good)
     assert [state(jobs, i).status for i in (good, odd)] == ["succeeded", "failed"]
     assert state(jobs, odd).error == "internal error"
+
+
+@pytest.mark.weights
+def test_a_job_whose_recovery_process_died_fails_and_may_be_sent_again(
+    worker: WorkerContext, jobs: Jobs, small_compressai: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying(*_: Any) -> DiffusionInput:
+        raise recovery._unavailable("ended before it replied")
+
+    job_id = submit(jobs, small_compressai)
+    jobs.queue.remove(job_id)
+    with monkeypatch.context() as patch:
+        patch.setattr(Library, "diffusion_input", dying)
+        tasks.enhance(job_id)
+    ended = state(jobs, job_id)
+    assert ended.status == "failed"
+    assert "ended before it replied; try again later" in ended.error
+    submit(jobs, small_compressai)
+    assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
 
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, loaded: Library, pixels: int) -> list[int]:

@@ -6,39 +6,53 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from models import image
-from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
-from models.picture_process import Limits, PictureReaders, PictureTooExpensive
+from models import image, picture_process
+from models.errors import PictureError, PictureTooLarge, Unavailable, UnsupportedPicture
+from models.picture_process import Limits, PictureReaders, memory_limit
+from tests.support import hostile
 
-LIMITS = Limits(max_pixels=1_000_000, cpu_s=5, elapsed_s=30)
+LIMITS = Limits(max_pixels=1_000_000, cpu_s=5, elapsed_s=60)
+SLOW = Limits(max_pixels=10**7, cpu_s=60, elapsed_s=60)
 
 
 def png(width: int = 64, height: int = 48) -> bytes:
-    out = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
-    Image.fromarray(noise).save(out, "PNG")
-    return out.getvalue()
-
-
-def slow(megabytes: int = 4) -> bytes:
-    """A PPM that is made of comment lines: Pillow takes many seconds a megabyte."""
-    return b"P6\n" + b"#\n" * (megabytes * 2**19) + b"1 1 255\nabc"
+    return image.write(noise, "png")
 
 
 @pytest.fixture
 def readers() -> Iterator[PictureReaders]:
-    made = PictureReaders(1)
+    made = PictureReaders(memory_limit(10**7))
     yield made
     made.close()
 
 
+def only(readers: PictureReaders) -> int:
+    """Process id of the only reader, which is idle."""
+    (reader,) = readers._idle
+    return reader.process.pid
+
+
+def wait_until_busy(readers: PictureReaders) -> int:
+    """Wait until a file is being read; return the reader's process id."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for reader in list(readers._busy):
+            return reader.process.pid
+        time.sleep(0.01)
+    pytest.fail("no reader began")
+
+
 def test_a_reader_returns_what_reading_in_the_process_returns(readers: PictureReaders) -> None:
-    assert np.array_equal(readers.read(png(), LIMITS), image.read(png(), 10**6))
+    pixels = readers.read(png(), LIMITS)
+    assert np.array_equal(pixels, image.read(png(), 10**6))
+    assert pixels.flags.writeable
 
 
 @pytest.mark.parametrize(
@@ -53,59 +67,132 @@ def test_a_reader_returns_what_reading_in_the_process_returns(readers: PictureRe
 def test_errors_keep_their_class_and_text(
     readers: PictureReaders, data: bytes, error: type[Exception], text: str
 ) -> None:
+    readers.start()
+    pid = only(readers)
     with pytest.raises(error, match=text):
         readers.read(data, LIMITS)
+    assert only(readers) == pid  # it reads the next file too
 
 
+@pytest.mark.parametrize("name", hostile.FILES)
 def test_a_file_that_takes_too_much_cpu_time_ends_its_reader_alone(
-    readers: PictureReaders,
+    readers: PictureReaders, name: str
 ) -> None:
-    began = time.monotonic()
-    with pytest.raises(PictureTooExpensive, match="more than 1 s of CPU time"):
-        readers.read(slow(), Limits(10**6, cpu_s=1, elapsed_s=60))
-    assert time.monotonic() - began < 30
+    with pytest.raises(PictureError, match=r"more than 0.3 s of CPU time.*save it anew"):
+        readers.read(hostile.FILES[name](), Limits(10**7, cpu_s=0.3, elapsed_s=60))
+    assert readers._idle == []
     assert readers.read(png(), LIMITS).shape == (48, 64, 3)
 
 
 def test_a_file_that_takes_too_long_ends_its_reader_alone(readers: PictureReaders) -> None:
-    with pytest.raises(PictureTooExpensive, match="longer than 0.5 s"):
-        readers.read(slow(), Limits(10**6, cpu_s=60, elapsed_s=0.5))
+    with pytest.raises(TimeoutError, match="within 0.5 s"):
+        readers.read(hostile.comments(), Limits(10**6, cpu_s=60, elapsed_s=0.5))
+    assert readers._idle == []
     assert readers.read(png(), LIMITS).shape == (48, 64, 3)
 
 
 def test_a_file_that_takes_too_much_memory_ends_its_reader_alone() -> None:
-    readers = PictureReaders(1, memory_bytes=2**29)
-    large = Limits(400_000_000, 60, 120)
+    readers = PictureReaders(2**29)
     out = io.BytesIO()
-    Image.new("RGB", (13_000, 13_000)).save(out, "PNG")
-    with pytest.raises(PictureError):
-        readers.read(out.getvalue(), large)
+    Image.new("RGB", (9_000, 9_000)).save(out, "PNG")
+    with pytest.raises(PictureError, match=r"more than 0.5 GiB of memory"):
+        readers.read(out.getvalue(), Limits(400_000_000, 60, 120))
     assert readers.read(png(), LIMITS).shape == (48, 64, 3)
     readers.close()
 
 
-def test_a_reader_that_was_killed_is_replaced(readers: PictureReaders) -> None:
+def test_a_reader_that_was_killed_while_it_was_idle_is_replaced(readers: PictureReaders) -> None:
     readers.start()
-    reader = readers._idle.queue[0]
-    assert reader is not None
-    os.kill(reader.process.pid, signal.SIGKILL)
-    reader.process.wait()
-    with pytest.raises(PictureTooExpensive):
-        readers.read(png(), LIMITS)
+    killed = only(readers)
+    os.kill(killed, signal.SIGKILL)
     assert readers.read(png(), LIMITS).shape == (48, 64, 3)
+    assert only(readers) != killed
+
+
+def test_a_file_whose_reader_was_killed_from_outside_is_read_again_once(
+    readers: PictureReaders,
+) -> None:
+    with ThreadPoolExecutor() as pool:
+        for kills in (1, 2):
+            reading = pool.submit(readers.read, hostile.comments(0.3), SLOW)
+            killed = set()
+            while len(killed) < kills:
+                pid = wait_until_busy(readers)
+                if pid not in killed:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
+            if kills == 1:
+                assert reading.result(60).shape == (1, 1, 3)
+            else:
+                with pytest.raises(Unavailable, match="ended twice.*try again"):
+                    reading.result(60)
+
+
+def test_a_file_that_crashes_two_readers_is_refused(
+    readers: PictureReaders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = picture_process._start
+
+    def crashing(memory_bytes: int) -> picture_process._Reader:
+        reader = start(memory_bytes)
+        os.kill(reader.process.pid, signal.SIGSEGV)
+        return reader
+
+    monkeypatch.setattr(picture_process, "_start", crashing)
+    with pytest.raises(PictureError, match=r"crashes.*SIGSEGV.*save it anew"):
+        readers.read(png(), LIMITS)
+
+
+def test_a_reader_that_cannot_be_started_is_not_the_pictures_fault(
+    readers: PictureReaders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    with pytest.raises(Unavailable, match="no process can be started"):
+        readers.read(png(), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [b"no JSON", b"[]", b'{"height": 1}', b'{"height": 5000, "width": 5000}', b'{"error": 1}'],
+)
+def test_a_reader_that_a_file_took_over_cannot_harm_the_service(
+    readers: PictureReaders, monkeypatch: pytest.MonkeyPatch, reply: bytes
+) -> None:
+    def taken_over(_: int) -> picture_process._Reader:
+        reader = picture_process._start(memory_limit(10**6))
+        monkeypatch.setattr(type(reader.connection), "recv_bytes", lambda *_: reply)
+        return reader
+
+    monkeypatch.setattr(PictureReaders, "_take", lambda self: taken_over(0))
+    with pytest.raises(Unavailable):
+        readers.read(png(), LIMITS)
+
+
+def test_several_files_are_read_at_a_time(readers: PictureReaders) -> None:
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(readers.read, hostile.strip_offsets(), Limits(10**7, 60, 60))
+        pid = wait_until_busy(readers)
+        assert readers.read(png(), LIMITS).shape == (48, 64, 3)
+        assert not slow.done()
+        os.kill(pid, signal.SIGKILL)
+        readers.close()
+        with pytest.raises(Unavailable):
+            slow.result(30)
 
 
 def test_closing_ends_what_is_being_read(readers: PictureReaders) -> None:
     ended = threading.Event()
 
     def read() -> None:
-        with pytest.raises(PictureError):
-            readers.read(slow(), Limits(10**6, 60, 60))
+        with pytest.raises(Unavailable, match="stopping"):
+            readers.read(hostile.strip_offsets(), SLOW)
         ended.set()
 
     threading.Thread(target=read, daemon=True).start()
-    time.sleep(1.5)
+    pid = wait_until_busy(readers)
     readers.close()
     assert ended.wait(10)
-    with pytest.raises(PictureError, match="stopping"):
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(Unavailable, match="stopping"):
         readers.read(png(), LIMITS)

@@ -105,10 +105,12 @@ class Jobs:
     def get(self, job_id: str) -> JobState | None:
         """The job's state; None without a record. The status is `expired` once the picture is."""
         state = self.record(job_id)
-        picture = self.store.key("picture", job_id)
-        if state and state.status == "succeeded" and not self.store.cache.exists(picture):
-            return replace(state, status="expired")
-        return state
+        if state is None or state.status != "succeeded":
+            return state
+        shown = self.store.cache.exists(self.store.key("picture", job_id))
+        if shown or self.store.publish(job_id, state.fence):  # its worker may not have come to it
+            return state
+        return replace(state, status="expired")
 
     def record(self, job_id: str) -> JobState | None:
         """Like `get`, but does not check the cache for the picture: never returns `expired`."""

@@ -33,6 +33,20 @@ MIN_VERSION = (6, 2)
 RedisError = redis.RedisError
 """Any use of a store may raise this."""
 
+_PUBLISH = """
+local latest = tonumber(redis.call('get', KEYS[3]) or '0')
+local shown = redis.call('exists', KEYS[2]) == 1
+if shown and tonumber(ARGV[1]) < latest then
+  redis.call('del', KEYS[1])
+elseif redis.call('exists', KEYS[1]) == 1 then
+  redis.call('rename', KEYS[1], KEYS[2])
+  redis.call('expire', KEYS[2], ARGV[2])
+  redis.pcall('set', KEYS[3], ARGV[1], 'EX', ARGV[2])
+  shown = true
+end
+return shown
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Store:
@@ -48,12 +62,37 @@ class Store:
 
     def picture(self, job_id: str) -> bytes | None:
         """The finished picture of a job, a PNG file; None once it has expired."""
-        value: bytes | None = self.cache.get(self.key("picture", job_id))  # type: ignore[assignment]
+        key = self.key("picture", job_id)
+        value: bytes | None = self.cache.get(key)  # type: ignore[assignment]
+        if value is None and self._publish_committed(job_id):
+            value = self.cache.get(key)  # type: ignore[assignment]
         return value
 
-    def put_picture(self, job_id: str, png: bytes) -> None:
-        """Store the finished picture of a job."""
-        self.cache.set(self.key("picture", job_id), png, ex=PICTURE_TTL_S)
+    def put_picture(self, job_id: str, fence: int, png: bytes) -> None:
+        """Store the picture that an attempt drew; nobody sees it until it is published."""
+        self.cache.set(self._drawn(job_id, fence), png, ex=PICTURE_TTL_S)
+
+    def publish(self, job_id: str, fence: int) -> bool:
+        """Make the picture of the attempt that has committed the job's picture.
+
+        Returns True if the job has a picture now. It may be repeated. A picture that a later
+        attempt published is not replaced: the caller may have been suspended for long.
+        """
+        keys = self._drawn(job_id, fence), self.key("picture", job_id), self.key("shown", job_id)
+        return bool(self.cache.eval(_PUBLISH, 3, *keys, str(fence), str(PICTURE_TTL_S)))
+
+    def discard(self, job_id: str, fence: int) -> None:
+        """Delete the picture of an attempt that has not committed."""
+        self.cache.delete(self._drawn(job_id, fence))
+
+    def _drawn(self, job_id: str, fence: int) -> str:
+        """Key of the picture of one attempt."""
+        return self.key("drawn", job_id, str(fence))
+
+    def _publish_committed(self, job_id: str) -> bool:
+        """Publish the picture of a job whose worker committed it and then died or was suspended."""
+        status, fence = self.queue.hmget(self.key("job", job_id), "status", "fence")
+        return status == b"succeeded" and fence is not None and self.publish(job_id, int(fence))
 
     def preview(self, job_id: str) -> bytes | None:
         """The latest preview of a job, a WebP file; None if there is none."""

@@ -1,0 +1,81 @@
+"""Encodes: photographs are read in child processes, and encoded in threads of their own."""
+
+from contextlib import suppress
+
+from models import geometry
+from models.codec import codec
+from models.codec.bitstream import Bitstream, Format, Metric
+from models.errors import Unavailable
+from models.image import Pixels
+from models.library import Library
+from models.picture_process import Limits, PictureReaders, memory_limit
+from service import metrics
+from service.lines import Deadline, Line
+from service.problems import Busy, DeadlineExceeded
+from service.settings import ServiceSettings
+
+
+class Encoder:
+    """Encodes photographs within requests; instant decodes do not wait for it.
+
+    At most `encodes_at_once` photographs are read and encoded at a time, since their pixels take
+    memory; `waiting_line` more wait, as files.
+    """
+
+    def __init__(self, library: Library, settings: ServiceSettings) -> None:
+        self.library = library
+        self.settings = settings
+        self._line = Line("encoder", settings.encodes_at_once, settings.waiting_line, mean_s=1.0)
+        self.readers = PictureReaders(memory_limit(settings.max_pixels))
+
+    def start(self) -> None:
+        """Start one reader, so that the first photograph does not wait for it."""
+        with suppress(Unavailable):  # the first photograph tries again
+            self.readers.start()
+
+    def close(self) -> None:
+        """Drop what waits and kill the readers, so that no thread waits for one."""
+        self._line.close()
+        self.readers.close()
+
+    async def encode(self, data: bytes, quality: int, metric: Metric, format: Format) -> Bitstream:
+        """Encode a picture file.
+
+        Waiting for a thread and reading may each take `request_timeout_s`, encoding that and
+        `encode_megapixel_s` for each megapixel. Raises `Busy` if no thread becomes free,
+        `DeadlineExceeded`, and as `Library.find` and `PictureReaders.read`.
+        """
+
+        def work(deadline: Deadline) -> Bitstream:
+            used = self.library.find(quality, metric)
+            pixels = self._read(data, deadline)
+            self._allow_for(pixels, deadline)
+            return used.encode(codec.to_tensor(pixels), format, "exact")
+
+        wait_s = self.settings.request_timeout_s
+        late = f"other photographs are being encoded, for more than {wait_s:g} s; try again later"
+        return await self._line.run(work, wait_s, late, Busy)
+
+    def _read(self, data: bytes, deadline: Deadline) -> Pixels:
+        settings = self.settings
+        elapsed_s = settings.request_timeout_s
+        late = f"the picture was not read within {elapsed_s:g} s; try again later"
+        deadline.move(elapsed_s + 1, late)  # the reader's own limit comes first
+        limits = Limits(settings.max_pixels, settings.picture_cpu_s, elapsed_s)
+        try:
+            return self.readers.read(data, limits)
+        except TimeoutError as e:  # the machine is busy: a limit of CPU time comes first otherwise
+            metrics.shed("timeout")
+            raise DeadlineExceeded(late) from e
+
+    def _allow_for(self, pixels: Pixels, deadline: Deadline) -> None:
+        """Move the deadline by the size of the picture, before it is encoded."""
+        height, width = pixels.shape[:2]
+        megapixels = geometry.megapixels(height, width)
+        settings = self.settings
+        seconds = settings.request_timeout_s + settings.encode_megapixel_s * megapixels
+        late = (
+            f"{width}×{height} pixels were not encoded within {seconds:.0f} s; "
+            "try again later, or send a smaller picture"
+        )
+        deadline.move(seconds, late)
