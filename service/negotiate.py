@@ -9,11 +9,8 @@ from service.problems import NotAcceptable
 
 PREFERENCE: Sequence[OutputFormat] = ("png", "webp", "avif", "jpeg", "npy")
 """Order of formats that a client accepts equally: lossless and widely supported ones first."""
-MAX_SIDE: Mapping[OutputFormat, int] = {"webp": 16383, "avif": 32768, "jpeg": 65500}
-"""Longest side, in pixels, of a picture in the formats that have a limit.
-
-libwebp and libjpeg write no longer ones; libavif writes longer ones, but reads them only on
-request."""
+MAX_SIDE: Mapping[OutputFormat, int] = {"webp": 16383}
+"""Longest side, in pixels, of a picture in the formats that cannot hold `geometry.MAX_SIDE`."""
 MAX_LENGTH, MAX_ITEMS = 8192, 64
 """Characters and comma-separated items that are read of one header."""
 MAX_WAIT_S = 60
