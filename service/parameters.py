@@ -110,7 +110,7 @@ def _is_list(field: Any) -> bool:
 
 def _unknown(name: str, known: Collection[str]) -> str:
     if not known:
-        return "there is no such parameter; this route has none"
+        return "there is no such parameter; this route reads none"
     nearest = difflib.get_close_matches(name[:MAX_QUOTED].lower(), known, 1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(sorted(known))}"
+    hint = f"did you mean {nearest[0]}?" if nearest else f"this route reads {', '.join(sorted(known))}"
     return f"there is no such parameter; {hint}"

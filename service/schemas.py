@@ -354,7 +354,12 @@ BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
 PICTURES: dict[str, Any] = {media_type: {"schema": BINARY} for media_type in MEDIA_TYPES.values()}
 FORM: dict[str, Any] = {
     "multipart/form-data": {
-        "schema": {"type": "object", "properties": {"file": BINARY}, "required": ["file"]}
+        "schema": {
+            "type": "object",
+            "description": "One file and no fields; parameters belong in the query.",
+            "properties": {"file": BINARY},
+            "required": ["file"],
+        }
     }
 }
 BITSTREAM: dict[str, Any] = {

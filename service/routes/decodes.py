@@ -30,7 +30,9 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "content": schemas.PICTURES,
         "description": "The instant picture, or the finished picture if it is cached. For a "
-        "diffusion tier, `Location` is the decode's URL and `Link` its picture's.",
+        "diffusion tier, `Location` is the decode's URL and `Link` its picture's. With `Prefer: "
+        "respond-async`, a client that accepts only JSON gets the status in place of a finished "
+        "picture.",
         "headers": {
             "Location": {"schema": {"type": "string"}, "example": "/v1/decodes/3f2b8c5d…"},
             "X-Afterimage-Tier": {"schema": {"type": "string"}, "example": "instant"},
