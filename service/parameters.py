@@ -112,5 +112,5 @@ def _unknown(name: str, known: Collection[str]) -> str:
     if not known:
         return "there is no such parameter; this route reads none"
     nearest = difflib.get_close_matches(name[:MAX_QUOTED].lower(), known, 1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"this route reads {', '.join(sorted(known))}"
+    hint = f"did you mean {nearest[0]}?" if nearest else "this route reads " + ", ".join(known)
     return f"there is no such parameter; {hint}"

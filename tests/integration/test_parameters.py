@@ -182,7 +182,7 @@ def test_fields_of_a_form_are_refused_and_named(api: httpx.Client, small: image.
     assert {fault["in"] for fault in listed.values()} == {"form"}
     assert "?quality=3" in listed["quality"]["message"]
     assert "did you mean quality?" in listed["qualty"]["message"]
-    assert "this route reads format, metric, quality" in listed["csrf"]["message"]
+    assert "this route reads quality, metric, format" in listed["csrf"]["message"]
 
 
 def test_a_second_file_is_refused(api: httpx.Client, small_msh: bytes) -> None:
@@ -218,7 +218,7 @@ def test_a_form_without_a_file_is_malformed(api: httpx.Client) -> None:
         ("POST", "/v1/encodes", "qualty", "did you mean quality?"),
         ("POST", "/v1/decodes", "Tier", "did you mean tier?"),
         ("POST", "/v1/decodes", "TIER", "did you mean tier?"),
-        ("POST", "/v1/decodes", "utm_source", "this route reads deadline_s, eta"),
+        ("POST", "/v1/decodes", "utm_source", "this route reads tier, seed, steps"),
         ("PUT", f"/v1/decodes/{'0' * 32}", "sead", "did you mean seed?"),
         ("POST", "/v1/inspect", "tier", "this route reads none"),
         ("GET", f"/v1/decodes/{'0' * 32}", "id", "this route reads none"),
