@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastapi import Request
 
-from service import keys, signed_urls
+from service import keys, parameters, signed_urls
 from service.keys import SCOPES, Key, KeysError, Scope
 from service.problems import Forbidden, Unauthorized
 
@@ -87,16 +87,19 @@ def anonymous(request: Request) -> Caller:
 
 
 def link_holder(request: Request, secret: bytes | None) -> Caller | None:
-    """The caller of a GET or HEAD request with a valid signed link; None for other requests.
+    """The caller of a GET or HEAD request with a signed link; None for requests without one.
 
-    The names of keys contain no colon, so no key has the name of this caller. With `secret` None,
-    links are disabled.
+    Its name cannot be that of a key, which may hold no colon. `secret` None disables links. Raises
+    `Unauthorized` if the link was altered or has expired.
     """
-    query = request.scope["query_string"].decode("latin-1")
     if secret is None or request.method not in {"GET", "HEAD"}:
         return None
-    if not signed_urls.valid(secret, request.scope["path"], query, time.time()):
+    if signed_urls.SIGNATURE_PARAMETERS.isdisjoint(request.query_params):
         return None
+    query = parameters.link_query(request)
+    if not signed_urls.valid(secret, request.scope["path"], query, time.time()):
+        message = "the link's address was altered, or it has expired; ask for a new link"
+        raise Unauthorized(message, {"WWW-Authenticate": "Bearer"})
     return Caller(f"link:{client_address(request)}", frozenset())
 
 

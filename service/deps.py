@@ -9,9 +9,8 @@ import anyio.to_thread
 from fastapi import Depends, Header, Path, Query, Request, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
-from models.image import OutputFormat
 from models.tiers import TIERS
-from service import auth, negotiate, uploads
+from service import auth, negotiate, parameters, uploads
 from service.auth import Caller
 from service.keys import Scope
 from service.negotiate import Preferences
@@ -28,10 +27,11 @@ ServicesDep = Annotated[Services, Depends(services_of)]
 
 
 async def request_body(request: Request, services: ServicesDep) -> AsyncGenerator[bytes, None]:
-    """Read the body, or the first file of a multipart form, within the limits.
+    """Read the body, or the file of a multipart form, within the limits.
 
     Its memory counts against the upload budget until the response is sent.
-    Raises `BodyTooLarge`, `RequestTimeout`, `Busy`, or `MalformedHeader` for an invalid form.
+    Raises `BodyTooLarge`, `RequestTimeout`, `Busy`; for a form, `MalformedHeader` if it is invalid
+    and `RequestValidationError` if it holds more than a file.
     """
     with services.uploads.upload() as reserve:
         yield await uploads.read(request, services.settings, reserve)
@@ -103,9 +103,9 @@ def _joined(request: Request, name: str) -> str:
     return ", ".join(request.headers.getlist(name))
 
 
-async def accepted_format(request: Request) -> OutputFormat:
-    """The picture format that `Accept` prefers. Raises `NotAcceptable`."""
-    return negotiate.picture_format(_joined(request, "accept"))
+async def accept_header(request: Request) -> str:
+    """The header `Accept`; `negotiate.picture_format` reads it when a picture is to be sent."""
+    return _joined(request, "accept")
 
 
 async def prefer_header(
@@ -126,10 +126,14 @@ def tier_query(description: str) -> Any:
 JobId = Annotated[
     str, Path(pattern="^[0-9a-f]{32}$", examples=["3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e"])
 ]
+ONLY_KNOWN = Depends(parameters.only_known())
+"""A dependency of a router: refuses unknown query parameters."""
+ONLY_KNOWN_ON_LINKS = Depends(parameters.only_known(on_link=True))
+"""The same for routes that links open; analytics' parameters are ignored."""
 RequestBody = Annotated[bytes, Depends(request_body)]
 DecodeCaller = Annotated[Caller, Depends(within_quota("decode"))]
 EncodeCaller = Annotated[Caller, Depends(within_quota("encode"))]
 ImageCaller = Annotated[Caller, Depends(within_quota("decode", or_link=True))]
 """A caller with the scope `decode`, or with a signed link to the picture."""
-AcceptedFormat = Annotated[OutputFormat, Depends(accepted_format)]
+AcceptHeader = Annotated[str, Depends(accept_header)]
 PreferHeader = Annotated[Preferences, Depends(prefer_header)]

@@ -1,15 +1,18 @@
 """Content negotiation: the headers `Accept` (RFC 9110) and `Prefer` (RFC 7240)."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from models.image import MEDIA_TYPES, OutputFormat
 from service.problems import NotAcceptable
 
 PREFERENCE: Sequence[OutputFormat] = ("png", "webp", "avif", "jpeg", "npy")
-"""The format that is chosen among those that a client accepts equally is the first of these.
-Lossless and widely supported formats come first."""
+"""Order of formats that a client accepts equally: lossless and widely supported ones first."""
+MAX_SIDE: Mapping[OutputFormat, int] = {"webp": 16383}
+"""Longest side, in pixels, of a picture in the formats that cannot hold `geometry.MAX_SIDE`."""
+MAX_LENGTH, MAX_ITEMS = 8192, 64
+"""Characters and comma-separated items that are read of one header."""
 MAX_WAIT_S = 60
 """The longest `Prefer: wait`, in seconds; longer values are reduced to this."""
 
@@ -33,28 +36,48 @@ class Preferences:
         return ", ".join((["respond-async"] if self.respond_async else []) + wait)
 
 
-def picture_format(accept: str | None) -> OutputFormat:
-    """Return the format that `Accept` prefers, PNG without the header. Raises `NotAcceptable`."""
+def picture_format(accept: str | None, width: int = 1, height: int = 1) -> OutputFormat:
+    """Return the format that `Accept` prefers for a picture of this size; PNG without the header.
+
+    Call it when a picture is to be sent: other responses are JSON, whatever `Accept` is. Raises
+    `NotAcceptable` if no format in `Accept` can hold the picture, and for a header beyond
+    `MAX_LENGTH` or `MAX_ITEMS`.
+    """
     if accept is None or not accept.strip():
         return PREFERENCE[0]
+    if _is_too_long(accept):
+        limits = f"at most {MAX_LENGTH} characters and {MAX_ITEMS} media ranges are read"
+        raise NotAcceptable(f"Accept has {len(accept)} characters; {limits}")
     ranges = list(_ranges(accept))
-    weights = {f: _weight(MEDIA_TYPES[f], ranges) for f in PREFERENCE}
-    best = max(PREFERENCE, key=lambda f: weights[f])  # the first, if several are equal
+    side = max(width, height)
+    available = [f for f in PREFERENCE if side <= MAX_SIDE.get(f, side)]
+    weights = {f: _weight(MEDIA_TYPES[f], ranges) for f in available}
+    best = max(available, key=lambda f: weights[f])  # the first, if several are equal
     if not weights[best]:
-        available = ", ".join(MEDIA_TYPES[f] for f in PREFERENCE)
-        raise NotAcceptable(f"Accept is {accept!r}; choose one of {available}")
+        types = ", ".join(MEDIA_TYPES[f] for f in available)
+        reason = f" for {width}×{height} pixels" if len(available) < len(PREFERENCE) else ""
+        raise NotAcceptable(f"Accept is {accept!r}; available formats{reason} are {types}")
     return best
 
 
 def preferences(prefer: str | None) -> Preferences:
-    """Parse `Prefer`; if a preference is repeated, the first counts (RFC 7240)."""
+    """Parse `Prefer`; if a preference is repeated, the first counts (RFC 7240).
+
+    A header beyond `MAX_LENGTH` or `MAX_ITEMS` is ignored.
+    """
     values: dict[str, str] = {}
+    if _is_too_long(prefer or ""):
+        return Preferences()
     for item in _ITEMS.findall(prefer or ""):
         name, _, value = _parts(item)[0].partition("=")
         values.setdefault(name.strip().lower(), value.strip().strip('"'))
     wait = values.get("wait", "")
     seconds = min(int(wait), MAX_WAIT_S) if re.fullmatch(r"[0-9]{1,9}", wait) else None
     return Preferences("respond-async" in values, seconds)
+
+
+def _is_too_long(header: str) -> bool:
+    return len(header) > MAX_LENGTH or header.count(",") >= MAX_ITEMS
 
 
 def _parts(item: str) -> list[str]:

@@ -50,6 +50,7 @@ class Decode(BaseModel):
                     "status": "running",
                     "tier": "perceptual",
                     "seed": 0,
+                    "seed_text": "0",
                     "step": 2,
                     "total": 4,
                     "position": None,
@@ -74,6 +75,9 @@ class Decode(BaseModel):
     status: Status
     tier: str
     seed: int
+    seed_text: str = Field(
+        description="The seed as text: JavaScript rounds numbers of 2^53 and more."
+    )
     step: int
     total: int
     position: int | None  # jobs ahead in the queue
@@ -95,8 +99,8 @@ class Decode(BaseModel):
         """Return the public view of a job."""
         d = state.decode
         return cls(
-            id=state.id, status=state.status, tier=d.tier, seed=d.seed, step=state.step,
-            total=state.total, position=position,
+            id=state.id, status=state.status, tier=d.tier, seed=d.seed,
+            seed_text=str(d.seed), step=state.step, total=state.total, position=position,
             eta_s=None if eta_s is None else round(eta_s, 1),
             attempts=state.attempts, width=d.width,
             height=d.height, quality=d.quality, codec_weights=d.codec,
@@ -350,7 +354,12 @@ BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
 PICTURES: dict[str, Any] = {media_type: {"schema": BINARY} for media_type in MEDIA_TYPES.values()}
 FORM: dict[str, Any] = {
     "multipart/form-data": {
-        "schema": {"type": "object", "properties": {"file": BINARY}, "required": ["file"]}
+        "schema": {
+            "type": "object",
+            "description": "One file and no fields; parameters belong in the query.",
+            "properties": {"file": BINARY},
+            "required": ["file"],
+        }
     }
 }
 BITSTREAM: dict[str, Any] = {

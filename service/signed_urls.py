@@ -6,9 +6,10 @@ import hmac
 import re
 from urllib.parse import parse_qsl, quote, urlencode
 
+SIGNATURE_PARAMETERS = frozenset({"expires", "signature"})
+"""Query parameters that signing adds."""
 _PURPOSE = "afterimage-link-1"  # so that other signatures by the same secret are not valid links
-_SIGNATURE_PARAMETERS = {"expires", "signature"}
-_NUMBER = re.compile(r"[0-9]{1,18}")
+_NUMBER = re.compile(r"[0-9]{1,18}")  # a request with an API key may send any `expires`
 
 
 def sign(secret: bytes, path: str, query: str, expires: int) -> str:
@@ -31,7 +32,7 @@ def valid(secret: bytes, path: str, query: str, now: float) -> bool:
     `ValueError` for an empty secret.
     """
     pairs = parse_qsl(query, keep_blank_values=True)
-    parameters = sorted(pair for pair in pairs if pair[0] in _SIGNATURE_PARAMETERS)
+    parameters = sorted(pair for pair in pairs if pair[0] in SIGNATURE_PARAMETERS)
     if [name for name, _ in parameters] != ["expires", "signature"]:
         return False
     (_, expires), (_, signature) = parameters
@@ -52,7 +53,7 @@ def seconds_left(query: str, now: float) -> int | None:
 def _canonical(query: str) -> str:
     """The part of a query that is signed, sorted by name; equal names keep their order."""
     pairs = parse_qsl(query, keep_blank_values=True)
-    signed = (pair for pair in pairs if pair[0] not in _SIGNATURE_PARAMETERS)
+    signed = (pair for pair in pairs if pair[0] not in SIGNATURE_PARAMETERS)
     return urlencode(sorted(signed, key=lambda pair: pair[0]))
 
 

@@ -12,11 +12,11 @@ from models.codec.bitstream import Bitstream
 from models.errors import ParameterError
 from models.image import OutputFormat
 from models.tiers import Settings, Tier
-from service import admission, drafts, image_response, metrics, watching
+from service import admission, drafts, image_response, metrics, negotiate, watching
 from service.auth import Caller
 from service.instant import PictureFile
 from service.negotiate import Preferences
-from service.problems import KeyReused
+from service.problems import KeyReused, NotAcceptable
 from service.services import Services
 from worker.queue import estimates, outbox
 from worker.queue.jobs import MAX_SUBSCRIPTION_S
@@ -65,18 +65,19 @@ class Submission:
     upload: ParsedBitstream
     decode: DecodeRequest
     params: DecodeParams
-    format: OutputFormat
+    accept: str
     prefer: Preferences
     caller: Caller
     created: bool = False  # whether this request queued a new job
 
     async def respond(self) -> Response:
         """Return the finished picture if it is cached; otherwise queue the job and return the
-        draft, or 202 with `Prefer: respond-async`."""
+        draft, or 202 with `Prefer: respond-async`. Raises `NotAcceptable` before it queues."""
+        format = self._format()
         location = f"/v1/decodes/{self.decode.id}"
         headers = {"Location": location, "Link": f'<{location}/image>; rel="upgrade"'}
         state = await anyio.to_thread.run_sync(self.services.jobs.get, self.decode.id)
-        finished = await self._finished_picture(state)
+        finished = await self._finished(state, format, {**headers, "X-Cache": "hit"})
         metrics.cache("picture", finished is not None)
         for url in self.params.webhooks:
             await anyio.to_thread.run_sync(
@@ -84,16 +85,33 @@ class Submission:
             )
         if state is not None and finished is not None:
             await anyio.to_thread.run_sync(self._notify_webhooks, state)
-            return self._picture(finished, self.decode, {**headers, "X-Cache": "hit"})
+            return finished
         headers["X-Cache"] = "miss"
         await anyio.to_thread.run_sync(admission.admit, self.services, state)
-        if self.prefer.respond_async:
-            return await self._respond_async(headers)
-        draft = await drafts.draft(self.services, self.decode, self.upload.bitstream, self.format)
-        await self._submit()  # after the instant decode, so that a corrupt bitstream is not queued
-        return self._picture(draft.data, None, {**headers, **self.upload.server_timing(draft)})
+        if self.prefer.respond_async or format is None:
+            return await self._respond_async(format, headers)
+        draft = await drafts.draft(self.services, self.decode, self.upload.bitstream, format)
+        await self._submit()  # after decoding, so that a corrupt bitstream is never queued
+        headers |= self.upload.server_timing(draft)
+        return image_response.picture(
+            self.services, self.request, draft.data, format, None, headers
+        )
 
-    async def _respond_async(self, headers: dict[str, str]) -> Response:
+    def _format(self) -> OutputFormat | None:
+        """The format of the picture to send; None to send the status document in its place.
+
+        Raises `NotAcceptable` unless the client accepts that by `Prefer: respond-async`.
+        """
+        try:
+            return negotiate.picture_format(self.accept, self.decode.width, self.decode.height)
+        except NotAcceptable:
+            if self.prefer.respond_async:
+                return None
+            raise
+
+    async def _respond_async(
+        self, format: OutputFormat | None, headers: dict[str, str]
+    ) -> Response:
         """Queue the job and return 202, or the picture if it is ready within `Prefer: wait`."""
         await self.services.instant.check(self.upload.bitstream)
         state, eta_s = await self._submit()
@@ -107,21 +125,33 @@ class Submission:
                 await watching.load_and_renew(self.services, state.id, self.caller.name),
                 None,
             )
-            finished = await self._finished_picture(state)
+            applied = {"Preference-Applied": f"wait={self.prefer.wait_s}"}
+            finished = await self._finished(state, format, {**headers, **applied})
             if finished is not None:
-                headers["Preference-Applied"] = f"wait={self.prefer.wait_s}"
-                return self._picture(finished, self.decode, headers)
+                return finished
         else:
             await anyio.to_thread.run_sync(watching.renew, self.services, state, self.caller.name)
         response = await watching.pending_response(self.services, state, eta_s)
         response.headers.update({**headers, "Preference-Applied": self.prefer.applied})
         return response
 
-    async def _finished_picture(self, state: JobState | None) -> bytes | None:
-        """The finished picture, if the job has succeeded and the picture is still cached."""
+    async def _finished(
+        self, state: JobState | None, format: OutputFormat | None, headers: dict[str, str]
+    ) -> Response | None:
+        """The finished picture, or without a format the status document.
+
+        None unless the job has succeeded and the picture is still cached.
+        """
         if state is None or state.status != "succeeded":
             return None
-        return await drafts.finished_picture(self.services, self.decode, self.format)
+        if format is None:
+            return await watching.ended_response(self.services, state, headers)
+        file = await drafts.finished_picture(self.services, self.decode, format)
+        if file is None:
+            return None
+        return image_response.picture(
+            self.services, self.request, file, format, self.decode, headers
+        )
 
     async def _submit(self) -> tuple[JobState, float | None]:
         """Queue the job unless it is queued, running or done.
@@ -160,13 +190,6 @@ class Submission:
         admission.check_memory(self.services)
         self._register_webhooks()
         outbox.job_ended(self.services.store, state.id, *outbox.event(state))
-
-    def _picture(
-        self, file: bytes, decode: DecodeRequest | None, headers: dict[str, str]
-    ) -> Response:
-        return image_response.picture(
-            self.services, self.request, file, self.format, decode, headers
-        )
 
 
 def build_decode(

@@ -5,12 +5,14 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 
 import anyio
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from models.errors import MalformedHeader
-from service import metrics
+from service import metrics, parameters
+from service.negotiate import MAX_ITEMS, MAX_LENGTH
 from service.problems import BodyTooLarge, Busy, RequestTimeout
 from service.settings import ServiceSettings
 
@@ -55,14 +57,20 @@ class UploadBudget:
 async def read(
     request: Request, settings: ServiceSettings, reserve: Callable[[int], None]
 ) -> bytes:
-    """Return the request's body or, for a multipart form, the first file in it.
+    """Return the request's body or, for a multipart form, the file in it.
 
     Calls `reserve` with the size of each chunk. Raises `BodyTooLarge`, before reading if
-    Content-Length exceeds the limit; `RequestTimeout`; `MalformedHeader` for an invalid form.
+    Content-Length exceeds the limit; `RequestTimeout`; for a form, `MalformedHeader` if it is
+    invalid, `RequestValidationError` if it holds fields or a second file.
     """
     data = await _read_raw(request, settings, reserve)
-    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        return await _first_file(request, data)
+    content_type = request.headers.get("content-type", "")
+    if content_type.lower().startswith("multipart/form-data"):
+        form = await _parse_form(content_type, data)
+        try:
+            return await _only_file(request, form)
+        finally:
+            await form.close()
     return data
 
 
@@ -88,24 +96,51 @@ async def _read_raw(
     return bytes(data)
 
 
-async def _first_file(request: Request, data: bytes) -> bytes:
+async def _parse_form(content_type: str, data: bytes) -> FormData:
+    """Parse a multipart form. Raises `MalformedHeader`."""
+
     async def stream() -> AsyncGenerator[bytes, None]:
         yield data
 
     try:
-        _, options = parse_options_header(request.headers["content-type"])
-        charset = options.get(b"charset", b"utf-8").lower()
-        if charset != b"utf-8":  # other codecs may be slow: punycode takes quadratic time
-            name = charset.decode("latin-1")
-            raise MalformedHeader(f"the charset of the multipart form is {name!r}; use UTF-8")
-        form = await MultiPartParser(request.headers, stream()).parse()
+        return await MultiPartParser(_form_headers(content_type), stream()).parse()
     except (MultiPartException, KeyError, UnicodeError) as e:
-        message = "the multipart form cannot be parsed; check it, or send the file as the body"
-        raise MalformedHeader(message) from e
-    try:
-        for _, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                return await value.read()
-    finally:
-        await form.close()
-    raise MalformedHeader("the multipart form contains no file; add a part with a filename")
+        raise MalformedHeader("the multipart form cannot be parsed") from e
+
+
+def _form_headers(content_type: str) -> Headers:
+    """The header that the parser reads: the boundary, without other parameters.
+
+    RFC 7578 defines no charset for forms: it would only concern names of fields, and decoding some
+    charsets, such as punycode, takes quadratic time. Raises `MalformedHeader`, `KeyError` without a
+    boundary.
+    """
+    if len(content_type) > MAX_LENGTH or content_type.count(";") > MAX_ITEMS:
+        limits = f"at most {MAX_LENGTH} characters and {MAX_ITEMS} parameters are read"
+        raise MalformedHeader(f"Content-Type has {len(content_type)} characters; {limits}")
+    _, options = parse_options_header(content_type)
+    boundary = options[b"boundary"].decode("latin-1")
+    quoted = boundary.replace("\\", "\\\\").replace('"', '\\"')
+    return Headers({"Content-Type": f'multipart/form-data; boundary="{quoted}"'})
+
+
+async def _only_file(request: Request, form: FormData) -> bytes:
+    """Return the form's file. Empty ones, which are inputs left blank, do not count beside others.
+
+    Raises `MalformedHeader` without a file, `RequestValidationError` for a form that holds more:
+    nothing that is sent is ignored.
+    """
+    items = form.multi_items()
+    files = [(name, value) for name, value in items if isinstance(value, UploadFile)]
+    if not files:
+        hint = "send one, for example with curl -F file=@NAME"
+        raise MalformedHeader(f"the multipart form contains no file; {hint}")
+    fields = {name: value for name, value in items if isinstance(value, str)}
+    if fields:
+        raise parameters.misplaced(request, fields)
+    filled = [(name, file) for name, file in files if file.size]
+    if len(filled) > 1:
+        message = f"the form holds {len(filled)} files; send one in each request"
+        raise RequestValidationError([parameters.fault("form", filled[1][0], message)])
+    _, file = (filled or files)[0]
+    return await file.read()

@@ -1,7 +1,7 @@
 """Reads the state of a decode, waits for its end, and follows its events."""
 
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import anyio
@@ -74,6 +74,15 @@ async def pending_response(
     document = await anyio.to_thread.run_sync(view, services, state, eta_s)
     headers = {"Retry-After": str(math.ceil(document.eta_s or 1)), "Cache-Control": "no-store"}
     return JSONResponse(document.model_dump(mode="json"), 202, headers)
+
+
+async def ended_response(
+    services: Services, state: JobState, headers: Mapping[str, str]
+) -> Response:
+    """Return 200 with the public view of a job that has ended."""
+    document = await anyio.to_thread.run_sync(view, services, state)
+    fields = {**headers, "Cache-Control": "no-store"}
+    return JSONResponse(document.model_dump(mode="json"), 200, fields)
 
 
 async def wait_until_ended(services: Services, request: Request, id: str, seconds: float) -> None:

@@ -9,9 +9,10 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from models import errors, tiers
 from models.codec import bitstream
 from models.errors import ParameterError
-from service import image_response, problems, schemas, submission
+from service import image_response, negotiate, problems, schemas, submission
 from service.deps import (
-    AcceptedFormat,
+    ONLY_KNOWN,
+    AcceptHeader,
     DecodeCaller,
     JobId,
     PreferHeader,
@@ -23,13 +24,15 @@ from service.problems import Conflict, IdMismatch, KeyReused, QueueFull
 from service.submission import DecodeParams, ParsedBitstream, Submission
 from worker.queue.jobs import MAX_SUBSCRIPTION_S, SUBSCRIPTION_S
 
-router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
+router = APIRouter(prefix="/v1/decodes", tags=["decodes"], dependencies=[ONLY_KNOWN])
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "content": schemas.PICTURES,
         "description": "The instant picture, or the finished picture if it is cached. For a "
-        "diffusion tier, `Location` is the decode's URL and `Link` its picture's.",
+        "diffusion tier, `Location` is the decode's URL and `Link` its picture's. With `Prefer: "
+        "respond-async`, a client that accepts only JSON gets the status in place of a finished "
+        "picture.",
         "headers": {
             "Location": {"schema": {"type": "string"}, "example": "/v1/decodes/3f2b8c5d…"},
             "X-Afterimage-Tier": {"schema": {"type": "string"}, "example": "instant"},
@@ -93,14 +96,21 @@ async def decode_params(
 ) -> DecodeParams:
     """Parse and check the query parameters. Raises `ParameterError`."""
     chosen = tiers.find(tier)
-    settings = chosen.settings and tiers.vary(
+    if chosen.settings is None:
+        only_diffusion = {
+            "steps": steps, "eta": eta, "gamma": gamma, "sampler": sampler, "guidance": guidance,
+            "webhook": webhook or None,
+        }  # fmt: skip
+        unused = ", ".join(name for name, value in only_diffusion.items() if value is not None)
+        if unused:
+            raise ParameterError(
+                f"{unused}: only for diffusion tiers; an instant picture has no sampler, and is in "
+                "the response. Choose another tier, or leave them out"
+            )
+        return DecodeParams(chosen, None, seed, deadline_s, ())
+    settings = tiers.vary(
         chosen.settings, sampler=sampler, steps=steps, eta=eta, gamma=gamma, guidance=guidance
     )
-    if webhook and settings is None:
-        raise ParameterError(
-            "webhook is set, but the tier is instant, which queues no job; "
-            "choose a diffusion tier or leave webhook out"
-        )
     return DecodeParams(chosen, settings, seed, deadline_s, webhook or ())
 
 
@@ -137,7 +147,7 @@ async def decode(
     request: Request,
     upload: ParsedBitstreamDep,
     params: DecodeParamsDep,
-    format: AcceptedFormat,
+    accept: AcceptHeader,
     prefer: PreferHeader,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
@@ -148,7 +158,9 @@ async def decode(
     job has succeeded, the response is the finished picture.
     """
     if params.settings is None:
-        file = await services.instant.picture(upload.bitstream, upload.digest, format)
+        b = upload.bitstream
+        format = negotiate.picture_format(accept, b.width, b.height)
+        file = await services.instant.picture(b, upload.digest, format)
         timing = upload.server_timing(file)
         return image_response.picture(services, request, file.data, format, None, timing)
     job = submission.build_decode(services, upload, params, params.settings)
@@ -158,7 +170,7 @@ async def decode(
             submission.check_idempotency_key, services, caller.name, idempotency_key, job.id
         )
     return await Submission(
-        services, request, upload, job, params, format, prefer, caller
+        services, request, upload, job, params, accept, prefer, caller
     ).respond()
 
 
@@ -185,7 +197,7 @@ async def put(
     id: JobId,
     upload: ParsedBitstreamDep,
     params: DecodeParamsDep,
-    format: AcceptedFormat,
+    accept: AcceptHeader,
     prefer: PreferHeader,
 ) -> Response:
     """Decode a bitstream, as `POST`, under an id that the client computed from the content.
@@ -201,8 +213,8 @@ async def put(
     job = submission.build_decode(services, upload, params, params.settings)
     request.state.job_id = job.id
     if job.id != id:
-        raise IdMismatch(f"the id of this content is {job.id}, not {id}; use it in the path")
-    submitted = Submission(services, request, upload, job, params, format, prefer, caller)
+        raise IdMismatch(f"the id of this content is {job.id}, not {id}")
+    submitted = Submission(services, request, upload, job, params, accept, prefer, caller)
     response = await submitted.respond()
     if submitted.created and response.status_code == 200:
         response.status_code = 201

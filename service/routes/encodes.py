@@ -16,11 +16,11 @@ from models.errors import (
     WrongWeights,
 )
 from service import problems, schemas
-from service.deps import DecodeCaller, EncodeCaller, RequestBody, ServicesDep
+from service.deps import ONLY_KNOWN, DecodeCaller, EncodeCaller, RequestBody, ServicesDep
 from worker.queue import estimates
 from worker.queue.store import RedisError
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", dependencies=[ONLY_KNOWN])
 
 _MEDIA_TYPE = "application/octet-stream"
 
@@ -88,7 +88,9 @@ async def encode(
     summary="Read a bitstream's header",
     tags=["inspect"],
     openapi_extra=_upload("A bitstream.", _MEDIA_TYPE),
-    responses=problems.responses(*problems.OF_AUTHENTICATION, *problems.OF_BITSTREAMS),
+    responses=problems.responses(
+        *problems.OF_AUTHENTICATION, *problems.OF_BITSTREAMS, ParameterError
+    ),
 )
 async def inspect(
     services: ServicesDep, caller: DecodeCaller, data: RequestBody

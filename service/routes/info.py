@@ -9,10 +9,10 @@ from models.codec import catalogue
 from models.errors import ParameterError
 from models.tiers import TIERS
 from service import problems, schemas
-from service.deps import ServicesDep
+from service.deps import ONLY_KNOWN, ServicesDep
 from service.problems import ModelNotFound
 
-router = APIRouter(prefix="/v1", tags=["about"])
+router = APIRouter(prefix="/v1", tags=["about"], dependencies=[ONLY_KNOWN])
 
 _MARKDOWN = "text/markdown"
 

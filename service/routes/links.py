@@ -10,11 +10,11 @@ from fastapi import APIRouter, Query
 from models import tiers
 from models.errors import ParameterError
 from service import problems, schemas, signed_urls, watching
-from service.deps import DecodeCaller, JobId, ServicesDep, tier_query
+from service.deps import ONLY_KNOWN, DecodeCaller, JobId, ServicesDep, tier_query
 from service.problems import Conflict, JobNotFound
 from worker.queue.store import PICTURE_TTL_S
 
-router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
+router = APIRouter(prefix="/v1/decodes", tags=["decodes"], dependencies=[ONLY_KNOWN])
 
 MAX_LINK_S = PICTURE_TTL_S
 """Longest validity of a link: the picture expires after that time."""

@@ -7,9 +7,10 @@ from fastapi import APIRouter, Query, Request, Response
 
 from models import tiers
 from models.errors import ParameterError, WrongWeights
-from service import drafts, image_response, problems, schemas, watching
+from service import drafts, image_response, negotiate, problems, schemas, watching
 from service.deps import (
-    AcceptedFormat,
+    ONLY_KNOWN_ON_LINKS,
+    AcceptHeader,
     ImageCaller,
     JobId,
     PreferHeader,
@@ -19,7 +20,7 @@ from service.deps import (
 from service.problems import Conflict, JobNotFound, PictureGone
 from worker.queue.records import DecodeRequest
 
-router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
+router = APIRouter(prefix="/v1/decodes", tags=["decodes"], dependencies=[ONLY_KNOWN_ON_LINKS])
 
 _RANKS = {name: rank for rank, name in enumerate(tiers.TIERS)}
 
@@ -47,7 +48,7 @@ async def picture(
     caller: ImageCaller,
     id: JobId,
     request: Request,
-    format: AcceptedFormat,
+    accept: AcceptHeader,
     prefer: PreferHeader,
     min_tier: Annotated[
         str,
@@ -73,6 +74,7 @@ async def picture(
         )
     if state.status != "succeeded" and min_tier != "instant":
         return await watching.pending_response(services, state)
+    format = negotiate.picture_format(accept, state.decode.width, state.decode.height)
     if state.status == "succeeded" and realism > 0:
         file = await drafts.finished_picture(services, state.decode, format, realism)
         if file is not None:
@@ -94,9 +96,14 @@ async def picture(
         ),
     },
 )
-async def preview(services: ServicesDep, caller: ImageCaller, id: JobId) -> Response:
-    """The latest intermediate picture of a running decode. Previews are made only while a client
-    reads its events."""
+async def preview(
+    services: ServicesDep,
+    caller: ImageCaller,
+    id: JobId,
+    step: Annotated[str | None, Query(include_in_schema=False)] = None,
+) -> Response:
+    """The latest intermediate picture of a running decode; made only while its events are read."""
+    # `step` makes the address in each event a new one, so that browsers load the picture again
     state = await watching.load_and_renew(services, id, caller.name)
     file = await anyio.to_thread.run_sync(services.store.preview, id)
     if file is None:

@@ -12,13 +12,13 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from models.errors import ParameterError, Quarantined
 from service import admission, problems, schemas, watching
-from service.deps import DecodeCaller, JobId, PreferHeader, ServicesDep
+from service.deps import ONLY_KNOWN, DecodeCaller, JobId, PreferHeader, ServicesDep
 from service.problems import Busy, Conflict, JobNotFound, PictureGone, QueueFull
 from worker.queue.records import ENDED, JobState
 from worker.queue.store import RedisError
 
 _PROBLEMS = (*problems.OF_AUTHENTICATION, JobNotFound, ParameterError, problems.QueueAway)
-router = APIRouter(prefix="/v1/decodes", tags=["decodes"])
+router = APIRouter(prefix="/v1/decodes", tags=["decodes"], dependencies=[ONLY_KNOWN])
 
 RECONNECT_MS = 2000
 """How long a client waits before it reconnects a broken event stream."""

@@ -28,8 +28,7 @@ export function connect() {
 
 function connectFiles() {
   const openFirst = ([file]) => file && session.openFile(file);
-  $("pick").onclick = () => $("chosen").click();
-  $("other").onclick = () => $("chosen").click();
+  $("pick").onclick = $("other").onclick = () => $("chosen").click();
   $("chosen").onchange = () => {
     const files = [...$("chosen").files];
     $("chosen").value = "";
@@ -58,10 +57,11 @@ function connectSettings() {
   };
   $("settings").onsubmit = (e) => e.preventDefault();
   for (const radio of fields.quality) radio.onchange = session.changeQuality;
-  fields.tier.onchange = decodeAgain;
-  fields.seed.onchange = decodeAgain;
+  fields.tier.onchange = fields.seed.onchange = decodeAgain;
   $("again").onclick = () => {
-    fields.seed.value = Number(fields.seed.value || 0) + 1;
+    const { value } = fields.seed;
+    const seed = BigInt(/^\d+$/.test(value) ? value : 0); // a Number has 53 bits only
+    fields.seed.value = BigInt.asUintN(64, seed + 1n);
     decodeAgain();
   };
   fields.realism.oninput = () => {

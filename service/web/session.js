@@ -188,7 +188,7 @@ class Session {
     await panel.loadTiers();
     this.tier = state.tier;
     fields.tier.value = state.tier;
-    fields.seed.value = state.seed;
+    fields.seed.value = state.seed_text;
     panel.describeTier();
     comparison.setSize(state.width, state.height);
     if (this.bytes) comparison.setRow("instant", this.bytes);

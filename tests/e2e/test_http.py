@@ -124,10 +124,10 @@ def test_both_formats_and_multipart_are_understood(
     ]
     assert [a.status_code for a in answers] == [200] * 3
     form, sent = answers[2].request.headers["content-type"], answers[2].request.read()
-    for charset, status in (("UTF-8", 200), ("undefined", 400), ("punycode", 400)):
+    for charset in ("UTF-8", "undefined", "punycode"):  # a form's charset has no meaning
         headers = {"Content-Type": f"{form}; charset={charset}"}
         again = client.post("/v1/decodes", content=sent, headers=headers)
-        assert again.status_code == status, charset
+        assert again.status_code == 200, charset
     assert np.array_equal(pixels(answers[0]), pixels(answers[2]))
     assert np.abs(pixels(answers[0]).astype(int) - pixels(answers[1])).max() <= 2
 

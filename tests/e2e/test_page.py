@@ -329,6 +329,22 @@ def test_a_copied_link_opens_the_same_decode(
         expect(other.locator("#rows")).to_contain_text("Bitstream")
 
 
+def test_seeds_beyond_the_integers_of_a_number_are_kept(
+    opened: Page, context: BrowserContext, small_file: Path
+) -> None:
+    seed = 2**53 + 1
+    opened.locator("[name=seed]").fill(str(seed))
+    draw(opened, small_file)
+    other = context.new_page()
+    other.goto(opened.url)
+    expect(other.locator("[name=seed]")).to_have_value(str(seed))
+    for value, following in ((seed, seed + 1), (2**64 - 1, 0)):
+        opened.locator("[name=seed]").fill(str(value))
+        with opened.expect_request(re.compile(rf"tier=perceptual&seed={following}$")):
+            opened.locator("#again").click()
+        expect(opened.locator("[name=seed]")).to_have_value(str(following))
+
+
 def test_opening_another_file_cancels_the_running_decode(
     opened: Page, service: Service, small_file: Path, small_png: Path
 ) -> None:

@@ -1,11 +1,21 @@
 """Parsing of the headers `Accept` and `Prefer`."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.image import MEDIA_TYPES
-from service.negotiate import MAX_WAIT_S, PREFERENCE, Preferences, picture_format, preferences
+from models import geometry, image
+from models.errors import PictureError
+from models.image import MEDIA_TYPES, OutputFormat
+from service.negotiate import (
+    MAX_SIDE,
+    MAX_WAIT_S,
+    PREFERENCE,
+    Preferences,
+    picture_format,
+    preferences,
+)
 from service.problems import NotAcceptable
 
 WEIGHTS = st.sampled_from(["0", "0.0", "0.001", "0.5", "0.75", "1", "1.000"])
@@ -37,6 +47,38 @@ def test_the_preferred_format_is_chosen(accept: str | None, chosen: str) -> None
 def test_an_unavailable_format_is_refused_with_a_list_of_the_others(accept: str) -> None:
     with pytest.raises(NotAcceptable, match="image/png, image/webp"):
         picture_format(accept)
+
+
+@pytest.mark.parametrize(
+    ("accept", "width", "height", "chosen"),
+    [
+        ("image/webp, image/png;q=0.5", 16383, 1, "webp"),
+        ("image/webp, image/png;q=0.5", 1, 16384, "png"),
+        ("image/png;q=0, */*", 16384, 1, "avif"),
+        ("image/jpeg", 1, 16384, "jpeg"),
+    ],
+)
+def test_a_format_that_cannot_hold_the_picture_is_not_chosen(
+    accept: str, width: int, height: int, chosen: str
+) -> None:
+    assert picture_format(accept, width, height) == chosen
+
+
+@pytest.mark.parametrize("format", PREFERENCE)
+def test_a_format_holds_pictures_up_to_its_longest_side(format: OutputFormat) -> None:
+    longest = MAX_SIDE.get(format, geometry.MAX_SIDE)
+    assert image.write(np.zeros((1, longest, 3), np.uint8), format)
+    if longest < geometry.MAX_SIDE:
+        with pytest.raises(PictureError, match="choose another format"):
+            image.write(np.zeros((1, longest + 1, 3), np.uint8), format)
+
+
+@pytest.mark.parametrize("header", ["a" * 8193, "image/png" + ", image/png" * 64])
+def test_longer_headers_are_not_parsed(header: str) -> None:
+    with pytest.raises(NotAcceptable, match="at most 8192 characters and 64 media ranges"):
+        picture_format(header)
+    assert preferences(f"respond-async, {header}") == Preferences()
+    assert picture_format("image/png" + ", image/png" * 63) == "png"
 
 
 @given(st.lists(st.tuples(RANGES, WEIGHTS), min_size=1, max_size=6))

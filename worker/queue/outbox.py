@@ -182,6 +182,7 @@ def event(state: JobState) -> tuple[str, dict[str, Any]]:
     decode = state.decode
     return f"decode.{state.status}", {
         "id": state.id, "status": state.status, "tier": decode.tier, "seed": decode.seed,
+        "seed_text": str(decode.seed),  # JavaScript rounds numbers of 2^53 and more
         "width": decode.width, "height": decode.height, "image": picture,
         "error": state.error or None,
     }  # fmt: skip
