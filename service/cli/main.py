@@ -5,14 +5,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from pydantic import ValidationError
-from pydantic_settings import SettingsError
 
 from models.errors import AfterimageError
 from service import __version__
 from service.cli import codec, keys, serve, weights
 from service.cli.terminal import complain
 from service.settings import ServiceSettings
-from worker.settings import prepare_process
+from worker.settings import faults, prepare_process
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it: 128 + SIGINT."""
@@ -30,10 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare_process(ServiceSettings())
         return command(args)
     except ValidationError as e:
-        faults = "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors())
-        return complain(f"invalid settings in the environment: {faults}")
-    except SettingsError as e:  # a value that is not valid JSON
-        return complain(f"invalid settings in the environment: {e}")
+        return complain(f"invalid settings in the environment: {faults(e)}")
     except (AfterimageError, OSError) as e:
         return complain(str(e))
     except KeyboardInterrupt:
