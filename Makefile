@@ -15,9 +15,15 @@ COMPILE := .venv/lock/bin/pip-compile --quiet --generate-hashes --strip-extras -
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
+# A broken .venv, or one of another Python, is replaced.
 $(READY): pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there; name Python 3.11 or 3.12: make PYTHON=…"; exit 1; }
+	@$(PYTHON) deploy/check_setup.py
+	@test -d .venv || echo "The first set-up takes some minutes and 6.5 GB, most of it torch with CUDA." \
+		"Without a GPU, 2 GB do: set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels."
+	@test "$$($(BIN)/python -V 2>&1)" = "$$($(PYTHON) -V 2>&1)" && $(BIN)/python -m pip -V >/dev/null 2>&1 || \
+		$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --disable-pip-version-check --no-compile --editable '.[dev]'
 	@touch $(READY)
 
 setup: $(READY) ## create the environment in .venv
@@ -26,7 +32,7 @@ run: $(READY) ## start Redis, the API and one worker on http://127.0.0.1:8000
 	@$(BIN)/afterimage serve
 
 demo: $(READY) ## encode a photograph, decode it at every quality, save a comparison (PHOTO=, URL=)
-	@$(BIN)/python -P -m service.cli.demo $(PHOTO) $(if $(URL),--url $(URL))
+	@$(BIN)/python -P -m service.cli.demo "$(PHOTO)" $(if $(URL),--url "$(URL)")
 
 test: $(READY) browser ## run all tests, in two processes; lists the slowest
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations=25

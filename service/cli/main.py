@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from models.errors import AfterimageError
 from service import __version__
 from service.cli import codec, keys, serve, weights
+from service.cli.parser import Parser
 from service.cli.terminal import complain
 from service.settings import ServiceSettings
 from worker.settings import faults, prepare_process
@@ -37,10 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="afterimage",
-        description="Encode and decode pictures with learned codecs, or serve the HTTP API.",
-    )
+    parser = Parser("afterimage")
     parser.add_argument("--version", action="version", version=f"afterimage {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (serve, codec, keys, weights):
