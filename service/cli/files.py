@@ -153,6 +153,8 @@ def convert_each(targets: dict[Path, Path], convert: Callable[[Path], bytes]) ->
         try:
             write(target, data)
         except OSError as e:
+            if target == STDIO and isinstance(e, BrokenPipeError):
+                raise
             failures += 1
             complain(f"{target}: {reason(e)}")
     return 1 if failures else 0

@@ -10,7 +10,7 @@ from models.errors import AfterimageError
 from service import __version__
 from service.cli import codec, keys, serve, weights
 from service.cli.parser import Parser
-from service.cli.terminal import complain
+from service.cli.terminal import complain, discard_stdout
 from service.settings import ServiceSettings
 from worker.settings import faults, prepare_process
 
@@ -31,7 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(args)
     except ValidationError as e:
         return complain(f"invalid settings in the environment: {faults(e)}")
-    except (AfterimageError, OSError) as e:
+    except BrokenPipeError:  # as in `afterimage inspect … | head -1`
+        discard_stdout()
+        return 1
+    except OSError as e:
+        return complain(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+    except AfterimageError as e:
         return complain(str(e))
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -79,5 +79,6 @@ def _box_sums(a: NDArray[np.float64], height: int, width: int) -> NDArray[np.flo
     """The sum of each box of this size in `a`, by its upper left corner."""
     total = np.pad(a.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     upper = total[:-height, width:] - total[:-height, :-width]
-    lower: NDArray[np.float64] = total[height:, width:] - total[height:, :-width]
-    return lower - upper
+    lower = total[height:, width:] - total[height:, :-width]
+    sums: NDArray[np.float64] = lower - upper
+    return sums

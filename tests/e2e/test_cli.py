@@ -172,6 +172,21 @@ def test_a_hyphen_is_stdin_and_stdout(tmp_path: Path, small: image.Pixels) -> No
     assert read(tmp_path / "b.png").shape == (100, 150, 3)
 
 
+@pytest.mark.parametrize("command", [("inspect", "a.msh"), ("decode", "a.msh", "-o", "-")])
+def test_a_reader_of_stdout_that_has_gone_ends_the_command_without_a_word(
+    command: tuple[str, ...], tmp_path: Path, small_msh: bytes
+) -> None:
+    (tmp_path / "a.msh").write_bytes(small_msh)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "service.cli", *command],
+        cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_an_output_that_is_a_pipe_gets_the_picture(tmp_path: Path, small_msh: bytes) -> None:
     (tmp_path / "a.msh").write_bytes(small_msh)
     os.mkfifo(tmp_path / "pipe")
