@@ -15,9 +15,16 @@ COMPILE := .venv/lock/bin/pip-compile --quiet --generate-hashes --strip-extras -
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
+# A .venv that does not work, or of a Python that is not supported, is replaced.
 $(READY): pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
+	@{ $(BIN)/python deploy/check_setup.py && $(BIN)/python -m pip -V; } >/dev/null 2>&1 || { \
+		command -v "$(PYTHON)" >/dev/null || \
+			{ echo "there is no $(PYTHON); name Python 3.11 or 3.12: make PYTHON=…"; exit 1; }; \
+		"$(PYTHON)" deploy/check_setup.py || exit; \
+		echo "The first set-up takes some minutes and 6.5 GB, most of it torch with CUDA."; \
+		echo "Without a GPU, 2.5 GB do: set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels."; \
+		"$(PYTHON)" -m venv --clear .venv; }
+	$(BIN)/pip install --disable-pip-version-check --no-compile --editable '.[dev]'
 	@touch $(READY)
 
 setup: $(READY) ## create the environment in .venv
@@ -25,8 +32,8 @@ setup: $(READY) ## create the environment in .venv
 run: $(READY) ## start Redis, the API and one worker on http://127.0.0.1:8000
 	@$(BIN)/afterimage serve
 
-demo: $(READY) ## encode a photograph, decode it with two tiers, save a comparison (PHOTO=, URL=)
-	@$(BIN)/python -P -m service.cli.demo $(PHOTO) $(if $(URL),--url $(URL))
+demo: $(READY) ## encode a photograph, decode it at every quality, save a comparison (PHOTO=, URL=)
+	@$(BIN)/python -P -m service.cli.demo "$(PHOTO)" $(if $(URL),--url "$(URL)")
 
 test: $(READY) browser ## run all tests, in three processes; lists the slowest
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --durations=25
@@ -61,15 +68,15 @@ screens: $(READY) browser ## screenshots of the page in runs/screens; the README
 	@OMP_NUM_THREADS=1 $(BIN)/python -P tests/screens/take.py
 
 load: $(READY) ## locust against a local service: 1, 2, 4 workers, 1 and 2 API processes
-	@test -x .venv/load/bin/locust || { $(PYTHON) -m venv .venv/load && \
+	@test -x .venv/load/bin/locust || { $(BIN)/python -m venv .venv/load && \
 		.venv/load/bin/pip install --quiet locust; }
 	@OMP_NUM_THREADS=1 $(BIN)/python -P tests/load/run.py
 
 fuzz: $(READY) ## mutated bitstreams of both formats; fails on any violation (N=, SEED=)
 	@$(BIN)/python -P -W ignore tests/fuzz/bitstreams.py $(or $(N),100000) --seed $(or $(SEED),0)
 
-lock: $(READY) ## pin the packages of .venv with hashes (PIP_INDEX_URL= for another index)
-	@$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet pip-tools
+lock: $(READY) ## pin what the tests ran with, with hashes (PIP_INDEX_URL= for another index)
+	@$(BIN)/python -m venv .venv/lock && .venv/lock/bin/pip install --quiet pip-tools
 	@$(BIN)/pip freeze --exclude-editable >.venv/lock/tested.txt
 	@for target in cpu cuda; do \
 		test $$target = cpu || unset PIP_EXTRA_INDEX_URL; \

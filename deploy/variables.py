@@ -3,7 +3,6 @@
 Names, defaults and descriptions come from the settings classes.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,12 +70,12 @@ def default_of(name: str, field: FieldInfo) -> str:
     value: Any = field.default
     if isinstance(value, SecretStr):
         value = value.get_secret_value()
-    if value is None or value == "":
+    if value is None or value in ("", ()):
         return UNSET
     if isinstance(value, Path):
         return f"`{_without_home(value)}`"
     if isinstance(value, tuple):
-        return f"`{json.dumps(value)}`"
+        return f"`{','.join(f'{item:.12g}' for item in value)}`"
     if name.endswith("_bytes"):
         return f"{value} ({value // 2**20} MiB)"
     return f"`{value}`" if isinstance(value, str) else f"{value:.12g}"

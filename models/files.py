@@ -32,7 +32,7 @@ def write_output(path: Path, data: bytes) -> None:
     """
     try:
         before = path.stat() if path.exists() else None
-        if before is not None and _is_special(path, before):
+        if before is not None and is_special(path, before):
             path.write_bytes(data)
             return
         target = Path(os.path.realpath(path))  # a dangling link creates the file it names
@@ -51,7 +51,7 @@ def _create_beside(file: Path) -> Path:
     return part
 
 
-def _is_special(path: Path, status: os.stat_result) -> bool:
+def is_special(path: Path, status: os.stat_result) -> bool:
     """True for what must not be renamed over, such as a pipe or /dev/stdout."""
     return not stat.S_ISREG(status.st_mode) or str(path.absolute()).startswith(("/dev/", "/proc/"))
 

@@ -9,7 +9,7 @@
 """
 
 import contextlib
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -115,9 +115,10 @@ class AsyncClient:
             return
         if response_tier == "instant":
             yield Update("draft", response.content)
-            async for update in self._follow(location, previews):
-                yield update
-        # not `tier`: another request may have queued the same job under the name of another tier
+            async with contextlib.aclosing(self._follow(location, previews)) as updates:
+                async for update in updates:
+                    yield update
+        # any diffusion tier: an identical job may have been queued under another tier's name
         params = {"min_tier": "perceptual", "realism": realism}
         response = await self._retry("GET", f"{location}/image", params=params, headers=accept)
         yield Update("final", response.content, tier=response.headers["x-afterimage-tier"])
@@ -143,13 +144,8 @@ class AsyncClient:
         last_id, failures = "0", 0
         while True:
             try:
-                async with aconnect_sse(
-                    self.http, "GET", f"{location}/events", headers={"Last-Event-ID": last_id}
-                ) as source:
-                    if not source.response.is_success:
-                        await source.response.aread()
-                        raise _api_error(source.response)
-                    async for event in source.aiter_sse():
+                async with self._events(location, last_id) as events:
+                    async for event in events:
                         last_id, failures = event.id or last_id, 0
                         if event.event == "completed":
                             return
@@ -168,6 +164,19 @@ class AsyncClient:
                 failures += 1
                 error = httpx.ReadError(f"{location}/events ended early {failures} times in a row")
                 await _wait_before_retry(error, failures)
+
+    @contextlib.asynccontextmanager
+    async def _events(
+        self, location: str, last_id: str
+    ) -> AsyncIterator[AsyncIterator[ServerSentEvent]]:
+        """The decode's events after `last_id`, until the block ends. Raises `ApiError`."""
+        headers = {"Last-Event-ID": last_id}
+        async with aconnect_sse(self.http, "GET", f"{location}/events", headers=headers) as source:
+            if not source.response.is_success:
+                await source.response.aread()
+                raise _api_error(source.response)
+            async with contextlib.aclosing(source.aiter_sse()) as events:
+                yield events
 
     async def _update(self, event: ServerSentEvent, previews: bool) -> Update | None:
         """The update for an event, if there is one. Raises an error if the decode has failed."""
@@ -214,6 +223,7 @@ class Client:
                 self._portal.wrap_async_context_manager(client)
             )
             self._stack = stack.pop_all()
+        self._open = True
 
     def __enter__(self) -> Self:
         return self
@@ -224,6 +234,7 @@ class Client:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._open = False
         self._stack.__exit__(kind, error, trace)
 
     def decode(
@@ -240,11 +251,13 @@ class Client:
         updates = self._client.decode(
             data, tier, format=format, previews=previews, realism=realism, **settings
         )
+        steps = self._portal.call(_Steps, updates)
         try:
-            while (update := self._portal.call(_next, updates)) is not None:
+            while (update := self._portal.call(steps.next)) is not None:
                 yield update
         finally:
-            self._portal.call(_close, updates)
+            if self._open:  # else the event loop has ended, and closed all generators
+                self._portal.call(steps.close)
 
     def encode(
         self, picture: bytes, quality: int = 2, format: Literal["msh", "compressai"] = "msh"
@@ -261,12 +274,33 @@ class Client:
         self._portal.call(self._client.cancel, location)
 
 
-async def _next(updates: AsyncGenerator[Update, None]) -> Update | None:
-    return await anext(updates, None)
+class _Steps:
+    """Runs a generator on the event loop, step by step, for a thread that may be interrupted.
 
+    Ctrl-C interrupts the thread while it waits for a step; the step itself continues on the loop.
+    An asynchronous generator cannot be closed while it runs, so `close` ends the step first.
+    """
 
-async def _close(updates: AsyncGenerator[Update, None]) -> None:
-    await updates.aclose()
+    def __init__(self, updates: AsyncGenerator[Update, None]) -> None:
+        self._updates = updates
+        self._running = anyio.Lock()
+        self._step = anyio.CancelScope()
+        self._closed = False
+
+    async def next(self) -> Update | None:
+        """The next update; None at the end, and after `close`."""
+        async with self._running:
+            if not self._closed:
+                with anyio.CancelScope() as self._step:
+                    return await anext(self._updates, None)
+        return None
+
+    async def close(self) -> None:
+        """Cancel the step that is running, if any, then close the generator."""
+        self._closed = True
+        self._step.cancel()
+        async with self._running:
+            await self._updates.aclose()
 
 
 def _decode_error(status: str, error: str | None) -> AfterimageError:

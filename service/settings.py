@@ -1,10 +1,16 @@
 """Settings of the API, read from the environment."""
 
+import os
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import NoDecode
 
-from worker.settings import WorkerSettings
+from worker.settings import WorkerSettings, listed
+
+ORIGIN = r"^(\*|null|[a-z][a-z0-9+.-]*://[^/,\s]+)$"
+"""What browsers send as `Origin`: no path and no slash at the end; `*`: any."""
 
 
 class ServiceSettings(WorkerSettings):
@@ -33,9 +39,11 @@ class ServiceSettings(WorkerSettings):
     jobs_at_once: int | None = Field(
         None, ge=1, description="unfinished jobs of a caller whose key sets no limit"
     )
-    cors_origins: tuple[str, ...] = Field(
-        (), description='JSON list of origins whose pages may call the API; `["*"]`: all'
-    )
+    cors_origins: Annotated[
+        tuple[Annotated[str, Field(pattern=ORIGIN)], ...],
+        NoDecode,
+        listed("origins such as https://a.example, without a path, or *"),
+    ] = Field((), description="origins whose pages may call the API, with commas; `*`: all")
     metrics_host: str = Field(
         "127.0.0.1", description="address of the metrics port; under `serve`, default: `--host`"
     )
@@ -69,3 +77,15 @@ class ServiceSettings(WorkerSettings):
     request_timeout_s: float = Field(
         30, gt=0, description="longest wait for an instant picture or for a thread, in seconds"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_not_empty(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Refuse an empty variable or file: taking it for unset would open the service to all."""
+        empty = any(k.upper() == "AFTERIMAGE_API_KEYS" and not v for k, v in os.environ.items())
+        if values.get("api_keys", "" if empty else None) == "":
+            raise ValueError(
+                "AFTERIMAGE_API_KEYS is empty; name the file of API keys, or unset the variable to "
+                "run without keys"
+            )
+        return values

@@ -3,12 +3,19 @@
 import contextlib
 import ctypes
 import gc
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import (
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.geometry import MAX_PIXELS
@@ -16,20 +23,72 @@ from models.geometry import MAX_PIXELS
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 _MMAP_THRESHOLD = 32 * 2**20
 _TRIM_THRESHOLD = 2**30
+_PREFIX = "AFTERIMAGE_"
+_MAY_BE_EMPTY = (_PREFIX, "NUMBA_", "OMP_", "REDIS_URL", "CACHE_REDIS_URL", "WEB_CONCURRENCY")
+"""Beginnings of the names of variables that count as unset when they are empty."""
 
 
 def secrets_dir() -> Path | None:
     """Folder of secret files, each named like the variable that it replaces; None without one."""
-    folder = Path(os.environ.get("AFTERIMAGE_SECRETS_DIR", "/run/secrets"))
+    folder = Path(os.environ.get("AFTERIMAGE_SECRETS_DIR") or "/run/secrets")
     return folder if folder.is_dir() else None
 
 
-class WorkerSettings(BaseSettings):
-    """Redis URLs, folders, limits and threads."""
+class EnvironmentSettings(BaseSettings):
+    """Settings from variables and files of secrets. An empty variable or file counts as unset."""
 
     model_config = SettingsConfigDict(
-        env_prefix="AFTERIMAGE_", extra="ignore", secrets_dir=secrets_dir()
+        env_prefix=_PREFIX,
+        env_ignore_empty=True,
+        extra="ignore",
+        hide_input_in_errors=True,
+        secrets_dir=secrets_dir(),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_files(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if value != ""}
+
+
+def listed(wanted: str) -> WrapValidator:
+    """A validator for tuples that reads `a,b` and JSON lists.
+
+    `wanted` describes the items in its error. Fields need `NoDecode` too, or else they accept JSON
+    only.
+    """
+
+    def validate(value: Any, validate_items: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate_items(_items(value) if isinstance(value, str) else value)
+        except ValueError as e:
+            raise ValueError(f"give {wanted}, separated by commas or as a JSON list") from e
+
+    return WrapValidator(validate)
+
+
+def _items(text: str) -> Any:
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def faults(error: ValidationError) -> str:
+    """What is wrong with which variable, as one line. Secrets and URLs are not shown."""
+    lines = []
+    for fault in error.errors():
+        name = str(fault["loc"][0]).upper() if fault["loc"] else ""
+        if name and "REDIS_URL" not in name:
+            name = _PREFIX + name
+        hidden = not name or "SECRET" in name or "URL" in name
+        value = "" if hidden else f" is {fault['input']!r}"
+        reason = str(fault.get("ctx", {}).get("error", fault["msg"]))
+        lines.append(f"{name}{value}: {reason}" if name else reason)
+    return "; ".join(lines)
+
+
+class WorkerSettings(EnvironmentSettings):
+    """Redis URLs, folders, limits and threads."""
 
     redis_url: str = Field(
         "",
@@ -88,13 +147,24 @@ def prepare_process(settings: WorkerSettings) -> None:
 
     Code compiled by numba and OpenVINO is cached in `cache_dir`. Waiting OpenMP threads sleep: if
     they spin, an instant decode next to a busy worker takes 0.88 s instead of 0.47 s (768×512, two
-    cores). Freed memory stays in the process.
+    cores). Freed memory stays in the process. Empty variables are unset, for child processes too.
     """
     _keep_freed_memory()
+    _unset_empty_variables()
     os.environ.setdefault("NUMBA_CACHE_DIR", str(settings.cache_dir / "numba"))
     os.environ["AFTERIMAGE_CACHE_DIR"] = str(settings.cache_dir)
     os.environ["AFTERIMAGE_GS_PRECISION"] = settings.gs_precision
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _unset_empty_variables() -> None:
+    """Unset empty variables, which compose files and env files define for values that are missing.
+
+    Only ours and those of some libraries: an empty NO_PROXY or CUDA_VISIBLE_DEVICES has a meaning.
+    """
+    for name, value in list(os.environ.items()):
+        if not value and name.startswith(_MAY_BE_EMPTY):
+            del os.environ[name]
 
 
 def _keep_freed_memory() -> None:

@@ -65,7 +65,7 @@ def graph(net: InferenceSynthesis) -> ov.Model:
 def _compile(net: InferenceSynthesis) -> ov.CompiledModel:
     options = {
         # OpenVINO's default is bf16 on processors that support it
-        "INFERENCE_PRECISION_HINT": os.environ.get(PRECISION_VARIABLE, "f32"),
+        "INFERENCE_PRECISION_HINT": os.environ.get(PRECISION_VARIABLE) or "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,
@@ -81,9 +81,10 @@ def _compile(net: InferenceSynthesis) -> ov.CompiledModel:
 
 def _cache_folder() -> Path | None:
     """Return the folder for compiled networks; None if none is set or it cannot be written."""
-    if CACHE_VARIABLE not in os.environ:
+    cache = os.environ.get(CACHE_VARIABLE)
+    if not cache:
         return None
-    folder = Path(os.environ[CACHE_VARIABLE]) / "openvino"
+    folder = Path(cache) / "openvino"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / LOCK).touch()

@@ -36,11 +36,11 @@ class ProcessGroup:
 
         `device` is `cpu`, `cuda`, or `auto` for CUDA if available.
         """
-        world, rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0")))
+        world, rank = (int(os.environ.get(k) or d) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0")))
         kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         rank_device = torch.device(kind)
         if kind == "cuda":
-            rank_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            rank_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or "0"))
             torch.cuda.set_device(rank_device)
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")

@@ -8,9 +8,27 @@ from pathlib import Path
 from typing import Any, get_args
 
 from models.errors import AfterimageError
-from models.tiers import TIERS, Sampler, Settings, check_realism, check_seed, find, vary
+from models.tiers import (
+    MAX_GUIDANCE,
+    MAX_STEPS,
+    TIERS,
+    Sampler,
+    Settings,
+    check_realism,
+    check_seed,
+    find,
+    vary,
+)
 from service.cli import options
-from service.cli.files import convert_each, output_paths, picture_format, read_input
+from service.cli.files import (
+    convert_each,
+    note_frames,
+    output_paths,
+    picture_format,
+    read_bitstream,
+    read_picture,
+    reason,
+)
 from service.cli.terminal import complain, say
 from service.settings import ServiceSettings
 from worker.settings import without_garbage_collection
@@ -30,10 +48,13 @@ def add(commands: Any) -> None:
         help="1 (smallest file) to 8 (best picture); 4 to 8 need imported weights (default: 2)",
     )
     options.add_metric(
-        encode, help="metric of the weights; ms-ssim needs imported weights (default: mse)"
+        encode, help="what the weights minimise; ms-ssim needs imported weights (default: mse)"
     )
     encode.add_argument(
-        "--format", choices=("msh", "compressai"), default="msh", help="container (default: msh)"
+        "--format",
+        choices=("msh", "compressai"),
+        default="msh",
+        help="msh has checksums; compressai is read by CompressAI's examples (default: msh)",
     )
     encode.set_defaults(run=_encode)
 
@@ -45,7 +66,8 @@ def add(commands: Any) -> None:
     _add_diffusion(decode)
     decode.add_argument(
         "--url",
-        help="decode at this service instead of here (API key: AFTERIMAGE_API_KEY)",
+        help="decode at this service, such as http://127.0.0.1:8000, with the API key in "
+        "AFTERIMAGE_API_KEY (default: decode here)",
     )
     decode.set_defaults(run=_decode)
 
@@ -56,13 +78,30 @@ def add(commands: Any) -> None:
 
 def _add_diffusion(decode: argparse.ArgumentParser) -> None:
     decode.add_argument(
-        "--tier", choices=tuple(TIERS), default="instant", help="tier (default: instant)"
+        "--tier",
+        choices=tuple(TIERS),
+        default="instant",
+        help="instant: the codec's picture; perceptual: the best-looking; others: samples of what "
+        "the original may have been (default: instant)",
     )
-    decode.add_argument("--seed", type=int, default=0, help="seed of the sampler (default: 0)")
-    for name in ("steps", "eta", "gamma", "guidance"):
-        number = int if name == "steps" else float
-        decode.add_argument(f"--{name}", type=number, help=f"overrides the tier's {name}")
-    decode.add_argument("--sampler", choices=get_args(Sampler), help="overrides the tier's sampler")
+    decode.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the noise, 0 to 2^64 - 1: equal seeds give equal pictures (default: 0)",
+    )
+    sampler = decode.add_argument_group("sampler settings", "Default: those of the tier.")
+    sampler.add_argument("--steps", type=int, help=f"1 to {MAX_STEPS}; time is proportional to it")
+    sampler.add_argument(
+        "--eta", type=float, help="noise of each step of ddim: 0 (none) to 1 (like ddpm)"
+    )
+    sampler.add_argument("--gamma", type=float, help="scale of the first noise, 0 to 1")
+    sampler.add_argument(
+        "--guidance",
+        type=float,
+        help=f"strength of autoguidance, 0 to {MAX_GUIDANCE:g}; 1 is off, others double the time",
+    )
+    sampler.add_argument("--sampler", choices=get_args(Sampler), help="how steps are taken")
     decode.add_argument(
         "--realism",
         type=float,
@@ -90,7 +129,9 @@ def _encode(args: argparse.Namespace) -> int:
         torch.set_num_threads(settings.threads)
 
     def encode(source: Path) -> bytes:
-        pixels = image.read(read_input(source), settings.max_pixels)
+        data = read_picture(source)
+        pixels = image.read(data, settings.max_pixels)
+        note_frames(source, data)
         return bitstream.serialize(network.encode(codec.to_tensor(pixels), args.format, "exact"))
 
     return convert_each(targets, encode)
@@ -135,7 +176,7 @@ def _local_decoder(
     models = library.load(settings.threads, sampling is not None, settings.weights_dir)
 
     def decode(source: Path) -> bytes:
-        b = bitstream.parse(read_input(source), settings.max_pixels)
+        b = bitstream.parse(read_bitstream(source), settings.max_pixels)
         text: dict[str, str] = {}
         if sampling is None:
             pixels = models.codec(b).decode(b)
@@ -168,7 +209,7 @@ def _remote_decoder(
 
     def decode(source: Path) -> bytes:
         format = picture_format(targets[source])
-        data = read_input(source)
+        data = read_bitstream(source)
         try:
             with (
                 Client(args.url, os.environ.get("AFTERIMAGE_API_KEY", "")) as client,
@@ -197,11 +238,11 @@ def _inspect(args: argparse.Namespace) -> int:
     for source in args.inputs:
         line: dict[str, Any] = {"file": str(source)}
         try:
-            data = read_input(source)
+            data = read_bitstream(source)
             b = bitstream.parse(data, settings.max_pixels)
         except (AfterimageError, OSError) as e:
             failures += 1
-            line["error"] = e.strerror if isinstance(e, OSError) else str(e)
+            line["error"] = reason(e)
             complain(f"{source}: {line['error']}")
         else:
             installed = catalogue.find(rows, b.quality, b.metric, b.weights_id)

@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import io
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,33 +15,41 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
-from models import geometry, image
-from service.cli.terminal import say
+from models import image
+from models.errors import AfterimageError
+from service.cli.sheet import jpeg_of_size, side_by_side
+from service.cli.terminal import complain, say
+from service.client import Client
+from service.settings import ServiceSettings
 
 TIER = "perceptual"
+QUALITIES = (1, 2, 3)
 START_TIMEOUT_S = 180.0
-"""How long the service may take to start. The first start is slow because it compiles code."""
-TITLE_HEIGHT = 18
-"""Pixels above each picture of a sheet."""
+"""How long a service may take to start; the first start compiles code."""
+LEGEND = f"""
+bytes: of the bitstream, and of the JPEG that is as large. PSNR in dB: higher is closer to the
+original, pixel by pixel. The {TIER} picture has less of it on purpose: its detail is plausible
+instead of averaged away, which the eye prefers and PSNR does not. Compare the pictures; other
+measures are in tests/bench/README.md. seconds: until the picture has arrived."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One decoded picture, a row of the printed table."""
+    """One picture, a row of the printed table."""
 
     quality: int
-    tier: str
-    bpp: float
+    name: str
+    size: int  # bytes of the file that it was decoded from
     psnr: float
-    seconds: float
+    seconds: float | None  # None for the JPEG, which no service decodes
     picture: Image.Image
 
 
 def main() -> int:
-    """Encode at qualities 1 to 3, decode with both tiers, print a table, and save the pictures."""
+    """Encode at each quality, decode with both tiers, print a table, save the pictures."""
     parser = argparse.ArgumentParser(prog="python -m service.cli.demo", description=__doc__)
     parser.add_argument("photo", type=Path, help="photograph to encode")
     parser.add_argument("--url", help="a running service (default: start one for the demo)")
@@ -47,103 +57,81 @@ def main() -> int:
         "--out", type=Path, default=Path("demo-out"), help="output folder (default: demo-out)"
     )
     args = parser.parse_args()
-    original = Image.fromarray(image.read(args.photo.read_bytes(), geometry.MAX_PIXELS))
-    args.out.mkdir(exist_ok=True)
+    try:
+        return _run(args.photo, args.url, args.out)
+    except (httpx.TransportError, httpx.InvalidURL) as e:
+        return complain(f"no service answers at {args.url}: {e}")
+    except OSError as e:
+        return complain(f"{e.filename or args.photo}: {e.strerror}")
+    except AfterimageError as e:
+        return complain(str(e))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(photo: Path, url: str | None, out: Path) -> int:
+    settings = ServiceSettings()
+    data = photo.read_bytes()
+    try:
+        original = Image.fromarray(image.read(data, settings.max_pixels))
+    except AfterimageError as e:
+        raise AfterimageError(f"{photo}: {e}") from e
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
     with contextlib.ExitStack() as stack:
-        url = args.url or stack.enter_context(_service())
-        client = stack.enter_context(httpx.Client(base_url=url, timeout=120))
-        rows: list[Row] = []
-        for quality in (1, 2, 3):
-            rows += _decode_both(client, args.photo, original, quality)
-            path = args.out / f"{args.photo.stem}-q{quality}.png"
-            _side_by_side(original, rows[-2], rows[-1]).save(path)
-            say(f"saved {path}: original | instant | {TIER}")
-    say(f"\n{'quality':>7} {'tier':<10} {'bpp':>6} {'PSNR':>6} {'seconds':>8}")
+        url = url or stack.enter_context(_service(settings.cache_dir, out / "service.log"))
+        client = stack.enter_context(Client(url, os.environ.get("AFTERIMAGE_API_KEY", "")))
+        for quality in QUALITIES:
+            new = _decode_all(client, data, original, quality)
+            path = out / f"{photo.stem}-q{quality}.png"
+            titles = [("original", original)]
+            titles += [(f"{r.name}, {r.size:,} bytes", r.picture) for r in new]
+            side_by_side(titles).save(path)
+            say(f"saved {path}: {' | '.join(title for title, _ in titles)}")
+            rows += new
+    say(f"\n{'quality':>7}  {'picture':<10} {'bytes':>9} {'PSNR':>6} {'seconds':>8}")
     for r in rows:
-        say(f"{r.quality:>7} {r.tier:<10} {r.bpp:6.3f} {r.psnr:6.2f} {r.seconds:8.2f}")
+        seconds = "" if r.seconds is None else f" {r.seconds:8.2f}"
+        say(f"{r.quality:>7}  {r.name:<10} {r.size:>9,} {r.psnr:6.2f}{seconds}")
+    say(LEGEND)
     return 0
 
 
-def _decode_both(
-    client: httpx.Client, photo: Path, original: Image.Image, quality: int
-) -> list[Row]:
-    """Encode the photograph; decode the bitstream with the instant tier and with `TIER`."""
-    encoded = _checked(
-        client.post("/v1/encodes", params={"quality": quality}, content=photo.read_bytes())
-    )
-    bpp = float(encoded.headers["x-afterimage-bpp"])
-    start = time.monotonic()
-    instant = _checked(client.post("/v1/decodes", content=encoded.content))
-    instant_s = time.monotonic() - start
-    start = time.monotonic()
-    final = _checked(client.post("/v1/decodes", params={"tier": TIER}, content=encoded.content))
-    if final.headers["x-cache"] == "hit":
-        say(f"quality {quality}: the {TIER} picture was in the cache")
-    else:
-        location = final.headers["location"]
-        _wait(client, location, f"quality {quality}")
-        final = _checked(client.get(f"{location}/image"))
-    final_s = time.monotonic() - start
-    rows = []
-    for tier, response, seconds in (("instant", instant, instant_s), (TIER, final, final_s)):
-        picture = Image.open(io.BytesIO(response.content)).convert("RGB")
-        rows.append(Row(quality, tier, bpp, _psnr(original, picture), seconds, picture))
+def _decode_all(client: Client, photo: bytes, original: Image.Image, quality: int) -> list[Row]:
+    """A JPEG of the bitstream's size, and what both tiers decode from the bitstream."""
+    bitstream = client.encode(photo, quality)
+    jpeg = jpeg_of_size(original, len(bitstream))
+    rows = [_row(quality, "JPEG", len(jpeg), None, original, jpeg)]
+    for tier in ("instant", TIER):
+        start = time.monotonic()
+        picture = _decode(client, bitstream, tier, f"quality {quality}, {tier}")
+        seconds = time.monotonic() - start
+        rows.append(_row(quality, tier, len(bitstream), seconds, original, picture))
     return rows
 
 
-def _wait(client: httpx.Client, location: str, title: str) -> None:
-    """Show the progress of a decode until it has succeeded; `SystemExit` if it fails."""
-    with tqdm(desc=title, unit="step") as bar:
-        while True:
-            state = _checked(client.get(location)).json()
-            bar.total, bar.n = state["total"], state["step"]
-            bar.set_postfix_str(state["status"])
-            if state["status"] == "succeeded":
-                return
-            if state["status"] in {"failed", "canceled"}:
-                reason = state["error"] or "no reason is known"
-                raise SystemExit(f"the decode {location} is {state['status']}: {reason}")
-            time.sleep(0.1)
+def _decode(client: Client, bitstream: bytes, tier: str, title: str) -> bytes:
+    """The picture file of this tier; shows the progress."""
+    with tqdm(desc=title, unit="step", leave=False, disable=None) as bar:
+        for update in client.decode(bitstream, tier, previews=False):
+            bar.total = update.total or bar.total
+            bar.update(max(update.step - bar.n, 0))
+    assert update.picture is not None
+    return update.picture
 
 
-@contextlib.contextmanager
-def _service() -> Iterator[str]:
-    """Run a service on a free port; yields its URL."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-P", "-m", "service.cli", "serve", "--port", str(port)]
-    process = subprocess.Popen(command)
-    try:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_TIMEOUT_S
-        while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/readyz").status_code == 200:
-                    break
-            time.sleep(0.2)
-        else:
-            status = process.poll()
-            late = f"was not ready after {START_TIMEOUT_S:.0f} s"
-            reason = late if status is None else f"exited with status {status}"
-            raise SystemExit(f"the service {reason}; see its output above")
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _side_by_side(original: Image.Image, instant: Row, final: Row) -> Image.Image:
-    """The original and both decoded pictures in a row, each under a title."""
-    columns = (
-        ("original", original),
-        (f"instant  {instant.bpp:.3f} bpp  {instant.psnr:.2f} dB", instant.picture),
-        (f"{TIER}  same bytes  {final.psnr:.2f} dB", final.picture),
-    )
-    sheet = Image.new("RGB", (3 * original.width, original.height + TITLE_HEIGHT), "white")
-    for i, (title, picture) in enumerate(columns):
-        sheet.paste(picture, (i * original.width, TITLE_HEIGHT))
-        ImageDraw.Draw(sheet).text((i * original.width + 4, 3), title, fill="black")
-    return sheet
+def _row(
+    quality: int,
+    name: str,
+    size: int,
+    seconds: float | None,
+    original: Image.Image,
+    file: bytes,
+) -> Row:
+    picture = Image.open(io.BytesIO(file)).convert("RGB")
+    if picture.size != original.size:  # a JPEG that had to be shrunk
+        picture = picture.resize(original.size, Image.Resampling.BICUBIC)
+    return Row(quality, name, size, _psnr(original, picture), seconds, picture)
 
 
 def _psnr(a: Image.Image, b: Image.Image) -> float:
@@ -151,12 +139,46 @@ def _psnr(a: Image.Image, b: Image.Image) -> float:
     return 10 * float(np.log10(255**2 / mse)) if mse else float("inf")
 
 
-def _checked(response: httpx.Response) -> httpx.Response:
-    """The response; `SystemExit` unless its status is 200."""
-    if response.status_code != 200:
-        request = response.request
-        raise SystemExit(f"{request.method} {request.url}: {response.status_code} {response.text}")
-    return response
+@contextlib.contextmanager
+def _service(cache: Path, log: Path) -> Iterator[str]:
+    """Run a service on a free port that logs to a file; yields its URL.
+
+    It has a queue of its own, so that it does not draw what `make run` has left in its queue.
+    Raises `AfterimageError` if it does not start.
+    """
+    from worker.queue import private_redis
+
+    say("starting a service; the first start takes a minute, because code is compiled")
+    with contextlib.ExitStack() as stack:
+        queue = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="afterimage-demo-")))
+        urls = stack.enter_context(private_redis.servers(queue))
+        environment = {k: v for k, v in os.environ.items() if k != "AFTERIMAGE_API_KEYS"}
+        environment |= {"REDIS_URL": urls[0], "CACHE_REDIS_URL": urls[1]}
+        environment |= {"AFTERIMAGE_CACHE_DIR": str(cache / "demo")}
+        environment["NUMBA_CACHE_DIR"] = os.environ.get("NUMBA_CACHE_DIR") or str(cache / "numba")
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        command = [sys.executable, "-P", "-m", "service.cli", "serve", "--port", str(port)]
+        out = stack.enter_context(log.open("wb"))
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+        stack.callback(process.wait)
+        stack.callback(process.terminate)
+        yield _ready(process, f"http://127.0.0.1:{port}", log)
+
+
+def _ready(process: subprocess.Popen[bytes], url: str, log: Path) -> str:
+    """Wait until the service is ready; returns its URL. Raises `AfterimageError`."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/readyz").status_code == 200:
+                return url
+        time.sleep(0.2)
+    status = process.poll()
+    why = "is not ready" if status is None else f"exited with status {status}"
+    last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+    raise AfterimageError(f"the service {why}; see {log}, which ends with: {last}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Inputs and outputs of `afterimage encode`, `decode` and `inspect`; `-` is stdin and stdout."""
 
+import contextlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.errors import AfterimageError
-from models.files import write_output
+from models.codec.bitstream import MAGIC
+from models.errors import AfterimageError, PictureError, PictureTooLarge, UnsupportedCodec
+from models.files import is_special, write_output
 from service.cli.terminal import complain, note
 
 if TYPE_CHECKING:  # importing it loads Pillow
@@ -14,6 +17,8 @@ if TYPE_CHECKING:  # importing it loads Pillow
 
 STDIO = Path("-")
 """As an input stdin, as an output stdout."""
+_PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+"""First bytes of picture files."""
 
 
 def output_paths(inputs: Sequence[Path], output: str, suffix: str) -> dict[Path, Path]:
@@ -77,14 +82,51 @@ def read_input(source: Path) -> bytes:
     return sys.stdin.buffer.read() if source == STDIO else source.read_bytes()
 
 
+def read_bitstream(source: Path) -> bytes:
+    """Read a bitstream. Raises `UnsupportedCodec` if the file is a picture."""
+    data = read_input(source)
+    if data.startswith(_PICTURES) or data[4:12] == b"ftypavif":
+        raise UnsupportedCodec("this is a picture, not a bitstream; `afterimage encode` makes one")
+    return data
+
+
+def read_picture(source: Path) -> bytes:
+    """Read a picture file. Raises `PictureError` if the file is a bitstream."""
+    data = read_input(source)
+    if data.startswith(MAGIC):
+        raise PictureError("this is a bitstream, not a picture; `afterimage decode` makes one")
+    return data
+
+
+def note_frames(source: Path, data: bytes) -> None:
+    """Say on stderr if a picture file has several frames, of which only the first is encoded."""
+    from PIL import Image
+
+    with contextlib.suppress(OSError, EOFError, ValueError, SyntaxError):
+        with Image.open(io.BytesIO(data)) as picture:
+            frames = getattr(picture, "n_frames", 1)
+            if frames > 1 and picture.format != "MPO":  # a JPEG with previews, as phones write
+                note(f"{source}: it has {frames} frames; only the first is encoded")
+
+
+def reason(error: Exception) -> str:
+    """The text of an error without the file's name and `errno`, and with the variable to set."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    hint = "; AFTERIMAGE_MAX_PIXELS sets the limit" if "in all" in str(error) else ""
+    return f"{error}{hint if isinstance(error, PictureTooLarge) else ''}"
+
+
 def picture_format(target: Path) -> "OutputFormat":
-    """Picture format of a file name; PNG for stdout, devices and pipes without a suffix.
+    """Picture format of a file name; PNG for stdout, and for devices and pipes without a suffix.
 
     Raises `AfterimageError` for an unknown suffix.
     """
     from models.image import SUFFIXES
 
-    if target == STDIO or (not target.suffix and target.exists() and not target.is_file()):
+    if target == STDIO:
+        return "png"
+    if not target.suffix and target.exists() and is_special(target, target.stat()):
         return "png"
     try:
         return SUFFIXES[target.suffix.lower()]
@@ -109,13 +151,15 @@ def convert_each(targets: dict[Path, Path], convert: Callable[[Path], bytes]) ->
             data = convert(source)
         except (AfterimageError, OSError) as e:
             failures += 1
-            complain(f"{source}: {e}")
+            complain(f"{source}: {reason(e)}")
             continue
         try:
             write(target, data)
         except OSError as e:
+            if target == STDIO and isinstance(e, BrokenPipeError):
+                raise
             failures += 1
-            complain(f"{target}: {e.strerror}")
+            complain(f"{target}: {reason(e)}")
     return 1 if failures else 0
 
 

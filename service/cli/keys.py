@@ -23,7 +23,9 @@ def add(commands: Any) -> None:
         "new", help="create a key and print it once; only its SHA-256 is stored"
     )
     new.add_argument(
-        "name", metavar="NAME", help="name of the caller; keys of one name share their limits"
+        "name",
+        metavar="NAME",
+        help="caller, 1 to 64 of A-Z a-z 0-9 . _ @ -; keys with the same name share their limits",
     )
     new.add_argument(
         "--scopes",
@@ -31,16 +33,22 @@ def add(commands: Any) -> None:
         help=f"comma-separated list of what the key allows: {','.join(SCOPES)} (default: decode)",
     )
     new.add_argument(
-        "--requests-per-minute", type=int, metavar="N", help="largest number of requests per minute"
+        "--requests-per-minute",
+        type=int,
+        metavar="N",
+        help="largest number of requests a minute, 1 or more (default: the service's limit)",
     )
     new.add_argument(
-        "--jobs-at-once", type=int, metavar="N", help="largest number of unfinished jobs"
+        "--jobs-at-once",
+        type=int,
+        metavar="N",
+        help="largest number of unfinished jobs, 1 or more (default: the service's limit)",
     )
     new.add_argument(
         "--expires",
         type=date.fromisoformat,
         metavar="DATE",
-        help="last day on which the key is valid (UTC), for example 2027-01-31",
+        help="last day on which the key is valid, as 2027-01-31 (UTC; default: no end)",
     )
     new.add_argument(
         "--file", type=Path, help="append the key to this key file (default: print its entry)"

@@ -5,14 +5,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from pydantic import ValidationError
-from pydantic_settings import SettingsError
 
 from models.errors import AfterimageError
 from service import __version__
 from service.cli import codec, keys, serve, weights
-from service.cli.terminal import complain
+from service.cli.parser import Parser
+from service.cli.terminal import complain, discard_stdout
 from service.settings import ServiceSettings
-from worker.settings import prepare_process
+from worker.settings import faults, prepare_process
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it: 128 + SIGINT."""
@@ -30,11 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare_process(ServiceSettings())
         return command(args)
     except ValidationError as e:
-        faults = "; ".join(f"{_variable(x['loc'])}: {x['msg']}" for x in e.errors())
-        return complain(f"invalid settings in the environment: {faults}")
-    except SettingsError as e:  # a value that is not valid JSON
-        return complain(f"invalid settings in the environment: {e}")
-    except (AfterimageError, OSError) as e:
+        return complain(f"invalid settings in the environment: {faults(e)}")
+    except BrokenPipeError:  # as in `afterimage inspect … | head -1`
+        discard_stdout()
+        return 1
+    except OSError as e:
+        return complain(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+    except AfterimageError as e:
         return complain(str(e))
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -49,10 +51,7 @@ def _variable(loc: tuple[int | str, ...]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="afterimage",
-        description="Encode and decode pictures with learned codecs, or serve the HTTP API.",
-    )
+    parser = Parser("afterimage")
     parser.add_argument("--version", action="version", version=f"afterimage {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (serve, codec, keys, weights):

@@ -10,7 +10,9 @@ from models.codec.bitstream import METRICS
 
 def add_inputs(command: argparse.ArgumentParser) -> None:
     """Add the input files, at least one."""
-    command.add_argument("inputs", type=Path, nargs="+", metavar="IN", help="input files; -: stdin")
+    command.add_argument(
+        "inputs", type=Path, nargs="+", metavar="IN", help="input files; - is stdin"
+    )
 
 
 def add_output(command: argparse.ArgumentParser) -> None:
@@ -19,7 +21,8 @@ def add_output(command: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         required=True,
-        help="output file, or a folder: an existing one, or a path that ends with /; -: stdout",
+        help="output file, or a folder if it exists, ends with / or if there are several inputs; "
+        "- is stdout",
     )
 
 

@@ -1,5 +1,6 @@
 """Output of the commands: lines on stdout, errors on stderr."""
 
+import os
 import sys
 
 
@@ -19,3 +20,11 @@ def complain(text: str) -> int:
     """Print an error to stderr; returns 1, the exit status."""
     note(f"afterimage: {text}")
     return 1
+
+
+def discard_stdout() -> None:
+    """Drop what is still to be written to stdout, because its reader has gone.
+
+    Python would write it at exit, and fail again.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -31,8 +31,10 @@ def add(commands: Any) -> None:
 
     exporter = actions.add_parser("export", help="write a state dict that CompressAI can load")
     _add_codec(exporter)
-    exporter.add_argument("--id", default="", help="weights id, if several are installed")
-    exporter.add_argument("-o", "--output", type=Path, required=True, help=".pth or .safetensors")
+    exporter.add_argument("--id", default="", help="weights id (default: the ones in use)")
+    exporter.add_argument(
+        "-o", "--output", type=Path, required=True, help="file to write: .pth or .safetensors"
+    )
     exporter.set_defaults(run=_export)
 
     lister = actions.add_parser(
@@ -46,7 +48,7 @@ def add(commands: Any) -> None:
 
 
 def _add_codec(command: argparse.ArgumentParser) -> None:
-    options.add_quality(command, required=True, help="quality of the weights")
+    options.add_quality(command, required=True, help="quality of the weights, 1 to 8")
     options.add_metric(command, "-m", help="metric of the weights (default: mse)")
 
 

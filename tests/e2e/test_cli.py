@@ -2,12 +2,16 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -18,7 +22,8 @@ from PIL import Image
 
 from models import image
 from models.codec import bitstream
-from service.cli import main
+from service.cli import codec, main
+from service.cli.parser import TEXTS
 from tests.support.data import DATA, PHOTO, psnr
 from tests.support.service import Service, children, run_service
 from tests.support.waiting import until, wait_for
@@ -127,19 +132,178 @@ def test_a_diffusion_picture_declares_synthesised_detail(tmp_path: Path, small_m
 
 def test_invalid_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFTERIMAGE_MAX_PIXELS", "many")
-    refused(afterimage("inspect", DATA / "kodim23.msh"), "AFTERIMAGE_MAX_PIXELS")
+    refused(afterimage("inspect", DATA / "kodim23.msh"), "AFTERIMAGE_MAX_PIXELS is 'many'")
     monkeypatch.delenv("AFTERIMAGE_MAX_PIXELS")
-    monkeypatch.setenv("AFTERIMAGE_CORS_ORIGINS", "https://a.example")  # not JSON
-    refused(afterimage("inspect", DATA / "kodim23.msh"), "cors_origins")
+    monkeypatch.setenv("AFTERIMAGE_CORS_ORIGINS", "a.example")
+    refused(afterimage("inspect", DATA / "kodim23.msh"), "give origins such as https://a.example")
+    monkeypatch.setenv("AFTERIMAGE_CORS_ORIGINS", "")
+    assert afterimage("inspect", DATA / "kodim23.msh").returncode == 0
 
 
-def test_inspect_prints_a_json_line_for_each_input(tmp_path: Path) -> None:
-    done = afterimage("inspect", DATA / "kodim23.msh", DATA / "kodim23.msh")
-    assert done.returncode == 0
-    first, second = map(json.loads, done.stdout.splitlines())
-    assert first == second
+def test_inspect_prints_a_json_line_for_each_input_and_names_it(tmp_path: Path) -> None:
+    (tmp_path / "wrong.msh").write_text("wrong")
+    good = DATA / "kodim23.msh"
+    done = afterimage("inspect", good, "wrong.msh", "missing.msh", good, cwd=tmp_path)
+    refused(done, "missing.msh: No such file")
+    first, wrong, missing, last = map(json.loads, done.stdout.splitlines())
+    assert first == last
     assert (first["width"], first["height"], first["decodable"]) == (768, 512, True)
-    assert afterimage("inspect", PHOTO).returncode == 1
+    assert [first["file"], wrong["file"]] == [str(good), "wrong.msh"]
+    assert wrong["error"]
+    assert missing == {"file": "missing.msh", "error": "No such file or directory"}
+
+
+@pytest.mark.slow
+def test_a_hyphen_is_stdin_and_stdout(tmp_path: Path, small: image.Pixels) -> None:
+    """Real processes, because their stdout is the subject."""
+    (tmp_path / "a.png").write_bytes(image.write(small, "png"))
+    command = [sys.executable, "-P", "-m", "service.cli"]
+    with (tmp_path / "a.png").open("rb") as source, (tmp_path / "a.msh").open("wb") as out:
+        subprocess.run([*command, "encode", "-", "-o", "-"], stdin=source, stdout=out, check=True)
+    assert bitstream.parse((tmp_path / "a.msh").read_bytes()).width == 150
+    with (tmp_path / "a.msh").open("rb") as source:
+        done = subprocess.run([*command, "inspect", "-"], stdin=source, capture_output=True)
+    assert json.loads(done.stdout)["file"] == "-"
+    with (tmp_path / "a.msh").open("rb") as source, (tmp_path / "b.png").open("wb") as out:
+        done = subprocess.run(
+            [*command, "decode", "-", "-o", "/dev/stdout"], stdin=source, stdout=out
+        )
+        assert os.fstat(out.fileno()).st_nlink == 1  # not renamed over
+    assert done.returncode == 0
+    assert read(tmp_path / "b.png").shape == (100, 150, 3)
+
+
+@pytest.mark.parametrize("command", [("inspect", "a.msh"), ("decode", "a.msh", "-o", "-")])
+def test_a_reader_of_stdout_that_has_gone_ends_the_command_without_a_word(
+    command: tuple[str, ...], tmp_path: Path, small_msh: bytes
+) -> None:
+    (tmp_path / "a.msh").write_bytes(small_msh)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "service.cli", *command],
+        cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_an_output_that_is_a_pipe_gets_the_picture(tmp_path: Path, small_msh: bytes) -> None:
+    (tmp_path / "a.msh").write_bytes(small_msh)
+    os.mkfifo(tmp_path / "pipe")
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    done = afterimage("decode", "a.msh", "-o", "pipe", cwd=tmp_path)
+    reader.join(60)
+    assert done.returncode == 0, done.stderr
+    assert image.read(received[0], 10**6).shape == (100, 150, 3)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_an_output_that_is_there_keeps_its_mode_and_a_link_its_target(
+    tmp_path: Path, small: image.Pixels
+) -> None:
+    (tmp_path / "a.png").write_bytes(image.write(small, "png"))
+    (tmp_path / "private.msh").touch(0o600)
+    (tmp_path / "link.msh").symlink_to("private.msh")
+    assert afterimage("encode", "a.png", "-o", "link.msh", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "link.msh").is_symlink()
+    assert bitstream.parse((tmp_path / "private.msh").read_bytes()).width == 150
+    assert (tmp_path / "private.msh").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_inputs_are_checked_before_models_are_loaded(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading = mock.Mock(side_effect=AssertionError("the models were loaded"))
+    monkeypatch.setattr(codec, "without_garbage_collection", loading)
+    (tmp_path / "folder").mkdir()
+    for source, message in (
+        ("missing", "missing: No such file or directory"),
+        ("folder", "folder is a folder; name the files in it"),
+    ):
+        done = afterimage(command, source, "-o", "a.png", cwd=tmp_path)
+        refused(done, message)
+        assert "Errno" not in done.stderr
+
+
+def test_inputs_that_share_an_output_are_both_named(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.msh").touch()
+    done = afterimage("decode", "one/a.msh", "two/a.msh", "-o", "out/", cwd=tmp_path)
+    refused(done, "one/a.msh and two/a.msh would both be written to out/a.png")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_an_output_that_cannot_be_written_is_named(
+    number: int, tmp_path: Path, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.msh").write_bytes(small_msh)
+    (tmp_path / "b.png").write_text("old")
+    error = OSError(number, os.strerror(number), ".b.png.1234.part")
+    monkeypatch.setattr(Path, "write_bytes", mock.Mock(side_effect=error))
+    done = afterimage("decode", "a.msh", "-o", "b.png", cwd=tmp_path)
+    refused(done, f"afterimage: b.png: {os.strerror(number)}")
+    assert ".part" not in done.stderr
+    assert (tmp_path / "b.png").read_text() == "old"
+    assert {f.name for f in tmp_path.iterdir()} == {"a.msh", "b.png"}
+
+
+def test_a_written_output_is_noted_on_stderr(tmp_path: Path, small_msh: bytes) -> None:
+    (tmp_path / "a.msh").write_bytes(small_msh)
+    done = afterimage("decode", "a.msh", "-o", "b.png", cwd=tmp_path)
+    assert (done.stdout, done.returncode) == ("", 0)
+    assert re.search(r"^b\.png: [\d,]+ bytes$", done.stderr, re.M)
+
+
+def test_a_picture_is_not_decoded_and_a_bitstream_not_encoded(
+    tmp_path: Path, small: image.Pixels, small_msh: bytes
+) -> None:
+    for name, format in (("a.png", "png"), ("a.webp", "webp"), ("a.avif", "avif")):
+        (tmp_path / name).write_bytes(image.write(small, format))  # type: ignore[arg-type]
+        wanted = "a picture, not a bitstream; `afterimage encode`"
+        refused(afterimage("decode", name, "-o", "b.png", cwd=tmp_path), wanted)
+        refused(afterimage("inspect", name, cwd=tmp_path), wanted)
+    (tmp_path / "a.msh").write_bytes(small_msh)
+    wanted = "a bitstream, not a picture; `afterimage decode`"
+    refused(afterimage("encode", "a.msh", "-o", "b.msh", cwd=tmp_path), wanted)
+
+
+def test_the_limit_of_pixels_is_named_with_its_variable(
+    tmp_path: Path, small: image.Pixels, small_msh: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFTERIMAGE_MAX_PIXELS", "100")
+    (tmp_path / "a.msh").write_bytes(small_msh)
+    (tmp_path / "a.png").write_bytes(image.write(small, "png"))
+    for args in (("decode", "a.msh", "-o", "b.png"), ("encode", "a.png", "-o", "b.msh")):
+        refused(afterimage(*args, cwd=tmp_path), "AFTERIMAGE_MAX_PIXELS sets the limit")
+
+
+def test_an_animation_is_encoded_with_a_note_about_its_other_frames(
+    tmp_path: Path, small: image.Pixels
+) -> None:
+    frames = [Image.fromarray(small), Image.fromarray(255 - small)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    done = afterimage("encode", "a.gif", "-o", "a.msh", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "a.gif: it has 2 frames; only the first is encoded" in done.stderr
+
+
+@pytest.mark.parametrize("command", TEXTS)
+def test_the_help_of_each_command_has_examples_that_are_accepted(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = afterimage(*command.split()[1:], "--help")
+    assert done.returncode == 0
+    _, _, examples = done.stdout.partition("examples:\n")
+    lines = examples.splitlines()
+    assert lines
+    for line in lines:
+        _, _, arguments = line.partition("afterimage ")
+        main._parser().parse_args(shlex.split(re.split("[|<]", arguments)[0]))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +320,7 @@ def test_inspect_prints_a_json_line_for_each_input(tmp_path: Path) -> None:
 )
 def test_wrong_arguments_are_an_error(tmp_path: Path, args: tuple[str, ...], message: str) -> None:
     (tmp_path / "empty.msh").touch()
+    (tmp_path / "b.png").touch()
     refused(afterimage(*args, cwd=tmp_path), message)
 
 

@@ -1,7 +1,13 @@
 """The Python client against a real service."""
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -13,6 +19,7 @@ from models.errors import Canceled
 from service.cli.main import main
 from service.client import ApiError, AsyncClient, Client
 from tests.support.service import Service, run_service
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.usefixtures("loaded_once")]
 
@@ -191,3 +198,98 @@ def test_the_decode_command_can_use_a_service(
     error = capsys.readouterr().err
     assert "127.0.0.1:1" in error
     assert "Traceback" not in error
+
+
+class Silent(ThreadingHTTPServer):
+    """A service that accepts each decode, sends a draft and one event, and then nothing."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _SilentHandler)
+        self.following = threading.Event()  # a client waits for events
+        self.left = threading.Event()  # it has closed the connection
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class _SilentHandler(BaseHTTPRequestHandler):
+    server: Silent
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Location", "/v1/decodes/1")
+        self.send_header("X-Afterimage-Tier", "instant")
+        self.send_header("Content-Length", "5")
+        self.end_headers()
+        self.wfile.write(b"draft")
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        self.wfile.write(b"id: 1\nevent: queued\ndata: {}\n\n")
+        self.server.following.set()
+        self.rfile.read(1)  # returns when the client disconnects
+        self.server.left.set()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def silent() -> Iterator[Silent]:
+    with Silent() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_ctrl_c_in_a_remote_decode_ends_it_without_traceback_and_output(
+    silent: Silent, tmp_path: Path
+) -> None:
+    (tmp_path / "a.msh").write_bytes(b"bytes")
+    decode = ["decode", "a.msh", "-o", "a.png", "--tier", "perceptual", "--url", silent.url]
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "service.cli", *decode],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert silent.following.wait(60)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert "aclose" not in error
+    assert [f.name for f in tmp_path.iterdir()] == ["a.msh"]
+
+
+def test_a_client_whose_caller_is_interrupted_closes_the_decode_and_can_be_used_again(
+    silent: Silent,
+) -> None:
+    def interrupt() -> None:
+        until(lambda: updates.gi_running, "the next step")  # type: ignore[attr-defined]
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with Client(silent.url) as client:
+        updates = client.decode(b"bytes")
+        assert [next(updates).kind, next(updates).kind] == ["draft", "queued"]
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            next(updates)
+        assert silent.left.wait(10)
+        again = client.decode(b"bytes")
+        assert next(again).kind == "draft"
+    del again  # unfinished: closing it after its client must not print an error
+
+
+def test_an_async_decode_that_is_left_early_closes_its_event_stream(silent: Silent) -> None:
+    import anyio
+
+    async def leave() -> None:
+        async with AsyncClient(silent.url) as client:
+            async with contextlib.aclosing(client.decode(b"bytes")) as updates:
+                assert (await anext(updates)).kind == "draft"
+                assert (await anext(updates)).kind == "queued"
+            assert await anyio.to_thread.run_sync(silent.left.wait, 10)
+
+    anyio.run(leave)

@@ -1,10 +1,12 @@
 """Private Redis servers: policies, persistence, versions, and their end with the parent."""
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,6 +32,56 @@ def test_queue_and_cache_have_their_eviction_policies(
 def test_the_sockets_are_private(redis_urls: tuple[str, str]) -> None:
     folder = Path(redis_urls[0].removeprefix("unix://")).parent
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@pytest.fixture
+def long_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The system's folder for temporary files, with a path of more than 107 bytes."""
+    folder = tmp_path / (100 * "a")
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+def test_sockets_are_in_a_short_folder_if_the_temporary_one_is_too_long(
+    tmp_path: Path, long_temporary_folder: Path
+) -> None:
+    with private_redis.servers(tmp_path / "cache") as urls:
+        folder = Path(urls[0].removeprefix("unix://")).parent
+        assert not folder.is_relative_to(long_temporary_folder)
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        for url in urls:
+            with redis.Redis.from_url(url) as client:
+                assert client.ping()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(("length", "fits"), [(107, True), (108, False)])
+def test_the_longest_socket_path_that_the_system_takes_is_used(
+    length: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path(tempfile.mkdtemp(dir="/tmp"))  # shorter than pytest's folder
+    folder = own / ("a" * (length - len(f"{own}//afterimage-12345678/queue.sock")))
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    try:
+        with private_redis.servers(own / "cache") as (url, _):
+            assert url.startswith(f"unix://{folder}/") == fits
+    finally:
+        shutil.rmtree(own)
+
+
+def test_if_no_folder_is_short_enough_the_error_says_so_before_redis_is_started(
+    tmp_path: Path, long_temporary_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "isdir", lambda path: str(path) == str(long_temporary_folder))
+    monkeypatch.setattr(private_redis, "_server", lambda *_: pytest.fail("it was started"))
+    with (
+        pytest.raises(private_redis.NoRedis, match="too long .* at most 107; set TMPDIR") as e,
+        private_redis.servers(tmp_path),
+    ):
+        pass
+    assert "\n" not in str(e.value)
 
 
 def test_queue_data_survive_a_restart_and_cache_data_do_not(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The documentation agrees with the code: variables, links, files, commands, the example's id."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -88,6 +89,19 @@ def test_commands_in_the_readme_are_accepted_by_the_command_line() -> None:
     assert len(commands) > 4
     for _, *arguments in commands:
         _parser().parse_args(arguments)
+
+
+def test_the_readmes_examples_name_files_that_exist_and_write_none_into_the_repository() -> None:
+    examples = "".join(code_blocks("README.md", "sh") + code_blocks("README.md", "console"))
+    outputs = re.findall(r"(?:-o|-D) +(\S+)", examples)
+    assert outputs
+    assert [o for o in outputs if not o.startswith("/tmp/") and o != "-"] == []
+    inputs = re.findall(r"(?:@|encode )(tests/\S+)", examples)
+    assert inputs
+    assert [i for i in inputs if not list(ROOT.glob(i.rstrip("'")))] == []
+    (python,) = code_blocks("README.md", "python")
+    names = {node.id for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Name)}
+    assert names == {"Client", "Path", "client", "data", "print", "update"}
 
 
 def test_the_readmes_example_shows_the_id_that_the_service_computes() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import importlib.util
+import os
 import re
 import shutil
 import signal
@@ -20,6 +21,8 @@ from worker.queue.urls import NoRedis
 
 START_TIMEOUT_S = 10.0
 """How long a server may take until it answers its first ping."""
+MAX_SOCKET_BYTES = 107
+"""Longest path of a Unix socket: `sun_path` of unix(7) is 108 bytes with the NUL at its end."""
 
 _PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # looked up here: unsafe between fork and exec
 _PR_SET_PDEATHSIG = 1
@@ -66,11 +69,13 @@ def servers(cache_dir: Path) -> Iterator[tuple[str, str]]:
     """Run a queue server and a cache server; yields their URLs.
 
     The queue's data are kept in `cache_dir`, so that jobs survive a restart. If another service
-    already uses that folder, they are kept in a temporary folder instead.
+    uses that folder, the data go to a temporary one. Raises `NoRedis` if a server cannot start.
     """
     binary = find_server()
     with contextlib.ExitStack() as stack:
-        private = stack.enter_context(tempfile.TemporaryDirectory(prefix="afterimage-"))  # 0700
+        private = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="afterimage-", dir=_socket_parent())  # 0700
+        )
         data = cache_dir / "queue"
         data.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
@@ -81,6 +86,28 @@ def servers(cache_dir: Path) -> Iterator[tuple[str, str]]:
         stack.enter_context(_server(binary, sockets[0], data, _QUEUE))
         stack.enter_context(_server(binary, sockets[1], Path(private), _CACHE))
         yield f"unix://{sockets[0]}", f"unix://{sockets[1]}"
+
+
+def _socket_parent() -> str:
+    """A folder whose path is short enough for the sockets: the temporary one, if it fits.
+
+    Raises `NoRedis` if no folder fits.
+    """
+    temporary = tempfile.gettempdir()
+    for folder in (temporary, os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/var/tmp"):
+        usable = os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+        if usable and _socket_bytes(folder) <= MAX_SOCKET_BYTES:
+            return folder
+    raise NoRedis(
+        f"the temporary folder {temporary} is too long for a Unix socket: "
+        f"{_socket_bytes(temporary)} bytes with the socket's name, at most {MAX_SOCKET_BYTES}; "
+        "set TMPDIR to a shorter folder, or REDIS_URL"
+    )
+
+
+def _socket_bytes(folder: str) -> int:
+    """The length of the path of a socket in a private folder in `folder`."""
+    return len(os.fsencode(os.path.join(folder, "afterimage-12345678", "queue.sock")))
 
 
 @contextlib.contextmanager

@@ -4,22 +4,15 @@ from base64 import b64decode
 from typing import Annotated
 
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import NoDecode
 
 from models.errors import ParameterError
-from worker.settings import secrets_dir
+from worker.settings import EnvironmentSettings, listed
 from worker.webhooks import url_guard
 
 
-class WebhookSettings(BaseSettings):
+class WebhookSettings(EnvironmentSettings):
     """Signing secrets, allowed private hosts, retries and timeouts."""
-
-    model_config = SettingsConfigDict(
-        env_prefix="AFTERIMAGE_",
-        extra="ignore",
-        hide_input_in_errors=True,
-        secrets_dir=secrets_dir(),
-    )
 
     webhook_secret: SecretStr = Field(
         SecretStr(""),
@@ -28,9 +21,13 @@ class WebhookSettings(BaseSettings):
     webhook_allow: str = Field(
         "", description="hosts or host:port, with commas, that may be private or use plain http"
     )
-    webhook_retries_s: tuple[Annotated[float, Field(ge=0, le=86400)], ...] = Field(
+    webhook_retries_s: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=86400)], ...],
+        NoDecode,
+        listed("numbers of seconds from 0 to 86400"),
+    ] = Field(
         (5, 30, 120, 600, 3600, 4 * 3600, 12 * 3600),
-        description="JSON list: longest wait after the 1st, 2nd, … failure, in seconds",
+        description="longest waits after the 1st, 2nd, … failure, in seconds; `[]`: no retries",
     )
     webhook_timeout_s: float = Field(
         10, gt=0, le=60, description="timeout of one attempt, in seconds"

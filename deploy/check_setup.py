@@ -1,0 +1,40 @@
+"""Check, before anything is downloaded, that this Python can make the environment: `make setup`.
+
+Any version of Python can run this file: it has to tell old ones that they are too old.
+"""
+
+import os
+import platform
+import shutil
+import sys
+
+VERSIONS = ((3, 11), (3, 12))
+
+
+def fault():
+    """What is missing, as one line; None if nothing is."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info[:2] not in VERSIONS:
+        return (
+            "Afterimage needs Python 3.11 or 3.12, and this is " + version + "; "
+            "name another: make PYTHON=python3.12"
+        )
+    try:
+        import ensurepip  # noqa: F401
+        import venv  # noqa: F401
+    except ImportError as e:
+        package = "python" + version.rpartition(".")[0] + "-venv"
+        return str(e) + ": install the system's package for venv, such as " + package
+    wheels = platform.machine() == "x86_64" and platform.libc_ver()[0] == "glibc"
+    compilers = (os.environ.get("CXX") or "c++", "g++", "clang++")
+    if not wheels and not any(map(shutil.which, compilers)):
+        return (
+            "there is no C++ compiler, and CompressAI has no wheel for this platform ("
+            + platform.machine()
+            + "); install one, such as the package g++"
+        )
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(fault())

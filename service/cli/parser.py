@@ -1,0 +1,98 @@
+"""The parser of the `afterimage` command: descriptions and examples of all commands."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+TEXTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "afterimage": (
+        "Encode and decode pictures with learned codecs, or serve the HTTP API.",
+        (
+            "afterimage encode photo.jpg -o photo.msh",
+            "afterimage decode photo.msh -o photo.png --tier perceptual",
+            "afterimage serve",
+        ),
+    ),
+    "afterimage serve": (
+        "Run the HTTP API and its workers, with a private Redis unless one is named.",
+        (
+            "afterimage serve",
+            "afterimage serve --host 0.0.0.0 --port 8080 --workers 2",
+            "afterimage serve --redis-url redis://queue --cache-redis-url redis://cache",
+        ),
+    ),
+    "afterimage worker": (
+        "Run one worker for the services that use the same Redis.",
+        ("afterimage worker --redis-url redis://queue --cache-redis-url redis://cache",),
+    ),
+    "afterimage encode": (
+        "Encode pictures (PNG, JPEG, WebP, AVIF, TIFF, GIF, BMP or PPM) as bitstreams.",
+        (
+            "afterimage encode photo.jpg -o photo.msh",
+            "afterimage encode *.png -o coded/ --quality 3",
+            "convert photo.heic png:- | afterimage encode - -o photo.msh",
+        ),
+    ),
+    "afterimage decode": (
+        "Decode bitstreams to pictures; an output's suffix chooses PNG, JPEG, WebP, AVIF or NPY.",
+        (
+            "afterimage decode photo.msh -o photo.png",
+            "afterimage decode coded/*.msh -o pictures/ --tier perceptual --seed 1",
+            "afterimage decode photo.msh -o photo.webp --tier ddim-10 --steps 20 --realism 0.5",
+            "afterimage decode photo.msh -o - --url http://127.0.0.1:8000 | display -",
+        ),
+    ),
+    "afterimage inspect": (
+        "Print a line of JSON for each bitstream: its file, and its header or what is wrong.",
+        ("afterimage inspect coded/*.msh", "afterimage inspect - < photo.msh"),
+    ),
+    "afterimage keys": (
+        "Create API keys.",
+        ("afterimage keys new gallery --file keys.toml",),
+    ),
+    "afterimage keys new": (
+        "Create an API key. It is printed once, and only its SHA-256 is stored.",
+        (
+            "afterimage keys new gallery --file keys.toml",
+            "afterimage keys new press --scopes decode,encode --requests-per-minute 60",
+        ),
+    ),
+    "afterimage weights": (
+        "Import, export, list and remove codec weights.",
+        ("afterimage weights list",),
+    ),
+    "afterimage weights import": (
+        "Install a CompressAI checkpoint of mbt2018-mean. Restart services to use it.",
+        (
+            "afterimage weights import zoo --quality 4",
+            "afterimage weights import my.pth --quality 2 --metric ms-ssim",
+        ),
+    ),
+    "afterimage weights export": (
+        "Write a state dict that CompressAI can load.",
+        ("afterimage weights export --quality 2 -o quality2.safetensors",),
+    ),
+    "afterimage weights list": (
+        "List the installed weights; the first of a quality and metric is the one in use.",
+        ("afterimage weights list",),
+    ),
+    "afterimage weights remove": (
+        "Remove imported weights. Bitstreams that were encoded with them cannot be decoded then.",
+        ("afterimage weights remove 0123456789abcdef",),
+    ),
+}
+"""Command -> what it does, and examples; its `--help` shows both."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser with the texts of its command. Parsers of sub-commands are of this class too."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        description, examples = TEXTS[prog]
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog="\n".join(("examples:", *(f"  {example}" for example in examples))),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
