@@ -49,6 +49,8 @@ def decode(data: bytes, format: str, max_pixels: int) -> Decoded:
     """
     decoded = _DECODERS.get(format, _other)(data, format, max_pixels)
     picture = decoded.picture
+    if picture.mode in {"La", "RGBa"}:  # colours multiplied by alpha
+        decoded.picture = picture.convert(picture.mode.upper())
     if picture.mode == "F":
         raise UnsupportedPicture("floating-point samples are not supported; use 8 or 16 bits")
     if picture.mode == "I" or picture.mode.startswith("I;16"):
@@ -149,10 +151,7 @@ def _tiff(data: bytes, format: str, max_pixels: int) -> Decoded:
     orientation = image_tiff.prepare(source, data)
     profile = source.info.get("icc_profile")
     source.load()
-    picture: Image.Image = source
-    if source.mode in {"La", "RGBa"}:  # colours multiplied by alpha
-        picture = source.convert(source.mode.upper())
-    return Decoded(picture, profile, orientation)
+    return Decoded(source, profile, orientation)
 
 
 def _gif(data: bytes, format: str, max_pixels: int) -> Decoded:

@@ -146,6 +146,8 @@ def open_file(data: bytes, format: str) -> ImageFile.ImageFile:
     except Exception as e:  # readers raise many kinds of errors
         reason = str(e)
     name = usual_name(format)
+    if format == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
+        reason = "it is truncated"
     if any(words in reason.lower() for words in _VARIANT):
         raise UnsupportedPicture(
             f"the {name} file is of a kind that is not read: {reason}; convert it to PNG"

@@ -23,6 +23,8 @@ _INTEGERS = {1, 3, 4, 13, 16, 18}
 _RAW_PHOTOMETRIC = {32803, 34892}
 """Samples of a camera's sensor: colour filter array, linear raw."""
 _DNG_VERSION = 50706
+_MAX_FIELDS = 0xFFFF
+"""Limit on the fields of a directory: that of classic TIFF; libtiff has a lower one for BigTIFF."""
 _MAX_DIRECTORIES = 20
 """Limit on the directories that are searched for a camera's raw samples."""
 
@@ -53,7 +55,8 @@ class Directories:
     def entries(self, directory: int) -> Iterator[Entry]:
         """Yield the fields of the directory at this offset; none where the file has ended."""
         start, size = self._table(directory)
-        for at in range(start, min(self._end(directory), len(self.data) - size + 1), size):
+        end = min(self._end(directory), start + _MAX_FIELDS * size, len(self.data) - size + 1)
+        for at in range(start, end, size):
             tag, kind = self.number(at, 2), self.number(at + 2, 2)
             count, value = self.number(at + 4, self.word), at + 4 + self.word
             if count * _SIZES.get(kind, 1) > self.word:
@@ -193,8 +196,8 @@ def _mend_palette(source: TiffImagePlugin.TiffImageFile) -> None:
 def as_classic(data: bytes) -> bytes:
     """Rewrite a big-endian BigTIFF file, which Pillow refuses, as a classic TIFF file.
 
-    The values stay where they are; a directory with offsets of 32 bits is appended. Only the first
-    directory is kept.
+    Pixels stay where they are; a directory with offsets of 32 bits, and its values, are appended.
+    Only the first directory is kept. Raises `PictureError` if its fields overlap.
     """
     directories = Directories(data)
     fields, appended = [], bytearray(data)
@@ -209,6 +212,8 @@ def as_classic(data: bytes) -> bytes:
         if len(values) > 4:
             inline = struct.pack(">I", len(appended))
             appended += values + bytes(len(values) % 2)
+            if len(appended) > 3 * len(data):
+                raise PictureError("the TIFF file is damaged: its fields overlap")
         fields.append(struct.pack(">HHI4s", entry.tag, kind, entry.count, inline))
     appended[:8] = struct.pack(">2sHI", b"MM", 42, len(appended))
     return bytes(appended) + struct.pack(">H", len(fields)) + b"".join(fields) + bytes(4)
