@@ -80,7 +80,7 @@ def test_the_demos_own_service_has_its_own_queue_folder_and_log(
 
         def wait(self) -> None: ...
 
-    monkeypatch.setattr(demo.subprocess, "Popen", wrap(subprocess.Popen, Process))
+    monkeypatch.setattr("subprocess.Popen", wrap(subprocess.Popen, Process))
     monkeypatch.setattr(demo, "_ready", lambda _process, url, _log: url)
     with demo._service(tmp_path / "cache", tmp_path / "service.log") as url:
         assert url.startswith("http://127.0.0.1:")

@@ -3,6 +3,7 @@
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,10 @@ def opened(page: Page) -> Page:
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_photos_are_turned_as_the_service_turns_them(opened: Page, format: str, kind: int) -> None:
     pixels = np.kron(np.random.default_rng(0).integers(0, 255, (2, 3, 3)), np.ones((16, 16, 1)))
-    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}
+    options: dict[str, dict[str, Any]] = {
+        "WEBP": {"lossless": True},
+        "JPEG": {"quality": 95, "subsampling": 0},
+    }
     for orientation in range(1, 9):
         for order in "<>":
             out = io.BytesIO()

@@ -56,9 +56,11 @@ def guarded(
         yield client
 
 
-def queue_decode(api: httpx.Client, data: bytes, seed: int = 0, **headers: str) -> httpx.Response:
-    params = {"tier": "perceptual", "seed": seed}
-    return api.post("/v1/decodes", params=params, content=data, headers={**ASYNC, **headers})
+def queue_decode(
+    api: httpx.Client, data: bytes, seed: int = 0, headers: dict[str, str] | None = None
+) -> httpx.Response:
+    params: dict[str, str | int] = {"tier": "perceptual", "seed": seed}
+    return api.post("/v1/decodes", params=params, content=data, headers=ASYNC | (headers or {}))
 
 
 def finish(store: Store, location: str, picture: image.Pixels) -> None:
@@ -90,7 +92,7 @@ def faults(answer: httpx.Response) -> list[dict[str, Any]]:
 def test_a_client_that_accepts_only_json_can_queue_a_decode(
     api: httpx.Client, small_msh: bytes
 ) -> None:
-    answer = queue_decode(api, small_msh, **JSON)
+    answer = queue_decode(api, small_msh, headers=JSON)
     assert (answer.status_code, answer.json()["status"]) == (202, "queued")
     pending = api.get(
         f"{answer.headers['location']}/image", params={"min_tier": "perceptual"}, headers=JSON
@@ -101,7 +103,7 @@ def test_a_client_that_accepts_only_json_can_queue_a_decode(
 def test_instead_of_a_finished_picture_a_json_client_gets_the_status(
     api: httpx.Client, finished: str, small_msh: bytes
 ) -> None:
-    answer = queue_decode(api, small_msh, **JSON)
+    answer = queue_decode(api, small_msh, headers=JSON)
     assert (answer.status_code, answer.json()["status"]) == (200, "succeeded")
     assert answer.headers["location"] == finished
     assert answer.headers["content-type"] == "application/json"
@@ -277,7 +279,7 @@ def test_analytics_parameters_on_a_picture_are_ignored(api: httpx.Client, finish
 def link(guarded: httpx.Client, store: Store, small_msh: bytes, small: image.Pixels) -> str:
     """The address of a signed link to a finished picture at realism 1."""
     key = {"X-API-Key": TOKEN}
-    location = queue_decode(guarded, small_msh, **key).headers["location"]
+    location = queue_decode(guarded, small_msh, headers=key).headers["location"]
     finish(store, location, small)
     return str(guarded.post(f"{location}/links", headers=key).json()["url"])
 

@@ -77,7 +77,7 @@ def test_if_no_folder_is_short_enough_the_error_says_so_before_redis_is_started(
     monkeypatch.setattr(os.path, "isdir", lambda path: str(path) == str(long_temporary_folder))
     monkeypatch.setattr(private_redis, "_server", lambda *_: pytest.fail("it was started"))
     with (
-        pytest.raises(private_redis.NoRedis, match="too long .* at most 107; set TMPDIR") as e,
+        pytest.raises(NoRedis, match="too long .* at most 107; set TMPDIR") as e,
         private_redis.servers(tmp_path),
     ):
         pass

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 
-from models import image, image_formats
+from models import image
 from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
 from models.image_boxes import Properties
 from tests.support.pictures import Tags, chunk, grey_tags, png, rgb_tags, tiff
@@ -298,7 +298,7 @@ def test_a_tiff_palette_of_8_or_16_bits_is_read(depth: int, factor: int) -> None
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 1), (2, 2)])
 def test_uncompressed_tiffs_in_ycbcr_are_read(grid: tuple[int, int]) -> None:
-    luma, blue, red = Image.new("RGB", (1, 1), (200, 80, 20)).convert("YCbCr").getpixel((0, 0))
+    luma, blue, red = Image.new("RGB", (1, 1), (200, 80, 20)).convert("YCbCr").tobytes()
     block = bytes([luma] * grid[0] * grid[1] + [blue, red])
     tags = rgb_tags(4, 4) | {262: (3, [6]), 530: (3, list(grid))}
     data = tiff(tags, block * (16 // (grid[0] * grid[1])))
@@ -381,7 +381,7 @@ def test_a_clean_aperture_is_a_box_within_the_picture() -> None:
 def test_formats_that_are_not_read_are_named(
     data: bytes, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_formats.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnsupportedPicture, match=name):
         image.read(data, 10**6)
 

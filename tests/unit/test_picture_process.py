@@ -115,7 +115,7 @@ def test_a_file_whose_reader_was_killed_from_outside_is_read_again_once(
     with ThreadPoolExecutor() as pool:
         for kills in (1, 2):
             reading = pool.submit(readers.read, hostile.comments(0.3), SLOW)
-            killed = set()
+            killed: set[int] = set()
             while len(killed) < kills:
                 pid = wait_until_busy(readers)
                 if pid not in killed:

@@ -19,7 +19,7 @@ def test_another_python_is_refused(
 ) -> None:
     monkeypatch.setattr(sys, "version_info", version)
     said = ".".join(map(str, version))
-    assert f"needs Python 3.11 or 3.12, and this is {said}" in check_setup.fault()
+    assert f"needs Python 3.11 or 3.12, and this is {said}" in check_setup.fault()  # type: ignore[no-untyped-call]
 
 
 def test_a_python_without_venv_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_a_python_without_venv_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         return real(name, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "ensurepip': install the system's package" in check_setup.fault()
+    assert "ensurepip': install the system's package" in check_setup.fault()  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_compiler_is_needed_only_where_there_is_no_wheel(
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setattr(shutil, "which", lambda name: compiler if name == "g++" else None)
-    fault = check_setup.fault()
+    fault = check_setup.fault()  # type: ignore[no-untyped-call]
     assert fault is None if fits else "no C++ compiler" in fault
 
 
