@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastapi import Request
 
-from service import keys, signed_urls
+from service import keys, prefix, signed_urls
 from service.keys import SCOPES, Key, KeysError, Scope
 from service.problems import Forbidden, Unauthorized
 
@@ -94,7 +94,7 @@ def link_holder(request: Request, secret: bytes | None) -> Caller | None:
     query = request.scope["query_string"].decode("latin-1")
     if secret is None or request.method not in {"GET", "HEAD"}:
         return None
-    if not signed_urls.valid(secret, request.scope["path"], query, time.time()):
+    if not signed_urls.valid(secret, prefix.routed(request.scope["path"]), query, time.time()):
         return None
     return Caller(f"link:{client_address(request)}", frozenset())
 

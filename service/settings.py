@@ -1,9 +1,11 @@
 """Settings of the API, from the environment; the stores' settings are the worker's."""
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr
 
+from service import prefix
 from worker.settings import WorkerSettings
 
 
@@ -59,4 +61,10 @@ class ServiceSettings(WorkerSettings):
     )
     request_timeout_s: float = Field(
         30, gt=0, description="longest wait for an instant picture, in seconds"
+    )
+    keep_alive_s: int = Field(
+        75, ge=1, description="seconds until an idle connection is closed; see Behind a proxy"
+    )
+    root_path: Annotated[str, AfterValidator(prefix.parse)] = Field(
+        "", description="path under which a proxy serves the API, like `/after`"
     )

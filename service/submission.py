@@ -12,7 +12,7 @@ from models.codec.bitstream import Bitstream
 from models.errors import ParameterError
 from models.image import OutputFormat
 from models.tiers import Settings, Tier
-from service import admission, drafts, image_response, metrics, watching
+from service import admission, drafts, image_response, metrics, prefix, watching
 from service.auth import Caller
 from service.instant import PictureFile
 from service.negotiate import Preferences
@@ -73,7 +73,7 @@ class Submission:
     async def respond(self) -> Response:
         """Return the finished picture if it is cached; otherwise queue the job and return the
         draft, or 202 with `Prefer: respond-async`."""
-        location = f"/v1/decodes/{self.decode.id}"
+        location = prefix.public(f"/v1/decodes/{self.decode.id}")
         headers = {"Location": location, "Link": f'<{location}/image>; rel="upgrade"'}
         state = await anyio.to_thread.run_sync(self.services.jobs.get, self.decode.id)
         finished = await self._finished_picture(state)

@@ -80,7 +80,7 @@ def _decode_both(
     if final.headers["x-cache"] == "hit":
         say(f"quality {quality}: the {TIER} picture was in the cache")
     else:
-        location = final.headers["location"]
+        location = str(final.url.join(final.headers["location"]))
         _wait(client, location, f"quality {quality}")
         final = _checked(client.get(f"{location}/image"))
     final_s = time.monotonic() - start
