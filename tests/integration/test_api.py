@@ -207,7 +207,7 @@ def test_a_slash_at_the_end_is_ignored_and_never_redirected(
 
 
 def below(page: str, reference: str) -> str:
-    """Resolve a reference as a client of the proxy does; return the path that the proxy sends on."""
+    """Resolve a reference as the client of a proxy; return the path that the proxy sends on."""
     path = urllib.parse.urlsplit(urllib.parse.urljoin(f"https://host/after{page}", reference)).path
     assert path.startswith("/after/"), reference
     return path.removeprefix("/after")

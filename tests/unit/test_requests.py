@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import anyio
 import anyio.to_thread
 import httpx
 import pytest
@@ -142,13 +143,24 @@ def test_head_is_get_without_the_body(app: FastAPI, lines: Log, path: str) -> No
 
 
 def test_head_of_a_stream_ends_after_the_headers(app: FastAPI, lines: Log) -> None:
-    release.clear()
-    response = send_request(app, "HEAD", f"/v1/decodes/{JOB}/events")
+    ended = []
+
+    @app.get("/endless")
+    async def endless() -> StreamingResponse:
+        async def events() -> AsyncIterator[str]:
+            try:
+                yield "data: first\n\n"
+                await anyio.sleep_forever()
+            finally:
+                ended.append(True)
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    response = send_request(app, "HEAD", "/endless")
     assert response.headers["content-type"].startswith("text/event-stream")
-    assert (response.status_code, response.content) == (200, b"")
-    assert (access(lines)["method"], access(lines)["status"]) == ("HEAD", 200)
-    assert isinstance(lines.records[-1].__dict__["ms"], float)
-    assert lines.records[-1].__dict__["ms"] < 5000  # the stream itself waits for 10 s
+    assert (response.status_code, response.content, ended) == (200, b"", [True])
+    fields = access(lines)
+    assert (fields["method"], fields["route"], fields["status"]) == ("HEAD", "/endless", 200)
 
 
 def test_head_asks_for_no_range(app: FastAPI, tmp_path: Path) -> None:
@@ -161,16 +173,16 @@ def test_head_asks_for_no_range(app: FastAPI, tmp_path: Path) -> None:
 def test_one_slash_at_the_end_of_a_path_does_not_matter(app: FastAPI) -> None:
     assert send_request(app, "GET", f"/v1/decodes/{JOB}/").json() == JOB
     assert send_request(app, "POST", "/v1/decodes/").status_code == 200
-    for path in ("/v1/decodes//", "//", "/v1//decodes"):
-        response = send_request(app, "POST", path)
-        assert (response.status_code, "location" in response.headers) == (404, False)
+    assert send_request(app, "POST", "/v1//decodes").status_code == 404
 
 
 def test_too_large_headers_are_refused(app: FastAPI) -> None:
     response = send_request(app, "GET", "/livez", x=requests.MAX_HEADER_BYTES * "a")
     assert (response.status_code, response.json()["status"]) == (431, 431)
     assert response.json()["type"] == "urn:afterimage:problem:headers-too-large"
-    assert send_request(app, "GET", f"/livez?{2**16 * 'a'}").status_code == 431
+    long = f"/livez?{60_000 * 'a'}"
+    assert send_request(app, "GET", long).status_code == 200
+    assert send_request(app, "GET", long, x=6000 * "a").status_code == 431
     assert send_request(app, "GET", "/livez", x=60_000 * "a").status_code == 200
 
 
