@@ -54,11 +54,18 @@ class ProxyHeaders(ProxyHeadersMiddleware):
     async def __call__(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> None:
-        client = scope.get("client")
-        if scope["type"] == "http" and (client[0] if client else None) in self.trusted_hosts:
-            sent = [value for name, value in scope["headers"] if name == b"x-forwarded-prefix"]
-            if len(sent) == 1:
-                with contextlib.suppress(ValueError):
-                    found = prefix.parse(sent[0].decode("latin-1"))
-                    scope = cast(HTTPScope, prefix.prepend(dict(scope), found))
+        if scope["type"] == "http":
+            client = scope["client"]
+            if (client[0] if client else None) in self.trusted_hosts:
+                scope = _with_prefix(scope)
         await super().__call__(scope, receive, send)
+
+
+def _with_prefix(scope: HTTPScope) -> HTTPScope:
+    """The scope with the path prefix in its headers, if there is one that is valid."""
+    sent = [value for name, value in scope["headers"] if name == b"x-forwarded-prefix"]
+    if len(sent) == 1:
+        with contextlib.suppress(ValueError):
+            found = prefix.parse(sent[0].decode("latin-1"))
+            return cast(HTTPScope, prefix.prepend(dict(scope), found))
+    return scope
