@@ -51,12 +51,14 @@ class ApiServer(uvicorn.Server):
 
         Raises `CannotListen` if another program has taken the port in the meantime.
         """
+        names = [bound.getsockname()[:2] for bound in sockets or []]
         try:
             await super().startup(sockets)
-        except OSError as e:
+            for bound in sockets or []:  # again: uvloop closes the socket instead of raising
+                bound.listen(self.config.backlog)
+        except OSError:
             await self.lifespan.shutdown()
-            host, port = sockets[0].getsockname()[:2] if sockets else ("", 0)
-            raise listening.refused(e, host, port) from None
+            raise listening.in_use(*names[0]) from None
         if not self.should_exit:
             self._on_ready()
 

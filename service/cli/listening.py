@@ -46,20 +46,20 @@ def bind(host: str, port: int, option: str = "--port") -> list[socket.socket]:
         if sockets and (refusal is None or refusal.errno in _NOT_HERE):
             opened.pop_all()
             return sockets
-    raise refused(refusal, host, port, option)
-
-
-def refused(error: OSError | None, host: str, port: int, option: str = "--port") -> CannotListen:
-    """Return the error for a host and port that the system refused."""
-    if error is not None and error.errno == errno.EADDRINUSE:
-        return CannotListen(
-            f"port {port} of {host} is in use; choose another with {option}, or stop the program "
-            "that listens on it"
-        )
-    reason = error.strerror if error is not None else "no address"
-    return CannotListen(
+    if refusal is not None and refusal.errno == errno.EADDRINUSE:
+        raise in_use(host, port, option)
+    reason = refusal.strerror if refusal is not None else "no address"
+    raise CannotListen(
         f"cannot listen on port {port} of {host} ({reason}); choose another host, or another port "
         f"with {option}"
+    )
+
+
+def in_use(host: str, port: int, option: str = "--port") -> CannotListen:
+    """Return the error for a port on which another program listens."""
+    return CannotListen(
+        f"port {port} of {host} is in use; choose another with {option}, or stop the program that "
+        "listens on it"
     )
 
 

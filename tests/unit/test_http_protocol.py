@@ -14,9 +14,10 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from service.cli import listening
-from service.cli.api_server import configuration
+from service.cli import api_server, listening
+from service.cli.api_server import ApiServer, configuration
 from service.cli.http_protocol import ProxyHeaders
+from service.cli.listening import CannotListen
 from service.requests import MAX_HEADER_BYTES, RequestMiddleware
 
 app = FastAPI()
@@ -154,6 +155,19 @@ def test_an_idle_connection_stays_open_for_the_configured_time() -> None:
         before = time.monotonic()
         assert client.recv(65536) == b""
         assert 0.3 < time.monotonic() - before
+
+
+def test_a_port_that_was_taken_while_models_were_loaded_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(api_server, "create_app", lambda _settings: FastAPI())
+    (bound,) = listening.bind("127.0.0.1", 0)
+    with bound, socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(bound.getsockname())
+        other.listen()
+        with pytest.raises(CannotListen, match="in use; choose another with --port"):
+            ApiServer(lambda: None).run([bound])
 
 
 def forwarded(peer: str, *prefixes: str) -> dict[str, str]:
