@@ -45,6 +45,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         lifespan=_lifespan(settings, connected, keys),
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         generate_unique_id_function=lambda route: route.name,
+        redirect_slashes=False,  # such redirects take their host from the request
     )
     problems.install(app)
     for module in (decodes, pictures, progress, links, encodes, info, health, page):
@@ -61,7 +62,8 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
             expose_headers=["*"],
             max_age=CORS_MAX_AGE_S,
         )
-    app.add_middleware(RequestMiddleware)  # added last, so that it is the outermost
+    # added last, so that it is the outermost
+    app.add_middleware(RequestMiddleware, root_path=settings.root_path)
     openapi.install(app, keyed=keys is not None)
     return app
 

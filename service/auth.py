@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastapi import Request
 
-from service import keys, parameters, signed_urls
+from service import keys, parameters, prefix, signed_urls
 from service.keys import SCOPES, Key, KeysError, Scope
 from service.problems import Forbidden, Unauthorized
 
@@ -97,7 +97,7 @@ def link_holder(request: Request, secret: bytes | None) -> Caller | None:
     if signed_urls.SIGNATURE_PARAMETERS.isdisjoint(request.query_params):
         return None
     query = parameters.link_query(request)
-    if not signed_urls.valid(secret, request.scope["path"], query, time.time()):
+    if not signed_urls.valid(secret, prefix.routed(request.scope["path"]), query, time.time()):
         message = "the link's address was altered, or it has expired; ask for a new link"
         raise Unauthorized(message, {"WWW-Authenticate": "Bearer"})
     return Caller(f"link:{client_address(request)}", frozenset())

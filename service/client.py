@@ -108,7 +108,7 @@ class AsyncClient:
         response = await self._send(
             "POST", "/v1/decodes", params=params, content=data, headers=accept
         )
-        location = response.headers.get("location", "")
+        location = self._path(response.headers.get("location", ""))
         response_tier = response.headers["x-afterimage-tier"]
         if not location:
             yield Update("final", response.content, tier=response_tier)
@@ -137,7 +137,7 @@ class AsyncClient:
 
     async def cancel(self, location: str) -> None:
         """Cancel the decode at `location` for this caller. Raises `ApiError` if it has ended."""
-        await self._send("DELETE", location)
+        await self._send("DELETE", self._path(location))
 
     async def _follow(self, location: str, previews: bool) -> AsyncGenerator[Update, None]:
         """Yield a decode's events as updates until it has succeeded; reconnects on errors."""
@@ -189,10 +189,14 @@ class AsyncClient:
         if event.event == "preview":
             if not previews:
                 return None
-            with contextlib.suppress(ApiError):  # expired or over the quota; later previews follow
-                picture = (await self._send("GET", data["image"])).content
+            with contextlib.suppress(ApiError):  # expired, or over the quota: others follow
+                picture = (await self._send("GET", self._path(data["image"]))).content
         kind: Kind = event.event  # type: ignore[assignment]
         return Update(kind, picture, data.get("step", 0), data.get("total", 0))
+
+    def _path(self, reference: str) -> str:
+        """Return a path that the service sent without the path of the client's base URL."""
+        return reference.removeprefix(self.http.base_url.path.rstrip("/"))
 
     async def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
         """Send a request once. Raises `ApiError` unless the response is a success."""

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
 from models import errors
-from service import metrics
+from service import metrics, prefix
 from worker.queue.store import RedisError
 
 MEDIA_TYPE = "application/problem+json"
@@ -95,6 +95,12 @@ class RangeNotSatisfiable(RequestError):
     kind = "range-not-satisfiable"
 
 
+class HeadersTooLarge(RequestError):
+    """The request line and headers are larger than the limit."""
+
+    kind = "headers-too-large"
+
+
 class RequestTimeout(RequestError):
     """The request's body did not arrive in time."""
 
@@ -153,6 +159,7 @@ STATUS: dict[type[errors.AfterimageError], int] = {
     IdMismatch: 422,
     KeyReused: 422,
     TooManyRequests: 429,
+    HeadersTooLarge: 431,
     errors.WeightsError: 500,
     errors.AfterimageError: 500,
     errors.Unavailable: 503,
@@ -196,8 +203,7 @@ def install(app: FastAPI) -> None:
         kinds = {404: "not-found", 405: "method-not-allowed"}
         kind, headers = kinds.get(e.status_code, "http-error"), dict(e.headers or {})
         if e.status_code == 405:
-            documented = ", ".join(_methods(app, request.url.path))
-            headers["Allow"] = documented or headers.get("Allow", "")  # `/` is not in OpenAPI
+            headers["Allow"] = _allowed(app, request, headers.get("Allow") or "GET")
         return problem(e.status_code, kind, str(e.detail), headers)
 
     @app.exception_handler(RedisError)
@@ -212,11 +218,17 @@ def install(app: FastAPI) -> None:
         return problem(500, "internal-error", "an unexpected error occurred and was logged", ids)
 
 
-def _methods(app: FastAPI, path: str) -> list[str]:
-    """All methods of a path. Starlette's own 405 lists those of only one of the path's routes."""
-    templates = app.openapi()["paths"]
+def _allowed(app: FastAPI, request: Request, undocumented: str) -> str:
+    """The `Allow` of a request's path, where HEAD is allowed with GET.
+
+    Starlette's 405 lists only the methods of one of the path's routes: `undocumented`, for paths
+    that are not in the API's description, such as the page.
+    """
+    path, templates = prefix.routed(request.scope["path"]), app.openapi()["paths"]
     matching = (t for t in templates if compile_path(t)[0].match(path))
-    return sorted({method.upper() for t in matching for method in templates[t]})
+    methods = {method.upper() for t in matching for method in templates[t]}
+    methods = methods or set(undocumented.replace(" ", "").split(","))
+    return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
 
 
 def _document(status: int, kind: str, detail: str) -> dict[str, Any]:

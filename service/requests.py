@@ -1,9 +1,10 @@
-"""ASGI middleware for all requests: request id, trace, access log, metrics, send timeout."""
+"""Middleware around every request: request id, trace, access log, metrics, limits, path, HEAD."""
 
 import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import anyio
@@ -11,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import metrics
+from service import metrics, prefix, problems
 from worker.telemetry import logs, tracing
 
 log = logging.getLogger("afterimage.access")
@@ -23,6 +24,8 @@ SEND_S = 60.0
 its response and upload in memory."""
 CHUNK = 2**18
 """Largest part of a response that is sent at a time, in bytes."""
+MAX_HEADER_BYTES = 2**16
+"""Request line and headers together; they are read before the caller is authenticated."""
 CLIENT_GONE = 499
 """The status in logs and metrics if the client disconnected before the response began."""
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -34,6 +37,7 @@ class RequestLog:
     """What is recorded about a request when it ends."""
 
     request_id: str
+    method: str
     traceparent: str = ""
     status: int = 0  # 0 until the response begins
     sent: int = 0  # bytes of the response's body
@@ -41,23 +45,29 @@ class RequestLog:
 
 
 class RequestMiddleware:
-    """ASGI middleware that passes request and response bodies on without buffering them."""
+    """ASGI middleware that passes request and response bodies on without buffering them.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    `root_path` is the path prefix of requests without one of their own.
+    """
+
+    def __init__(self, app: ASGIApp, root_path: str = "") -> None:
+        self.app, self._root_path = app, root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        entry = RequestLog(_request_id(headers))
+        entry = RequestLog(_request_id(headers), scope["method"])
         scope.setdefault("state", {})["request_id"] = entry.request_id
         token = logs.request_id.set(entry.request_id)
-        with tracing.extract(_trace_headers(headers)), tracing.span(scope["method"], kind="server"):
+        scope = _routed(scope, self._root_path)
+        prefix.current.set(scope.get("root_path", ""))
+        app = self.app if _header_bytes(scope) <= MAX_HEADER_BYTES else _refuse_headers
+        with tracing.extract(_trace_headers(headers)), tracing.span(entry.method, kind="server"):
             entry.traceparent = tracing.inject().get("traceparent", "")
             try:
-                await self.app(scope, receive, _in_chunks(_observed(scope, send, entry)))
+                await _respond(app, scope, receive, _observed(scope, send, entry), entry.method)
             except ClientDisconnect:
                 pass  # nobody is left to respond to
             except Exception:
@@ -66,6 +76,58 @@ class RequestMiddleware:
             finally:
                 record_request(scope, entry)
         logs.request_id.reset(token)
+
+
+def _routed(scope: Scope, root_path: str) -> Scope:
+    """Return the request as it is routed: with its prefix, without a slash at its end, HEAD as GET.
+
+    A proxy may have removed the prefix `root_path` or not. HEAD asks for no `Range`.
+    """
+    if root_path and not scope.get("root_path"):
+        kept = scope["path"].startswith(f"{root_path}/")
+        scope = {**scope, "root_path": root_path} if kept else prefix.prepend(scope, root_path)
+    root, path = scope.get("root_path", ""), scope["path"]
+    if path.endswith("/") and path != f"{root}/":
+        scope = {**scope, "path": path[:-1]}
+    if scope["method"] == "HEAD":
+        headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
+        scope = {**scope, "method": "GET", "headers": headers}
+    return scope
+
+
+def _header_bytes(scope: Scope) -> int:
+    """The size of the request line and headers, without what separates them."""
+    line = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    return line + sum(len(name) + len(value) for name, value in scope["headers"])
+
+
+async def _refuse_headers(scope: Scope, receive: Receive, send: Send) -> None:
+    """An ASGI application that answers 431."""
+    kind = problems.HeadersTooLarge
+    detail = f"the request line and headers exceed {MAX_HEADER_BYTES} bytes; shorten them"
+    await problems.problem(problems.status_of(kind), kind.kind, detail)(scope, receive, send)
+
+
+async def _respond(app: ASGIApp, scope: Scope, receive: Receive, send: Send, method: str) -> None:
+    """Let `app` respond; the response to HEAD ends after its headers."""
+    if method != "HEAD":
+        await app(scope, receive, _in_chunks(send))
+        return
+    with anyio.CancelScope() as running:
+        await app(scope, receive, _headers_only(send, running.cancel))
+
+
+def _headers_only(send: Send, cancel: Callable[[], None]) -> Send:
+    """Wrap `send`: leave out the body. A stream, which may be long, is stopped by `cancel`."""
+
+    async def send_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await send(message)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if "content-length" not in Headers(raw=message.get("headers", [])):
+                cancel()
+
+    return send_headers
 
 
 def _request_id(headers: Headers) -> str:
@@ -132,15 +194,14 @@ def route(scope: Scope) -> str:
 def record_request(scope: Scope, entry: RequestLog) -> None:
     """Write metrics, span attributes and a log line for a request that has ended."""
     seconds = time.perf_counter() - entry.began
-    status, template, method = entry.status or CLIENT_GONE, route(scope), scope["method"]
-    waited_s = scope.get("state", {}).get("waited_s", 0.0)  # because of `Prefer: wait`
+    status, template, method = entry.status or CLIENT_GONE, route(scope), entry.method
+    waited_s = scope.get("state", {}).get("waited_s", 0.0)  # waiting that the client asked for
     metrics.request(template, method, status, seconds - waited_s)
-    tracing.annotate(
-        f"{method} {template}",
-        error=status >= 500,
-        **{"http.request.method": method, "http.route": template,
-           "http.response.status_code": status, "afterimage.request_id": entry.request_id},
-    )  # fmt: skip
+    attributes: dict[str, str | int] = {
+        "http.request.method": method, "http.route": template,
+        "http.response.status_code": status, "afterimage.request_id": entry.request_id,
+    }  # fmt: skip
+    tracing.annotate(f"{method} {template}", error=status >= 500, **attributes)
     fields = {
         "method": method, "route": template, "status": status, "ms": round(seconds * 1e3, 1),
         "bytes": entry.sent, "request_id": entry.request_id, **_caller_and_job(scope),

@@ -9,7 +9,7 @@ from models import geometry, tiers
 from models.checkpoint import Entry
 from models.codec.bitstream import Bitstream, Format, Metric, Profile
 from models.image import MEDIA_TYPES
-from service import problems
+from service import prefix, problems
 from service.negotiate import MAX_WAIT_S
 from service.settings import ServiceSettings
 from worker.queue.estimates import CostModel
@@ -106,7 +106,7 @@ class Decode(BaseModel):
             height=d.height, quality=d.quality, codec_weights=d.codec,
             decoder_weights=d.decoder, created=datetime.fromtimestamp(state.created, UTC),
             started=_time(state.started), ended=_time(state.ended), error=state.error or None,
-            image=f"/v1/decodes/{state.id}/image",
+            image=prefix.public(f"/v1/decodes/{state.id}/image"),
         )  # fmt: skip
 
 
@@ -272,7 +272,7 @@ class Model(BaseModel):
         return cls(
             kind=e.kind, name=e.name, weights_id=e.weights_id, quality=e.quality or None,
             metric=e.metric or None, source=e.source or "shipped", sha256=e.sha256,
-            card=f"/v1/models/{e.weights_id}/card" if e.card else None,
+            card=prefix.public(f"/v1/models/{e.weights_id}/card") if e.card else None,
         )  # fmt: skip
 
 

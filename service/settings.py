@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
+from service import prefix
 from worker.settings import WorkerSettings, listed
 
 ORIGIN = r"^(\*|null|[a-z][a-z0-9+.-]*://[^/,\s]+)$"
@@ -76,6 +77,12 @@ class ServiceSettings(WorkerSettings):
     )
     request_timeout_s: float = Field(
         30, gt=0, description="longest wait for an instant picture or for a thread, in seconds"
+    )
+    keep_alive_s: int = Field(
+        75, ge=1, description="seconds until an idle connection is closed; see Behind a proxy"
+    )
+    root_path: Annotated[str, AfterValidator(prefix.parse)] = Field(
+        "", description="path under which a proxy serves the API, like `/after`"
     )
 
     @model_validator(mode="before")

@@ -12,7 +12,7 @@ from models.codec.bitstream import Bitstream
 from models.errors import ParameterError
 from models.image import OutputFormat
 from models.tiers import Settings, Tier
-from service import admission, drafts, image_response, metrics, negotiate, watching
+from service import admission, drafts, image_response, metrics, negotiate, prefix, watching
 from service.auth import Caller
 from service.instant import PictureFile
 from service.negotiate import Preferences
@@ -74,7 +74,7 @@ class Submission:
         """Return the finished picture if it is cached; otherwise queue the job and return the
         draft, or 202 with `Prefer: respond-async`. Raises `NotAcceptable` before it queues."""
         format = self._format()
-        location = f"/v1/decodes/{self.decode.id}"
+        location = prefix.public(f"/v1/decodes/{self.decode.id}")
         headers = {"Location": location, "Link": f'<{location}/image>; rel="upgrade"'}
         state = await anyio.to_thread.run_sync(self.services.jobs.get, self.decode.id)
         finished = await self._finished(state, format, {**headers, "X-Cache": "hit"})

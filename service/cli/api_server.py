@@ -7,38 +7,61 @@ import socket
 from collections.abc import Callable
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from service.app import create_app
+from service.cli import listening
+from service.cli.http_protocol import HttpProtocol, ProxyHeaders
+from service.requests import MAX_HEADER_BYTES
 from service.settings import ServiceSettings
 
 SHUTDOWN_TIMEOUT_S = 10
 """How long open requests may take to finish when the service stops."""
 
 
+def configuration(app: ASGIApp, keep_alive_s: int) -> uvicorn.Config:
+    """Return uvicorn's configuration for `app`; the sockets are given to the server's `run`."""
+    config = uvicorn.Config(
+        app,
+        http=HttpProtocol,
+        ws="none",
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_keep_alive=keep_alive_s,
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
+        proxy_headers=False,  # `ProxyHeaders` instead
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+    )
+    config.app = ProxyHeaders(app, config.forwarded_allow_ips)  # type: ignore[arg-type]
+    return config
+
+
 class ApiServer(uvicorn.Server):
     """Uvicorn with the API, which reads its settings from the environment.
 
-    `on_ready` is called once the models are loaded and the port accepts connections.
+    `on_ready` is called once the models are loaded and the sockets accept connections.
     """
 
-    def __init__(self, host: str, port: int, on_ready: Callable[[], None]) -> None:
-        self._app = create_app(ServiceSettings())
+    def __init__(self, on_ready: Callable[[], None]) -> None:
+        settings = ServiceSettings()
+        self._app = create_app(settings)
         self._on_ready = on_ready
-        super().__init__(
-            uvicorn.Config(
-                self._app,
-                host,
-                port,
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
-            )
-        )
+        super().__init__(configuration(self._app, settings.keep_alive_s))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Load the models and bind the port."""
-        await super().startup(sockets)
+        """Load the models, then accept connections.
+
+        Raises `CannotListen` if another program has taken the port in the meantime.
+        """
+        names = [bound.getsockname()[:2] for bound in sockets or []]
+        try:
+            await super().startup(sockets)
+            for bound in sockets or []:  # again: uvloop closes the socket instead of raising
+                bound.listen(self.config.backlog)
+        except OSError:
+            await self.lifespan.shutdown()
+            raise listening.in_use(*names[0]) from None
         if not self.should_exit:
             self._on_ready()
 

@@ -5,11 +5,12 @@ import contextlib
 import gc
 import os
 import signal
+import socket
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from service.cli import options
+from service.cli import listening, options
 from service.cli.supervisor import WEBHOOK_SENDER, WORKER, Supervisor
 from service.cli.terminal import complain, say
 from service.settings import ServiceSettings
@@ -20,7 +21,9 @@ def add(commands: Any) -> None:
     """Add `serve` and `worker` to the parser's commands."""
     serve = commands.add_parser("serve", help="run the HTTP API and its workers")
     serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1)")
-    serve.add_argument("--port", type=int, default=8000, help="port to bind (default: 8000)")
+    serve.add_argument(
+        "--port", type=int, default=8000, help="port to bind; 0: any free one (default: 8000)"
+    )
     serve.add_argument("--workers", type=int, default=1, help="worker processes (default: 1)")
     options.add_stores(serve, "a private Redis is started")
     serve.set_defaults(run=_serve)
@@ -39,6 +42,7 @@ def _serve(args: argparse.Namespace) -> int:
         _check_redis(settings)
 
     with contextlib.ExitStack() as loading, contextlib.ExitStack() as running:
+        sockets = _bind(args.host, args.port, settings, running)
         loading.enter_context(without_garbage_collection())
         # import before the workers start, because they compete for the CPU
         from service.cli.api_server import ApiServer
@@ -55,13 +59,30 @@ def _serve(args: argparse.Namespace) -> int:
 
         def on_ready() -> None:
             loading.close()
-            say(f"Afterimage is ready at http://{args.host}:{args.port}  (Ctrl-C stops it)")
+            say(f"Afterimage is ready at {listening.address(sockets)}  (Ctrl-C stops it)")
 
-        server = ApiServer(args.host, args.port, on_ready)
+        server = ApiServer(on_ready)
         with contextlib.suppress(KeyboardInterrupt):
-            server.run()
+            server.run(sockets)
     gc.freeze()  # otherwise the collection at the interpreter's exit takes seconds
     return 0 if server.started else 1
+
+
+def _bind(
+    host: str, port: int, settings: ServiceSettings, running: contextlib.ExitStack
+) -> list[socket.socket]:
+    """Bind the API's sockets, which close with `running`. Raises `CannotListen`.
+
+    This comes first: a port in use is reported before anything is started or loaded.
+    """
+    sockets = listening.bind(host, port)
+    for bound in sockets:
+        running.callback(bound.close)
+    if settings.metrics_port:
+        metrics_host = os.environ.get("AFTERIMAGE_METRICS_HOST") or host
+        for tried in listening.bind(metrics_host, settings.metrics_port, "AFTERIMAGE_METRICS_PORT"):
+            tried.close()
+    return sockets
 
 
 def _check_redis(settings: ServiceSettings) -> None:

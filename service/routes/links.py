@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 
 from models import tiers
 from models.errors import ParameterError
-from service import problems, schemas, signed_urls, watching
+from service import prefix, problems, schemas, signed_urls, watching
 from service.deps import ONLY_KNOWN, DecodeCaller, JobId, ServicesDep, tier_query
 from service.problems import Conflict, JobNotFound
 from worker.queue.store import PICTURE_TTL_S
@@ -48,4 +48,4 @@ async def share(
     query = urlencode({"min_tier": min_tier, "realism": realism})
     expires = int(time.time()) + seconds
     url = signed_urls.sign(services.link_secret, f"/v1/decodes/{id}/image", query, expires)
-    return schemas.Link.until(url, expires)
+    return schemas.Link.until(prefix.public(url), expires)

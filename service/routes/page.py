@@ -32,7 +32,7 @@ files = Files()
 router = APIRouter()
 
 
-@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+@router.get("/", include_in_schema=False)
 async def page(request: Request) -> Response:
     """Serve the HTML document."""
     return await files.get_response("index.html", request.scope)

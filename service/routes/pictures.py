@@ -41,7 +41,6 @@ _ROUTE: dict[str, Any] = {
 }  # fmt: skip
 
 
-@router.head("/{id}/image", name="picture_head", **_ROUTE)
 @router.get("/{id}/image", **_ROUTE)
 async def picture(
     services: ServicesDep,

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from models.errors import ParameterError, Quarantined
-from service import admission, problems, schemas, watching
+from service import admission, prefix, problems, schemas, watching
 from service.deps import ONLY_KNOWN, DecodeCaller, JobId, PreferHeader, ServicesDep
 from service.problems import Busy, Conflict, JobNotFound, PictureGone, QueueFull
 from worker.queue.records import ENDED, JobState
@@ -95,7 +95,8 @@ async def follow(
         async for event in watching.events(services, id, after, caller.name):
             data = event.data | {"id": id}
             if event.kind == "preview":
-                data["image"] = f"/v1/decodes/{id}/preview?step={event.data['step']}"
+                path = f"/v1/decodes/{id}/preview?step={event.data['step']}"
+                data["image"] = prefix.public(path)
             yield ServerSentEvent(data=data, event=event.kind, id=event.id)
 
 
@@ -157,7 +158,7 @@ async def retry(
         state, _ = services.jobs.submit(state.decode, data, caller.name)
         return watching.view(services, state)
 
-    response.headers["Location"] = f"/v1/decodes/{id}"
+    response.headers["Location"] = prefix.public(f"/v1/decodes/{id}")
     return await anyio.to_thread.run_sync(requeue)
 
 

@@ -76,8 +76,9 @@ export async function image(id, realism, minTier, signal) {
   return (await request(`v1/decodes/${id}/image?${query}`, { headers: png, signal })).blob();
 }
 
+// `path` may begin with the prefix under which a proxy serves this page.
 export const preview = async (path, signal) =>
-  (await request(path.replace(/^\//, ""), { signal })).blob();
+  (await request(path.replace(/^.*\/(?=v1\/decodes\/)/, ""), { signal })).blob();
 
 // Server-sent events of a decode until it ends; reconnects. EventSource cannot send the API key.
 export async function* events(id, signal) {

@@ -6,6 +6,7 @@
 import hashlib
 import re
 import struct
+import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
@@ -177,11 +178,76 @@ def test_unknown_paths_and_methods_are_problems(api: httpx.Client) -> None:
         answer = api.request(method, path)
         assert (answer.status_code, answer.headers["content-type"]) == (status, PROBLEM)
     answer = api.patch(f"/v1/decodes/{'0' * 32}")
-    assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET, PUT")
-    answer = api.post("/")
-    assert (answer.status_code, answer.headers["allow"]) in {
-        (405, m) for m in ("GET, HEAD", "HEAD, GET")
-    }
+    assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET, HEAD, PUT")
+    for path in ("/", "/docs", "/openapi.json", "/livez", "/web/page.css", "/v1/tiers"):
+        answer = api.post(path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
+    answer = api.get("/v1/inspect")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+
+
+def test_head_is_answered_wherever_get_is(api: httpx.Client) -> None:
+    templates = api.get("/openapi.json").json()["paths"]
+    documented = [path for path, operations in templates.items() if "get" in operations]
+    assert not [path for path, operations in templates.items() if "head" in operations]
+    for template in ("/", "/docs", "/redoc", "/openapi.json", "/web/page.css", *documented):
+        path = template.replace("{id}", "0" * 32).replace("{weights_id}", "0" * 16)
+        get, head = api.get(path), api.head(path)
+        assert head.status_code == get.status_code != 405, path
+        assert head.headers["content-type"] == get.headers["content-type"]
+        assert head.content == b"" != get.content
+
+
+def test_a_slash_at_the_end_is_ignored_and_never_redirected(
+    api: httpx.Client, small_msh: bytes
+) -> None:
+    assert api.post("/v1/decodes/", content=small_msh).status_code == 200
+    for path in ("/v1/tiers/", "/docs/", "/livez/"):
+        assert api.get(path).status_code == 200
+    for path in ("/v1/tiers//", "/web", "/web/", "/v1"):
+        assert api.get(path, follow_redirects=False).status_code == 404
+
+
+def below(page: str, reference: str) -> str:
+    """Resolve a reference as the client of a proxy; return the path that the proxy sends on."""
+    path = urllib.parse.urlsplit(urllib.parse.urljoin(f"https://host/after{page}", reference)).path
+    assert path.startswith("/after/"), reference
+    return path.removeprefix("/after")
+
+
+def test_behind_a_proxy_all_references_have_its_prefix(
+    redis_urls: tuple[str, str], small_msh: bytes
+) -> None:
+    queue, cache = redis_urls
+    settings = ServiceSettings(
+        REDIS_URL=queue, CACHE_REDIS_URL=cache, root_path="/after", link_secret="s" * 32
+    )
+    with weights.loaded_once(), run_app(settings) as api:
+        made = api.post("/v1/decodes?tier=ddim-10&seed=1606", content=small_msh)
+        location = below("/v1/decodes", made.headers["location"])
+        assert made.headers["link"] == f'</after{location}/image>; rel="upgrade"'
+        state = api.get(location).json()
+        assert api.get(below(location, state["image"])).status_code == 200
+        asynchronous = api.post(
+            "/v1/decodes?tier=ddim-10&seed=1606",
+            content=small_msh,
+            headers={"Prefer": "respond-async"},
+        )
+        assert asynchronous.json()["image"] == asynchronous.headers["location"] + "/image"
+        link = api.post(f"{location}/links").json()["url"]
+        assert link.startswith(f"/after{location}/image?")
+        assert api.delete(location).json()["image"] == state["image"]
+        retried = api.post(f"{location}/retry")
+        assert below(location, retried.headers["location"]) == location
+        for model in api.get("/v1/models").json():
+            assert api.get(below("/v1/models", model["card"])).status_code == 200
+        for page in ("/", "/docs", "/redoc"):
+            for reference in re.findall(r'(?:src|href)="([^"]+)"', api.get(page).text):
+                if not reference.startswith("data:"):
+                    assert api.get(below(page, reference)).status_code == 200, reference
+        assert "'/after/openapi.json'" in api.get("/docs").text
+        assert api.get("/openapi.json").json()["servers"] == [{"url": "/after"}]
+        assert api.get(f"/after{location}").json()["id"] == state["id"]  # not removed by the proxy
 
 
 def test_the_documentation_needs_no_other_host(api: httpx.Client) -> None:

@@ -19,6 +19,7 @@ from service import auth, problems, signed_urls
 from service.auth import Caller, Keys
 from service.deps import require
 from service.keys import KeysError, digest
+from service.requests import RequestMiddleware
 
 TOKEN = "ai_" + "k" * 43
 SECRET = b"0123456789abcdef0123456789abcdef"
@@ -248,6 +249,17 @@ def test_a_link_allows_only_its_own_picture(file: Path) -> None:
     assert send_request(application(Keys.read(file)), url).status_code == 401  # without a secret
     assert send_request(app, url, X_API_Key="wrong").status_code == 401
     assert send_request(app, url, X_API_Key=TOKEN).json() == "gallery ['decode']"
+
+
+def test_a_link_is_valid_with_and_without_the_prefix_of_a_proxy(file: Path) -> None:
+    app = application(Keys.read(file), SECRET)
+    app.add_middleware(RequestMiddleware, root_path="/after")
+    url = signed_urls.sign(SECRET, "/image", "realism=0.5", int(time.time()) + 60)
+    assert send_request(app, f"/after{url}").json() == "link:192.0.2.7 []"
+    assert send_request(app, url).status_code == 200
+    assert send_request(app, f"/other{url}").status_code == 404
+    elsewhere = signed_urls.sign(SECRET, "/after/image", "realism=0.5", int(time.time()) + 60)
+    assert send_request(app, elsewhere).status_code == 401
 
 
 def test_openapi_lists_both_ways_to_send_a_key() -> None:

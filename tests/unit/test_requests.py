@@ -7,7 +7,9 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import anyio
 import anyio.to_thread
 import httpx
 import pytest
@@ -17,7 +19,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.responses import PlainTextResponse
 
-from service import metrics, requests
+from service import metrics, prefix, requests
 from service.requests import RequestMiddleware
 from worker.telemetry import logs, tracing
 
@@ -129,6 +131,88 @@ def test_time_waited_on_request_is_not_counted_as_latency(
     ((*labels, seconds),) = observed
     assert labels == ["/v1/waits", "POST", 200]
     assert isinstance(seconds, float) and seconds < 0.25
+
+
+@pytest.mark.parametrize("path", [f"/v1/decodes/{JOB}", "/v1/decodes/1", "/livez", "/none"])
+def test_head_is_get_without_the_body(app: FastAPI, lines: Log, path: str) -> None:
+    head = send_request(app, "HEAD", path, x_request_id="same")
+    assert access(lines)["method"] == "HEAD"
+    get = send_request(app, "GET", path, x_request_id="same")
+    assert (head.status_code, head.headers) == (get.status_code, get.headers)
+    assert head.content == b""
+
+
+def test_head_of_a_stream_ends_after_the_headers(app: FastAPI, lines: Log) -> None:
+    ended = []
+
+    @app.get("/endless")
+    async def endless() -> StreamingResponse:
+        async def events() -> AsyncIterator[str]:
+            try:
+                yield "data: first\n\n"
+                await anyio.sleep_forever()
+            finally:
+                ended.append(True)
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    response = send_request(app, "HEAD", "/endless")
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert (response.status_code, response.content, ended) == (200, b"", [True])
+    fields = access(lines)
+    assert (fields["method"], fields["route"], fields["status"]) == ("HEAD", "/endless", 200)
+
+
+def test_head_asks_for_no_range(app: FastAPI, tmp_path: Path) -> None:
+    (tmp_path / "ten").write_bytes(bytes(10))
+    for method, status, length in (("GET", 206, "2"), ("HEAD", 200, "10")):
+        response = send_request(app, method, "/static/ten", range="bytes=0-1")
+        assert (response.status_code, response.headers["content-length"]) == (status, length)
+
+
+def test_one_slash_at_the_end_of_a_path_does_not_matter(app: FastAPI) -> None:
+    assert send_request(app, "GET", f"/v1/decodes/{JOB}/").json() == JOB
+    assert send_request(app, "POST", "/v1/decodes/").status_code == 200
+    assert send_request(app, "POST", "/v1//decodes").status_code == 404
+
+
+def test_too_large_headers_are_refused(app: FastAPI) -> None:
+    response = send_request(app, "GET", "/livez", x=requests.MAX_HEADER_BYTES * "a")
+    assert (response.status_code, response.json()["status"]) == (431, 431)
+    assert response.json()["type"] == "urn:afterimage:problem:headers-too-large"
+    long = f"/livez?{60_000 * 'a'}"
+    assert send_request(app, "GET", long).status_code == 200
+    assert send_request(app, "GET", long, x=6000 * "a").status_code == 431
+    assert send_request(app, "GET", "/livez", x=60_000 * "a").status_code == 200
+
+
+def prefixed(root_path: str, own: str, path: str) -> dict[str, str]:
+    """What a route sees of a request, with the configured prefix `root_path` and its `own`."""
+    app = FastAPI()
+    app.add_middleware(RequestMiddleware, root_path=root_path)
+
+    @app.get("/v1/seen")
+    async def seen(request: Request) -> dict[str, str]:
+        return {"routed": prefix.routed(request.scope["path"]), "public": prefix.public("/v1/x")}
+
+    async def once() -> dict[str, str]:
+        transport = httpx.ASGITransport(app, root_path=own)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            answer: dict[str, str] = (await client.get(path)).json()
+            return answer
+
+    return asyncio.run(once())
+
+
+@pytest.mark.parametrize("path", ["/v1/seen", "/after/v1/seen", "/v1/seen/", "/after/v1/seen/"])
+def test_a_configured_prefix_may_have_been_removed_or_not(path: str) -> None:
+    assert prefixed("/after", "", path) == {"routed": "/v1/seen", "public": "/after/v1/x"}
+
+
+def test_the_prefix_of_the_request_comes_before_the_configured_one() -> None:
+    found = prefixed("/after", "/before", "/before/v1/seen")
+    assert found == {"routed": "/v1/seen", "public": "/before/v1/x"}
+    assert prefixed("", "", "/v1/seen")["public"] == "/v1/x"
 
 
 def test_error_responses_have_a_request_id(app: FastAPI) -> None:

@@ -1,0 +1,71 @@
+"""HTTP/1.1 on sockets: what uvicorn's parser does not do as this service needs it."""
+
+import contextlib
+import sys
+from typing import cast
+
+import h11
+from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, HTTPScope, Scope
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from service import prefix, problems
+from service.requests import MAX_HEADER_BYTES
+
+
+class HttpProtocol(H11Protocol):
+    """Uvicorn's protocol on h11, which follows RFC 9112 more strictly than httptools.
+
+    Requests that cannot be parsed get problem documents, like all errors of the API.
+    """
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Do not log: a client may offer HTTP/2 or WebSocket, and is answered in HTTP/1.1."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer the request that h11 refuses; uvicorn calls this while it handles the error."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # its request cannot be read to the end
+            self.cycle.message_event.set()
+        if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
+            self._send_problem(sys.exception())
+        self.transport.close()
+
+    def _send_problem(self, error: BaseException | None) -> None:
+        status = getattr(error, "error_status_hint", 400)
+        kind, detail = "malformed-request", f"the request is not valid HTTP: {error}"
+        if status == 431:
+            kind = problems.HeadersTooLarge.kind
+            detail = f"the request line and headers exceed {MAX_HEADER_BYTES} bytes; shorten them"
+        response = problems.problem(status, kind, detail, {"Connection": "close"})
+        head = h11.Response(
+            status_code=status, headers=response.raw_headers, reason=STATUS_PHRASES[status]
+        )
+        for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+
+
+class ProxyHeaders(ProxyHeadersMiddleware):
+    """Uvicorn's middleware for `X-Forwarded-For` and `-Proto`, and the same for `-Prefix`.
+
+    A prefix counts only if a trusted proxy sends it, once, and it is valid.
+    """
+
+    async def __call__(
+        self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
+    ) -> None:
+        if scope["type"] == "http":
+            client = scope["client"]
+            if (client[0] if client else None) in self.trusted_hosts:
+                scope = _with_prefix(scope)
+        await super().__call__(scope, receive, send)
+
+
+def _with_prefix(scope: HTTPScope) -> HTTPScope:
+    """The scope with the path prefix in its headers, if there is one that is valid."""
+    sent = [value for name, value in scope["headers"] if name == b"x-forwarded-prefix"]
+    if len(sent) == 1:
+        with contextlib.suppress(ValueError):
+            found = prefix.parse(sent[0].decode("latin-1"))
+            return cast(HTTPScope, prefix.prepend(dict(scope), found))
+    return scope
