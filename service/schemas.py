@@ -122,6 +122,7 @@ class Inspection(BaseModel):
             "examples": [
                 {
                     "format": "msh",
+                    "layout": ".msh version 1",
                     "profile": "exact",
                     "quality": 2,
                     "metric": "mse",
@@ -141,6 +142,7 @@ class Inspection(BaseModel):
     )
 
     format: Format
+    layout: str
     profile: Profile
     quality: int
     metric: Metric
@@ -181,7 +183,7 @@ class Inspection(BaseModel):
             )
 
         return cls(
-            format=b.format, profile=b.profile, quality=b.quality, metric=b.metric,
+            format=b.format, layout=b.layout, profile=b.profile, quality=b.quality, metric=b.metric,
             width=b.width, height=b.height, bytes=size,
             bpp=round(8 * size / (b.width * b.height), 4), weights_id=b.weights_id or None,
             decodable=decodable, costs={t.name: cost(t) for t in tiers.TIERS.values()},
