@@ -63,7 +63,7 @@ class _Layout:
     has_depth: bool = True
 
 
-_LAYOUTS = (
+_LAYOUTS: tuple[_Layout, ...] = (
     _Layout("1.2.2 and later", _MODELS),
     _Layout("1.2.0 to 1.2.1", _OLD_MODELS),
     _Layout("1.0.3 to 1.1.9", _OLD_MODELS, has_depth=False),
