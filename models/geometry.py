@@ -29,7 +29,8 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
         )
     if height * width > max_pixels:
         raise PictureTooLarge(
-            f"the picture has {width}×{height} pixels; the limit is {max_pixels} in all"
+            f"the picture has {width}×{height} pixels; the limit is {max_pixels} in all "
+            "(AFTERIMAGE_MAX_PIXELS)"
         )
     if max(height, width) > MAX_SIDE:
         raise PictureTooLarge(

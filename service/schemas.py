@@ -126,6 +126,7 @@ class Inspection(BaseModel):
             "examples": [
                 {
                     "format": "msh",
+                    "layout": ".msh version 1",
                     "profile": "exact",
                     "quality": 2,
                     "metric": "mse",
@@ -145,6 +146,7 @@ class Inspection(BaseModel):
     )
 
     format: Format
+    layout: str
     profile: Profile
     quality: int
     metric: Metric
@@ -185,7 +187,7 @@ class Inspection(BaseModel):
             )
 
         return cls(
-            format=b.format, profile=b.profile, quality=b.quality, metric=b.metric,
+            format=b.format, layout=b.layout, profile=b.profile, quality=b.quality, metric=b.metric,
             width=b.width, height=b.height, bytes=size,
             bpp=round(8 * size / (b.width * b.height), 4), weights_id=b.weights_id or None,
             decodable=decodable, costs={t.name: cost(t) for t in tiers.TIERS.values()},

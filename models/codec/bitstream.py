@@ -2,7 +2,8 @@
 
 CompressAI's image files, as its `examples/codec.py` writes them (big-endian): model id u8,
 (metric << 4 | quality - 1) u8, height u32, width u32, bit depth u8, z rows u32, z columns u32,
-number of strings u32; then the y string and the z string, each after its length u32.
+number of strings u32; then the y string and the z string, each after its length u32. Older versions
+gave the models other ids, and the oldest wrote no bit depth: see `_LAYOUTS`.
 
 `.msh` (little-endian, a header of 36 bytes): magic, version u8, profile u8, quality u8, metric u8,
 height u32, width u32, weights id 8 bytes, y string length u32, CRC-32C of y's symbols u32, CRC-32C
@@ -10,6 +11,7 @@ of all other bytes of the file u32; then the y string and the z string.
 """
 
 import hashlib
+import re
 import struct
 from dataclasses import dataclass
 from typing import Literal
@@ -35,16 +37,50 @@ METRICS: tuple[Metric, ...] = ("mse", "ms-ssim")
 
 _MSH = struct.Struct("<4sBBBBII8sII")
 _CRC = struct.Struct("<I")
-_COMPRESSAI = struct.Struct(">BBIIB")
+_COMPRESSAI = struct.Struct(">BBII")
+_DEPTH = struct.Struct(">B")
 _BODY = struct.Struct(">III")
 _LENGTH = struct.Struct(">I")
-_COMPRESSAI_MODELS = (
-    "bmshj2018-factorized", "bmshj2018-factorized-relu", "bmshj2018-hyperprior", "mbt2018-mean",
+_MODEL = "mbt2018-mean"
+_OLD_MODELS = (
+    "bmshj2018-factorized", "bmshj2018-hyperprior", _MODEL, "mbt2018", "cheng2020-anchor",
+    "cheng2020-attn", "ssf2020",
+)  # fmt: skip
+_MODELS = (
+    "bmshj2018-factorized", "bmshj2018-factorized-relu", "bmshj2018-hyperprior", _MODEL,
     "mbt2018", "cheng2020-anchor", "cheng2020-attn", "bmshj2018-hyperprior-vbr",
     "mbt2018-mean-vbr", "mbt2018-vbr", "hrtzxf2022-pcc-rec", "sfu2023-pcc-rec-pointnet",
     "sfu2024-pcc-rec-pointnet2-ssg", "ssf2020",
 )  # fmt: skip
-_MBT2018_MEAN = _COMPRESSAI_MODELS.index("mbt2018-mean")
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How some versions of CompressAI write a file: their models by id, and if there is a depth."""
+
+    versions: str
+    models: tuple[str, ...]
+    has_depth: bool = True
+
+
+_LAYOUTS: tuple[_Layout, ...] = (
+    _Layout("1.2.2 and later", _MODELS),
+    _Layout("1.2.0 to 1.2.1", _OLD_MODELS),
+    _Layout("1.0.3 to 1.1.9", _OLD_MODELS, has_depth=False),
+)
+"""The newest first. Where a model id has two meanings, the supported one is read."""
+_DEPTH_AT = _COMPRESSAI.size
+"""Position of the bit depth. In files without one it holds 0: the first byte of z's rows, u32."""
+_PICTURES = (
+    ("PNG", re.compile(rb"\x89PNG")),
+    ("JPEG", re.compile(rb"\xff\xd8\xff")),
+    ("WebP", re.compile(rb"RIFF.{4}WEBP", re.DOTALL)),
+    ("GIF", re.compile(rb"GIF8[79]a")),
+    ("AVIF", re.compile(rb".{4}ftyp(.{4}){0,15}?avi[fs]", re.DOTALL)),
+    ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]")),
+    ("BMP", re.compile(rb"BM")),
+)
+"""Picture formats by their first bytes, to tell a picture from a bitstream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +97,14 @@ class Bitstream:
     z_string: bytes
     weights_id: str = ""  # 16 hex digits
     symbols_crc: int | None = None  # CRC-32C of y's symbols (M, h, w) as little-endian int32
+    versions: str = _LAYOUTS[0].versions  # versions of CompressAI that write this layout
+
+    @property
+    def layout(self) -> str:
+        """The layout of the file, as people call it."""
+        if self.format == "msh":
+            return f".msh version {VERSION}"
+        return f"image file of CompressAI {self.versions}"
 
 
 def digest(data: bytes) -> str:
@@ -78,7 +122,13 @@ def parse(data: bytes, max_pixels: int = MAX_PIXELS) -> Bitstream:
         raise MalformedHeader("the bitstream is empty")
     if data.startswith(MAGIC[: len(data)]):
         return _parse_msh(data, max_pixels)
-    return _parse_compressai(data, max_pixels)
+    for picture, signature in _PICTURES:
+        if signature.match(data):
+            raise UnsupportedCodec(
+                f"this is a {picture} picture, not a bitstream; encode it with "
+                "`afterimage encode` or POST /v1/encodes"
+            )
+    return _parse_compressai(data, _layout(data), max_pixels)
 
 
 def serialize(b: Bitstream) -> bytes:
@@ -87,14 +137,7 @@ def serialize(b: Bitstream) -> bytes:
     Raises `ValueError` if the format cannot hold the profile or needs a field that is missing.
     """
     if b.format == "compressai":
-        if b.profile != "float":
-            raise ValueError(f"CompressAI's format has no profile {b.profile!r}; use 'float'")
-        code = METRICS.index(b.metric) << 4 | b.quality - 1
-        parts = [_COMPRESSAI.pack(_MBT2018_MEAN, code, b.height, b.width, 8)]
-        parts.append(_BODY.pack(*_z_shape(b.height, b.width), 2))
-        for string in (b.y_string, b.z_string):
-            parts += [_LENGTH.pack(len(string)), string]
-        return b"".join(parts)
+        return _serialize_compressai(b)
     if b.symbols_crc is None or len(b.weights_id) != 16:
         raise ValueError("an .msh file needs a weights id of 16 hex digits and symbols_crc")
     head = _MSH.pack(
@@ -103,6 +146,32 @@ def serialize(b: Bitstream) -> bytes:
     )  # fmt: skip
     payload = b.y_string + b.z_string
     return head + _CRC.pack(google_crc32c.value(head + payload)) + payload
+
+
+def other_meanings(b: Bitstream) -> str:
+    """Return a sentence about the other models that `b` could be of, to end an error's text.
+
+    In CompressAI's format the same model id means different models in different versions. Empty if
+    there is no other.
+    """
+    if b.format != "compressai":
+        return ""
+    layout = _layout_of(b.versions)
+    return _other_meanings(layout.models.index(_MODEL), layout)
+
+
+def _serialize_compressai(b: Bitstream) -> bytes:
+    if b.profile != "float":
+        raise ValueError(f"CompressAI's format has no profile {b.profile!r}; use 'float'")
+    layout = _layout_of(b.versions)
+    code = METRICS.index(b.metric) << 4 | b.quality - 1
+    parts = [_COMPRESSAI.pack(layout.models.index(_MODEL), code, b.height, b.width)]
+    if layout.has_depth:
+        parts.append(_DEPTH.pack(8))
+    parts.append(_BODY.pack(*_z_shape(b.height, b.width), 2))
+    for string in (b.y_string, b.z_string):
+        parts += [_LENGTH.pack(len(string)), string]
+    return b"".join(parts)
 
 
 def _parse_msh(data: bytes, max_pixels: int) -> Bitstream:
@@ -124,41 +193,102 @@ def _parse_msh(data: bytes, max_pixels: int) -> Bitstream:
         raise LengthMismatch(_string_cut("y", y_length, len(data) - start))
     (crc,) = _CRC.unpack_from(data, _MSH.size)
     if google_crc32c.value(data[: _MSH.size] + data[start:]) != crc:
-        raise ChecksumMismatch("the bitstream's CRC-32C does not match: it was damaged or changed")
+        raise ChecksumMismatch(
+            "the bitstream's CRC-32C does not match: it was cut off, damaged or changed"
+        )
     return Bitstream(
         "msh", PROFILES[profile], quality, METRICS[metric], height, width,
         data[start : start + y_length], data[start + y_length :], weights.hex(), symbols_crc,
     )  # fmt: skip
 
 
-def _parse_compressai(data: bytes, max_pixels: int) -> Bitstream:
-    if data[0] != _MBT2018_MEAN:
-        raise UnsupportedCodec(_other_model(data))
-    if len(data) < _COMPRESSAI.size + _BODY.size:
-        raise MalformedHeader(_too_short(data, _COMPRESSAI.size + _BODY.size))
-    _, code, height, width, depth = _COMPRESSAI.unpack_from(data)
+def _layout(data: bytes) -> _Layout:
+    """Return the newest layout of CompressAI in which `data` can be a file of `mbt2018-mean`.
+
+    Raises `UnsupportedCodec`, which names the model in each layout, if there is none.
+    """
+    layouts = _LAYOUTS
+    if len(data) > _DEPTH_AT:
+        has_depth = data[_DEPTH_AT] != 0
+        layouts = tuple(w for w in _LAYOUTS if w.has_depth == has_depth)
+    meanings = [(w, w.models[data[0]]) for w in layouts if data[0] < len(w.models)]
+    for layout, model in meanings:
+        if model == _MODEL:
+            return layout
+    if not meanings:
+        raise UnsupportedCodec(
+            f"neither an .msh file nor one of CompressAI: it begins with {data[:4].hex()}"
+        )
+    models = " or ".join(f"{model!r} ({w.versions})" for w, model in meanings)
+    raise UnsupportedCodec(
+        f"the file was made with CompressAI's model {models}; only {_MODEL!r} is supported"
+    )
+
+
+def _layout_of(versions: str) -> _Layout:
+    for layout in _LAYOUTS:
+        if layout.versions == versions:
+            return layout
+    raise ValueError(
+        f"unknown versions of CompressAI {versions!r}; "
+        f"choose one of {', '.join(w.versions for w in _LAYOUTS)}"
+    )
+
+
+def _other_meanings(model_id: int, layout: _Layout) -> str:
+    others = [
+        f"{w.models[model_id]!r} (CompressAI {w.versions})"
+        for w in _LAYOUTS
+        if w.has_depth == layout.has_depth and w.models[model_id] != _MODEL
+    ]
+    if not others:
+        return ""
+    return (
+        f". The file was read as {_MODEL!r} (CompressAI {layout.versions}); it may be of "
+        f"{' or '.join(others)}, which is not supported"
+    )
+
+
+def _parse_compressai(data: bytes, layout: _Layout, max_pixels: int) -> Bitstream:
+    body = _COMPRESSAI.size + (_DEPTH.size if layout.has_depth else 0)
+    if len(data) < body + _BODY.size:
+        raise MalformedHeader(_too_short(data, body + _BODY.size))
+    _, code, height, width = _COMPRESSAI.unpack_from(data)
     metric, quality = code >> 4, (code & 15) + 1
     if metric >= len(METRICS) or quality > 8:
         raise UnsupportedCodec(
             f"the CompressAI header has metric {metric}, quality {quality}; "
             "supported are metrics 0 and 1, qualities 1 to 8"
         )
-    if depth != 8:
-        raise UnsupportedCodec(f"bit depth {depth} is not supported; only 8 is")
+    if layout.has_depth and data[_DEPTH_AT] != 8:
+        raise UnsupportedCodec(f"bit depth {data[_DEPTH_AT]} is not supported; only 8 is")
     check_size(height, width, max_pixels)
-    rows, columns, count = _BODY.unpack_from(data, _COMPRESSAI.size)
+    rows, columns, count = _BODY.unpack_from(data, body)
     expected = _z_shape(height, width)
     if (rows, columns) != expected:
         raise LengthMismatch(
             f"the header declares z as {rows}×{columns} (rows × columns); a picture of "
             f"{width}×{height} pixels needs {expected[0]}×{expected[1]}"
+            + _other_meanings(data[0], layout)
         )
     if count != 2:
-        raise LengthMismatch(f"the header declares {count} strings; mbt2018-mean has 2")
-    strings, at = [], _COMPRESSAI.size + _BODY.size
+        raise LengthMismatch(
+            f"the header declares {count} strings; {_MODEL} has 2"
+            + _other_meanings(data[0], layout)
+        )
+    y_string, z_string = _strings(data, body + _BODY.size)
+    return Bitstream(
+        "compressai", "float", quality, METRICS[metric], height, width, y_string, z_string,
+        versions=layout.versions,
+    )  # fmt: skip
+
+
+def _strings(data: bytes, at: int) -> tuple[bytes, bytes]:
+    """Return the y string and the z string, each after its length, with which the file ends."""
+    strings = []
     for name in ("y", "z"):
         if len(data) < at + _LENGTH.size:
-            raise LengthMismatch(f"the file ends before the length of its {name} string")
+            raise LengthMismatch(f"truncated: the file ends before the length of its {name} string")
         (length,) = _LENGTH.unpack_from(data, at)
         at += _LENGTH.size
         if length > len(data) - at:
@@ -166,35 +296,19 @@ def _parse_compressai(data: bytes, max_pixels: int) -> Bitstream:
         strings.append(data[at : at + length])
         at += length
     if at != len(data):
-        raise LengthMismatch(f"the file has {len(data) - at} bytes too many after the z string")
-    y_string, z_string = strings
-    return Bitstream(
-        "compressai", "float", quality, METRICS[metric], height, width, y_string, z_string
-    )
+        raise LengthMismatch(f"{len(data) - at} bytes too many after the z string")
+    return strings[0], strings[1]
 
 
 def _too_short(data: bytes, header: int) -> str:
-    return f"the file has {len(data)} bytes, fewer than its header of {header}: it is cut off"
+    return f"truncated: the file has {len(data)} bytes; the header alone has {header}"
 
 
 def _string_cut(name: str, length: int, present: int) -> str:
     return (
-        f"the file declares a {name} string of {length} bytes, but only {present} bytes follow. "
-        "The file is cut off or damaged"
+        f"truncated or damaged: the file declares a {name} string of {length} bytes; "
+        f"only {present} are left"
     )
-
-
-def _other_model(data: bytes) -> str:
-    """The error text for a file that begins with neither format's magic or model id."""
-    if data[0] >= len(_COMPRESSAI_MODELS):
-        return f"not an .msh file or an image file of CompressAI: it begins with {data[:4].hex()}"
-    text = (
-        f"the file was made with CompressAI's model {_COMPRESSAI_MODELS[data[0]]!r}. "
-        "Only 'mbt2018-mean' is supported"
-    )
-    if data[0] == _MBT2018_MEAN - 1:
-        text += ". CompressAI before 1.2.2 wrote this id for 'mbt2018-mean'; encode it again"
-    return text
 
 
 def _z_shape(height: int, width: int) -> tuple[int, int]:

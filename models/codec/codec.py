@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import geometry
+from models.codec import bitstream
 from models.codec.bitstream import Bitstream, Format, Metric, Profile
 from models.codec.hyperprior import LatentCoder, Latents
 from models.codec.msh import MeanScaleHyperprior
 from models.codec.rans import Int32Array
 from models.codec.synthesis import Synthesis
-from models.errors import ChecksumMismatch, WrongWeights
+from models.errors import ChecksumMismatch, CorruptStream, DesynchronisedStream, WrongWeights
 from models.image import Pixels
 
 Stage = Literal["entropy", "g_s"]
@@ -65,7 +66,10 @@ class Codec:
                 f"quality {b.quality} here has {self.weights_id}"
             )
         size = geometry.padded(b.height, b.width)
-        latents = self.latent_coder.decode(b.y_string, b.z_string, size, b.profile)
+        try:
+            latents = self.latent_coder.decode(b.y_string, b.z_string, size, b.profile)
+        except (CorruptStream, DesynchronisedStream) as e:
+            raise type(e)(f"{e}{bitstream.other_meanings(b)}") from e
         if b.symbols_crc is not None and _crc(latents.symbols) != b.symbols_crc:
             raise ChecksumMismatch("CRC-32C mismatch: the decoded symbols are not the encoded ones")
         return latents

@@ -7,7 +7,7 @@ import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +33,18 @@ _CONSTANTS = ("_reparam.pedestal", ".bound", ".target", ".scale_bound")
 """Suffixes of buffers that are the same in every checkpoint, and are not imported."""
 _FILTERS = (1, 3, 3, 3, 3, 1)
 """Layer widths of the factorised prior of z (the network for its cumulative distribution)."""
+_WRAPPERS = ("state_dict", "net", "model", "network", "model_state_dict", "net_state_dict")
+"""Keys under which training scripts save a state dict, beside the optimiser's and others."""
+_NESTING = 2
+"""Most wrappers around a state dict."""
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+"""Prefixes of all names: of `DataParallel`, `torch.compile`, Lightning, and a net in a net."""
+_SHOWN = 4
+"""Most keys of a mapping that an error names."""
+_INNER = re.compile(r"(?<=\.)(?:module|_orig_mod)\.")
+"""The same within a name, where only a part of the net was wrapped."""
+_CLASS_IN_FILE = re.compile(r"GLOBAL ([\w.]+)")
+"""Part of torch's error about an object that could be restored only by running code."""
 _OLD_NAME = re.compile(r"^(entropy_bottleneck)\._(matri|bias|factor)(?:x|ces\.|es\.|s\.)?(\d)$")
 _NEW_NAME = {"matri": "matrices", "bias": "biases", "factor": "factors"}
 """Parameters of the prior of z: names in older CompressAI versions -> current names."""
@@ -61,7 +73,7 @@ def parameters(N: int, M: int) -> dict[str, tuple[int, ...]]:
 def install(
     file: Path, quality: int, metric: Metric, folder: Path, source: str | None = None
 ) -> Entry:
-    """Validate a checkpoint, compute its CDF tables if it has none, and install it in `folder`.
+    """Validate a checkpoint, compute the CDF tables that it lacks, and install it in `folder`.
 
     `source` is recorded in the manifest (default: the file's name). Raises `WeightsError`, which
     names the invalid tensor.
@@ -89,43 +101,110 @@ def install_from_zoo(quality: int, metric: Metric, folder: Path) -> Entry:
 
 
 def read(file: Path) -> dict[str, Tensor]:
-    """Read a state dict, at the top level or under `state_dict`, from a checkpoint file.
+    """Read the state dict in a checkpoint file, as training scripts write it.
 
-    Names of older CompressAI versions become those of today's. No code in the file is run. Raises
-    `WeightsError` if the file is not a checkpoint, `OSError` if it cannot be opened.
+    It may be in wrappers, and its names may have prefixes or be of older CompressAI versions: the
+    names returned are today's. No code in the file is run. Raises `WeightsError` if the file is not
+    a checkpoint, `OSError` if it cannot be opened.
     """
-    state: object
+    state = _load(file)
+    if not isinstance(state, Mapping):
+        raise WeightsError(f"the file holds a {type(state).__name__}; a state dict is needed")
+    found = _find(state)
+    tensors = {}
+    for name, value in found.items():
+        if not _is_plain(value):
+            raise WeightsError(f"{name!r} is not a plain tensor; a state dict of tensors is needed")
+        tensors[name] = value
+    return tensors
+
+
+def _find(state: Mapping[object, object]) -> dict[str, object]:
+    """Return the one mapping in `state` that has the names of mbt2018-mean. Raises as `read`."""
+    known = parameters(*channels(1)).keys()
+    scores = [(len(known & names.keys()), path, names) for path, names in _mappings(state)]
+    best = max(score for score, _, _ in scores)
+    if not best:
+        raise WeightsError(
+            f"no state dict of mbt2018-mean, which has tensors like {next(iter(known))}: the file "
+            f"holds {_keys(state)}. A state dict is found at the top level or under "
+            f"{', '.join(_WRAPPERS)}"
+        )
+    (path, found), *others = [(path, names) for score, path, names in scores if score == best]
+    if others:
+        raise WeightsError(
+            f"more than one state dict of mbt2018-mean: at {path or '/'} and at {others[0][0]}; "
+            "save the one that is to be imported"
+        )
+    return found
+
+
+def _load(file: Path) -> object:
+    """Read the contents of a checkpoint file. Raises as `read` does."""
     file.open("rb").close()  # raises an OSError that names the file
     try:
         if file.suffix == ".safetensors":
-            state = load_file(file)
-        else:
-            with warnings.catch_warnings():  # about the file's pickle protocol
-                warnings.simplefilter("ignore")
-                state = torch.load(file, map_location="cpu", weights_only=True)
+            return load_file(file)
+        with warnings.catch_warnings():  # about the file's pickle protocol
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as e:  # `torch.load` raises many kinds of errors for damaged files
         reason = f": {_first_line(e)}" if isinstance(e, RuntimeError | SafetensorError) else ""
+        if match := _CLASS_IN_FILE.search(str(e)):
+            reason = f": the file also needs {match[1]}, but no code in a file is run"
         raise WeightsError(
             "not a safetensors file or a PyTorch checkpoint of tensors only; write one with "
             f"torch.save(model.state_dict(), FILE){reason}"
         ) from e
-    if isinstance(state, Mapping) and "state_dict" in state:
-        state = state["state_dict"]
-    if not isinstance(state, Mapping):
-        raise WeightsError(f"the file holds a {type(state).__name__}; a state dict is needed")
-    for name, value in state.items():
-        if not _is_plain(value):
-            raise WeightsError(f"{name!r} is not a plain tensor; a state dict of tensors is needed")
-    return {_current_name(str(name)): value for name, value in state.items()}
+
+
+def _mappings(
+    state: Mapping[object, object], path: str = "", nesting: int = _NESTING
+) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield path and contents, with current names, of `state` and each mapping in its wrappers."""
+    yield path, _with_current_names(state)
+    for wrapper in _WRAPPERS if nesting else ():
+        inner = state.get(wrapper)
+        if isinstance(inner, Mapping):
+            yield from _mappings(inner, f"{path}/{wrapper}", nesting - 1)
+
+
+def _with_current_names(state: Mapping[object, object]) -> dict[str, object]:
+    """Return `state` without the prefixes that all names share, and with current names."""
+    names = [str(name) for name in state]
+    while names and (prefix := _shared_prefix(names)):
+        names = [n.removeprefix(prefix) for n in names]
+    names = [_current_name(n) for n in names]
+    if len(set(names)) < len(names):  # two nets in one state dict
+        names = [str(name) for name in state]
+    return dict(zip(names, state.values(), strict=True))
+
+
+def _shared_prefix(names: Sequence[str]) -> str:
+    """Return the one of `_PREFIXES` with which all names begin; empty if there is none."""
+    return next((p for p in _PREFIXES if all(n.startswith(p) for n in names)), "")
+
+
+def _keys(state: Mapping[object, object], nesting: int = _NESTING) -> str:
+    """Return the first keys of a mapping and of the wrappers in it, for an error's text."""
+    names = []
+    for key, value in list(state.items())[:_SHOWN]:
+        name = f"{str(key)[:60]!r}"
+        if nesting and key in _WRAPPERS and isinstance(value, Mapping):
+            name += f" (with {_keys(value, nesting - 1)})"
+        names.append(name)
+    if len(state) > _SHOWN:
+        names.append(f"{len(state) - _SHOWN} more")
+    return ", ".join(names) or "nothing"
 
 
 def validate(state: Mapping[str, Tensor], quality: int) -> dict[str, Tensor]:
     """Check that a state dict fits the network of this quality.
 
-    Returns its parameters in float32 and its CDF tables. Raises `WeightsError`, which names the
-    first invalid tensor.
+    Returns its parameters in float32 and its complete CDF tables. Raises `WeightsError`, which
+    names the first invalid tensor.
     """
     n, m = channels(quality)
     shapes = parameters(n, m)
@@ -176,15 +255,10 @@ def write(state: dict[str, Tensor], file: Path) -> None:
 
 
 def _check_tables(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Check that `tensors` contain all CDF tables or none; drop empty ones."""
-    present = [name for name in zoo.TABLES if name in tensors and tensors[name].numel()]
-    if present and len(present) < len(zoo.TABLES):
-        missing = next(name for name in zoo.TABLES if name not in present)
-        raise WeightsError(
-            f"{missing} is missing, while {present[0]} is there; save all CDF tables or none"
-        )
+    """Check the CDF tables among `tensors`. Incomplete ones are dropped, to be computed anew."""
     others = {k: v for k, v in tensors.items() if k not in zoo.TABLES}
-    tables = {k: (_floats if "scale" in k else _integers)(k, tensors[k]) for k in present}
+    kept = zoo.complete_tables(tensors)
+    tables = {k: (_floats if "scale" in k else _integers)(k, tensors[k]) for k in kept}
     return others | tables
 
 
@@ -218,8 +292,8 @@ def _integers(name: str, value: Tensor) -> Tensor:
 
 
 def _current_name(name: str) -> str:
-    """Return CompressAI's current name for a tensor of an older version or of `DataParallel`."""
-    name = name.removeprefix("module.")
+    """Return CompressAI's current name for a tensor of an older version or a wrapped module."""
+    name = _INNER.sub("", name)
     old = _OLD_NAME.match(name)
     return f"{old[1]}.{_NEW_NAME[old[2]]}.{old[3]}" if old else name
 

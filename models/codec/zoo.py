@@ -108,13 +108,27 @@ class Imports:
             return self._loaded[row]
 
 
+def complete_tables(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the CDF tables in a state dict whose part has all of them, none empty.
+
+    The parts are the entropy bottleneck, which codes z, and the Gaussian conditional, for y.
+    """
+    names: list[str] = []
+    for part in ("entropy_bottleneck.", "gaussian_conditional."):
+        tables = [name for name in TABLES if name.startswith(part)]
+        if all(name in state and state[name].numel() for name in tables):
+            names += tables
+    return names
+
+
 def with_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters and CDF tables of a CompressAI state dict.
 
-    Tables in the state dict are kept unchanged: bitstreams decode only with the tables that encoded
-    them. If tables are missing, `update()` of the package `compressai` computes all of them.
+    Complete tables in the state dict are kept unchanged, because only they decode bitstreams that
+    were encoded with them. `update()` computes the others, for which `compressai` is imported.
     """
-    if all(name in state and state[name].numel() for name in TABLES):
+    kept = complete_tables(state)
+    if len(kept) == len(TABLES):
         return dict(state)
     net = compressai_model(*state["g_a.6.weight"].shape[:2][::-1])
     weights = {k: v for k, v in state.items() if k not in TABLES}
@@ -122,7 +136,8 @@ def with_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     net.update()
     updated = net.state_dict()
     for name in TABLES:
-        weights[name] = updated[name].to(torch.int32 if "scale" not in name else torch.float32)
+        kind = torch.int32 if "scale" not in name else torch.float32
+        weights[name] = state[name] if name in kept else updated[name].to(kind)
     return weights
 
 

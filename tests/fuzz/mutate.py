@@ -22,11 +22,14 @@ KINDS: tuple[tuple[Format, Profile], ...] = (
     ("compressai", "float"),
 )
 """Half of all inputs have CompressAI's format, a quarter each is `.msh` with either profile."""
+VERSIONS = ("1.2.2 and later", "1.2.0 to 1.2.1", "1.0.3 to 1.1.9")
+"""Versions of CompressAI with different layouts. Crops are written in one after the other."""
 CLASSES = ("one bit", "one byte", "several bytes", "header")
 """Classes of mutations, by which results are counted."""
 
 _MSH_CRC = slice(32, 36)
 _COMPRESSAI_HEADER = 23
+"""In the oldest layout, this includes the first byte after the header."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,8 @@ class Mutant:
 def seeds(codecs: list[Codec], photo: Pixels, cuts: int, sides: tuple[int, int]) -> list[Seed]:
     """Encode `cuts` random crops of `photo` in every format and profile with every codec.
 
-    Their sides lie within `sides`. One crop is replaced by noise, which has large symbols.
+    Their sides lie within `sides`. Files of CompressAI take turns in `VERSIONS`. One crop is
+    replaced by noise, which has large symbols.
     """
     rng = np.random.default_rng(0)
     result = []
@@ -71,6 +75,8 @@ def seeds(codecs: list[Codec], photo: Pixels, cuts: int, sides: tuple[int, int])
         for c in codecs:
             for format, profile in dict.fromkeys(KINDS):
                 b = c.encode(codec.to_tensor(pixels), format, profile)
+                if format == "compressai":
+                    b = replace(b, versions=VERSIONS[i % len(VERSIONS)])
                 result.append(Seed(bitstream.serialize(b), b, c.latents(b).symbols))
     return result
 

@@ -1,30 +1,46 @@
 """Parsing and serialising both container formats, and the errors for invalid files."""
 
+import io
 import random
 import struct
-from typing import Any
+from dataclasses import replace
 
 import google_crc32c
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from models import geometry
 from models.codec import bitstream
 from models.codec.bitstream import Bitstream
+from models.codec.codec import Codec
 from models.errors import (
     BitstreamError,
     ChecksumMismatch,
+    CorruptStream,
+    DesynchronisedStream,
     LengthMismatch,
     MalformedHeader,
     PictureTooLarge,
     UnsupportedCodec,
 )
+from service.schemas import Inspection
 
 
 def compressai_header(model: int = 3, code: int = 1, h: int = 100, w: int = 150, depth: int = 8,
                       z: tuple[int, int] = (2, 3), strings: int = 2) -> bytes:  # fmt: skip
     return struct.pack(">BBIIBIII", model, code, h, w, depth, *z, strings)
+
+
+def in_layout(data: bytes, versions: str) -> bytes:
+    """A file of today's CompressAI, as older versions wrote it."""
+    end = 11 if versions == "1.2.0 to 1.2.1" else 10
+    return bytes([2]) + data[1:end] + data[11:]
+
+
+OLD_LAYOUTS = ("1.2.0 to 1.2.1", "1.0.3 to 1.1.9")
 
 
 def test_both_formats_round_trip(small_msh: bytes, small_compressai: bytes) -> None:
@@ -56,15 +72,115 @@ def test_a_file_shorter_than_the_compressai_header_is_malformed(
         bitstream.parse(small_compressai[:end])
 
 
-def test_the_error_names_the_compressai_model_that_is_not_supported() -> None:
-    with pytest.raises(UnsupportedCodec, match="cheng2020-anchor"):
-        bitstream.parse(compressai_header(model=5))
-
-
-@pytest.mark.parametrize("data", [b"\x89PNG\r\n\x1a\n" + bytes(40), bytes([200]) * 50])
-def test_other_file_formats_are_unsupported(data: bytes) -> None:
-    with pytest.raises(UnsupportedCodec):
+@pytest.mark.parametrize(
+    ("data", "models"),
+    [
+        (
+            compressai_header(model=5),
+            r"'cheng2020-anchor' \(1.2.2 and later\) or 'cheng2020-attn' \(1.2.0 to 1.2.1\)",
+        ),
+        (compressai_header(model=9), r"'mbt2018-vbr' \(1.2.2 and later\)"),
+        (b"\3" + in_layout(compressai_header(), "1.0.3 to 1.1.9")[1:], r"'mbt2018' \(1.0.3 to "),
+    ],
+)
+def test_the_error_names_the_compressai_models_that_are_not_supported(
+    data: bytes, models: str
+) -> None:
+    with pytest.raises(UnsupportedCodec, match=models):
         bitstream.parse(data)
+
+
+@pytest.mark.parametrize("versions", OLD_LAYOUTS)
+def test_files_of_older_versions_of_compressai_are_parsed(
+    small_compressai: bytes, versions: str
+) -> None:
+    old, today = in_layout(small_compressai, versions), bitstream.parse(small_compressai)
+    b = bitstream.parse(old)
+    assert b == replace(today, versions=versions)
+    assert Inspection.of(b, len(old), True).layout == f"image file of CompressAI {versions}"
+    assert bitstream.serialize(b) == old
+
+
+@pytest.mark.parametrize("versions", OLD_LAYOUTS)
+def test_files_of_older_versions_of_compressai_are_decoded(
+    shipped: Codec, small_compressai: bytes, versions: str
+) -> None:
+    b = bitstream.parse(in_layout(small_compressai, versions))
+    theirs = shipped.latents(bitstream.parse(small_compressai)).symbols
+    assert np.array_equal(shipped.latents(b).symbols, theirs)
+
+
+@pytest.mark.parametrize(
+    ("versions", "models"),
+    [
+        ("1.2.2 and later", ["'mbt2018-mean' (CompressAI 1.2.2", "'mbt2018' (CompressAI 1.2.0"]),
+        ("1.2.0 to 1.2.1", ["'mbt2018-mean' (CompressAI 1.2.0", "'bmshj2018-hyperprior' (Comp"]),
+        ("1.0.3 to 1.1.9", []),
+    ],
+)
+def test_a_stream_that_fits_no_model_of_its_id_names_all_of_them(
+    shipped: Codec, small_compressai: bytes, versions: str, models: list[str]
+) -> None:
+    b = replace(bitstream.parse(small_compressai), versions=versions)
+    b = replace(b, z_string=b.z_string[:-4])
+    with pytest.raises((CorruptStream, DesynchronisedStream)) as e:
+        shipped.latents(b)
+    assert all(name in str(e.value) for name in models)
+    assert ("CompressAI" in str(e.value)) == bool(models)
+
+
+@pytest.mark.parametrize("model", [2, 3])
+def test_a_header_that_fits_no_model_of_its_id_names_all_of_them(model: int) -> None:
+    for changes in ({"z": (3, 2)}, {"strings": 1}):
+        header = compressai_header(model=model, **changes)  # type: ignore[arg-type]
+        with pytest.raises(LengthMismatch, match="read as 'mbt2018-mean' .* not supported$"):
+            bitstream.parse(header)
+
+
+def test_a_layout_of_unknown_versions_is_not_written(small_compressai: bytes) -> None:
+    b = bitstream.parse(small_compressai)
+    with pytest.raises(ValueError, match=r"'0.9'; choose one of 1.2.2 and later, 1.2.0"):
+        bitstream.serialize(replace(b, versions="0.9"))
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WebP", "GIF", "AVIF", "TIFF", "BMP"])
+def test_a_picture_is_refused_with_the_command_that_encodes_it(format: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, format)
+    with pytest.raises(UnsupportedCodec, match=f"{format} picture.*afterimage encode.*/v1/encodes"):
+        bitstream.parse(file.getvalue())
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"MM\0*", b"MM\0+", b"GIF87a", b"\0\0\0\x20ftypmif1\0\0\0\0mif1avif", b"\xff\xd8\xff\xe1"],
+)
+def test_pictures_are_recognised_in_all_their_variants(head: bytes) -> None:
+    with pytest.raises(UnsupportedCodec, match="picture, not a bitstream"):
+        bitstream.parse(head + bytes(40))
+
+
+def test_other_file_formats_are_unsupported() -> None:
+    with pytest.raises(UnsupportedCodec, match="begins with c8c8c8c8"):
+        bitstream.parse(bytes([200]) * 50)
+
+
+@pytest.mark.parametrize("versions", ["1.2.2 and later", *OLD_LAYOUTS])
+def test_the_error_for_a_cut_file_begins_with_truncated(
+    small_msh: bytes, small_compressai: bytes, versions: str
+) -> None:
+    b = replace(bitstream.parse(small_compressai), versions=versions)
+    data = bitstream.serialize(b)
+    ends = [*range(11, 60), len(data) - len(b.z_string) - 4, len(data) - 1]
+    files = [data[:end] for end in ends] + [small_msh[:end] for end in (4, 35, 36, 99)]
+    for cut in files:
+        with pytest.raises((MalformedHeader, LengthMismatch), match="^truncated"):
+            bitstream.parse(cut)
+
+
+def test_the_error_for_too_many_pixels_names_the_variable_of_the_limit(small_msh: bytes) -> None:
+    with pytest.raises(PictureTooLarge, match="AFTERIMAGE_MAX_PIXELS"):
+        bitstream.parse(small_msh, max_pixels=100)
 
 
 @pytest.mark.parametrize("fields", [{"code": 0x2F}, {"code": 0x09}, {"depth": 10}])
@@ -104,6 +220,25 @@ def test_contradicting_lengths_are_refused(data: bytes) -> None:
         bitstream.parse(data)
 
 
+HEADERS = st.builds(
+    lambda model, code, sides, depth, z, strings, rest: (
+        compressai_header(model, code, *sides, depth, z, strings) + rest
+    ),
+    st.integers(0, 255), st.integers(0, 255), st.tuples(*[st.integers(0, 2**32 - 1)] * 2),
+    st.integers(0, 255), st.tuples(*[st.integers(0, 2**32 - 1)] * 2), st.integers(0, 2**32 - 1),
+    st.binary(max_size=40),
+)  # fmt: skip
+OLD_HEADERS = st.builds(in_layout, HEADERS, st.sampled_from(OLD_LAYOUTS))
+MSH_HEADERS = st.builds(
+    lambda fields, sides, weights, lengths, payload: (
+        _msh(*fields, *sides, weights, *lengths, payload)
+    ),
+    st.tuples(*[st.integers(0, 4)] * 4), st.tuples(*[st.integers(0, 5000)] * 2),
+    st.binary(min_size=8, max_size=8), st.tuples(st.integers(0, 60), st.integers(0, 2**32 - 1)),
+    st.binary(max_size=60),
+)  # fmt: skip
+
+
 def _msh(version: int, profile: int, quality: int, metric: int, height: int, width: int,
          weights: bytes, y_length: int, symbols: int, payload: bytes) -> bytes:  # fmt: skip
     """An .msh file with any header fields and a valid checksum."""
@@ -113,22 +248,7 @@ def _msh(version: int, profile: int, quality: int, metric: int, height: int, wid
     return head + struct.pack("<I", google_crc32c.value(head + payload)) + payload
 
 
-HEADERS = st.builds(
-    lambda model, code, h, w, depth, z, strings, rest: (
-        compressai_header(model, code, h, w, depth, z, strings) + rest
-    ),
-    *[st.integers(0, 255)] * 2, *[st.integers(0, 2**32 - 1)] * 2,
-    st.integers(0, 255), st.tuples(*[st.integers(0, 2**32 - 1)] * 2), st.integers(0, 2**32 - 1),
-    st.binary(max_size=40),
-)  # fmt: skip
-MSH_HEADERS = st.builds(
-    _msh, *[st.integers(0, 4)] * 4, *[st.integers(0, 5000)] * 2,
-    st.binary(min_size=8, max_size=8), st.integers(0, 60), st.integers(0, 2**32 - 1),
-    st.binary(max_size=60),
-)  # fmt: skip
-
-
-@given(st.one_of(st.binary(max_size=80), HEADERS, MSH_HEADERS))
+@given(st.one_of(st.binary(max_size=80), HEADERS, OLD_HEADERS, MSH_HEADERS))
 def test_any_bytes_either_round_trip_or_raise_an_error_with_a_message(data: bytes) -> None:
     try:
         b = bitstream.parse(data)
@@ -150,6 +270,7 @@ def test_every_header_is_parsed_as_it_was_serialised(
     for b in (
         Bitstream("msh", "exact", *size, weights.hex(), symbols),
         Bitstream("compressai", "float", *size),
+        *(Bitstream("compressai", "float", *size, versions=v) for v in OLD_LAYOUTS),
     ):
         assert bitstream.parse(bitstream.serialize(b)) == b
 

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
@@ -152,6 +153,100 @@ def test_the_weights_id_does_not_depend_on_the_format_of_the_checkpoint(
         assert checkpoint.weights_id(tensors) == entry.weights_id, name
 
 
+def prefixed(prefix: str) -> Callable[[State], object]:
+    return lambda state: {prefix + k: v for k, v in state.items()}
+
+
+def wrapped(*wrappers: str) -> Callable[[State], object]:
+    """Put a state dict under `wrappers`, innermost last, each beside other entries."""
+
+    def wrap(state: State) -> object:
+        found: object = state
+        for wrapper in reversed(wrappers):
+            found = {"epoch": 3, wrapper: found, "optimizer": {"state": {0: {"step": 1.0}}}}
+        return found
+
+    return wrap
+
+
+def compiled_in_part(state: State) -> State:
+    """Rename as `torch.compile` does if it is given `g_a` alone, and `DataParallel` given `h_s`."""
+    state = {k.replace("g_a.", "g_a._orig_mod."): v for k, v in state.items()}
+    return {k.replace("h_s.", "h_s.module."): v for k, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(wrapped(w) for w in ("state_dict", "net", "model", "network")),
+        *(wrapped(w) for w in ("model_state_dict", "net_state_dict")),
+        wrapped("model", "state_dict"),
+        wrapped("state_dict", "net"),
+        *(prefixed(p) for p in ("module.", "_orig_mod.", "model.", "net.")),
+        *(prefixed(p) for p in ("module._orig_mod.", "_orig_mod.module.", "net.model.model.")),
+        compiled_in_part,
+        lambda state: wrapped("state_dict")(prefixed("model._orig_mod.")(old_names(state))),  # type: ignore[arg-type]
+        lambda state: wrapped("net")(state) | {"model": {"fc.bias": torch.zeros(1)}},  # type: ignore[operator]
+        lambda state: wrapped("net")(state) | {"model": "mbt2018-mean"},  # type: ignore[operator]
+    ],
+)
+def test_checkpoints_are_read_as_training_scripts_write_them(
+    tmp_path: Path, parameters: State, change: Callable[[State], object]
+) -> None:
+    torch.save(change(parameters), tmp_path / "a.pth")
+    state = interchange.read(tmp_path / "a.pth")
+    assert state.keys() == parameters.keys()
+    assert all(torch.equal(value, parameters[name]) for name, value in state.items())
+
+
+def test_a_checkpoint_with_the_state_of_an_optimiser_is_read(
+    tmp_path: Path, parameters: State
+) -> None:
+    trained = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([trained])
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3])
+    trained.sum().backward()
+    optimizer.step()
+    rest = {"optimizer": optimizer.state_dict(), "lr_scheduler": scheduler.state_dict()}
+    torch.save({**rest, "net": parameters, "loss": torch.tensor(1.0)}, tmp_path / "a.pth")
+    assert interchange.read(tmp_path / "a.pth").keys() == parameters.keys()
+
+
+TABLES_OF_Z = tuple(name for name in zoo.TABLES if name.startswith("entropy_bottleneck"))
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        (),
+        ("gaussian_conditional.scale_table",),
+        TABLES_OF_Z,
+        TABLES_OF_Z[:1],
+        ("entropy_bottleneck._offset", "gaussian_conditional._cdf_length"),
+    ],
+    ids=["none", "scales", "z", "part of z", "parts of both"],
+)
+@pytest.mark.parametrize("others", ["empty", "absent"])
+def test_empty_and_partial_tables_are_computed(
+    tmp_path: Path, parameters: State, kept: tuple[str, ...], others: str
+) -> None:
+    complete = zoo.with_tables(parameters)
+    state = {k: v for k, v in complete.items() if k in kept or k not in zoo.TABLES}
+    if others == "empty":
+        state |= {k: complete[k][:0] for k in zoo.TABLES if k not in kept}
+    torch.save(state, tmp_path / "a.pth")
+    entry = interchange.install(tmp_path / "a.pth", 2, "mse", tmp_path)
+    assert entry.weights_id == checkpoint.weights_id(complete)
+
+
+def test_tables_of_z_alone_are_kept_unchanged(parameters: State) -> None:
+    """As CompressAI's `update()` does: only they decode existing bitstreams."""
+    changed = zoo.with_tables(parameters)["entropy_bottleneck._offset"] - 1
+    complete = {k: v for k, v in zoo.with_tables(parameters).items() if k in TABLES_OF_Z}
+    state = parameters | complete | {"entropy_bottleneck._offset": changed}
+    assert torch.equal(zoo.with_tables(state)["entropy_bottleneck._offset"], changed)
+
+
 class Exploit:
     """Runs a command when it is unpickled, which reading a checkpoint must not do."""
 
@@ -179,17 +274,25 @@ def with_tensor(name: str, value: Tensor) -> Callable[[State], object]:
         (with_tensor("context_prediction.bias", torch.zeros(3)), "context_prediction.bias is not"),
         (with_tensor("h_a.0.bias", torch.full((128,), torch.nan)), "h_a.0.bias holds"),
         (with_tensor("h_a.0.bias", torch.zeros(128, dtype=torch.int32)), "h_a.0.bias holds"),
-        (
-            with_tensor("entropy_bottleneck._offset", torch.zeros(128, dtype=torch.int32)),
-            "_quantized_cdf is missing, while entropy_bottleneck._offset",
-        ),
         (lambda state: [state], "holds a list"),
-        (lambda state: {"net": state}, "'net' is not a plain tensor"),
+        (lambda state: state | {"epoch": 3}, "'epoch' is not a plain tensor"),
+        (
+            lambda state: {"epoch": 3, "ema": state, "model": {"fc.weight": torch.zeros(1)}},
+            r"has tensors like g_a.0.weight: the file holds 'epoch', 'ema', 'model' "
+            r"\(with 'fc.weight'\). A state dict is found at the top level or under state_dict",
+        ),
+        (lambda state: {}, "the file holds nothing"),
+        (lambda state: {"net": state, "model": state}, "than one .* at /net and at /model;"),
+        (
+            lambda state: {f"{p}.{k}": v for k, v in state.items() for p in ("net", "model")},
+            "no state dict .*: the file holds 'net.[a-z_]*.*', 'model.[a-z_]*.*', .* more",
+        ),
+        (lambda state: {"state_dict": state, "args": Namespace(lr=1)}, "needs argparse.Namespace"),
         (with_tensor("h_a.0.bias", torch.zeros(128).to_sparse()), "'h_a.0.bias' is not a plain"),
         (with_tensor("h_a.0.bias", torch.zeros(128, device="meta")), "'h_a.0.bias' is not a plain"),
         (with_tensor("h_a.0.bias", torch.zeros(1).expand(10**13)), "'h_a.0.bias' is not a plain"),
-        (lambda state: {"state_dict": 3}, "holds a int"),
-        (lambda state: state | {"x": Exploit()}, "tensors only"),
+        (lambda state: {"state_dict": 3}, "the file holds 'state_dict'"),
+        (lambda state: state | {"x": Exploit()}, "tensors only.* needs posix.system, but no code"),
     ],
 )
 def test_the_error_says_what_is_wrong_with_a_checkpoint(
