@@ -11,7 +11,7 @@ import sys
 VERSIONS = ((3, 11), (3, 12))
 
 
-def fault():
+def fault():  # type: ignore[no-untyped-def]  # old Pythons have no annotations
     """What is missing, as one line; None if nothing is."""
     version = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info[:2] not in VERSIONS:
@@ -37,4 +37,4 @@ def fault():
 
 
 if __name__ == "__main__":
-    sys.exit(fault())
+    sys.exit(fault())  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ import io
 import random
 import struct
 from dataclasses import replace
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -132,7 +133,7 @@ def test_a_stream_that_fits_no_model_of_its_id_names_all_of_them(
 @pytest.mark.parametrize("model", [2, 3])
 def test_a_header_that_fits_no_model_of_its_id_names_all_of_them(model: int) -> None:
     for changes in ({"z": (3, 2)}, {"strings": 1}):
-        header = compressai_header(model=model, **changes)  # type: ignore[arg-type]
+        header = compressai_header(model=model, **changes)
         with pytest.raises(LengthMismatch, match="read as 'mbt2018-mean' .* not supported$"):
             bitstream.parse(header)
 
@@ -221,22 +222,14 @@ def test_contradicting_lengths_are_refused(data: bytes) -> None:
 
 
 HEADERS = st.builds(
-    lambda model, code, sides, depth, z, strings, rest: (
-        compressai_header(model, code, *sides, depth, z, strings) + rest
+    lambda model, code, h, w, depth, z, strings, rest: (
+        compressai_header(model, code, h, w, depth, z, strings) + rest
     ),
-    st.integers(0, 255), st.integers(0, 255), st.tuples(*[st.integers(0, 2**32 - 1)] * 2),
+    *[st.integers(0, 255)] * 2, *[st.integers(0, 2**32 - 1)] * 2,
     st.integers(0, 255), st.tuples(*[st.integers(0, 2**32 - 1)] * 2), st.integers(0, 2**32 - 1),
     st.binary(max_size=40),
 )  # fmt: skip
 OLD_HEADERS = st.builds(in_layout, HEADERS, st.sampled_from(OLD_LAYOUTS))
-MSH_HEADERS = st.builds(
-    lambda fields, sides, weights, lengths, payload: (
-        _msh(*fields, *sides, weights, *lengths, payload)
-    ),
-    st.tuples(*[st.integers(0, 4)] * 4), st.tuples(*[st.integers(0, 5000)] * 2),
-    st.binary(min_size=8, max_size=8), st.tuples(st.integers(0, 60), st.integers(0, 2**32 - 1)),
-    st.binary(max_size=60),
-)  # fmt: skip
 
 
 def _msh(version: int, profile: int, quality: int, metric: int, height: int, width: int,
@@ -246,6 +239,13 @@ def _msh(version: int, profile: int, quality: int, metric: int, height: int, wid
         "<BBBBII8sII", version, profile, quality, metric, height, width, weights, y_length, symbols
     )
     return head + struct.pack("<I", google_crc32c.value(head + payload)) + payload
+
+
+MSH_HEADERS = st.builds(
+    _msh, *[st.integers(0, 4)] * 4, *[st.integers(0, 5000)] * 2,
+    st.binary(min_size=8, max_size=8), st.integers(0, 60), st.integers(0, 2**32 - 1),
+    st.binary(max_size=60),
+)  # fmt: skip
 
 
 @given(st.one_of(st.binary(max_size=80), HEADERS, OLD_HEADERS, MSH_HEADERS))

@@ -205,7 +205,7 @@ def test_a_checkpoint_with_the_state_of_an_optimiser_is_read(
     trained = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.Adam([trained])
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3])
-    trained.sum().backward()
+    trained.sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     rest = {"optimizer": optimizer.state_dict(), "lr_scheduler": scheduler.state_dict()}
     torch.save({**rest, "net": parameters, "loss": torch.tensor(1.0)}, tmp_path / "a.pth")
