@@ -121,10 +121,8 @@ class Submission:
                 self.services, self.request, state.id, self.prefer.wait_s
             )
             self.request.state.waited_s = time.perf_counter() - began
-            state, eta_s = (
-                await watching.load_and_renew(self.services, state.id, self.caller.name),
-                None,
-            )
+            state = await watching.load_and_renew(self.services, state.id, self.caller.name)
+            eta_s = None
             applied = {"Preference-Applied": f"wait={self.prefer.wait_s}"}
             finished = await self._finished(state, format, {**headers, **applied})
             if finished is not None:
