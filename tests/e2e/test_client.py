@@ -245,6 +245,16 @@ def silent() -> Iterator[Silent]:
         server.shutdown()
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Let SIGINT interrupt, in this process and its children: a shell starts background jobs with
+    SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_in_a_remote_decode_ends_it_without_traceback_and_output(
     silent: Silent, tmp_path: Path
 ) -> None:
@@ -256,13 +266,17 @@ def test_ctrl_c_in_a_remote_decode_ends_it_without_traceback_and_output(
     ) as process:  # fmt: skip
         assert silent.following.wait(60)
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        try:
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Traceback" not in error
     assert "aclose" not in error
     assert [f.name for f in tmp_path.iterdir()] == ["a.msh"]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_client_whose_caller_is_interrupted_closes_the_decode_and_can_be_used_again(
     silent: Silent,
 ) -> None:
