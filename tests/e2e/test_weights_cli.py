@@ -127,7 +127,7 @@ def test_a_failed_download_is_an_error_of_one_line(
     ("args", "message"),
     [
         (("import", "missing.pth", "-q", "5"), "No such file"),
-        (("import", DATA / "kodim23.png", "-q", "5"), "kodim23.png: no checkpoint"),
+        (("import", DATA / "kodim23.png", "-q", "5"), "kodim23.png: not a safetensors file"),
         (("export", "-q", "6", "-o", "a.pth"), "quality 6, metric mse"),
         (("export", "-q", "2", "--id", "00" * 8, "-o", "a.pth"), "0000000000000000"),
         (("export", "-q", "2", "-o", "a.bin"), ".pth"),

@@ -656,7 +656,7 @@ def test_a_sender_without_a_queue_or_a_secret_exits_with_an_error() -> None:
     environment = {k: v for k, v in os.environ.items() if "REDIS_URL" not in k}
     good = {"REDIS_URL": "redis://127.0.0.1:1", "AFTERIMAGE_WEBHOOK_SECRET": SECRET}
     for changed, text in (
-        ({"REDIS_URL": ""}, "need REDIS_URL"),
+        ({"REDIS_URL": ""}, "set REDIS_URL"),
         ({"AFTERIMAGE_WEBHOOK_SECRET": ""}, "AFTERIMAGE_WEBHOOK_SECRET"),
         ({"AFTERIMAGE_WEBHOOK_SECRET": "whsec_c2hvcnQ="}, "base64 of 24 to 64 bytes"),
         ({}, "cannot be sent"),

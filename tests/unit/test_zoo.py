@@ -318,7 +318,7 @@ def test_files_that_are_not_checkpoints_are_refused(tmp_path: Path, name: str, d
     [
         ("gaussian_conditional._quantized_cdf", torch.ones(64, 9, dtype=torch.int32), "CDF"),
         ("gaussian_conditional._offset", torch.full((64,), 2**32), "_offset holds"),
-        ("gaussian_conditional._offset", torch.tensor(0), "1] CDFs"),
+        ("gaussian_conditional._offset", torch.tensor(0), "192 and 1 CDFs"),
         ("gaussian_conditional._cdf_length", torch.zeros(64), "_cdf_length holds"),
         ("gaussian_conditional.scale_table", torch.full((64,), torch.nan), "scale_table holds"),
         ("gaussian_conditional.scale_table", torch.linspace(0.1, 1, 64)[:, None], "scale table"),
