@@ -24,7 +24,7 @@ from PIL import AvifImagePlugin, Image
 
 from models import errors, image
 from models.errors import AfterimageError, PictureError, Unavailable
-from models.image import Pixels
+from models.image import Picture
 
 BASE_BYTES = 2**29
 """Address space of a reader without pictures: 0.1 GB for libraries, the rest for large files."""
@@ -57,8 +57,8 @@ class _Reader:
     process: subprocess.Popen[bytes]
     connection: "Connection[bytes, bytes]"
 
-    def read(self, data: bytes, limits: Limits) -> Pixels | AfterimageError:
-        """Send a file; return its pixels, or the error that reading it raised.
+    def read(self, data: bytes, limits: Limits) -> Picture | AfterimageError:
+        """Send a file; return its picture, or the error that reading it raised.
 
         Raises `OSError` or `EOFError` if the reader ends, `ValueError` for a malformed reply.
         """
@@ -70,8 +70,10 @@ class _Reader:
         height, width = int(reply["height"]), int(reply["width"])
         if not 0 < height * width <= limits.max_pixels:
             raise ValueError(f"the reply has {width}×{height} pixels")
+        notes = tuple(str(note) for note in reply["notes"])
         samples = np.frombuffer(self.connection.recv_bytes(height * width * 3), np.uint8)
-        return samples.reshape(height, width, 3).copy()  # torch wants to write to it
+        # a copy, since torch wants to write to it
+        return Picture(samples.reshape(height, width, 3).copy(), notes)
 
     def close(self) -> int:
         """Kill the process unless it has ended; return its exit status as `Popen.returncode`."""
@@ -102,11 +104,11 @@ class PictureReaders:
         """Start a reader, so that the first file does not wait for it. Raises `Unavailable`."""
         self._give_back(self._take())
 
-    def read(self, data: bytes, limits: Limits) -> Pixels:
-        """Read a picture file to (H, W, 3) uint8, as `image.read` does, in a reader.
+    def read(self, data: bytes, limits: Limits) -> Picture:
+        """Read a picture file, as `image.read_with_notes` does, in a reader.
 
         If the reader dies for a reason other than a limit, another one tries once more. Raises what
-        `image.read` raises; `PictureError` if the file needs too much CPU time or memory, or
+        `read_with_notes` raises; `PictureError` if the file needs too much CPU time or memory, or
         crashes both readers; `TimeoutError` after `elapsed_s`; `Unavailable` if the readers are
         closed, cannot be started or are killed from outside.
         """
@@ -134,7 +136,7 @@ class PictureReaders:
         for reader in idle:
             reader.close()
 
-    def _try(self, data: bytes, limits: Limits, deadline: float) -> Pixels:
+    def _try(self, data: bytes, limits: Limits, deadline: float) -> Picture:
         """`read` with one reader. Raises `_Died` too."""
         reader = self._take()
         expired = threading.Event()
@@ -263,17 +265,18 @@ def serve(connection: "Connection[bytes, bytes]") -> None:
 def _answer(
     connection: "Connection[bytes, bytes]", data: bytes, max_pixels: int, cpu_s: float
 ) -> None:
-    """Read a picture file and send its pixels, or the error."""
+    """Read a picture file and send its size, notes and pixels, or the error."""
     signal.setitimer(signal.ITIMER_PROF, cpu_s)  # its signal ends the process
     try:
-        pixels = np.ascontiguousarray(image.read(data, max_pixels))
+        picture = image.read_with_notes(data, max_pixels)
     except AfterimageError as e:
         if isinstance(e.__cause__, MemoryError):
             raise MemoryError from e
         connection.send_bytes(_pack(error=type(e).__name__, text=str(e)))
     else:
+        pixels = np.ascontiguousarray(picture.pixels)
         height, width = pixels.shape[:2]
-        connection.send_bytes(_pack(height=height, width=width))
+        connection.send_bytes(_pack(height=height, width=width, notes=picture.notes))
         connection.send_bytes(pixels.data.cast("B"))
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

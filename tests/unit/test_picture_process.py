@@ -50,9 +50,17 @@ def wait_until_busy(readers: PictureReaders) -> int:
 
 
 def test_a_reader_returns_what_reading_in_the_process_returns(readers: PictureReaders) -> None:
-    pixels = readers.read(png(), LIMITS)
-    assert np.array_equal(pixels, image.read(png(), 10**6))
-    assert pixels.flags.writeable
+    picture = readers.read(png(), LIMITS)
+    assert np.array_equal(picture.pixels, image.read(png(), 10**6))
+    assert picture.pixels.flags.writeable
+    assert picture.notes == ()
+
+
+def test_a_reader_returns_the_notes_on_a_truncated_file(readers: PictureReaders) -> None:
+    data = png()[:-3000]
+    picture, expected = readers.read(data, LIMITS), image.read_with_notes(data, 10**6)
+    assert picture.notes == expected.notes != ()
+    assert np.array_equal(picture.pixels, expected.pixels)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +69,7 @@ def test_a_reader_returns_what_reading_in_the_process_returns(readers: PictureRe
         (b"", PictureError, "empty"),
         (b"nothing", UnsupportedPicture, "PNG"),
         (png(1100, 1000), PictureTooLarge, "1100×1000"),
-        (png()[:-100], PictureError, "truncated"),
+        (png()[:60], PictureError, "truncated"),
     ],
 )
 def test_errors_keep_their_class_and_text(
@@ -81,14 +89,14 @@ def test_a_file_that_takes_too_much_cpu_time_ends_its_reader_alone(
     with pytest.raises(PictureError, match=r"more than 0.3 s of CPU time.*save it anew"):
         readers.read(hostile.FILES[name](), Limits(10**7, cpu_s=0.3, elapsed_s=60))
     assert readers._idle == []
-    assert readers.read(png(), LIMITS).shape == (48, 64, 3)
+    assert readers.read(png(), LIMITS).pixels.shape == (48, 64, 3)
 
 
 def test_a_file_that_takes_too_long_ends_its_reader_alone(readers: PictureReaders) -> None:
     with pytest.raises(TimeoutError, match="within 0.5 s"):
         readers.read(hostile.comments(), Limits(10**6, cpu_s=60, elapsed_s=0.5))
     assert readers._idle == []
-    assert readers.read(png(), LIMITS).shape == (48, 64, 3)
+    assert readers.read(png(), LIMITS).pixels.shape == (48, 64, 3)
 
 
 def test_a_file_that_takes_too_much_memory_ends_its_reader_alone() -> None:
@@ -97,7 +105,7 @@ def test_a_file_that_takes_too_much_memory_ends_its_reader_alone() -> None:
     Image.new("RGB", (9_000, 9_000)).save(out, "PNG")
     with pytest.raises(PictureError, match=r"more than 0.5 GiB of memory"):
         readers.read(out.getvalue(), Limits(400_000_000, 60, 120))
-    assert readers.read(png(), LIMITS).shape == (48, 64, 3)
+    assert readers.read(png(), LIMITS).pixels.shape == (48, 64, 3)
     readers.close()
 
 
@@ -105,7 +113,7 @@ def test_a_reader_that_was_killed_while_it_was_idle_is_replaced(readers: Picture
     readers.start()
     killed = only(readers)
     os.kill(killed, signal.SIGKILL)
-    assert readers.read(png(), LIMITS).shape == (48, 64, 3)
+    assert readers.read(png(), LIMITS).pixels.shape == (48, 64, 3)
     assert only(readers) != killed
 
 
@@ -122,7 +130,7 @@ def test_a_file_whose_reader_was_killed_from_outside_is_read_again_once(
                     os.kill(pid, signal.SIGKILL)
                     killed.add(pid)
             if kills == 1:
-                assert reading.result(60).shape == (1, 1, 3)
+                assert reading.result(60).pixels.shape == (1, 1, 3)
             else:
                 with pytest.raises(Unavailable, match="ended twice.*try again"):
                     reading.result(60)
@@ -172,7 +180,7 @@ def test_several_files_are_read_at_a_time(readers: PictureReaders) -> None:
     with ThreadPoolExecutor() as pool:
         slow = pool.submit(readers.read, hostile.comments(), Limits(10**7, 60, 60))
         pid = wait_until_busy(readers)
-        assert readers.read(png(), LIMITS).shape == (48, 64, 3)
+        assert readers.read(png(), LIMITS).pixels.shape == (48, 64, 3)
         assert not slow.done()
         os.kill(pid, signal.SIGKILL)
         readers.close()
