@@ -6,6 +6,7 @@ a limit is killed and replaced.
 """
 
 import json
+import math
 import os
 import resource
 import signal
@@ -30,6 +31,15 @@ BASE_BYTES = 2**29
 """Address space of a reader without pictures: 0.1 GB for libraries, the rest for large files."""
 BYTES_PER_PIXEL = 64
 """Address space of a reader for each pixel of the largest picture; ordinary ones take up to 25."""
+_ENVIRONMENT = {
+    # address space would be reserved for each thread
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    # bytes: keep the memory of small pictures for the next file; to get pages anew for each file
+    # takes the kernel longer than decoding
+    "MALLOC_MMAP_THRESHOLD_": str(8 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(32 * 2**20),
+}
 _OUT_OF_MEMORY = 86
 """Exit status of a reader that needs more memory than its limit."""
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE})
@@ -87,6 +97,61 @@ def memory_limit(max_pixels: int) -> int:
     return BASE_BYTES + BYTES_PER_PIXEL * max_pixels
 
 
+class _Watchdog:
+    """Kills readers at their deadlines.
+
+    It has one thread for all files: to start one for each takes milliseconds on a busy machine.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._watched: dict[_Reader, tuple[float, threading.Event]] = {}
+        self._wakes_at = -math.inf  # of time.monotonic(), as are the deadlines
+        self._closed = False
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="picture-watchdog", daemon=True).start()
+
+    def close(self) -> None:
+        """End the thread once nothing is watched."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    @contextmanager
+    def killed_at(
+        self, reader: _Reader, deadline: float, expired: threading.Event
+    ) -> Iterator[None]:
+        """Set `expired` and kill the reader at `deadline`, of `time.monotonic()`.
+
+        Raises `EOFError` if that happened just after the block: the reader is of no use then.
+        """
+        with self._changed:
+            self._watched[reader] = deadline, expired
+            if deadline < self._wakes_at:
+                self._changed.notify()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._watched.pop(reader, None)
+        if expired.is_set():
+            raise EOFError
+
+    def _run(self) -> None:
+        with self._changed:
+            while self._watched or not self._closed:
+                now = time.monotonic()
+                for reader, (deadline, expired) in list(self._watched.items()):
+                    if deadline <= now:
+                        expired.set()
+                        reader.process.kill()
+                        del self._watched[reader]
+                deadlines = [deadline for deadline, _ in self._watched.values()]
+                self._wakes_at = min(deadlines, default=math.inf)
+                self._changed.wait(min(self._wakes_at - now, threading.TIMEOUT_MAX))
+
+
 class PictureReaders:
     """As many readers as files are read at a time. Threads may share it.
 
@@ -99,6 +164,8 @@ class PictureReaders:
         self._idle: list[_Reader] = []
         self._busy: set[_Reader] = set()
         self._closed = False
+        self._watchdog = _Watchdog()
+        self._watchdog.start()
 
     def start(self) -> None:
         """Start a reader, so that the first file does not wait for it. Raises `Unavailable`."""
@@ -135,13 +202,14 @@ class PictureReaders:
                 reader.process.kill()
         for reader in idle:
             reader.close()
+        self._watchdog.close()
 
     def _try(self, data: bytes, limits: Limits, deadline: float) -> Picture:
         """`read` with one reader. Raises `_Died` too."""
         reader = self._take()
         expired = threading.Event()
         try:
-            with _killed_at(reader, deadline, expired):
+            with self._watchdog.killed_at(reader, deadline, expired):
                 found = reader.read(data, limits)
         except BaseException as e:
             with self._lock:
@@ -199,28 +267,6 @@ class PictureReaders:
         reader.close()
 
 
-@contextmanager
-def _killed_at(reader: _Reader, deadline: float, expired: threading.Event) -> Iterator[None]:
-    """Set `expired` and kill the reader at `deadline`, of `time.monotonic()`.
-
-    Raises `EOFError` if that happened just after the block, since the reader is of no use then.
-    """
-
-    def kill() -> None:
-        expired.set()
-        reader.process.kill()
-
-    timer = threading.Timer(max(deadline - time.monotonic(), 0), kill)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-    if expired.is_set():
-        raise EOFError
-
-
 def _start(memory_bytes: int) -> _Reader:
     """Start a reader; it needs 0.3 s until it is ready. Raises `Unavailable`."""
     try:
@@ -234,8 +280,7 @@ def _start(memory_bytes: int) -> _Reader:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # libtiff prints its warnings there
-                # address space would be reserved for each thread
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+                env=os.environ | _ENVIRONMENT,
             )
     except OSError as e:
         raise Unavailable(f"no process can be started to read pictures: {e}") from e

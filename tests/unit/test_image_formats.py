@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, ImageCms
 from models import image
 from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
 from models.image_boxes import Properties
+from tests.support.data import DATA
 from tests.support.pictures import Tags, chunk, grey_tags, png, rgb_tags, tiff
 
 
@@ -431,3 +432,53 @@ def test_broken_heic_and_jpeg_xl_files_are_named(module: str) -> None:
     with pytest.raises(PictureError, match=name) as caught:
         image.read(data, 10**6)
     assert not isinstance(caught.value, UnsupportedPicture)
+
+
+QUADRANTS = [[200, 80, 20], [40, 160, 80], [20, 60, 180], [220, 220, 220]]
+"""Colours of tests/data/quadrants*.heic: upper left, upper right, lower left, lower right."""
+
+
+def quadrants(pixels: image.Pixels) -> list[list[int]]:
+    height, width = pixels.shape[:2]
+    rows, columns = ([side // 4, 3 * side // 4] for side in (height, width))
+    return [pixels[y, x].tolist() for y in rows for x in columns]
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "transparent"),
+    [
+        ("quadrants", [0, 1, 2, 3], set()),
+        ("quadrants-10bit", [0, 1, 2, 3], set()),
+        ("quadrants-alpha", [0, 1, 2, 3], {1, 3}),
+        ("quadrants-irot", [2, 0, 3, 1], set()),
+    ],
+)
+def test_heic_files_are_read_where_the_extra_is_installed(
+    name: str, order: list[int], transparent: set[int]
+) -> None:
+    """With 8 and 10 bits, transparent pixels, and turned once: in box irot and in Exif data."""
+    pytest.importorskip("pi_heif")
+    data = (DATA / f"{name}.heic").read_bytes()
+    pixels = image.read(data, 10**6)
+    assert pixels.shape == ((64, 48, 3) if name.endswith("irot") else (48, 64, 3))
+    expected = [[255] * 3 if at in transparent else QUADRANTS[at] for at in order]
+    assert np.abs(np.array(quadrants(pixels)) - expected).max() <= 3
+    with pytest.raises(PictureTooLarge):
+        image.read(data, 1000)
+    with pytest.raises(PictureError, match="HEIC"):
+        image.read(data[:-50], 10**6)
+
+
+def test_an_orientation_in_the_exif_data_of_a_jpeg_xl_file_is_ignored() -> None:
+    """ISO/IEC 18181-2: the orientation in the codestream counts, and libjxl applies it."""
+    pytest.importorskip("pillow_jxl")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    data = file(Image.new("RGB", (64, 32)), "JXL", exif=exif.tobytes())
+    assert image.read(data, 10**6).shape == (32, 64, 3)
+
+
+def test_transparent_pixels_of_jpeg_xl_become_white() -> None:
+    pytest.importorskip("pillow_jxl")
+    data = file(Image.new("RGBA", (16, 16), (200, 80, 20, 0)), "JXL", lossless=True)
+    assert first(data) == [255] * 3

@@ -2,11 +2,15 @@
 
 import io
 import os
+import re
 import signal
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from models import image, picture_process
 from models.errors import PictureError, PictureTooLarge, Unavailable, UnsupportedPicture
 from models.picture_process import Limits, PictureReaders, memory_limit
 from tests.support import hostile
+from tests.support.pictures import chunk
 
 LIMITS = Limits(max_pixels=1_000_000, cpu_s=5, elapsed_s=60)
 SLOW = Limits(max_pixels=10**7, cpu_s=60, elapsed_s=60)
@@ -107,6 +112,53 @@ def test_a_file_that_takes_too_much_memory_ends_its_reader_alone() -> None:
         readers.read(out.getvalue(), Limits(400_000_000, 60, 120))
     assert readers.read(png(), LIMITS).pixels.shape == (48, 64, 3)
     readers.close()
+
+
+def profile(size: int, tags: int) -> bytes:
+    """An ICC profile that declares 4 GiB and so many tags of 4 GiB, in `size` bytes of zeros."""
+    head = struct.pack(">I4sI4s4s4s", 2**32 - 1, b"lcms", 0x04400000, b"mntr", b"RGB ", b"XYZ ")
+    head = (head.ljust(36, b"\0") + b"acsp").ljust(128, b"\0") + struct.pack(">I", tags)
+    table = struct.pack(">4sII", b"A2B0", 132, 2**32 - 1) * min(tags, 1000)
+    return (head + table).ljust(size, b"\0")
+
+
+def with_profile(format: str, icc: bytes) -> bytes:
+    out = io.BytesIO()
+    options = {"lossless": True} if format == "WEBP" else {}
+    Image.new("RGB", (8, 8), (40, 160, 80)).save(out, format, icc_profile=icc, **options)
+    return out.getvalue()
+
+
+def png_bomb(name: bytes, before: bytes, megabytes: int) -> bytes:
+    """A PNG with a chunk that unpacks to so many megabytes."""
+    packer = zlib.compressobj(9)
+    packed = packer.compress(profile(10**6, 2**32 - 1))
+    packed += b"".join(packer.compress(bytes(10**6)) for _ in range(megabytes)) + packer.flush()
+    data = image.write(np.full((8, 8, 3), (40, 160, 80), np.uint8), "png")
+    return data[:33] + chunk(name, before + packed) + data[33:]
+
+
+BOMBS = {
+    "PNG, 300 MB unpacked": lambda: png_bomb(b"iCCP", b"wide\0\0", 300),
+    "PNG, 30 MB unpacked": lambda: png_bomb(b"iCCP", b"wide\0\0", 30),
+    "PNG, a text of 300 MB": lambda: png_bomb(b"zTXt", b"text\0\0", 300),
+    "PNG, a text of 300 MB in UTF-8": lambda: png_bomb(b"iTXt", b"text\0\1\0\0\0", 300),
+    "JPEG, 255 segments": lambda: with_profile("JPEG", profile(255 * 65519, 2**32 - 1)),
+    "JPEG, many tags": lambda: with_profile("JPEG", profile(20_000, 100)),
+    "WebP, 16 MB": lambda: with_profile("WEBP", profile(16 * 2**20, 2**32 - 1)),
+    "TIFF, 16 MB": lambda: with_profile("TIFF", profile(16 * 2**20, 2**32 - 1)),
+    "AVIF, 16 MB": lambda: with_profile("AVIF", profile(16 * 2**20, 2**32 - 1)),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_profile_that_lies_about_its_size_is_ignored_in_little_time_and_memory(
+    readers: PictureReaders, name: str
+) -> None:
+    picture = readers.read(BOMBS[name](), Limits(10**6, cpu_s=3, elapsed_s=60))
+    assert np.abs(picture.pixels[0, 0].astype(int) - (40, 160, 80)).max() <= 3
+    peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{only(readers)}/status").read_text())
+    assert peak and int(peak[1]) * 1024 < 300 * 10**6
 
 
 def test_a_reader_that_was_killed_while_it_was_idle_is_replaced(readers: PictureReaders) -> None:
