@@ -150,8 +150,16 @@ def _tiff(data: bytes, format: str, max_pixels: int) -> Decoded:
     check_size(source.height, source.width, max_pixels)
     orientation = image_tiff.prepare(source, data)
     profile = source.info.get("icc_profile")
+    exact = _exact(profile)
+    lower = image_tiff.lower_bytes(source, data) if exact else None
     source.load()
-    return Decoded(source, profile, orientation)
+    if exact is None or lower is None:
+        return Decoded(source, profile, orientation)
+    samples = np.asarray(source)[..., :3].astype(np.uint16) << 8 | np.asarray(lower)[..., :3]
+    picture = _convert(samples, exact)
+    if source.mode == "RGBA":
+        picture.putalpha(source.getchannel("A"))
+    return Decoded(picture, None, orientation)
 
 
 def _gif(data: bytes, format: str, max_pixels: int) -> Decoded:

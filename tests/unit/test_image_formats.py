@@ -196,6 +196,37 @@ def linear_profile() -> bytes:
     return (head + struct.pack(">3i", 63190, 65536, 54061)).ljust(128, b"\0") + table + tag
 
 
+def rgb_profile() -> bytes:
+    """An ICC profile of sRGB's primaries whose values are linear light."""
+    columns = ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))
+    tags = {
+        name: b"XYZ " + bytes(4) + struct.pack(">3i", *(round(value * 65536) for value in xyz))
+        for name, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns, strict=True)
+    } | {name: b"curv" + bytes(8) for name in (b"rTRC", b"gTRC", b"bTRC")}
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += struct.pack(">4sII", name, 132 + 12 * len(tags) + len(body), len(content))
+        body += content
+    head = linear_profile()[:16] + b"RGB " + linear_profile()[20:128]
+    return head + table + body
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_16_bit_rgb_tiffs_keep_their_shadows_when_colours_are_converted(
+    order: str, alpha: bool
+) -> None:
+    values = np.array([64, 128, 300, 900, 30000], np.uint16)
+    samples = np.repeat(values[:, None], 4 if alpha else 3, 1)
+    tags = rgb_tags(5, 1, 16) | {34675: (1, list(rgb_profile()))}
+    if alpha:
+        samples[:, 3] = 0xFFFF
+        tags |= {258: (3, [16] * 4), 277: (3, [4]), 338: (3, [2])}
+    data = tiff(tags, samples.astype(f"{order}u2").tobytes(), order)
+    read = image.read(data, 10**6)[0].astype(int)
+    assert np.abs(read - np.array([[3, 6, 14, 31, 180]]).T).max() <= 1
+
+
 @pytest.mark.parametrize("interlaced", [False, True])
 @pytest.mark.parametrize(("kind", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
 def test_16_bit_pngs_are_decoded_in_full(kind: int, channels: int, interlaced: bool) -> None:

@@ -131,7 +131,7 @@ def with_profile(format: str, icc: bytes) -> bytes:
 
 def png_bomb(name: bytes, before: bytes, megabytes: int) -> bytes:
     """A PNG with a chunk that unpacks to so many megabytes."""
-    packer = zlib.compressobj(9)
+    packer = zlib.compressobj(1)
     packed = packer.compress(profile(10**6, 2**32 - 1))
     packed += b"".join(packer.compress(bytes(10**6)) for _ in range(megabytes)) + packer.flush()
     data = image.write(np.full((8, 8, 3), (40, 160, 80), np.uint8), "png")
