@@ -86,9 +86,10 @@ def _png(data: bytes, format: str, max_pixels: int) -> Decoded:
             picture = Image.fromarray(upper[..., 0] if upper.shape[-1] == 1 else upper)
         else:
             picture, colour = _convert(channels, exact), None
+        notes = () if complete else _missing(picture)
         if alpha is not None:
             picture.putalpha(alpha)
-        return Decoded(picture, colour, orientation, () if complete else (MISSING,))
+        return Decoded(picture, colour, orientation, notes)
     with Image.open(png.file(), formats=["PNG"]) as source:
         notes = _load(source)
         picture = source

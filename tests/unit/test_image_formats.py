@@ -87,7 +87,7 @@ def test_a_jpeg_that_lacks_only_its_end_marker_is_read(
     assert np.array_equal(image.read(data[:-2], 10**6), whole)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "GIF"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "GIF", "PPM"])
 def test_half_a_file_is_read_with_a_note_and_refused_without(
     small: image.Pixels, format: str
 ) -> None:
@@ -99,6 +99,14 @@ def test_half_a_file_is_read_with_a_note_and_refused_without(
     assert "truncated" in picture.notes[0]
     with pytest.raises(PictureError, match="truncated"):
         image.read(half, 10**6)
+
+
+def test_half_a_png_of_16_bits_is_read_with_a_note_and_one_without_pixels_is_refused() -> None:
+    row = np.random.default_rng(0).integers(0, 255, 64 * 6, np.uint8).tobytes()
+    data = png(2, 16, row, gamma(100_000), width=64, height=64)
+    assert "truncated" in image.read_with_notes(data[: len(data) // 2], 10**6).notes[0]
+    with pytest.raises(PictureError, match="truncated: it has no pixels"):
+        image.read_with_notes(data[: data.index(b"IDAT") + 6], 10**6)
 
 
 def gamma(value: int) -> bytes:
