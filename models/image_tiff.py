@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from PIL import ExifTags, ImagePalette, TiffImagePlugin
+from PIL import ExifTags, ImageFile, ImagePalette, TiffImagePlugin
 
 from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
 
@@ -153,7 +153,7 @@ def lower_bytes(
     `source` is opened, and not loaded. libtiff returns samples in the byte order of this machine;
     Pillow's other byte order picks the lower byte. None for other samples and for separate planes.
     """
-    modes = {str(tile.args[0]) for tile in source.tile}
+    modes = {_raw_mode(tile) for tile in source.tile}
     planar = source.tag_v2.get(_TAG.PlanarConfiguration) == 2
     if planar or source.mode not in {"RGB", "RGBA"} or not modes <= _RGB_16:
         return None
@@ -161,10 +161,15 @@ def lower_bytes(
     prepare(other, data)
     order = "B" if sys.byteorder == "little" else "L"
     other.tile = [
-        tile._replace(args=(str(tile.args[0])[:-1] + order, *tile.args[1:])) for tile in other.tile
+        tile._replace(args=(_raw_mode(tile)[:-1] + order, *(tile.args or ())[1:]))
+        for tile in other.tile
     ]
     other.load()
     return other
+
+
+def _raw_mode(tile: ImageFile._Tile) -> str:
+    return str(tile.args[0]) if isinstance(tile.args, tuple) else ""
 
 
 def _tile_size(directories: Directories, directory: int) -> tuple[int, int]:
