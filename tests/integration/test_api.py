@@ -182,8 +182,9 @@ def test_an_event_stream_is_resumed_after_the_last_event(
     api.delete(job)
     events = api.get(f"{job}/events").text
     first = re.findall("^id: (.*)$", events, re.MULTILINE)[0]
-    params, headers = {"lastEventId": first}, {"Last-Event-ID": first}
-    rest = api.get(f"{job}/events", **({"params": params} if query else {"headers": headers})).text
+    params = {"lastEventId": first} if query else None
+    headers = None if query else {"Last-Event-ID": first}
+    rest = api.get(f"{job}/events", params=params, headers=headers).text
     assert f"id: {first}\n" in events
     assert f"id: {first}\n" not in rest
     assert "event: canceled" in rest

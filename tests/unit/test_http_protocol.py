@@ -99,7 +99,7 @@ def test_an_offer_to_upgrade_is_ignored_and_the_body_is_read(
 @pytest.mark.parametrize(
     ("target", "path", "url"),
     [
-        ("http://b:81/url/a%20b?c=d", "a b", "http://b:81/url/a%20b?c=d"),
+        ("http://b:81/url/a%20b?c=d", "a b", "http://b:81/url/a b?c=d"),
         ("HTTP://b/url/c", "c", "http://b/url/c"),
         ("/url/http://c", "http://c", "http://a/url/http://c"),
     ],
