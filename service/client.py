@@ -47,7 +47,7 @@ class ApiError(AfterimageError):
 
 
 class ClientError(AfterimageError):
-    """The client cannot be set up: an invalid API key, proxy or file of certificates."""
+    """The client cannot be set up: an invalid port, API key, proxy or file of certificates."""
 
 
 class DecodeFailed(AfterimageError):
@@ -67,6 +67,13 @@ class Update:
     step: int = 0
     total: int = 0
     tier: str = "instant"
+
+
+def _checked(url: httpx.URL) -> httpx.URL:
+    """The URL. Raises `ClientError` if its port is too large, which no later step checks."""
+    if (url.port or 0) > 65535:
+        raise ClientError(f"{url} has port {url.port}; ports are at most 65535")
+    return url
 
 
 def _authorization(api_key: str) -> dict[str, str]:
@@ -103,7 +110,7 @@ class AsyncClient:
     ) -> None:
         headers = _authorization(api_key)
         self.http = http or _default_http()
-        self.http.base_url = httpx.URL(url)
+        self.http.base_url = _checked(httpx.URL(url))
         self.http.headers.update(headers)
 
     async def __aenter__(self) -> Self:

@@ -60,3 +60,8 @@ def test_an_api_key_that_no_header_can_hold_is_refused_without_showing_it(key: s
 
 def test_white_space_around_an_api_key_is_ignored() -> None:
     assert AsyncClient("http://host", " key\n").http.headers["authorization"] == "Bearer key"
+
+
+def test_a_port_beyond_the_range_is_refused() -> None:
+    with pytest.raises(ClientError, match="has port 99999; ports are at most 65535"):
+        AsyncClient("http://host:99999")
