@@ -59,7 +59,7 @@ def _boundary(content_type: str) -> str:
     boundary = options.get(b"boundary", b"").decode("latin-1")
     if not boundary:
         advice = "do not set Content-Type yourself, so that the HTTP library writes it"
-        raise MalformedHeader(f"Content-Type {content_type!r} names no boundary; {advice}")
+        raise MalformedHeader(f"Content-Type {content_type[:64]!r} names no boundary; {advice}")
     return boundary
 
 
