@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from service import client
-from service.client import AsyncClient, Client
+from service.client import AsyncClient, Client, ClientError
 from service.settings import ServiceSettings
 
 
@@ -97,3 +97,36 @@ def test_the_client_waits_longer_than_the_service_takes_for_the_largest_picture(
     encoding_s = settings.encode_megapixel_s * settings.max_pixels / 1e6
     assert client.ENCODE_TIMEOUT_S > 3 * settings.request_timeout_s + encoding_s
     assert client.TIMEOUT_S > settings.request_timeout_s
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ALL_PROXY", "socks://127.0.0.1:1", "Unknown scheme for proxy URL"),
+        ("HTTP_PROXY", "http://127.0.0.1:port", "Invalid port"),
+        ("SSL_CERT_FILE", "/nothing.pem", "No such file or directory; see SSL_CERT_FILE"),
+    ],
+)
+def test_settings_of_the_environment_that_cannot_be_used_are_named(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ClientError, match=message) as error:
+        AsyncClient("http://host")
+    assert variable in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["\u201ckey\u201d", "a\nb", "a b", "k\xe9y"])
+def test_an_api_key_that_no_header_can_hold_is_refused_without_showing_it(key: str) -> None:
+    with pytest.raises(ClientError, match="copy it again") as error:
+        AsyncClient("http://host", key)
+    assert key not in str(error.value)
+
+
+def test_white_space_around_an_api_key_is_ignored() -> None:
+    assert AsyncClient("http://host", " key\n").http.headers["authorization"] == "Bearer key"
+
+
+def test_a_port_beyond_the_range_is_refused() -> None:
+    with pytest.raises(ClientError, match="has port 99999; ports are at most 65535"):
+        AsyncClient("http://host:99999")
