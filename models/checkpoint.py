@@ -69,6 +69,17 @@ def manifest(folder: Path = WEIGHTS) -> list[Entry]:
         raise WeightsError(f"{path}: not a valid manifest: {e}; import the weights again") from e
 
 
+def decoder_entry(folder: Path = WEIGHTS) -> Entry:
+    """The diffusion decoder's entry in a manifest. Raises `WeightsError` if there is none."""
+    for entry in manifest(folder):
+        if entry.kind == "decoder":
+            return entry
+    raise WeightsError(
+        f"{folder / 'manifest.toml'}: names no diffusion decoder; reinstall Afterimage, or install "
+        "a decoder with `python -m models.train export`"
+    )
+
+
 def load(entry: Entry, folder: Path = WEIGHTS) -> dict[str, Tensor]:
     """Load and verify an entry's tensors. Raises as `load_with_metadata` does."""
     return load_with_metadata(entry, folder)[0]
