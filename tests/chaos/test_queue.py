@@ -26,7 +26,7 @@ SHORT = Settings("ddim", 30)
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     """One rig for all tests, to start fewer workers; each test uses other decodes."""
-    with rig(tmp_path_factory.mktemp("rig") / "own", AFTERIMAGE_GRACE_S="2") as made:
+    with rig(tmp_path_factory.mktemp("rig") / "own", forked=True, AFTERIMAGE_GRACE_S="2") as made:
         yield made
 
 

@@ -40,7 +40,7 @@ class Load(threading.Thread):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with rig(tmp_path_factory.mktemp("rig") / "own") as made:
+    with rig(tmp_path_factory.mktemp("rig") / "own", forked=True) as made:
         yield made
 
 
@@ -50,7 +50,9 @@ def two(own: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Se
     with contextlib.ExitStack() as stack:
         first, second = (
             stack.enter_context(
-                run_service(tmp_path_factory.mktemp("service"), "--workers", "0", **own.urls)
+                run_service(
+                    tmp_path_factory.mktemp("service"), "--workers", "0", forked=True, **own.urls
+                )
             )
             for _ in range(2)
         )

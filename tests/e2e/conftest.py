@@ -46,5 +46,5 @@ def page(context: BrowserContext) -> Page:
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service with the API keys `TOKENS`, and a queue that never refuses."""
     folder = tmp_path_factory.mktemp("guarded")
-    with run_service(folder, **guarded_settings(folder)) as running:
+    with run_service(folder, forked=True, **guarded_settings(folder)) as running:
         yield running

@@ -153,7 +153,7 @@ def test_events_continue_at_another_api_process_when_one_is_killed(
     stores = {"REDIS_URL": service.urls[0], "CACHE_REDIS_URL": service.urls[1]}
     with Client(url) as client:
         data = stream(client, photo, 53)
-    with run_service(tmp_path, "--workers", "0", **stores) as first:
+    with run_service(tmp_path, "--workers", "0", forked=True, **stores) as first:
         first_url = str(first.client.base_url)
 
         class Balancer(httpx.AsyncHTTPTransport):

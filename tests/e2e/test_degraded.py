@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with rig(tmp_path_factory.mktemp("stores") / "own") as made:
+    with rig(tmp_path_factory.mktemp("stores") / "own", forked=True) as made:
         yield made
 
 
@@ -29,7 +29,7 @@ def own(stores: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servi
     """A service that was started while its queue was away."""
     stores.queue.kill()
     folder = tmp_path_factory.mktemp("degraded")
-    with run_service(folder, "--workers", "0", **stores.urls) as running:
+    with run_service(folder, "--workers", "0", forked=True, **stores.urls) as running:
         yield running
 
 

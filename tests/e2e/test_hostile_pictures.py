@@ -34,7 +34,10 @@ def test_a_service_under_attack_works_and_stops(
     tmp_path: Path, small: image.Pixels, small_msh: bytes
 ) -> None:
     limits = {"AFTERIMAGE_PICTURE_CPU_S": "3", "AFTERIMAGE_ENCODES_AT_ONCE": "2"}
-    with run_service(tmp_path, "--workers", "0", **limits) as running, ThreadPoolExecutor() as pool:
+    with (
+        run_service(tmp_path, "--workers", "0", forked=True, **limits) as running,
+        ThreadPoolExecutor() as pool,
+    ):
         client, photo = running.client, image.write(small, "png")
         attacks = [
             pool.submit(client.post, "/v1/encodes", content=make())
