@@ -169,7 +169,7 @@ def test_events_continue_at_another_api_process_when_one_is_killed(
             http = httpx.AsyncClient(transport=Balancer(), timeout=60)
             kinds: list[str] = []
             async with AsyncClient(first_url, http=http) as client:
-                async for update in client.decode(data, "ddim-100", steps=100):
+                async for update in client.decode(data, "ddim-100", steps=50):
                     kinds.append(update.kind)
                     if kinds.count("progress") == 3:
                         first.process.kill()

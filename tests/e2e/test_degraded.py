@@ -133,7 +133,7 @@ def test_a_client_waits_for_its_decode_while_redis_restarts(
 ) -> None:
     with Client(str(own.client.base_url)) as client:
         before, kinds = len(own.log.read_text()), []
-        for update in client.decode(small_msh, "ddim-100", steps=150, seed=3, previews=False):
+        for update in client.decode(small_msh, "ddim-100", steps=60, seed=3, previews=False):
             kinds.append(update.kind)
             if update.kind == "progress" and kinds.count("progress") == 3:
                 stores.queue.kill()
@@ -147,7 +147,7 @@ def test_a_full_queue_refuses_jobs_and_lets_workers_finish(
     own: Service, stores: Rig, worker: Worker, small_msh: bytes
 ) -> None:
     client, queue = own.client, stores.store.queue
-    asked: dict[str, str | int] = {"tier": "ddim-100", "steps": 200}
+    asked: dict[str, str | int] = {"tier": "ddim-100", "steps": 100}
     first = client.post("/v1/decodes", params=asked, content=small_msh)
     assert first.status_code == 200
     queue.config_set("maxmemory", int(queue.info("memory")["used_memory"] / 0.9))
