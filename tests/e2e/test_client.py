@@ -18,7 +18,7 @@ from models import image
 from models.errors import Canceled
 from service.cli.main import main
 from service.client import ApiError, AsyncClient, Client
-from tests.support.service import Service, run_service
+from tests.support.service import Service, fork_service
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.usefixtures("loaded_once")]
@@ -153,7 +153,7 @@ def test_events_continue_at_another_api_process_when_one_is_killed(
     stores = {"REDIS_URL": service.urls[0], "CACHE_REDIS_URL": service.urls[1]}
     with Client(url) as client:
         data = stream(client, photo, 53)
-    with run_service(tmp_path, "--workers", "0", forked=True, **stores) as first:
+    with fork_service(tmp_path, "--workers", "0", **stores) as first:
         first_url = str(first.client.base_url)
 
         class Balancer(httpx.AsyncHTTPTransport):

@@ -12,7 +12,7 @@ from playwright.sync_api import FilePayload, Page, expect
 from models.tiers import Settings
 from service.client import Client
 from tests.support.rig import Rig, Worker, rig
-from tests.support.service import Service, run_service
+from tests.support.service import Service, fork_service
 from tests.support.waiting import until, wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
@@ -29,7 +29,7 @@ def own(stores: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servi
     """A service that was started while its queue was away."""
     stores.queue.kill()
     folder = tmp_path_factory.mktemp("degraded")
-    with run_service(folder, "--workers", "0", forked=True, **stores.urls) as running:
+    with fork_service(folder, "--workers", "0", **stores.urls) as running:
         yield running
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from models import image
 from tests.support import hostile
-from tests.support.service import run_service
+from tests.support.service import fork_service
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]
 
@@ -35,7 +35,7 @@ def test_a_service_under_attack_works_and_stops(
 ) -> None:
     limits = {"AFTERIMAGE_PICTURE_CPU_S": "3", "AFTERIMAGE_ENCODES_AT_ONCE": "2"}
     with (
-        run_service(tmp_path, "--workers", "0", forked=True, **limits) as running,
+        fork_service(tmp_path, "--workers", "0", **limits) as running,
         ThreadPoolExecutor() as pool,
     ):
         client, photo = running.client, image.write(small, "png")

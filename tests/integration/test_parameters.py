@@ -112,9 +112,9 @@ def test_a_submission_subscribes_its_caller_until_the_deadline_and_a_question_fo
     ]
 
     def remaining_s() -> float:
-        ((_, end),) = store.queue.zrange(
-            jobs.subscribers(location.rpartition("/")[2]), 0, -1, withscores=True
-        )
+        key = jobs.subscribers(location.rpartition("/")[2])
+        subscriptions: Any = store.queue.zrange(key, 0, -1, withscores=True)
+        ((_, end),) = subscriptions
         return float(end) - jobs.now()
 
     assert 50 < remaining_s() <= 60

@@ -101,14 +101,15 @@ def _fork_server() -> tuple[ForkServerContext, dict[str, str]]:
     """Start the fork server; also return those of its variables that are read during imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.preload"])
-    with mock.patch.dict(os.environ):
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `prepare_process` does
+    inherited = _read_at_import(os.environ)
+    with mock.patch.dict(os.environ, inherited):
         forkserver.ensure_running()
-    return context, _read_at_import(os.environ)
+    return context, inherited
 
 
 def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: v for name, v in environment.items() if name.startswith(READ_AT_IMPORT)}
+    given = {name: v for name, v in environment.items() if name.startswith(READ_AT_IMPORT)}
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | given  # the default that `prepare_process` sets
 
 
 def _run(main: Callable[[], int], environment: dict[str, str], folder: Path, log: Path) -> None:
