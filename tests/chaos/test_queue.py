@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from models.codec import bitstream, codec
 from models.codec.codec import Codec
 from models.errors import Quarantined
 from models.tiers import Settings
+from tests.support.forked import Forked, worker_main
 from tests.support.jobs import FAST, expire_lease
 from tests.support.rig import Rig, Worker, rig
 from tests.support.waiting import until
@@ -134,3 +136,11 @@ def test_a_worker_without_its_queue_exits_on_sigterm(own: Rig, worker: Worker) -
     assert worker.process.poll() is None
     assert worker.terminate(5) == 0
     own.start_queue()
+
+
+def test_a_process_with_other_variables_for_its_imports_is_not_forked(
+    own: Rig, tmp_path: Path
+) -> None:
+    environment = own.environment | {"NUMBA_CPU_NAME": "generic"}
+    with pytest.raises(ValueError, match="NUMBA_CPU_NAME: read during imports"):
+        Forked(worker_main, environment, tmp_path / "log")
