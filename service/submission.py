@@ -112,7 +112,10 @@ class Submission:
     async def _respond_async(
         self, format: OutputFormat | None, headers: dict[str, str]
     ) -> Response:
-        """Queue the job and return 202, or the picture if it is ready within `Prefer: wait`."""
+        """Queue the job and return 202, or the picture if it is ready within `Prefer: wait`.
+
+        Unlike a question about the state, this does not extend the subscription of `deadline_s`.
+        """
         await self.services.instant.check(self.upload.bitstream)
         state, eta_s = await self._submit()
         if self.prefer.wait_s:
@@ -121,14 +124,12 @@ class Submission:
                 self.services, self.request, state.id, self.prefer.wait_s
             )
             self.request.state.waited_s = time.perf_counter() - began
-            state = await watching.load_and_renew(self.services, state.id, self.caller.name)
+            state = await anyio.to_thread.run_sync(watching.find, self.services, state.id)
             eta_s = None
             applied = {"Preference-Applied": f"wait={self.prefer.wait_s}"}
             finished = await self._finished(state, format, {**headers, **applied})
             if finished is not None:
                 return finished
-        else:
-            await anyio.to_thread.run_sync(watching.renew, self.services, state, self.caller.name)
         response = await watching.pending_response(self.services, state, eta_s)
         response.headers.update({**headers, "Preference-Applied": self.prefer.applied})
         return response

@@ -8,15 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from models import checkpoint
 from models.checkpoint import Entry
 from models.codec.bitstream import Metric
 from models.errors import WrongWeights
 from models.files import atomic_write
+
+if TYPE_CHECKING:  # torch takes seconds to load, and weights are listed without it
+    from torch import Tensor
 
 MANIFEST = "manifest.toml"
 
@@ -70,7 +71,7 @@ def wrong_weights(quality: int, metric: Metric, weights_id: str = "") -> WrongWe
 
 
 def install(
-    tensors: dict[str, Tensor],
+    tensors: "dict[str, Tensor]",
     name: str,
     folder: Path,
     row: Mapping[str, str | int],
@@ -82,6 +83,8 @@ def install(
     `row` holds `kind` and further fields of the `Entry`. `replaces` names fields: older entries
     that agree with the new one in all of them are removed from the manifest.
     """
+    from safetensors.torch import save
+
     data = save(tensors, metadata)
     fields: dict[str, str | int] = {
         "name": name,
