@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import anyio
 import anyio.to_thread
@@ -26,8 +27,13 @@ from worker.webhooks.settings import check_url
 IDEMPOTENCY_TTL_S = 24 * 3600
 """How long an `Idempotency-Key` is remembered."""
 
-_RESOLVER_THREADS = anyio.CapacityLimiter(8)
+RESOLVERS_PER_CALLER = 2
+"""Webhook hosts of one caller that are resolved at once: a slow name server delays only the callers
+that name it."""
+_RESOLVER_THREADS = anyio.CapacityLimiter(32)
 """Threads that resolve webhook hosts; separate, so that slow DNS does not block other requests."""
+_RESOLVERS: WeakValueDictionary[str, anyio.CapacityLimiter] = WeakValueDictionary()
+"""The shares of the callers that have hosts resolved now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +85,7 @@ class Submission:
         state = await anyio.to_thread.run_sync(self.services.jobs.get, self.decode.id)
         finished = await self._finished(state, format, {**headers, "X-Cache": "hit"})
         metrics.cache("picture", finished is not None)
-        for url in self.params.webhooks:
-            await anyio.to_thread.run_sync(
-                check_url, url, self.services.webhooks, limiter=_RESOLVER_THREADS
-            )
+        await self._check_webhooks()
         if state is not None and finished is not None:
             await anyio.to_thread.run_sync(self._notify_webhooks, state)
             return finished
@@ -177,9 +180,20 @@ class Submission:
             jobs.save_eta(state.id, eta_s)
         return state, created, eta_s
 
+    async def _check_webhooks(self) -> None:
+        """Raise `ParameterError` unless webhooks may be sent to all URLs of the request."""
+        share = _RESOLVERS.setdefault(
+            self.caller.name, anyio.CapacityLimiter(RESOLVERS_PER_CALLER)
+        )
+        for url in self.params.webhooks:
+            async with share:
+                await anyio.to_thread.run_sync(
+                    check_url, url, self.services.webhooks, limiter=_RESOLVER_THREADS
+                )
+
     def _register_webhooks(self) -> None:
         for url in self.params.webhooks:
-            outbox.register(self.services.store, self.decode.id, url)
+            outbox.register(self.services.store, self.decode.id, self.caller.name, url)
 
     def _notify_webhooks(self, state: JobState) -> None:
         """Queue messages to this request's webhooks about a job that has already ended."""
