@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastapi import Request
 
-from service import keys, parameters, prefix, signed_urls
+from service import addresses, keys, parameters, prefix, signed_urls
 from service.keys import SCOPES, Key, KeysError, Scope
 from service.problems import Forbidden, Unauthorized
 
@@ -82,7 +82,7 @@ def _file_version(path: Path) -> tuple[int, ...] | None:
 
 
 def anonymous(request: Request) -> Caller:
-    """The caller on a service without API keys: has all scopes; its name is its IP address."""
+    """The caller on a service without API keys: has all scopes; its address is its name."""
     return Caller(client_address(request), frozenset(SCOPES))
 
 
@@ -124,5 +124,5 @@ def authenticate(keys: Keys, token: str | None, scope: Scope) -> Caller:
 
 
 def client_address(request: Request) -> str:
-    """The client's IP address; empty if the server does not know it."""
-    return request.client.host if request.client else ""
+    """The client's IPv4 address or the /64 of its IPv6 address; empty if it is not known."""
+    return addresses.network(request.client.host) if request.client else ""

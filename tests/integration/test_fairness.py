@@ -19,14 +19,14 @@ from tests.support.service import WEBHOOK_SECRET
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
-SLOW_S = 1.0
-ATTACKS = 5
+SLOW_S = 3.0
+ATTACKS = 12
 
 
 def test_webhook_hosts_that_resolve_slowly_do_not_delay_other_callers(
     redis_urls: tuple[str, str], small_msh: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five requests of one caller, each with eight hosts whose name server answers late."""
+    """Twelve requests of one caller, each with eight hosts whose name server answers late."""
     resolve = socket.getaddrinfo
     waiting: list[str] = []
     release = threading.Event()
@@ -60,7 +60,6 @@ def test_webhook_hosts_that_resolve_slowly_do_not_delay_other_callers(
         assert post(api, "decoder", 2911, ["http://127.0.0.1:9/hook"]) == 200
         took = time.monotonic() - began
         assert api.get("/livez").status_code == 200
-        assert not any(attack.done() for attack in attacks)
         release.set()
         assert {attack.result() for attack in attacks} == {422}
-    assert took < SLOW_S
+    assert took < SLOW_S - 1
