@@ -20,12 +20,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """An authenticated client: its name, its scopes, and the limits set by its key."""
+    """An authenticated client: its name, its scopes, and the limits set by its key.
+
+    With a link, it may see one picture, whoever has submitted the decode.
+    """
 
     name: str
     scopes: frozenset[Scope]
     requests_per_minute: int | None = None
     jobs_at_once: int | None = None
+    has_link: bool = False
 
 
 class Keys:
@@ -100,7 +104,7 @@ def link_holder(request: Request, secret: bytes | None) -> Caller | None:
     if not signed_urls.valid(secret, prefix.routed(request.scope["path"]), query, time.time()):
         message = "the link's address was altered, or it has expired; ask for a new link"
         raise Unauthorized(message, {"WWW-Authenticate": "Bearer"})
-    return Caller(f"link:{client_address(request)}", frozenset())
+    return Caller(f"link:{client_address(request)}", frozenset(), has_link=True)
 
 
 def authenticate(keys: Keys, token: str | None, scope: Scope) -> Caller:

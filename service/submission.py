@@ -87,6 +87,7 @@ class Submission:
         metrics.cache("picture", finished is not None)
         await self._check_webhooks()
         if state is not None and finished is not None:
+            await anyio.to_thread.run_sync(self._add_submitter)
             await anyio.to_thread.run_sync(self._notify_webhooks, state)
             return finished
         headers["X-Cache"] = "miss"
@@ -124,7 +125,7 @@ class Submission:
                 self.services, self.request, state.id, self.prefer.wait_s
             )
             self.request.state.waited_s = time.perf_counter() - began
-            state = await watching.load_and_renew(self.services, state.id, self.caller.name)
+            state = await watching.load_and_renew(self.services, state.id, self.caller)
             eta_s = None
             applied = {"Preference-Applied": f"wait={self.prefer.wait_s}"}
             finished = await self._finished(state, format, {**headers, **applied})
@@ -165,6 +166,7 @@ class Submission:
     def _submit_now(self) -> tuple[JobState, bool, float | None]:
         jobs = self.services.jobs
         self.services.quotas.job(self.caller, self.decode.id)
+        self._add_submitter()
         self._register_webhooks()  # before queueing, so that the end of the job is not missed
         # a caller with webhooks does not poll, which would extend its subscription
         subscription_s = MAX_SUBSCRIPTION_S if self.params.webhooks else self.params.deadline_s
@@ -179,6 +181,11 @@ class Submission:
         if eta_s is not None:
             jobs.save_eta(state.id, eta_s)
         return state, created, eta_s
+
+    def _add_submitter(self) -> None:
+        """In a private service, let the caller see the decode."""
+        if self.services.settings.private:
+            self.services.jobs.add_submitter(self.decode.id, self.caller.name)
 
     async def _check_webhooks(self) -> None:
         """Raise `ParameterError` unless webhooks may be sent to all URLs of the request."""
