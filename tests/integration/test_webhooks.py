@@ -1,11 +1,13 @@
 """Webhooks, with a real Redis and real receivers."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -24,11 +26,13 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from models.errors import ParameterError
 from models.tiers import Settings
+from tests.support.name_server import NameServer
 from tests.support.waiting import until
 from worker.queue import outbox
 from worker.queue.outbox import MAX_DEAD, Message, Outbox
 from worker.queue.records import DecodeRequest, JobState, Status
 from worker.queue.store import Store
+from worker.webhooks import url_guard
 from worker.webhooks.sender import deliver_forever
 from worker.webhooks.settings import WebhookSettings, check_url
 from worker.webhooks.url_guard import Resolver, resolve
@@ -591,6 +595,53 @@ def test_a_name_that_becomes_private_after_submission_gets_no_request(
     deliver_all(store, chosen, lambda _host: next(answers))
     assert receiver.requests == []
     assert "public addresses only" in dead_letters(store)[0]["error"]
+
+
+@contextlib.contextmanager
+def listening(address: str, port: int = 0) -> Iterator[tuple[int, list[str]]]:
+    """Accept and close connections; yields the port, and the addresses that were connected to."""
+    came: list[str] = []
+    with socket.create_server((address, port)) as server:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # the socket was shut down
+                while True:
+                    server.accept()[0].close()
+                    came.append(address)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield server.getsockname()[1], came
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def test_a_name_server_that_changes_its_answers_leads_no_request_to_a_private_address(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real name server answers with a public address first, and with 127.0.0.1 to each later
+    query. 127.0.0.2 takes the part of the public address, so that the test connects to no other
+    machine."""
+    is_public = url_guard.is_public
+    monkeypatch.setattr(url_guard, "is_public", lambda a: a == "127.0.0.2" or is_public(a))
+    answers = itertools.chain(["127.0.0.2", "127.0.0.2"], itertools.repeat("127.0.0.1"))
+    with (
+        listening("127.0.0.1") as (port, private),
+        listening("127.0.0.2", port) as (_, public),
+        NameServer(answers).serving() as names,
+    ):
+        chosen = WebhookSettings(webhook_secret=SECRET, webhook_retries_s=(0, 0))
+        url = f"https://rebind.attacker.test:{port}/"
+        check_url(url, chosen, names.resolve)  # at the submission
+        assert len(names.queries) == 1
+        end_job(store, url)
+        deliver_all(store, chosen, names.resolve)
+        [letter] = dead_letters(store)
+        assert names.queries == ["rebind.attacker.test"] * 4  # one for each attempt
+        assert (len(public), private) == (1, [])
+    assert letter["attempts"] == 3 and "public addresses only" in letter["error"]
 
 
 def test_the_next_address_is_tried_if_one_is_unreachable(store: Store, receiver: Receiver) -> None:
