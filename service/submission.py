@@ -189,9 +189,7 @@ class Submission:
 
     async def _check_webhooks(self) -> None:
         """Raise `ParameterError` unless webhooks may be sent to all URLs of the request."""
-        share = _RESOLVERS.setdefault(
-            self.caller.name, anyio.CapacityLimiter(RESOLVERS_PER_CALLER)
-        )
+        share = _RESOLVERS.setdefault(self.caller.name, anyio.CapacityLimiter(RESOLVERS_PER_CALLER))
         for url in self.params.webhooks:
             async with share:
                 await anyio.to_thread.run_sync(

@@ -75,7 +75,6 @@ class ProxyHeaders(ProxyHeadersMiddleware):
                 scope = self._with_address(_with_prefix(scope))
         await super().__call__(scope, receive, send)
 
-
     def _with_address(self, scope: HTTPScope) -> HTTPScope:
         """The scope with only the client's address in `X-Forwarded-For`."""
         sent = [v.decode("latin-1") for n, v in scope["headers"] if n == b"x-forwarded-for"]

@@ -1,7 +1,6 @@
 """A private service shows a decode only to the callers that submitted it."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -155,7 +154,7 @@ def ttls(store: Store, id: str) -> tuple[int, int]:
     """Seconds for which a job's record and its submitters are kept."""
     keys = store.key("job", id), store.key("submitters", id)
     record, submitters = (store.queue.ttl(key) for key in keys)
-    return int(record), int(submitters)  # type: ignore[arg-type]
+    return int(record), int(submitters)
 
 
 def test_the_submitters_are_kept_longer_than_the_record(

@@ -29,7 +29,7 @@ from models.tiers import Settings
 from tests.support.name_server import NameServer
 from tests.support.waiting import until
 from worker.queue import outbox
-from worker.queue.outbox import MAX_DEAD, Message, Outbox
+from worker.queue.outbox import MAX_DEAD, Outbox
 from worker.queue.records import DecodeRequest, JobState, Status
 from worker.queue.store import Store
 from worker.webhooks import url_guard
@@ -346,7 +346,8 @@ def _due_in(store: Store) -> float:
     """Seconds until the only message is due, in the inbox or in its line."""
     lines: list[bytes] = store.queue.keys("afterimage:webhooks:line:*")  # type: ignore[assignment]
     key = lines[0] if lines else Outbox(store).inbox
-    [(_, due)] = store.queue.zrange(key, 0, -1, withscores=True)  # type: ignore[misc]
+    entries: list[Any] = store.queue.zrange(key, 0, -1, withscores=True)
+    [(_, due)] = entries
     return float(due) - time.time()
 
 

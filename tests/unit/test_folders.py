@@ -1,7 +1,9 @@
 """Folders that other users could change are refused; files in them do not run here."""
 
+import grp
 import os
 import pickle
+import pwd
 import stat
 import subprocess
 import sys
@@ -122,8 +124,8 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         pw_name = "ours"
 
     known = {50: Group("ours"), 60: Group("ours", "other"), 70: Group("users", "ours")}
-    monkeypatch.setattr(folders.grp, "getgrgid", lambda gid: known[gid])
-    monkeypatch.setattr(folders.pwd, "getpwuid", lambda uid: User())
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: known[gid])
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: User())
     monkeypatch.setattr(os, "getegid", lambda: 50)
     monkeypatch.setattr(os, "getgroups", lambda: [70, 2000])
     yield monkeypatch

@@ -65,7 +65,7 @@ class Outbox:
     store: Store
 
     def register(self, job_id: str, caller: str, url: str, limit: int) -> bool:
-        """Register a caller's URL to notify when a job ends; False if the caller has `limit` others.
+        """Register a URL to notify when a job ends; False if the caller has `limit` others.
 
         The caller is stored in place of the URL's fragment, which is never sent.
         """
