@@ -98,10 +98,10 @@ def _steps(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def _contents(folder: Path, recursive: bool) -> Iterator[tuple[Path, os.stat_result]]:
-    """Everything in a folder. Links are not followed."""
+    """Everything in a folder that can be read. Links are not followed."""
     for parent, subfolders, files in os.walk(folder):
         for name in (*subfolders, *files):
-            with contextlib.suppress(FileNotFoundError):  # another process may remove it
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # or it was just removed
                 yield Path(parent, name), Path(parent, name).lstat()
         if not recursive:
             return

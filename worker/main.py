@@ -39,7 +39,7 @@ def main() -> int:
         return _complain("set REDIS_URL: a worker needs a queue", 2)
     try:
         prepare_process(settings)
-    except AfterimageError as e:
+    except (AfterimageError, OSError) as e:
         return _complain(f"the worker cannot start: {e}", 1)
     os.nice(settings.nice)
     with without_garbage_collection():

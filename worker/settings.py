@@ -166,14 +166,15 @@ def _check_folders(settings: WorkerSettings) -> None:
     """Raise `UntrustedFolder` if another user could change the cache or the weights.
 
     The folder of numba, which loads what it finds there, is created if possible: nobody else can
-    create it later.
+    create it later. A weights folder without a manifest is not read.
     """
     numba = Path(os.environ["NUMBA_CACHE_DIR"])
     with contextlib.suppress(OSError):
         folders.private(numba)
     for folder in (numba, *(settings.cache_dir / name for name in _CACHE_FOLDERS)):
         folders.check(folder)
-    folders.check(settings.weights_dir, recursive=False)
+    if os.path.exists(settings.weights_dir / "manifest.toml"):
+        folders.check(settings.weights_dir, recursive=False)
 
 
 def _unset_empty_variables() -> None:
