@@ -18,6 +18,7 @@ from typing import Literal
 
 import google_crc32c
 
+from models import text_bodies
 from models.errors import (
     ChecksumMismatch,
     LengthMismatch,
@@ -216,9 +217,8 @@ def _layout(data: bytes) -> _Layout:
         if model == _MODEL:
             return layout
     if not meanings:
-        raise UnsupportedCodec(
-            f"neither an .msh file nor one of CompressAI: it begins with {data[:4].hex()}"
-        )
+        reason = text_bodies.advice(data) or f"it begins with {data[:4].hex()}"
+        raise UnsupportedCodec(f"neither an .msh file nor one of CompressAI: {reason}")
     models = " or ".join(f"{model!r} ({w.versions})" for w, model in meanings)
     raise UnsupportedCodec(
         f"the file was made with CompressAI's model {models}; only {_MODEL!r} is supported"

@@ -1,8 +1,10 @@
 """HTTP/1.1 on sockets: what uvicorn's parser does not do as this service needs it."""
 
 import contextlib
+import re
 import sys
 from typing import cast
+from urllib.parse import unquote
 
 import h11
 from uvicorn._types import (
@@ -18,6 +20,9 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from service import addresses, prefix, problems
 from service.forwarded import ForwardedFor
 from service.requests import MAX_HEADER_BYTES
+
+_ABSOLUTE = re.compile(rb"https?://(?P<host>[^/@]+)(?P<path>/.*)?", re.IGNORECASE | re.DOTALL)
+"""A request target in absolute form, without its query."""
 
 
 class HttpProtocol(H11Protocol):
@@ -56,7 +61,8 @@ class ProxyHeaders(ProxyHeadersMiddleware):
     """Uvicorn's middleware for `X-Forwarded-For` and `-Proto`, and the same for `-Prefix`.
 
     A prefix counts only if a trusted proxy sends it, once, and it is valid. The client's address is
-    found by `ForwardedFor`.
+    found by `ForwardedFor`. Request targets in absolute form, which clients send to proxies, become
+    paths (RFC 9112, 3.2.2).
     """
 
     def __init__(self, app: ASGI3Application, trusted_hosts: list[str] | str) -> None:
@@ -68,6 +74,7 @@ class ProxyHeaders(ProxyHeadersMiddleware):
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> None:
         if scope["type"] == "http":
+            scope = _with_path(scope)
             client = scope["client"]
             if client:
                 scope["client"] = client = (addresses.plain(client[0]), client[1])
@@ -83,6 +90,21 @@ class ProxyHeaders(ProxyHeadersMiddleware):
         address = self._forwarded_for.client(sent, scope["client"][0])
         others = [(n, v) for n, v in scope["headers"] if n != b"x-forwarded-for"]
         return {**scope, "headers": [*others, (b"x-forwarded-for", address.encode())]}
+
+
+def _with_path(scope: HTTPScope) -> HTTPScope:
+    """The scope of a request whose target is `http://host/path`, with this path and host."""
+    target = _ABSOLUTE.fullmatch(scope["raw_path"] or b"")
+    if target is None:
+        return scope
+    host, raw_path = target["host"], target["path"] or b"/"
+    headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
+    changed = {
+        "headers": [(b"host", host), *headers],
+        "raw_path": raw_path,
+        "path": unquote(raw_path.decode("ascii")),
+    }
+    return cast(HTTPScope, {**scope, **changed})
 
 
 def _with_prefix(scope: HTTPScope) -> HTTPScope:
