@@ -12,6 +12,7 @@ from filelock import FileLock
 from openvino import opset13 as ops
 from torch import Tensor, nn
 
+from models import folders
 from models.codec.inference_synthesis import InferenceSynthesis, InverseGDN, SubPixel
 
 CACHE_VARIABLE = "AFTERIMAGE_CACHE_DIR"
@@ -80,14 +81,17 @@ def _compile(net: InferenceSynthesis) -> ov.CompiledModel:
 
 
 def _cache_folder() -> Path | None:
-    """Return the folder for compiled networks; None if none is set or it cannot be written."""
+    """Return the folder for compiled networks; None if none is set or it cannot be written.
+
+    Raises `UntrustedFolder` if another user could change it.
+    """
     cache = os.environ.get(CACHE_VARIABLE)
     if not cache:
         return None
     folder = Path(cache) / "openvino"
     with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / LOCK).touch()
+        folders.private(folder)
+        (folder / LOCK).touch(0o600)
     writable = os.access(folder, os.W_OK) and os.access(folder / LOCK, os.W_OK)
     return folder if writable else None
 
