@@ -163,7 +163,7 @@ def drop_address(page: Page, address: str) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["own", "data"])
+@pytest.mark.parametrize("kind", ["same origin", "data"])
 def test_a_dropped_address_that_the_page_may_read_is_opened(
     opened: Page, small_png: Path, kind: str
 ) -> None:
