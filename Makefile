@@ -19,7 +19,7 @@ help: ## show this list
 $(READY): pyproject.toml
 	@{ $(BIN)/python deploy/check_setup.py && $(BIN)/python -m pip -V; } >/dev/null 2>&1 || { \
 		command -v "$(PYTHON)" >/dev/null || \
-			{ echo "there is no $(PYTHON); name Python 3.11 or 3.12: make PYTHON=…"; exit 1; }; \
+			{ echo "there is no $(PYTHON); choose Python 3.11 or 3.12 with make PYTHON=…"; exit 1; }; \
 		"$(PYTHON)" deploy/check_setup.py || exit; \
 		echo "The first set-up takes some minutes and 6.5 GB, most of it torch with CUDA."; \
 		echo "Without a GPU, 2.5 GB do: set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels."; \

@@ -1,6 +1,6 @@
-"""Check, before anything is downloaded, that this Python can make the environment: `make setup`.
+"""Check that this Python can create the environment, before `make setup` downloads anything.
 
-Any version of Python can run this file: it has to tell old ones that they are too old.
+This file runs on any version of Python, so that users of old ones read which version is needed.
 """
 
 import os
@@ -17,7 +17,7 @@ def fault():  # type: ignore[no-untyped-def]  # old Pythons have no annotations
     if sys.version_info[:2] not in VERSIONS:
         return (
             "Afterimage needs Python 3.11 or 3.12, and this is " + version + "; "
-            "name another: make PYTHON=python3.12"
+            "choose another with make PYTHON=python3.12"
         )
     try:
         import ensurepip  # noqa: F401

@@ -1,7 +1,7 @@
-"""Folders whose files are trusted: no other user may change, replace or add any of them.
+"""Checks that no other user can change, replace or add files in a folder.
 
-Compiled code that is cached in a folder runs in this process, and pictures and weights in a folder
-are served. Other users are all but this process's user and root.
+The process runs compiled code from its cache folder, and serves pictures and weights from folders.
+Other users are all users except root and the one that runs this process.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ class UntrustedFolder(AfterimageError):
 
 
 def private(folder: Path, mode: int = 0o700) -> Path:
-    """Create a folder and its parents, with `mode`, unless they exist; check it; return it.
+    """Create a folder and its parents, with `mode`, where they are missing; check and return it.
 
     Raises `UntrustedFolder`, and `OSError` if it cannot be created.
     """
@@ -39,11 +39,10 @@ def private(folder: Path, mode: int = 0o700) -> Path:
 def check(folder: Path, recursive: bool = True) -> None:
     """Raise `UntrustedFolder` if another user could change the folder, or has put files there.
 
-    Files in subfolders are checked if `recursive`.
-
-    A folder that is missing, or that this process may not read, holds nothing to trust. Its parents
-    are checked too, since who may rename a folder can put another in its place. Parents that all
-    may write, such as /tmp, are accepted if their sticky bit is set.
+    Files in subfolders are checked if `recursive`. A missing folder passes, and so does one that
+    this process may not read: nothing is loaded from it. Parents are checked too, since a user who
+    can rename a folder can put another one in its place. Parents that every user may write are
+    accepted if their sticky bit is set, as that of /tmp.
     """
     _check_path(folder, may_be_sticky=False)
     for place, status in _contents(folder, recursive):
@@ -52,9 +51,9 @@ def check(folder: Path, recursive: bool = True) -> None:
 
 
 def check_parent(folder: Path) -> None:
-    """Raise `UntrustedFolder` if another user could replace a folder that this process makes here.
+    """Raise `UntrustedFolder` if another user could replace what this process creates in a folder.
 
-    Unlike `check`, accepts folders that all may write and whose sticky bit is set, such as /tmp.
+    Unlike `check`, accepts a folder that every user may write if its sticky bit is set, as /tmp.
     """
     _check_path(folder, may_be_sticky=True)
 
@@ -72,9 +71,9 @@ def is_trusted(status: os.stat_result) -> bool:
 
 
 def _steps(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Folders and symbolic links from the root to `path`, followed as the kernel does.
+    """Yield each folder and symbolic link from the root to `path`, resolved as the kernel does.
 
-    Ends before the first that is missing. Raises `OSError` for too many links.
+    Stops at the first that is missing or cannot be read. Raises `OSError` for too many links.
     """
     place, rest, links = Path("/"), list(reversed(path.absolute().parts[1:])), 0
     yield place, place.lstat()
@@ -111,7 +110,7 @@ def _check_owner(place: Path, status: os.stat_result, folder: Path) -> None:
     if status.st_uid not in {os.geteuid(), 0}:
         raise UntrustedFolder(
             f"{folder} is not safe: {place} belongs to the user {_user(status.st_uid)}, who could "
-            "run code or forge files here; use another folder, or change the owner to "
+            "run code or forge files here; use another folder, or change its owner to "
             f"{_user(os.geteuid())}"
         )
 
@@ -124,13 +123,13 @@ def _check_mode(place: Path, status: os.stat_result, folder: Path, may_be_sticky
         return
     if not _is_volume(place, status):
         raise UntrustedFolder(
-            f"{folder} is not safe: {writers} may write {place}, run code and forge files here; "
-            f"use another folder, or `chmod go-w {place}`"
+            f"{folder} is not safe: {writers} may write {place}, and so could run code or forge "
+            f"files here; use another folder, or run `chmod go-w {place}`"
         )
 
 
 def _writers(status: os.stat_result) -> str:
-    """Other users that may write, in words; empty if there are none."""
+    """Other users that may write the file, as text for an error; empty if there are none."""
     if status.st_mode & stat.S_IWOTH:
         return "every user"
     if status.st_mode & stat.S_IWGRP and _has_other_members(status.st_gid):
@@ -139,11 +138,11 @@ def _writers(status: os.stat_result) -> str:
 
 
 def _has_other_members(gid: int) -> bool:
-    """Whether a group may have other members than this process's user and root.
+    """True if a group may have members other than this process's user and root.
 
-    Accepted are root's group, in which OpenShift runs containers; a group of this process without a
-    name, as that of a volume in Kubernetes (`fsGroup`); and the user's own group, which has the
-    user's name.
+    False for root's group, in which OpenShift runs containers; for a group of this process that has
+    no name, as that of a Kubernetes volume (`fsGroup`); and for the user's own group of the same
+    name.
     """
     if gid == 0:
         return False
@@ -156,9 +155,9 @@ def _has_other_members(gid: int) -> bool:
 
 
 def _is_volume(place: Path, status: os.stat_result) -> bool:
-    """True for the root of a volume in Kubernetes, which makes some of them writable for all.
+    """True for a volume that Kubernetes has mounted here.
 
-    Only the containers of the pod see it.
+    Kubernetes makes some volumes writable for all, but only the containers of a pod see them.
     """
     return _IN_KUBERNETES in os.environ and status.st_uid == 0 and os.path.ismount(place)
 

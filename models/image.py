@@ -72,7 +72,7 @@ _TRANSPOSE: Mapping[object, Image.Transpose] = {
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture file's pixels (H, W, 3) in sRGB, and what its owner should know about them."""
+    """A picture file's pixels (H, W, 3) in sRGB, and notes for the user, e.g. on truncation."""
 
     pixels: Pixels
     notes: tuple[str, ...] = ()
@@ -87,7 +87,7 @@ def read(data: bytes, max_pixels: int) -> Pixels:
 
     Raises `UnsupportedPicture` for other formats and for HDR, `PictureTooLarge` for more than
     `max_pixels` (before they are decoded), `PictureError` for a damaged or truncated file. A file
-    that lacks only its end, but no pixels, is read.
+    that lacks only its last bytes, but no pixels, is read.
     """
     picture = read_with_notes(data, max_pixels)
     if picture.notes:
@@ -161,7 +161,7 @@ def _upright(picture: Image.Image, orientation: int | None) -> Image.Image:
 
 
 def _to_rgb(picture: Image.Image, colour: Colour | bytes | None) -> Pixels:
-    """Convert any mode to RGB: apply the colours and blend transparent pixels with white."""
+    """Convert a picture of any mode to sRGB, and blend transparent pixels with white."""
     alpha = None
     if picture.mode in {"P", "PA", "1", "YCbCr"} or "transparency" in picture.info:
         picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")

@@ -1,4 +1,4 @@
-"""BMP files with bit fields that Pillow does not know."""
+"""BMP files with bit fields that Pillow does not read."""
 
 import struct
 
@@ -15,7 +15,7 @@ _KNOWN = {
     (16, (0x7C00, 0x3E0, 0x1F, 0)),
     (32, (0xFF0000, 0xFF00, 0xFF, 0)),
 }
-"""Bits and masks of red, green, blue and alpha that Pillow reads, and faster."""
+"""Bits per pixel, and masks of red, green, blue and alpha, which Pillow reads faster."""
 
 
 def read_fields(data: bytes, max_pixels: int) -> Image.Image | None:

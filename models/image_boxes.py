@@ -1,4 +1,7 @@
-"""Boxes of AVIF and HEIC files (ISO/IEC 14496-12 and 23008-12): colours and clean aperture."""
+"""Reads the colours and the clean aperture of AVIF and HEIC files.
+
+Boxes are specified in ISO/IEC 14496-12 and 23008-12.
+"""
 
 import struct
 from collections.abc import Iterator
@@ -15,13 +18,13 @@ _MAX_BOXES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Properties:
-    """What the file says about its main picture and Pillow does not tell."""
+    """Properties of a file's main picture that Pillow does not return."""
 
     codes: tuple[int, int] | None = None  # colour primaries and transfer function
     aperture: tuple[Fraction, ...] | None = None  # width, height, horizontal and vertical shift
 
     def colour(self) -> Colour | None:
-        """Raises `UnsupportedPicture` for HDR."""
+        """Return the colours; None without codes. Raises `UnsupportedPicture` for HDR."""
         return image_color.from_codes(*self.codes) if self.codes else None
 
     def crop(self, width: int, height: int) -> tuple[int, int, int, int] | None:
@@ -40,7 +43,7 @@ class Properties:
 
 
 def properties(data: bytes) -> Properties:
-    """Read the properties of the main picture; what is broken is left out."""
+    """Read the properties of the main picture; broken ones are left out."""
     try:
         boxes = _main_properties(data)
     except (struct.error, IndexError):
@@ -68,16 +71,16 @@ def _main_properties(data: bytes) -> list[Box]:
     if b"pitm" in meta and b"iprp" in meta:
         pitm = meta[b"pitm"]
         item = int.from_bytes(pitm[4:6] if pitm[0] == 0 else pitm[4:8], "big")
-        return _of_item(meta[b"iprp"], item)
-    found = top.get(b"moov", b"")
+        return _item_properties(meta[b"iprp"], item)
+    content = top.get(b"moov", b"")
     for name, skip in (
         (b"trak", 0), (b"mdia", 0), (b"minf", 0), (b"stbl", 0), (b"stsd", 0), (b"av01", 8)
     ):  # fmt: skip
-        found = dict(reversed(list(_boxes(found[skip:])))).get(name, b"")
-    return list(_boxes(found[78:]))  # behind the fields of a visual sample entry
+        content = dict(reversed(list(_boxes(content[skip:])))).get(name, b"")
+    return list(_boxes(content[78:]))  # after the fields of a visual sample entry
 
 
-def _of_item(iprp: bytes, item: int) -> list[Box]:
+def _item_properties(iprp: bytes, item: int) -> list[Box]:
     """Return the properties that box `ipma` associates with the item."""
     parts = list(_boxes(iprp))
     known = [box for name, content in parts if name == b"ipco" for box in _boxes(content)]
@@ -96,11 +99,11 @@ def _associated(ipma: bytes, item: int) -> Iterator[int]:
     wide = ipma[3] & 1
     count, at = int.from_bytes(ipma[4:8], "big"), 8
     for _ in range(min(count, len(ipma))):
-        found = int.from_bytes(ipma[at : at + id_size], "big")
+        entry = int.from_bytes(ipma[at : at + id_size], "big")
         number = ipma[at + id_size]
         at += id_size + 1
         size = 2 if wide else 1
-        if found == item:
+        if entry == item:
             for start in range(at, at + number * size, size):
                 value = int.from_bytes(ipma[start : start + size], "big")
                 yield value & (0x7FFF if wide else 0x7F)
@@ -108,6 +111,7 @@ def _associated(ipma: bytes, item: int) -> Iterator[int]:
 
 
 def _boxes(data: bytes) -> Iterator[Box]:
+    """Yield the boxes in the content of a box, or in a file."""
     at = 0
     for _ in range(_MAX_BOXES):
         if at + 8 > len(data):

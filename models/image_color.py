@@ -1,4 +1,4 @@
-"""Convert colours to sRGB: from primaries and curves, from their codes, from ICC profiles.
+"""Convert colours to sRGB, given as primaries and curves, as codes, or as an ICC profile.
 
 The codes are those of ITU-T H.273 ("CICP"), which PNG (chunk cICP), AVIF and HEIC (box colr) use.
 """
@@ -19,12 +19,12 @@ Floats = NDArray[np.float64]
 Curve = Callable[[Floats], Floats]
 """Encoded value in 0…1 -> linear light."""
 _ROWS = 256
-"""Rows that are converted at once, which bounds the memory for floating-point values."""
+"""Rows that are converted at a time, which limits the memory for floating-point values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Colour:
-    """What a picture's RGB samples mean."""
+    """The colour space of a picture's RGB samples."""
 
     curves: tuple[Curve, Curve, Curve]
     matrix: Floats  # (3, 3): linear RGB -> linear sRGB
@@ -68,7 +68,7 @@ def srgb_curve(x: Floats) -> Floats:
 
 
 def gamma_curve(x: Floats, exponent: float) -> Floats:
-    """A power of `exponent`."""
+    """x to the power of `exponent`."""
     linear: Floats = np.maximum(x, 0) ** exponent
     return linear
 
@@ -93,12 +93,12 @@ _CURVES: Mapping[int, Curve] = {
     8: partial(gamma_curve, exponent=1.0),
     17: _cinema_curve,
 }
-"""H.273, table 3. All other codes are taken for sRGB's: the curves of BT.601, BT.709 and BT.2020
-describe cameras, and browsers show their pictures with sRGB's curve."""
+"""H.273, table 3. All other codes count as sRGB: the curves of BT.601, BT.709 and BT.2020 describe
+cameras, and browsers show such pictures with sRGB's curve."""
 
 
 def from_codes(primaries: int, transfer: int, full_range: bool = True) -> Colour | None:
-    """Return the colours of two codes of H.273; None if they are sRGB's or not known.
+    """Return the colours for two codes of H.273; None for sRGB and for unknown codes.
 
     Raises `UnsupportedPicture` for the HDR curves PQ and HLG, and for logarithmic curves.
     """
@@ -115,10 +115,10 @@ def from_codes(primaries: int, transfer: int, full_range: bool = True) -> Colour
 
 
 def from_gamma(gamma: float | None, chromaticities: tuple[float, ...] | None) -> Colour | None:
-    """Return the colours of a PNG's gAMA and cHRM; None if they are nearly sRGB's or impossible.
+    """Return the colours for a PNG's gAMA and cHRM; None if they are close to sRGB or impossible.
 
-    `gamma` is the encoding exponent, such as 1/2.2. If it is missing, the curve is sRGB's. As in
-    libpng, exponents less than 5 % from 1/2.2 are taken for sRGB's curve.
+    `gamma` is the encoding exponent, such as 1/2.2. If it is missing or, as in libpng, less than
+    5 % from 1/2.2, the curve is sRGB's.
     """
     curve: Curve = srgb_curve
     if gamma and abs(gamma * 2.2 - 1) > 0.05:
@@ -139,8 +139,8 @@ def from_gamma(gamma: float | None, chromaticities: tuple[float, ...] | None) ->
 def from_profile(profile: bytes) -> Colour | None:
     """Return the colours of an ICC profile that consists of curves and a matrix; None for others.
 
-    For samples of 16 bits, since littleCMS is given only 8 bits by Pillow. A grey profile has one
-    curve for all channels.
+    It serves samples of 16 bits: Pillow gives littleCMS, which applies profiles, only 8 bits. The
+    one curve of a grey profile is used for all channels.
     """
     try:
         tags = _profile_tags(profile)
@@ -168,7 +168,7 @@ def _profile_tags(profile: bytes) -> dict[bytes, bytes]:
 
 
 def _profile_curve(tag: bytes) -> Curve:
-    """ICC.1:2022, 10.6 (curv) and 10.18 (para). Raises `ValueError` for other kinds."""
+    """Parse a curve (ICC.1:2022, 10.6 curv, 10.18 para). Raises `ValueError` for other types."""
     if tag[:4] == b"curv":
         count = int.from_bytes(tag[8:12], "big")
         values = np.frombuffer(tag[12 : 12 + 2 * count], ">u2").astype(np.float64)
@@ -180,8 +180,8 @@ def _profile_curve(tag: bytes) -> Curve:
     kind = int.from_bytes(tag[8:10], "big")
     if tag[:4] != b"para" or kind > 4:
         raise ValueError("unknown kind of curve")
-    given = np.frombuffer(tag[12 : 12 + 4 * (1, 3, 4, 5, 7)[kind]], ">i4") / 65536
-    g, a, b, c, d, e, f = [float(v) for v in given] + [0.0] * (7 - len(given))
+    values = np.frombuffer(tag[12 : 12 + 4 * (1, 3, 4, 5, 7)[kind]], ">i4") / 65536
+    g, a, b, c, d, e, f = [float(v) for v in values] + [0.0] * (7 - len(values))
     if kind == 0:
         return partial(gamma_curve, exponent=g)
     if kind < 3:  # d is where a*x + b becomes positive; below it the curve is c
@@ -246,7 +246,7 @@ def _to_xyz(points: tuple[float, ...]) -> Floats:
 
 
 def _pairs(points: tuple[float, ...]) -> list[tuple[float, float]]:
-    """Pairs of x and y. A primary may have y = 0 (XYZ itself); a white may not."""
+    """Pairs of x and y. A primary may have y = 0, as those of XYZ; white may not."""
     if points[7] == 0:
         raise ZeroDivisionError("a white without light")
     return [(x, y or 1e-9) for x, y in zip(points[::2], points[1::2], strict=True)]

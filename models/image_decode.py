@@ -1,4 +1,4 @@
-"""Decode each picture format to a Pillow picture, with what is known of its colours."""
+"""Decode a file of any picture format to a Pillow picture, with its colours and orientation."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -30,9 +30,9 @@ MISSING = "the picture is truncated: pixels are missing"
 
 @dataclass(slots=True)
 class Decoded:
-    """A picture as it is stored: not yet upright, converted to sRGB or blended with white.
+    """A picture as the file stores it: not yet turned upright, converted to sRGB, or put on white.
 
-    `colour` is an ICC profile if it is bytes, and sRGB if it is None.
+    `colour` is an ICC profile (bytes), other colours, or None for sRGB.
     """
 
     picture: Image.Image
@@ -101,9 +101,9 @@ def _png(data: bytes, format: str, max_pixels: int) -> Decoded:
 def _with_transparent_colour(
     picture: Image.Image, depth: int, transparent: tuple[int, ...]
 ) -> Image.Image:
-    """Return a grey or RGB picture of up to 8 bits with an alpha channel.
+    """Return a grey or RGB picture of up to 8 bits in which one colour is transparent.
 
-    Pillow stretches samples of less than 8 bits to 0…255.
+    `transparent` has `depth` bits. Pillow has stretched such samples to 0…255.
     """
     picture = picture.convert("L") if picture.mode == "1" else picture.copy()
     samples = np.asarray(picture).reshape(picture.height, picture.width, -1)
@@ -117,7 +117,7 @@ def _with_transparent_colour(
 def _alpha(
     samples: NDArray[Any], has_alpha: bool, transparent: tuple[int, ...] | None
 ) -> Image.Image | None:
-    """Return the opacity (L) of samples (H, W, C): their last channel, or from one colour."""
+    """Return the opacity (mode L) of samples (H, W, C): their last channel, or 0 for one colour."""
     if has_alpha:
         return Image.fromarray((samples[..., -1] >> 8).astype(np.uint8))
     if transparent is None:
@@ -197,7 +197,7 @@ def _avif(data: bytes, format: str, max_pixels: int) -> Decoded:
 
 
 def _heic(data: bytes, format: str, max_pixels: int) -> Decoded:
-    """Decode a HEIC file; libheif crops and turns it."""
+    """Decode a HEIC file. libheif applies the clean aperture and the orientation."""
     heif = importlib.import_module("pi_heif").open_heif(data)
     check_size(heif.size[1], heif.size[0], max_pixels)
     colour = heif.info.get("icc_profile") or image_boxes.properties(data).colour()
@@ -205,7 +205,7 @@ def _heic(data: bytes, format: str, max_pixels: int) -> Decoded:
 
 
 def _jxl(data: bytes, format: str, max_pixels: int) -> Decoded:
-    """Decode a JPEG XL file; libjxl turns it."""
+    """Decode a JPEG XL file. libjxl applies the orientation."""
     width, height = image_jxl.size(data)
     check_size(height, width, max_pixels)
     return Decoded(*image_jxl.read(data))
@@ -224,7 +224,7 @@ _DECODERS: Mapping[str, Callable[[bytes, str, int], Decoded]] = {
 
 
 def _load(source: ImageFile.ImageFile) -> tuple[str, ...]:
-    """Decode the pixels; those that a truncated file lacks stay black. Returns the notes."""
+    """Decode the pixels and return notes. Pixels that a truncated file lacks stay black."""
     try:
         source.load()
     except OSError as e:
@@ -244,7 +244,7 @@ def _missing(picture: Image.Image) -> tuple[str, ...]:
 
 
 def _orientation(source: Image.Image) -> int | None:
-    """Return the orientation from Exif data alone: viewers do not heed XMP's."""
+    """Return the orientation in Exif data. That in XMP is ignored, as in viewers."""
     exif = source.info.get("exif")
     return image_tiff.orientation(exif) if isinstance(exif, bytes) else None
 
@@ -267,7 +267,7 @@ def _sixteen_bits(picture: Image.Image) -> NDArray[np.uint16]:
 
 
 def _exact(colour: Colour | bytes | None) -> Colour | None:
-    """Return colours that can be applied to 16 bits; None for an ICC profile with tables."""
+    """Return colours for samples of 16 bits; None for sRGB and for ICC profiles with tables."""
     return image_color.from_profile(colour) if isinstance(colour, bytes) else colour
 
 

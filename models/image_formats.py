@@ -1,4 +1,4 @@
-"""Which picture format a file has, and why it is not read."""
+"""Recognises picture formats by their first bytes, and names those that are not read."""
 
 import importlib.util
 import io
@@ -70,30 +70,33 @@ _BRANDS = 64
 
 
 def name_of(data: bytes) -> str | None:
-    """Return a file's format by its first bytes, as Pillow names it if it is read; None if the
-    format is not known."""
+    """Return a file's format by its first bytes; None if it is unknown.
+
+    Formats that can be read have Pillow's name.
+    """
     for start, name in _STARTS:
         if data.startswith(start):
             return name
     if data[:4] in _TIFF_STARTS:
         return "TIFF"
     if data[4:8] == b"ftyp":
-        return _of_brands(data)
+        return _format_of_brands(data)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
     if data[:1] == b"P" and data[1:2] in b"123456fFy" and data[2:3].isspace():
         return "PPM"
-    return _of_text(data)
+    return _text_format(data)
 
 
-def _of_text(data: bytes) -> str | None:
+def _text_format(data: bytes) -> str | None:
     head = data[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith(b"<svg") or (head.startswith(b"<?xml") and b"<svg" in head):
         return "SVG"
     return "HTML" if head.startswith((b"<!doctype html", b"<html")) else None
 
 
-def _of_brands(data: bytes) -> str | None:
+def _format_of_brands(data: bytes) -> str | None:
+    """The format by the brands in box `ftyp` (ISO/IEC 14496-12, 4.3)."""
     size = min(int.from_bytes(data[:4], "big"), _BRANDS)
     brands = {data[8:12], *(data[at : at + 4] for at in range(16, size, 4))}
     if data[8:12] == b"crx ":
@@ -114,6 +117,7 @@ def readable() -> list[str]:
 
 
 def usual_name(format: str) -> str:
+    """Return the name that users know for Pillow's name of a format."""
     return _NAMES.get(format, format)
 
 
@@ -125,7 +129,7 @@ def check(data: bytes) -> str:
     use = f"use {', '.join(readable())}"
     if name is None:
         use = text_bodies.advice(data) or use
-        raise UnsupportedPicture(f"the file is no picture in a known format; {use}")
+        raise UnsupportedPicture(f"the file is not a picture in a known format; {use}")
     if name in OPTIONAL and importlib.util.find_spec(OPTIONAL[name][0]):
         return name
     if name in OPTIONAL:
@@ -158,7 +162,7 @@ def open_file(data: bytes, format: str) -> ImageFile.ImageFile:
 
 
 def _hidden_reason(data: bytes, format: str) -> str:
-    """`Image.open` hides why a reader refuses a file; the reader itself tells it."""
+    """The reason why Pillow's reader of a format refuses a file, which `Image.open` hides."""
     opener: Any = Image.OPEN[format][0]
     try:
         opener(io.BytesIO(data), "")
@@ -168,4 +172,4 @@ def _hidden_reason(data: bytes, format: str) -> str:
 
 
 _VARIANT = ("unsupported", "unknown pixel mode", "cannot handle", "not implemented", "unrecognized")
-"""Pillow's reasons that are about a valid variant, rather than about damage."""
+"""Parts of Pillow's errors about valid files of a variant that it does not read."""

@@ -1,4 +1,4 @@
-"""JPEG files: limits, and files that end early."""
+"""JPEG files: checks before decoding, and truncated files."""
 
 import io
 
@@ -8,11 +8,11 @@ from models.errors import PictureError, UnsupportedPicture
 
 MAX_SCANS = 1000
 """Limit on scans in a JPEG file. A scan can be as short as 14 bytes, and each takes 1 ms per
-megapixel to decode. Cameras write one scan, progressive files ten. Scans are counted by their
-marker, and data behind the picture may contain some hundred more markers."""
+megapixel to decode. Cameras write one scan, progressive files have ten. Scans are counted by their
+marker; data after the picture, such as previews, may contain some hundred more."""
 _END = b"\xff\xd9"
 _FILLER = b"\x5a\xa5\x36\x99" * 16
-"""Bits that no encoder wrote."""
+"""Arbitrary data in place of missing data. It changes the picture only if pixels are missing."""
 _NOT_READ = {0xC3: "lossless", 0xC5: "hierarchical", 0xC6: "hierarchical", 0xC7: "hierarchical",
              0xCB: "lossless", 0xCD: "hierarchical", 0xCE: "hierarchical",
              0xCF: "hierarchical"}  # fmt: skip
@@ -22,7 +22,11 @@ _MAX_SEGMENTS = 10_000
 
 
 def check(data: bytes) -> None:
-    """Refuse processes that libjpeg does not decode, and files of too many scans."""
+    """Check a file before Pillow opens it.
+
+    Raises `UnsupportedPicture` for processes that libjpeg does not decode, `PictureError` for too
+    many scans.
+    """
     scans = data.count(b"\xff\xda")
     if scans > MAX_SCANS:
         raise PictureError(f"the JPEG file has {scans} scans; the limit is {MAX_SCANS} scans")
@@ -50,14 +54,14 @@ def _frame(data: bytes) -> int:
 
 
 def read_truncated(data: bytes) -> tuple[Image.Image, bool]:
-    """Decode a file that ends early, with grey where pixels are missing, as browsers do.
+    """Decode a truncated file, with grey where pixels are missing, as browsers do.
 
-    The second value says whether all pixels are there. If they are, bits that follow the file's
-    last byte change nothing.
+    The second value is True if only the end of the file is missing, but no pixels. In that case,
+    the picture does not depend on what follows the file's last byte.
     """
-    rest = data.rstrip(b"\xff")
+    start = data.rstrip(b"\xff")
     picture, filled = (
-        Image.open(io.BytesIO(rest + more + _END), formats=["JPEG"]) for more in (b"", _FILLER)
+        Image.open(io.BytesIO(start + rest + _END), formats=["JPEG"]) for rest in (b"", _FILLER)
     )
     picture.load()
     filled.load()

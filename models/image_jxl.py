@@ -10,13 +10,14 @@ from models.errors import PictureError
 
 _CONTAINER = b"\0\0\0\x0cJXL \r\n\x87\n"
 _RATIOS = {1: (1, 1), 2: (12, 10), 3: (4, 3), 4: (3, 2), 5: (16, 9), 6: (5, 4), 7: (2, 1)}
-"""ISO/IEC 18181-1, table of SizeHeader's ratio -> width to height."""
+"""Ratio in SizeHeader (ISO/IEC 18181-1) -> width and height."""
 
 
 def size(data: bytes) -> tuple[int, int]:
-    """Return width and height (ISO/IEC 18181-1, SizeHeader), since the plugin decodes at once.
+    """Return width and height, read from SizeHeader (ISO/IEC 18181-1).
 
-    Raises `PictureError` if there is no codestream.
+    The plugin decodes a file as soon as it opens it, so the size must be checked before. Raises
+    `PictureError` if there is no codestream.
     """
     stream = _codestream(data) if data.startswith(_CONTAINER) else data[:64]
     if stream[:2] != b"\xff\x0a":
@@ -42,7 +43,7 @@ def size(data: bytes) -> tuple[int, int]:
 
 
 def _codestream(data: bytes) -> bytes:
-    """Return the beginning of the codestream in a container."""
+    """Return the first bytes of the codestream in a container; empty if there is none."""
     at = 0
     for _ in range(1000):
         length, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]

@@ -1,7 +1,7 @@
-"""PNG files: which chunks count, and samples of 16 bits, which Pillow cuts to 8.
+"""PNG files: reads the chunks that matter, and samples of 16 bits, which Pillow cuts to 8.
 
-Only the chunks that pixels need are given to Pillow. So a long or broken text cannot refuse a
-picture. As in browsers, an ancillary chunk with a wrong checksum is ignored.
+Pillow gets only the chunks that it needs for the pixels, since it refuses pictures with long or
+broken texts. An ancillary chunk with a wrong checksum is ignored, as in browsers.
 """
 
 import io
@@ -35,7 +35,7 @@ _PASSES = (
 
 @dataclass(slots=True)
 class Png:
-    """What counts of a PNG file."""
+    """The header and the chunks of a PNG file that are used."""
 
     width: int
     height: int
@@ -54,7 +54,7 @@ class Png:
         return self.kind in {4, 6}
 
     def file(self) -> io.BytesIO:
-        """A PNG file of the chunks that pixels need."""
+        """Return a PNG file with only the chunks that are needed for the pixels."""
         out = io.BytesIO()
         out.write(SIGNATURE + _chunk(b"IHDR", self.other[b"IHDR"]))
         if self.kind == _PALETTE:
@@ -64,13 +64,13 @@ class Png:
         for part in self.idat:
             out.write(struct.pack(">I4s", len(part), b"IDAT"))
             out.write(part)
-            out.write(bytes(4))  # Pillow does not check it: the pixels have a checksum of their own
+            out.write(bytes(4))  # the checksum, which Pillow does not read here
         out.write(_chunk(b"IEND", b""))
         out.seek(0)
         return out
 
     def colour(self) -> Colour | bytes | None:
-        """Return the colours or an ICC profile; None if they are sRGB's.
+        """Return the colours or an ICC profile; None for sRGB.
 
         The order is that of the PNG specification (third edition, 4.3): cICP, iCCP, sRGB, and then
         gAMA with cHRM. Raises `UnsupportedPicture` for HDR.
@@ -99,10 +99,11 @@ class Png:
         return tuple(v & mask for v in struct.unpack(f">{size // 2}H", content))
 
     def samples(self) -> tuple[NDArray[np.uint16], bool]:
-        """Decode a file of 16 bits: (H, W, channels), and whether all pixels are there.
+        """Decode a file of 16 bits to samples (H, W, channels); False if pixels are missing.
 
-        Filters work on bytes at a distance of one pixel. Therefore the upper bytes of all samples
-        make a PNG of 8 bits with the same filters, and so do the lower bytes.
+        PNG's filters work on single bytes: each is predicted from the same byte of neighbouring
+        pixels. So the upper bytes of all samples form a PNG of 8 bits with the same filters, and so
+        do the lower bytes. Pillow decodes both.
         """
         channels = _CHANNELS[self.kind]
         out = np.zeros((self.height, self.width, channels), np.uint16)
@@ -178,10 +179,10 @@ _USED = {b"PLTE", b"tRNS", b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"eXIf"}
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview, bool]]:
-    """Yield name, content, and whether the checksum is right, of each chunk up to IEND.
+    """Yield name, content, and True if the checksum is right, of each chunk before IEND.
 
-    Checksums of pixels and of chunks that are not used are not checked. The last chunk of a
-    truncated file may be short.
+    For IDAT and for chunks that are not used, the third value is False: their checksums are not
+    computed. The last chunk of a truncated file may be short.
     """
     view, at = memoryview(data), len(SIGNATURE)
     while at + 8 <= len(data):

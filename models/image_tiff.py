@@ -1,4 +1,4 @@
-"""TIFF files, and Exif data, which have the same structure: what Pillow reads wrongly or not."""
+"""TIFF files and Exif data, which have the same structure: corrects what Pillow reads wrongly."""
 
 import io
 import struct
@@ -12,8 +12,8 @@ from PIL import ExifTags, ImageFile, ImagePalette, TiffImagePlugin
 from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
 
 TiffImagePlugin.READ_LIBTIFF = True
-"""libtiff reads uncompressed files too: Pillow's own reader takes planes of 16 bits for 8, and
-does not know subsampled YCbCr."""
+"""Use libtiff for uncompressed files too: Pillow's own reader reads planes of 16 bits as 8 bits,
+and does not read subsampled YCbCr."""
 _TAG = ExifTags.Base
 _BIGTIFF = 43
 """Version number of TIFF files with 64-bit offsets; other TIFF files have 42."""
@@ -54,10 +54,11 @@ class Directories:
         self.first = self.number(8, 8) if self.big else self.number(4, 4)
 
     def number(self, at: int, size: int) -> int:
+        """Return the unsigned integer of `size` bytes at this offset."""
         return int.from_bytes(self.data[at : at + size], self.order)
 
     def entries(self, directory: int) -> Iterator[Entry]:
-        """Yield the fields of the directory at this offset; none where the file has ended."""
+        """Yield the fields of the directory at this offset, as far as the file contains them."""
         start, size = self._table(directory)
         end = min(self._end(directory), start + _MAX_FIELDS * size, len(self.data) - size + 1)
         for at in range(start, end, size):
@@ -132,12 +133,12 @@ def check(data: bytes, max_pixels: int) -> None:
 
 
 def prepare(source: TiffImagePlugin.TiffImageFile, data: bytes) -> int | None:
-    """Mend what Pillow reads wrongly in an opened file.
+    """Correct what Pillow reads wrongly in an opened file.
 
-    Returns the orientation if Pillow does not apply it itself.
+    Returns the orientation if Pillow would ignore it, because it is stored as BYTE.
     """
-    source.info.pop("xmp", None)  # Pillow looks for an orientation there
-    _mend_palette(source)
+    source.info.pop("xmp", None)  # Pillow would take the orientation from it
+    _correct_palette(source)
     directories = Directories(data)
     for entry in directories.entries(directories.first):
         if entry.tag == _TAG.Orientation and entry.kind == 1:
@@ -150,8 +151,9 @@ def lower_bytes(
 ) -> TiffImagePlugin.TiffImageFile | None:
     """Decode the lower bytes of RGB samples of 16 bits, of which Pillow reads only the upper ones.
 
-    `source` is opened, and not loaded. libtiff returns samples in the byte order of this machine;
-    Pillow's other byte order picks the lower byte. None for other samples and for separate planes.
+    `source` is opened, but not loaded. libtiff returns samples in the byte order of this machine.
+    If Pillow is told the other byte order, it takes the lower byte of each for the upper one.
+    Returns None for other samples and for separate planes.
     """
     modes = {_raw_mode(tile) for tile in source.tile}
     planar = source.tag_v2.get(_TAG.PlanarConfiguration) == 2
@@ -193,9 +195,9 @@ def _tile_size(directories: Directories, directory: int) -> tuple[int, int]:
 
 
 def _is_raw(directories: Directories, directory: int) -> bool:
-    """Whether this directory, or one that hangs on it, holds a sensor's samples.
+    """True if this directory, or one that it refers to, holds samples of a camera's sensor.
 
-    Raw files begin with a small picture for display.
+    The first directory of a raw file holds only a small picture for display.
     """
     if directories.data[8:10] == b"CR":
         return True
@@ -217,8 +219,11 @@ def _is_raw(directories: Directories, directory: int) -> bool:
     return False
 
 
-def _mend_palette(source: TiffImagePlugin.TiffImageFile) -> None:
-    """Some scanners write a palette of 8 bits where TIFF wants 16; libtiff guesses the same way."""
+def _correct_palette(source: TiffImagePlugin.TiffImageFile) -> None:
+    """Read a palette of 8 bits, which some scanners write although TIFF demands 16.
+
+    A palette counts as one of 8 bits if all its values are below 256, as in libtiff.
+    """
     colours = source.tag_v2.get(_TAG.ColorMap, ())
     if source.mode in {"P", "PA"} and colours and max(colours) < 256:
         source.palette = ImagePalette.raw("RGB;L", bytes(colours))
@@ -251,4 +256,5 @@ def as_classic(data: bytes) -> bytes:
 
 
 def is_big_endian_bigtiff(data: bytes) -> bool:
+    """True if the file is a big-endian BigTIFF file."""
     return data[:4] == b"MM\0\x2b"

@@ -6,7 +6,7 @@ _BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{16,}={0,2}")
 
 
 def advice(data: bytes) -> str | None:
-    """Return what is wrong with text in place of a file, and what to send; None for other data."""
+    """Return, for text sent instead of a file, what it is and what to send; None for other data."""
     start = data[:256].lstrip(b"\xef\xbb\xbf \t\r\n")
     if start[:5].lower() == b"data:":
         return "it is a data URL; send the decoded bytes of the file"

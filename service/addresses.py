@@ -1,10 +1,10 @@
-"""IP addresses of clients, in the spelling in which they are compared and counted."""
+"""Normalises the IP addresses of clients, so that they can be compared and counted."""
 
 import ipaddress
 from functools import lru_cache
 
 MAX_LENGTH = 64
-"""Longest name of a client that is kept: proxies may write other names than addresses."""
+"""Length to which a client's name is cut: it may be other text than an address."""
 
 
 @lru_cache(4096)
@@ -22,9 +22,9 @@ def plain(host: str) -> str:
 
 @lru_cache(4096)
 def network(host: str) -> str:
-    """Return what stands for one client: an IPv4 address, or the /64 of an IPv6 address.
+    """Return the network that counts as one client: an IPv4 address, or the /64 of an IPv6 address.
 
-    A host has a whole /64 and may change its address at will.
+    A host can use any address of its /64, so counting addresses would not limit it.
     """
     address = plain(host)
     if ":" not in address or address == "::1":

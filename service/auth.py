@@ -13,7 +13,7 @@ from service.keys import SCOPES, Key, KeysError, Scope
 from service.problems import Forbidden, Unauthorized
 
 CHECK_S = 1.0
-"""Seconds between two checks of the key file. A key that was removed works for at most as long."""
+"""Seconds between two checks of the key file; a removed key works until the next check."""
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class Caller:
     """An authenticated client: its name, its scopes, and the limits set by its key.
 
-    With a link, it may see one picture, whoever has submitted the decode.
+    With a signed link (`has_link`) it may see that link's picture, even in a private service.
     """
 
     name: str
@@ -93,8 +93,8 @@ def anonymous(request: Request) -> Caller:
 def link_holder(request: Request, secret: bytes | None) -> Caller | None:
     """The caller of a GET or HEAD request with a signed link; None for requests without one.
 
-    Its name cannot be that of a key, which may hold no colon. `secret` None disables links. Raises
-    `Unauthorized` if the link was altered or has expired.
+    The caller's name contains a colon, which names of keys cannot contain. Without `secret`, links
+    are disabled. Raises `Unauthorized` if the link was altered or has expired.
     """
     if secret is None or request.method not in {"GET", "HEAD"}:
         return None
@@ -102,7 +102,7 @@ def link_holder(request: Request, secret: bytes | None) -> Caller | None:
         return None
     query = parameters.link_query(request)
     if not signed_urls.valid(secret, prefix.routed(request.scope["path"]), query, time.time()):
-        message = "the link's address was altered, or it has expired; ask for a new link"
+        message = "the link was altered or has expired; ask for a new link"
         raise Unauthorized(message, {"WWW-Authenticate": "Bearer"})
     return Caller(f"link:{client_address(request)}", frozenset(), has_link=True)
 

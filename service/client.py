@@ -244,7 +244,7 @@ class AsyncClient:
         return Update(kind, picture, data.get("step", 0), data.get("total", 0))
 
     def _path(self, reference: str) -> str:
-        """Return a path that the service sent without the path of the client's base URL."""
+        """Return `reference`, a path from the service, relative to the path of the base URL."""
         return reference.removeprefix(self.http.base_url.path.rstrip("/"))
 
     async def _send(self, method: str, path: str, **request: Any) -> httpx.Response:

@@ -30,8 +30,8 @@ async def request_body(request: Request, services: ServicesDep) -> AsyncGenerato
     """Read the body, or the file of a multipart form, within the limits.
 
     Its memory counts against the upload budget until the response is sent.
-    Raises `BodyTooLarge`, `RequestTimeout`, `Busy`; for a form, `MalformedHeader` if it is invalid
-    and `RequestValidationError` if it holds more than a file.
+    Raises `UnsupportedEncoding`, `BodyTooLarge`, `RequestTimeout`, `Busy`; for a form,
+    `MalformedHeader` if it is invalid and `RequestValidationError` if it holds more than a file.
     """
     with services.uploads.upload() as reserve:
         yield await uploads.read(request, services.settings, reserve)
@@ -99,7 +99,7 @@ def within_quota(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable
 
 
 def _joined(request: Request, name: str) -> str:
-    """All headers called `name`, joined to one list."""
+    """The values of all headers called `name`, joined by commas."""
     return ", ".join(request.headers.getlist(name))
 
 
@@ -129,7 +129,7 @@ JobId = Annotated[
 ONLY_KNOWN = Depends(parameters.only_known())
 """A dependency of a router: refuses unknown query parameters."""
 ONLY_KNOWN_ON_LINKS = Depends(parameters.only_known(on_link=True))
-"""The same for routes that links open; analytics' parameters are ignored."""
+"""The same for routes that users open as links: parameters of analytics are ignored."""
 RequestBody = Annotated[bytes, Depends(request_body)]
 DecodeCaller = Annotated[Caller, Depends(within_quota("decode"))]
 EncodeCaller = Annotated[Caller, Depends(within_quota("encode"))]

@@ -1,4 +1,4 @@
-"""Multipart forms as clients write them: finds the files in a form."""
+"""Parses multipart forms, including those of clients that deviate from RFC 7578."""
 
 from collections.abc import AsyncGenerator
 
@@ -34,7 +34,7 @@ class _Parser(MultiPartParser):
     """
 
     def on_headers_finished(self) -> None:
-        """Give a file that has no name one: Starlette recognises files by it."""
+        """Give a file without a name one: Starlette recognises files by their names."""
         part = self._current_part
         _, options = parse_options_header(part.content_disposition)
         if b"filename" not in options and _is_file(part.item_headers):

@@ -45,20 +45,20 @@ class ForwardedFor:
     def client(self, values: Iterable[str], peer: str) -> str:
         """Return the client's address from the headers that the proxy `peer` has sent.
 
-        It is the last entry that is not a proxy's own, or the first if all are, or if every peer is
-        trusted. If an entry that is read is no address, returns `peer` and logs a warning: any text
-        would count as a caller of its own.
+        It is the last entry that is not the address of a trusted proxy. If all entries are, or if
+        every peer is trusted, it is the first entry. If an entry that it reads is no address,
+        returns `peer` and logs a warning: any text would otherwise be a caller with its own quota.
         """
         entries = [entry for value in values for entry in value.split(",") if entry.strip()]
         if self._trust_all:
             entries = entries[:1]
         address = peer
         for entry in reversed(entries):
-            found = parse(entry)
-            if found is None:
+            parsed = parse(entry)
+            if parsed is None:
                 self._warn(entry, peer)
                 return peer
-            address = found
+            address = parsed
             if address not in self._trusted:
                 break
         return address

@@ -12,7 +12,7 @@ PREFERENCE: Sequence[OutputFormat] = ("png", "webp", "avif", "jpeg", "npy")
 MAX_SIDE: Mapping[OutputFormat, int] = {"webp": 16383}
 """Longest side, in pixels, of a picture in the formats that cannot hold `geometry.MAX_SIDE`."""
 MAX_LENGTH, MAX_ITEMS = 8192, 64
-"""Characters and comma-separated items that are read of one header."""
+"""Limits on the characters and the comma-separated items of a header."""
 MAX_WAIT_S = 60
 """The longest `Prefer: wait`, in seconds; longer values are reduced to this."""
 
@@ -39,9 +39,9 @@ class Preferences:
 def picture_format(accept: str | None, width: int = 1, height: int = 1) -> OutputFormat:
     """Return the format that `Accept` prefers for a picture of this size; PNG without the header.
 
-    Call it when a picture is to be sent: other responses are JSON, whatever `Accept` is. Raises
-    `NotAcceptable` if no format in `Accept` can hold the picture, and for a header beyond
-    `MAX_LENGTH` or `MAX_ITEMS`.
+    Call it only before a picture is sent: other responses are JSON, whatever `Accept` is. Raises
+    `NotAcceptable` if no format in `Accept` can hold the picture, and for a header above the limits
+    `MAX_LENGTH` and `MAX_ITEMS`.
     """
     if accept is None or not accept.strip():
         return PREFERENCE[0]
@@ -63,7 +63,7 @@ def picture_format(accept: str | None, width: int = 1, height: int = 1) -> Outpu
 def preferences(prefer: str | None) -> Preferences:
     """Parse `Prefer`; if a preference is repeated, the first counts (RFC 7240).
 
-    A header beyond `MAX_LENGTH` or `MAX_ITEMS` is ignored.
+    A header above the limits `MAX_LENGTH` and `MAX_ITEMS` is ignored.
     """
     values: dict[str, str] = {}
     if _is_too_long(prefer or ""):

@@ -1,4 +1,4 @@
-"""Query parameters: unknown and repeated ones are refused, those of analytics ignored on links."""
+"""Checks query parameters: refuses unknown and repeated ones; on links, ignores analytics' ones."""
 
 import difflib
 import itertools
@@ -30,8 +30,8 @@ MAX_QUOTED = 64
 def only_known(on_link: bool = False) -> Callable[..., Awaitable[None]]:
     """Return a dependency that refuses query parameters that the route does not read.
 
-    `on_link`: the route is opened by links, whose analytics' parameters are ignored and which may
-    be signed. The dependency raises `RequestValidationError`.
+    With `on_link`, for routes that users open as links, parameters of analytics are ignored and
+    those of signatures accepted. The dependency raises `RequestValidationError`.
     """
 
     async def check(request: Request) -> None:
@@ -45,7 +45,7 @@ def only_known(on_link: bool = False) -> Callable[..., Awaitable[None]]:
 
 
 def misplaced(request: Request, fields: Mapping[str, str]) -> RequestValidationError:
-    """Return the error for fields of a multipart form: parameters belong in the URL."""
+    """Return the error for fields of a multipart form: parameters must be in the URL."""
     known = _fields(request)
     faults = []
     for name, value in list(fields.items())[:MAX_FAULTS]:
@@ -63,10 +63,10 @@ def fault(place: str, name: str, message: str) -> dict[str, Any]:
 
 
 def link_query(request: Request) -> str:
-    """The part of a link's query that is signed, in the spelling in which links are made.
+    """Return the query of a link as it was when the link was signed.
 
-    Analytics' parameters are left out, and a value is written as the route reads it: `realism=1`
-    becomes `realism=1.0`.
+    Parameters of analytics are left out, and numbers are written as the service writes them:
+    `realism=1` becomes `realism=1.0`.
     """
     known = _fields(request)
     query = request.scope["query_string"].decode("latin-1")
@@ -93,7 +93,7 @@ def _faults(request: Request, on_link: bool) -> Iterator[dict[str, Any]]:
         if name not in known and not (on_link and name in SIGNATURE_PARAMETERS):
             yield fault("query", name, _unknown(name, known))
         elif count > 1 and not _is_list(known.get(name)):
-            yield fault("query", name, f"is sent {count} times; send it once")
+            yield fault("query", name, f"the parameter is sent {count} times; send it once")
 
 
 def _fields(request: Request) -> dict[str, Any]:

@@ -15,7 +15,8 @@ _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 def parse(text: str) -> str:
     """Return a prefix without a slash at its end; empty if `text` is `/` or empty.
 
-    Raises `ValueError` unless it is a path of plain characters that every client resolves alike.
+    Raises `ValueError` unless it is a path of `_PREFIX`'s characters without `.` and `..`, which
+    clients resolve differently.
     """
     prefix = text.removesuffix("/")
     plain = _PREFIX.fullmatch(prefix[: MAX_LENGTH + 1]) and len(prefix) <= MAX_LENGTH
@@ -28,16 +29,16 @@ def parse(text: str) -> str:
 
 
 def prepend(scope: Scope, prefix: str) -> Scope:
-    """Return the scope of a request whose prefix the proxy has removed, with the prefix."""
+    """Return the scope with the prefix that the proxy has removed from the request's path."""
     raw_path = prefix.encode() + (scope.get("raw_path") or b"")
     return {**scope, "root_path": prefix, "path": prefix + scope["path"], "raw_path": raw_path}
 
 
 def public(path: str) -> str:
-    """Return a path of the API as clients of this request reach it, with the prefix."""
+    """Return a path of the API with the prefix: the path under which the client reaches it."""
     return current.get() + path
 
 
 def routed(path: str) -> str:
-    """Return the path of this request as the API's routes know it, without the prefix."""
+    """Return a path of this request without the prefix, as the API's routes are declared."""
     return path.removeprefix(current.get())

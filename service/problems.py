@@ -226,10 +226,10 @@ def install(app: FastAPI) -> None:
 
 
 def _allowed(app: FastAPI, request: Request, undocumented: str) -> str:
-    """The `Allow` of a request's path, where HEAD is allowed with GET.
+    """The header `Allow` of a request's path; HEAD is allowed wherever GET is.
 
-    Starlette's 405 lists only the methods of one of the path's routes: `undocumented`, for paths
-    that are not in the API's description, such as the page.
+    Starlette's 405 lists the methods of only one of the path's routes. That list, `undocumented`,
+    is used for paths that are not in the OpenAPI document, such as the page's.
     """
     path, templates = prefix.routed(request.scope["path"]), app.openapi()["paths"]
     matching = (t for t in templates if compile_path(t)[0].match(path))

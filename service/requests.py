@@ -47,7 +47,7 @@ class RequestLog:
 class RequestMiddleware:
     """ASGI middleware that passes request and response bodies on without buffering them.
 
-    `root_path` is the path prefix of requests without one of their own.
+    `root_path` is the path prefix of requests that have no `X-Forwarded-Prefix`.
     """
 
     def __init__(self, app: ASGIApp, root_path: str = "") -> None:
@@ -81,7 +81,8 @@ class RequestMiddleware:
 def _routed(scope: Scope, root_path: str) -> Scope:
     """Return the request as it is routed: with its prefix, without a slash at its end, HEAD as GET.
 
-    A proxy may have removed the prefix `root_path` or not. HEAD asks for no `Range`.
+    The proxy may or may not have removed the prefix `root_path`. `Range` of HEAD is ignored, as
+    RFC 9110 says.
     """
     if root_path and not scope.get("root_path"):
         kept = scope["path"].startswith(f"{root_path}/")

@@ -40,7 +40,7 @@ class Services:
     """Set when the server begins to stop; waiting requests and event streams then end."""
 
     def close(self) -> None:
-        """Kill the readers of pictures, drop work that waits, and close the stores' connections."""
+        """Kill the picture readers, drop waiting work, and close the stores' connections."""
         self.encoder.close()
         self.instant.close()
         self.store.close()

@@ -11,7 +11,7 @@ from service import prefix
 from worker.settings import WorkerSettings, listed
 
 ORIGIN = r"^(\*|null|[a-z][a-z0-9+.-]*://[^/,\s]+)$"
-"""What browsers send as `Origin`: no path and no slash at the end; `*`: any."""
+"""Values of the header `Origin`, which have no path and no slash at the end, or `*` for all."""
 
 
 class ServiceSettings(WorkerSettings):
@@ -65,13 +65,19 @@ class ServiceSettings(WorkerSettings):
         2, ge=1, description="instant decodes in parallel; each uses all threads"
     )
     waiting_line: int = Field(
-        64, ge=0, description="requests waiting for an instant decode; more get 503"
+        64,
+        ge=0,
+        description="requests waiting for instant decodes, as many for encodes; more get 503",
     )
     encodes_at_once: int = Field(
-        2, ge=1, description="encodes in parallel, each with a process that reads the photograph"
+        2,
+        ge=1,
+        description="encodes in parallel, each with a process that reads the photograph",
     )
     encode_megapixel_s: float = Field(
-        5, ge=0, description="seconds per megapixel that an encode may take, besides the wait below"
+        5,
+        ge=0,
+        description="seconds per megapixel, added to the request timeout of an encode",
     )
     picture_cpu_s: float = Field(
         10, gt=0, description="CPU seconds that reading a photograph may take; more gets 422"
@@ -80,7 +86,9 @@ class ServiceSettings(WorkerSettings):
         60, gt=0, description="longest wait for a request's body, in seconds"
     )
     request_timeout_s: float = Field(
-        30, gt=0, description="longest wait for an instant picture or for a thread, in seconds"
+        30,
+        gt=0,
+        description="longest wait for an instant picture, or a stage of an encode, in seconds",
     )
     keep_alive_s: int = Field(
         75, ge=1, description="seconds until an idle connection is closed; see Behind a proxy"
@@ -92,7 +100,7 @@ class ServiceSettings(WorkerSettings):
     @model_validator(mode="before")
     @classmethod
     def _keys_are_not_empty(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Refuse an empty variable or file: taking it for unset would open the service to all."""
+        """Refuse an empty variable or file: treated as unset, it would open the service to all."""
         empty = any(k.upper() == "AFTERIMAGE_API_KEYS" and not v for k, v in os.environ.items())
         if values.get("api_keys", "" if empty else None) == "":
             raise ValueError(
@@ -103,7 +111,7 @@ class ServiceSettings(WorkerSettings):
 
     @model_validator(mode="after")
     def _private_has_keys(self) -> Self:
-        """Refuse a private service without keys: an address does not prove who somebody is."""
+        """Refuse a private service without keys: an address does not identify a caller."""
         if self.private and self.api_keys is None:
             raise ValueError(
                 "AFTERIMAGE_PRIVATE is set, but AFTERIMAGE_API_KEYS is not; name the file of API "

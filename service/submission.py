@@ -29,12 +29,12 @@ IDEMPOTENCY_TTL_S = 24 * 3600
 """How long an `Idempotency-Key` is remembered."""
 
 RESOLVERS_PER_CALLER = 2
-"""Webhook hosts of one caller that are resolved at once: a slow name server delays only the callers
-that name it."""
+"""Webhook hosts of one caller that are resolved at once. So a slow name server delays only the
+requests of callers whose webhooks use it."""
 _RESOLVER_THREADS = anyio.CapacityLimiter(32)
 """Threads that resolve webhook hosts; separate, so that slow DNS does not block other requests."""
 _RESOLVERS: WeakValueDictionary[str, anyio.CapacityLimiter] = WeakValueDictionary()
-"""The shares of the callers that have hosts resolved now."""
+"""Caller -> its limiter, while it has hosts resolved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,8 @@ class Submission:
 
     async def respond(self) -> Response:
         """Return the finished picture if it is cached; otherwise queue the job and return the
-        draft, or 202 with `Prefer: respond-async`. Raises `NotAcceptable` before it queues."""
+        draft, or 202 with `Prefer: respond-async`. If it raises `NotAcceptable`, no job is queued.
+        """
         format = self._format()
         location = prefix.public(f"/v1/decodes/{self.decode.id}")
         headers = {"Location": location, "Link": f'<{location}/image>; rel="upgrade"'}
@@ -103,9 +104,10 @@ class Submission:
         )
 
     def _format(self) -> OutputFormat | None:
-        """The format of the picture to send; None to send the status document in its place.
+        """The format of the picture to send; None to send the status document instead.
 
-        Raises `NotAcceptable` unless the client accepts that by `Prefer: respond-async`.
+        None if `Accept` allows no picture and the client sent `Prefer: respond-async`. Raises
+        `NotAcceptable` without that preference.
         """
         try:
             return negotiate.picture_format(self.accept, self.decode.width, self.decode.height)
@@ -119,7 +121,8 @@ class Submission:
     ) -> Response:
         """Queue the job and return 202, or the picture if it is ready within `Prefer: wait`.
 
-        Unlike a question about the state, this does not extend the subscription of `deadline_s`.
+        Unlike `GET` of the decode, the wait does not extend the caller's subscription, which lasts
+        `deadline_s`.
         """
         await self.services.instant.check(self.upload.bitstream)
         state, eta_s = await self._submit()
@@ -143,9 +146,9 @@ class Submission:
     async def _finished(
         self, state: JobState | None, format: OutputFormat | None, headers: dict[str, str]
     ) -> Response | None:
-        """The finished picture, or without a format the status document.
+        """The response for a job that has succeeded: its picture or, without a format, its status.
 
-        None unless the job has succeeded and the picture is still cached.
+        None if the job has not succeeded, or its picture is no longer cached.
         """
         if state is None or state.status != "succeeded":
             return None
@@ -176,7 +179,7 @@ class Submission:
         state, created = jobs.submit(
             self.decode, self.upload.data, self.caller.name, subscription_s
         )
-        if created:  # again: an earlier run that ended meanwhile has removed the registrations
+        if created:  # again: an earlier run may have ended since, which removes the registrations
             self._register_webhooks()
         if self.params.webhooks and state.status in ENDED:
             outbox.job_ended(self.services.store, state.id, *outbox.event(state))

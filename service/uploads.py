@@ -56,8 +56,8 @@ async def read(
 ) -> bytes:
     """Return the request's body or, for a multipart form, the file in it.
 
-    Calls `reserve` with the size of each chunk. Raises `UnsupportedEncoding` and, if Content-Length
-    exceeds the limit, `BodyTooLarge` before reading; `BodyTooLarge`; `RequestTimeout`; for a form,
+    Calls `reserve` with the size of each chunk. Raises `UnsupportedEncoding`, `BodyTooLarge`
+    (without reading, if Content-Length exceeds the limit), `RequestTimeout`; for a form,
     `MalformedHeader` if it is invalid, `RequestValidationError` if it holds fields or a second
     file.
     """
@@ -99,7 +99,7 @@ def _check_encoding(request: Request) -> None:
     """Raise `UnsupportedEncoding` for a compressed body."""
     encoding = ", ".join(request.headers.getlist("content-encoding"))
     if {name.strip().lower() for name in encoding.split(",")} - {"identity", ""}:
-        message = "send the file itself, uncompressed and without this header"
+        message = "send the file uncompressed and without this header"
         raise UnsupportedEncoding(
             f"Content-Encoding is {encoding[: parameters.MAX_QUOTED]!r}; {message}",
             {"Accept-Encoding": "identity"},
@@ -107,10 +107,10 @@ def _check_encoding(request: Request) -> None:
 
 
 async def _only_file(request: Request, form: FormData) -> bytes:
-    """Return the form's file. Empty ones, which are inputs left blank, do not count beside others.
+    """Return the form's file. Empty files, from inputs left blank, are skipped if there is another.
 
-    Raises `MalformedHeader` without a file, `RequestValidationError` for a form that holds more:
-    nothing that is sent is ignored.
+    Raises `MalformedHeader` if there is no file, `RequestValidationError` if there are fields or
+    several files, since a client would not expect them to be ignored.
     """
     items = form.multi_items()
     files = [(name, value) for name, value in items if isinstance(value, UploadFile)]

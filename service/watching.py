@@ -22,10 +22,10 @@ from worker.queue.store import BLOCK_S
 
 
 def find(services: Services, id: str, caller: Caller) -> JobState:
-    """Return the state of a decode, without a change of subscriptions.
+    """Return the state of a decode without extending the caller's subscription.
 
-    Raises `JobNotFound` if it does not exist, or if the service is private and the caller has not
-    submitted the decode: the two cases look the same.
+    Raises `JobNotFound` if it does not exist or if, in a private service, the caller has not
+    submitted it: the caller cannot tell the two cases apart.
     """
     hidden = (
         services.settings.private

@@ -28,7 +28,7 @@ _PREFIX = "AFTERIMAGE_"
 _MAY_BE_EMPTY = (_PREFIX, "NUMBA_", "OMP_", "REDIS_URL", "CACHE_REDIS_URL", "WEB_CONCURRENCY")
 """Beginnings of the names of variables that count as unset when they are empty."""
 _CACHE_FOLDERS = ("openvino", "queue", "spool", "alive")
-"""What is in `cache_dir`, besides numba's folder."""
+"""Folders in `cache_dir`, besides numba's."""
 
 
 def secrets_dir() -> Path | None:
@@ -57,8 +57,8 @@ class EnvironmentSettings(BaseSettings):
 def listed(wanted: str) -> WrapValidator:
     """A validator for tuples that reads `a,b` and JSON lists.
 
-    `wanted` describes the items in its error. Fields need `NoDecode` too, or else they accept JSON
-    only.
+    `wanted` describes the items, for the error. Fields also need `NoDecode`; without it, pydantic
+    accepts only JSON.
     """
 
     def validate(value: Any, validate_items: ValidatorFunctionWrapHandler) -> Any:
@@ -77,7 +77,7 @@ def _items(text: str) -> Any:
 
 
 def faults(error: ValidationError) -> str:
-    """What is wrong with which variable, as one line. Secrets and URLs are not shown."""
+    """One line that names each invalid variable, its value and the reason; no secrets or URLs."""
     lines = []
     for fault in error.errors():
         name = str(fault["loc"][0]).upper() if fault["loc"] else ""
@@ -165,8 +165,8 @@ def prepare_process(settings: WorkerSettings) -> None:
 def _check_folders(settings: WorkerSettings) -> None:
     """Raise `UntrustedFolder` if another user could change the cache or the weights.
 
-    The folder of numba, which loads what it finds there, is created if possible: nobody else can
-    create it later. A weights folder without a manifest is not read.
+    Numba's folder is created here if possible, so that no other user can create it later: numba
+    runs the code that it finds there. A weights folder without a manifest is not read.
     """
     numba = Path(os.environ["NUMBA_CACHE_DIR"])
     with contextlib.suppress(OSError):
@@ -178,9 +178,10 @@ def _check_folders(settings: WorkerSettings) -> None:
 
 
 def _unset_empty_variables() -> None:
-    """Unset empty variables, which compose files and env files define for values that are missing.
+    """Unset empty variables, which compose files and env files define for missing values.
 
-    Only ours and those of some libraries: an empty NO_PROXY or CUDA_VISIBLE_DEVICES has a meaning.
+    Only Afterimage's and those of some libraries are unset: an empty NO_PROXY or
+    CUDA_VISIBLE_DEVICES has a meaning.
     """
     for name, value in list(os.environ.items()):
         if not value and name.startswith(_MAY_BE_EMPTY):

@@ -23,7 +23,7 @@ from worker.queue.store import RECORD_TTL_S
 log = logging.getLogger(__name__)
 
 MAX_PIXEL_BYTES, MAX_METADATA_BYTES = 4, 2**20
-"""Largest size of a spooled file: PNG without compression, and what surrounds the pixels."""
+"""A spooled file may have this many bytes per pixel, as an uncompressed PNG, and for metadata."""
 
 _NAME = re.compile(r"([0-9a-f]{32})\.(\d+)\.png")
 
@@ -52,8 +52,8 @@ class Spool:
     def commit_all(self, jobs: Jobs, exclude: Container[str] = ()) -> None:
         """Commit the pictures of workers that have exited, and delete the files.
 
-        `exclude` holds the ids of jobs whose pictures this process commits itself. If another
-        attempt has begun, the picture is deleted, and so is a file that is not one. Raises
+        `exclude` holds the ids of jobs whose pictures this process commits itself. A picture is
+        deleted if another attempt has begun, and so is a file that is not the job's picture. Raises
         `RedisError`, and `UntrustedFolder` if another user could change the spool.
         """
         folders.check(self.folder)
@@ -89,8 +89,8 @@ class Spool:
 def _read(file: Path, decode: DecodeRequest) -> bytes:
     """Read a spooled picture.
 
-    Raises `NotSpooled` unless it is a file of this user with a PNG of the decode's size, and
-    `FileNotFoundError`.
+    Raises `FileNotFoundError`, and `NotSpooled` unless the file is a PNG of the decode's size that
+    only this user and root may change.
     """
     limit = MAX_PIXEL_BYTES * decode.width * decode.height + MAX_METADATA_BYTES
     try:
@@ -102,9 +102,9 @@ def _read(file: Path, decode: DecodeRequest) -> bytes:
     with open(descriptor, "rb") as source:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or not folders.is_trusted(status):
-            raise NotSpooled(f"{file} is no file of this user")
+            raise NotSpooled(f"{file} is not a file that only this user may change")
         png = source.read(limit + 1)
     size = struct.pack(">4sII", b"IHDR", decode.width, decode.height)
     if len(png) > limit or png[:8] != SIGNATURE or png[12:24] != size:
-        raise NotSpooled(f"{file} is no PNG of {decode.width}×{decode.height} pixels")
+        raise NotSpooled(f"{file} is not a PNG of {decode.width}×{decode.height} pixels")
     return png

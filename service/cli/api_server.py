@@ -52,7 +52,7 @@ class ApiServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the models, then accept connections.
 
-        Raises `CannotListen` if another program has taken the port in the meantime.
+        Raises `CannotListen` if another program has begun to listen on the port meanwhile.
         """
         names = [bound.getsockname()[:2] for bound in sockets or []]
         try:

@@ -59,7 +59,7 @@ def add(commands: Any) -> None:
     encode.set_defaults(run=_encode)
 
     decode = commands.add_parser(
-        "decode", help="decode bitstreams to pictures: png, jpg, webp, avif or npy"
+        "decode", help="decode bitstreams to pictures: PNG, JPEG, WebP, AVIF or NPY"
     )
     options.add_inputs(decode)
     options.add_output(decode)
@@ -81,8 +81,8 @@ def _add_diffusion(decode: argparse.ArgumentParser) -> None:
         "--tier",
         choices=tuple(TIERS),
         default="instant",
-        help="instant: the codec's picture; perceptual: the best-looking; others: samples of what "
-        "the original may have been (default: instant)",
+        help="instant: the codec's picture; perceptual: the most natural picture; others: random "
+        "pictures that the bitstream may stand for (default: instant)",
     )
     decode.add_argument(
         "--seed",
@@ -93,15 +93,15 @@ def _add_diffusion(decode: argparse.ArgumentParser) -> None:
     sampler = decode.add_argument_group("sampler settings", "Default: those of the tier.")
     sampler.add_argument("--steps", type=int, help=f"1 to {MAX_STEPS}; time is proportional to it")
     sampler.add_argument(
-        "--eta", type=float, help="noise of each step of ddim: 0 (none) to 1 (like ddpm)"
+        "--eta", type=float, help="noise that each DDIM step adds: 0 (none) to 1 (as DDPM)"
     )
-    sampler.add_argument("--gamma", type=float, help="scale of the first noise, 0 to 1")
+    sampler.add_argument("--gamma", type=float, help="scale of the initial noise, 0 to 1")
     sampler.add_argument(
         "--guidance",
         type=float,
         help=f"strength of autoguidance, 0 to {MAX_GUIDANCE:g}; 1 is off, others double the time",
     )
-    sampler.add_argument("--sampler", choices=get_args(Sampler), help="how steps are taken")
+    sampler.add_argument("--sampler", choices=get_args(Sampler), help="sampling method")
     decode.add_argument(
         "--realism",
         type=float,

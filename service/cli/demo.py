@@ -30,9 +30,9 @@ QUALITIES = (1, 2, 3)
 START_TIMEOUT_S = 180.0
 """How long a service may take to start; the first start compiles code."""
 LEGEND = f"""
-bytes: of the bitstream, and of the JPEG that is as large. PSNR in dB: higher is closer to the
-original, pixel by pixel. The {TIER} picture has less of it on purpose: its detail is plausible
-instead of averaged away, which the eye prefers and PSNR does not. Compare the pictures; other
+bytes: size of the bitstream, or of the JPEG of about the same size. PSNR in dB: higher is closer to
+the original, pixel by pixel. The {TIER} picture has a lower PSNR by design: it shows plausible
+detail where the codec averages. Viewers prefer that, PSNR does not. Compare the pictures; other
 measures are in tests/bench/README.md. seconds: until the picture has arrived."""
 
 
@@ -143,7 +143,7 @@ def _psnr(a: Image.Image, b: Image.Image) -> float:
 def _service(cache: Path, log: Path) -> Iterator[str]:
     """Run a service on a free port that logs to a file; yields its URL.
 
-    It has a queue of its own, so that it does not draw what `make run` has left in its queue.
+    The service has its own queue, so that it does not run jobs that `make run` left in another one.
     Raises `AfterimageError` if it does not start.
     """
     from worker.queue import private_redis

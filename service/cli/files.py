@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.codec.bitstream import MAGIC
-from models.errors import AfterimageError, PictureError, PictureTooLarge, UnsupportedCodec
+from models.errors import AfterimageError, PictureError, UnsupportedCodec
 from models.files import is_special, write_output
 from service.cli.terminal import complain, note
 
@@ -99,7 +99,7 @@ def read_picture(source: Path) -> bytes:
 
 
 def note_frames(source: Path, data: bytes) -> None:
-    """Say on stderr if a picture file has several frames, of which only the first is encoded."""
+    """Print a note to stderr if a picture file has several frames: only the first is encoded."""
     from PIL import Image
 
     with contextlib.suppress(OSError, EOFError, ValueError, SyntaxError):
@@ -110,11 +110,10 @@ def note_frames(source: Path, data: bytes) -> None:
 
 
 def reason(error: Exception) -> str:
-    """The text of an error without the file's name and `errno`, and with the variable to set."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    hint = "; AFTERIMAGE_MAX_PIXELS sets the limit" if "in all" in str(error) else ""
-    return f"{error}{hint if isinstance(error, PictureTooLarge) else ''}"
+    """The text of an error; that of an `OSError` without the file's name and the error number."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)
 
 
 def picture_format(target: Path) -> "OutputFormat":
@@ -140,8 +139,8 @@ def picture_format(target: Path) -> "OutputFormat":
 def convert_each(targets: dict[Path, Path], convert: Callable[[Path], bytes]) -> int:
     """Write `convert(source)` to the target of each source; returns the exit status.
 
-    Each output is noted on stderr. A file that fails is reported there, and the remaining files
-    are converted.
+    Prints a line for each output to stderr. A file that fails is reported there, and the remaining
+    files are converted.
     """
     from tqdm import tqdm
 

@@ -8,9 +8,9 @@ from typing import Any
 from models.errors import AfterimageError
 
 _EVERYWHERE = {"0.0.0.0": ("127.0.0.1", "IPv4"), "::": ("::1", "IPv6")}
-"""Hosts that stand for all addresses: one that can be visited, and the kind of the addresses."""
+"""Host that means all addresses -> a local address for browsers, and the address family."""
 _NOT_HERE = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
-"""Errors of an address that this machine does not have."""
+"""Error numbers for an address that this machine does not have."""
 
 
 class CannotListen(AfterimageError):
@@ -20,8 +20,8 @@ class CannotListen(AfterimageError):
 def bind(host: str, port: int, option: str = "--port") -> list[socket.socket]:
     """Bind a socket to every address of `host`; for port 0, all to one port that is free.
 
-    Connections are refused until a server listens on the sockets. Raises `CannotListen`, whose
-    message says what to do; `option` names the setting of the port.
+    Connections are refused until a server listens on the sockets. Raises `CannotListen`; its
+    message names `option`, which sets the port.
     """
     if not 0 <= port <= 65535:
         raise CannotListen(f"{option} is {port}; choose a port from 0 to 65535")
@@ -60,14 +60,14 @@ def in_use(host: str, port: int, option: str = "--port") -> CannotListen:
 
 
 def address(sockets: list[socket.socket]) -> str:
-    """Return a URL that leads to the first socket from this machine.
+    """Return the URL of the first socket, for browsers on this machine.
 
     A note follows if the socket listens on all addresses.
     """
     host, port = sockets[0].getsockname()[:2]
-    visited, kind = _EVERYWHERE.get(host, (host, ""))
-    url = f"http://[{visited}]:{port}" if ":" in visited else f"http://{visited}:{port}"
-    return f"{url} (on all {kind} addresses)" if kind else url
+    local, family = _EVERYWHERE.get(host, (host, ""))
+    url = f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
+    return f"{url} (on all {family} addresses)" if family else url
 
 
 def _addresses(host: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:

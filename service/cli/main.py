@@ -42,14 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _variable(loc: tuple[int | str, ...]) -> str:
-    """The environment variable of a setting, with the index of an invalid list item."""
-    name, *index = map(str, loc)
-    prefix = ServiceSettings.model_config["env_prefix"]
-    variable = name if name.isupper() else f"{prefix}{name}".upper()
-    return ".".join((variable, *index))
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("afterimage")
     parser.add_argument("--version", action="version", version=f"afterimage {__version__}")

@@ -21,7 +21,7 @@ def add_output(command: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         required=True,
-        help="output file, or a folder if it exists, ends with / or if there are several inputs; "
+        help="output file; or a folder, if it exists, ends with / or there are several inputs; "
         "- is stdout",
     )
 

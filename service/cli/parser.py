@@ -26,7 +26,7 @@ TEXTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("afterimage worker --redis-url redis://queue --cache-redis-url redis://cache",),
     ),
     "afterimage encode": (
-        "Encode pictures (PNG, JPEG, WebP, AVIF, TIFF, GIF, BMP or PPM) as bitstreams.",
+        "Encode pictures (PNG, JPEG, WebP, AVIF, TIFF, GIF, BMP or PNM) as bitstreams.",
         (
             "afterimage encode photo.jpg -o photo.msh",
             "afterimage encode *.png -o coded/ --quality 3",
@@ -73,11 +73,11 @@ TEXTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("afterimage weights export --quality 2 -o quality2.safetensors",),
     ),
     "afterimage weights list": (
-        "List the installed weights; the first of a quality and metric is the one in use.",
+        "List the installed weights. The first row of each quality and metric is in use.",
         ("afterimage weights list",),
     ),
     "afterimage weights remove": (
-        "Remove imported weights. Bitstreams that were encoded with them cannot be decoded then.",
+        "Remove imported weights. Bitstreams encoded with them can no longer be decoded.",
         ("afterimage weights remove 0123456789abcdef",),
     ),
 }

@@ -73,7 +73,7 @@ def _bind(
 ) -> list[socket.socket]:
     """Bind the API's sockets, which close with `running`. Raises `CannotListen`.
 
-    This comes first: a port in use is reported before anything is started or loaded.
+    `serve` does this first, so that it reports a port in use before it starts Redis and workers.
     """
     sockets = listening.bind(host, port)
     for bound in sockets:

@@ -14,11 +14,11 @@ TITLE, GAP = 64, 8
 ZOOM = 5
 """The second row shows this fraction of each side: 1/5."""
 SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
-"""Sizes at which a JPEG is tried: large pictures of few bytes look better if they are shrunk."""
+"""Scales at which JPEG is tried: at few bytes per pixel, a smaller picture looks better."""
 
 
 def jpeg_of_size(picture: Image.Image, size: int) -> bytes:
-    """The best JPEG file of at most `size` bytes; the smallest there is if none is so small."""
+    """The best JPEG file of at most `size` bytes; the smallest possible one if none fits."""
     smallest = b""
     for scale in SCALES:
         width, height = (max(round(side * scale), 1) for side in picture.size)

@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     exporter.set_defaults(run=_export)
 
     lister = actions.add_parser(
-        "list", help="list installed weights; of each quality and metric, the first are in use"
+        "list", help="list installed weights; the first of each quality and metric is in use"
     )
     lister.set_defaults(run=_list)
 

@@ -40,7 +40,7 @@ export const json = async (path, options) => (await request(path, options)).json
 
 const png = { Accept: "image/png" };
 
-// The bitstream of a photo, and what is wrong with the photo's file, if anything.
+// The bitstream of a photo, and a warning if the photo's file is damaged.
 export async function encode(file, quality, signal) {
   const path = `v1/encodes?quality=${quality}`;
   const response = await request(path, { method: "POST", body: file, signal });

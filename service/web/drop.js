@@ -1,4 +1,4 @@
-// What was dropped on the page: files, or the address of a picture of another page.
+// Opens what was dropped on the page: a file, or a picture dragged from a page, by its address.
 
 import { showProblem } from "./panel.js";
 import { openFile } from "./session.js";
@@ -13,7 +13,7 @@ export async function open(files, addresses) {
   }
 }
 
-// The picture at the first address of a text/uri-list. A page may read data: and its own origin.
+// Fetch the picture at the first address of a text/uri-list: a data URL, or one of this origin.
 async function fetchFirst(addresses) {
   const address = addresses.split(/\r?\n/).find((line) => line && !line.startsWith("#"));
   if (!address) throw refusal("Nothing to open", "Drop a photograph or a bitstream.");

@@ -1,5 +1,5 @@
-// Turn a photo by its Exif orientation as the service does. Browsers differ: some turn WebP and
-// PNG, some do not, and some know only one type of integer. So the browser gets no Exif data.
+// Turns a photo by its Exif orientation, as the service does. Browsers differ: some turn WebP and
+// PNG, some do not, and some read only one type of integer. So the browser gets no Exif data.
 
 const TURNS = { // orientation -> matrix for a stored picture of w × h
   2: (w, h) => [-1, 0, 0, 1, w, 0],
@@ -46,7 +46,7 @@ export async function toUpright(photo) {
 
 const text = (bytes, at, size) => String.fromCharCode(...bytes.subarray(at, at + size));
 
-// Where the Exif data of a JPEG, PNG or WebP file are: their name, first byte and end.
+// The offsets of a file's Exif data (JPEG, PNG, WebP): of their name, first byte and end.
 function findExif(bytes, view) {
   if (text(bytes, 0, 2) === "\xff\xd8") return inJpeg(bytes, view);
   if (text(bytes, 1, 3) === "PNG") return inChunks(bytes, view, 8, "eXIf", false);

@@ -8,11 +8,13 @@ import http.server
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
+
+from tests.support.waiting import until
 
 RECEIVERS = "127.0.0.4"
 """Address of all receivers of webhooks."""
@@ -24,12 +26,12 @@ REQUESTS, URLS = 5, 8
 WEBHOOK_S, LIVEZ_S = 2.0, 0.5
 """Longest allowed delays of the other caller's webhook and of `/livez`."""
 PATIENCE_S = 60.0
-"""How long the webhook of the other caller is waited for."""
+"""Longest wait for the webhook of the other caller, and for the attack to begin."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What an attack has caused, in seconds."""
+    """The effects of an attack."""
 
     webhook_s: float  # from the end of the other caller's decode to its webhook
     livez_s: float  # the longest of several
@@ -48,7 +50,7 @@ class Figures:
 
 
 def slow_receivers(url: str, bitstream: bytes, seed: int = 2911) -> Figures:
-    """Let 40 receivers hang that one caller has named; then send another caller its webhook."""
+    """Register 40 webhooks of one caller whose receivers hang; then measure another caller's."""
     with contextlib.ExitStack() as stack:
         attacker, victim = (stack.enter_context(_client(url, a)) for a in (ATTACKER, VICTIM))
         slow = [stack.enter_context(_hanging()) for _ in range(URLS)]
@@ -57,7 +59,7 @@ def slow_receivers(url: str, bitstream: bytes, seed: int = 2911) -> Figures:
         for request in range(REQUESTS):
             urls = [f"http://{RECEIVERS}:{port}/{request}" for port, _ in slow]
             _decode(attacker, bitstream, seed, urls)
-        _wait(lambda: any(connections for _, connections in slow))
+        until(lambda: any(held for _, held in slow), "a delivery begins", PATIENCE_S)
         livez = [_livez(victim) for _ in range(5)]
         _decode(victim, bitstream, seed, [f"http://{RECEIVERS}:{port}/"])
         began = time.monotonic()
@@ -82,21 +84,13 @@ def _decode(client: httpx.Client, data: bytes, seed: int, webhooks: list[str]) -
         state = client.get(location, headers={"Prefer": "wait=20"}).raise_for_status()
         return bool(state.json()["status"] == "succeeded")
 
-    _wait(succeeded)
+    until(succeeded, "the decode succeeds", PATIENCE_S)
 
 
 def _livez(client: httpx.Client) -> float:
     began = time.monotonic()
     client.get("/livez").raise_for_status()
     return time.monotonic() - began
-
-
-def _wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError("the attack did not begin")
-        time.sleep(0.01)
 
 
 @contextlib.contextmanager

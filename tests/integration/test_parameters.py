@@ -1,4 +1,4 @@
-"""What clients send: `Accept`, forms, query parameters, signed links, large seeds."""
+"""Requests of different clients: `Accept`, forms, query parameters, signed links, large seeds."""
 
 import base64
 import gzip
@@ -103,7 +103,7 @@ def test_a_client_that_accepts_only_json_can_queue_a_decode(
 
 
 @pytest.mark.parametrize("prefer", ["", "respond-async", "respond-async, wait=1"])
-def test_a_submission_subscribes_its_caller_until_the_deadline_and_a_question_for_longer(
+def test_a_submission_subscribes_its_caller_until_the_deadline_and_polling_extends_it(
     api: httpx.Client, store: Store, small_msh: bytes, prefer: str
 ) -> None:
     jobs = Jobs(store)
@@ -124,7 +124,7 @@ def test_a_submission_subscribes_its_caller_until_the_deadline_and_a_question_fo
     assert 590 < remaining_s() <= POLL_SUBSCRIPTION_S
 
 
-def test_instead_of_a_finished_picture_a_json_client_gets_the_status(
+def test_a_json_client_gets_the_status_instead_of_a_finished_picture(
     api: httpx.Client, finished: str, small_msh: bytes
 ) -> None:
     answer = queue_decode(api, small_msh, headers=JSON)
@@ -208,10 +208,10 @@ def test_a_content_type_with_too_many_parameters_is_refused(api: httpx.Client, e
         "x=y\rContent-Type: image/png",
     ],
 )
-def test_a_part_is_a_file_without_a_plain_file_name(
+def test_a_part_without_a_plain_file_name_is_still_a_file(
     api: httpx.Client, small_msh: bytes, parameters: str
 ) -> None:
-    """As urllib3 before 1.25 sends names that are not ASCII, and parts that are made by hand."""
+    """urllib3 before 1.25 sends other names than ASCII so; scripts often send no name."""
     part = f'name="file"; {parameters}\n' + small_msh.decode("latin-1")
     request = form(part)
     request["content"] = request["content"].replace(b"\rContent-Type", b"\r\nContent-Type", 1)
@@ -284,7 +284,7 @@ def test_a_form_without_a_file_is_malformed(api: httpx.Client) -> None:
     assert (answer.status_code, "no file" in answer.json()["detail"]) == (400, True)
 
 
-# Query parameters are known.
+# Unknown and misplaced query parameters are refused.
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_a_changed_link_is_refused_with_the_reason(
     assert "altered, or it has expired" in answer.json()["detail"]
 
 
-def test_a_link_may_not_gain_parameters(guarded: httpx.Client, link: str) -> None:
+def test_a_link_with_added_parameters_is_refused(guarded: httpx.Client, link: str) -> None:
     assert guarded.get(f"{link}&realism=1.0").status_code == 422
     assert guarded.get(f"{link}&more=1").status_code == 422
     assert guarded.get(link.partition("?")[0]).status_code == 401
@@ -414,7 +414,7 @@ def test_the_status_and_the_webhook_have_the_seed_as_text(
     assert json.loads(json.dumps(data), parse_int=float)["seed_text"] == str(seed)
 
 
-# Bodies are files as they are.
+# Bodies are files, not compressed and not as text.
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "identity, br", "zstd"])

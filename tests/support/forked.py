@@ -23,12 +23,12 @@ READ_AT_IMPORT = (
     "AFTERIMAGE_SECRETS_DIR", "HOME", "LD_", "MALLOC_", "MKL_", "NUMBA_", "OMP_", "OPENBLAS_",
     "PYTHON", "TORCH", "XDG_",
 )  # fmt: skip
-"""Beginnings of the names of variables that are read during imports: all forked processes have the
-values that these had when the first one was started."""
+"""Prefixes of variables that are read during imports. In all forked processes, they have the values
+that they had when the first one was started."""
 
 
 class Process(Protocol):
-    """What tests use of a `subprocess.Popen`."""
+    """The methods of `subprocess.Popen` that tests use."""
 
     @property
     def pid(self) -> int: ...

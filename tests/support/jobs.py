@@ -21,6 +21,6 @@ def decode_of(
 
 
 def expire_lease(jobs: Jobs, job_id: str) -> None:
-    """Let the lease of a killed worker expire at once: date its last heartbeat back."""
+    """Let the lease of a killed worker expire at once, by backdating its last heartbeat."""
     last = jobs.now() - LEASE_S - 1
     assert jobs.store.queue.zadd(jobs.leases, {job_id: last}, xx=True, ch=True)

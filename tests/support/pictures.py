@@ -1,4 +1,4 @@
-"""Picture files, byte by byte, that Pillow does not write."""
+"""Builds picture files of kinds that Pillow does not write."""
 
 import struct
 import zlib
@@ -13,7 +13,7 @@ def chunk(name: bytes, content: bytes) -> bytes:
 def png(
     kind: int, depth: int, row: bytes, *chunks: bytes, width: int = 1, height: int = 1
 ) -> bytes:
-    """A PNG of colour type `kind` with `height` equal rows; `chunks` stand before the pixels."""
+    """A PNG of colour type `kind` with `height` equal rows; `chunks` precede the pixels."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress((b"\0" + row) * height))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + body + chunk(b"IEND", b"")

@@ -1,4 +1,4 @@
-"""What the fork server of `tests.support.forked` imports and compiles before it forks processes.
+"""Imports and compiled code that the fork server of `tests.support.forked` loads before it forks.
 
 Only the fork server imports this module. OpenVINO is left out: its import starts a thread.
 """

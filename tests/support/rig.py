@@ -77,7 +77,7 @@ class Worker:
 
 
 class Rig:
-    """Two Redis servers, and the workers that a test starts: new processes, or `forked` ones."""
+    """Two Redis servers, and the workers that a test starts: as new processes or `forked` ones."""
 
     def __init__(self, folder: Path, forked: bool, **environment: str) -> None:
         self.folder, self.forked = folder, forked

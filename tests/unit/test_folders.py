@@ -1,4 +1,4 @@
-"""Folders that other users could change are refused; files in them do not run here."""
+"""Folders that other users could change are refused, and no code from them is run."""
 
 import grp
 import os
@@ -50,7 +50,7 @@ def test_a_folder_and_its_parents_are_created_for_this_user_alone(tmp_path: Path
 
 
 @pytest.mark.parametrize("path", [".", "a", "a/b", "a/b/file", "a/b/sub", "a/b/sub/file"])
-def test_anything_of_another_user_in_the_way_is_refused(
+def test_a_path_that_contains_anything_of_another_user_is_refused(
     folder: Path, tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "sub").mkdir()
@@ -75,7 +75,7 @@ def test_anything_that_every_user_may_write_is_refused(folder: Path, path: str) 
     folders.check(folder)
 
 
-def test_a_folder_in_one_with_a_sticky_bit_is_accepted_and_such_a_folder_is_not(
+def test_a_folder_within_a_sticky_folder_is_accepted_but_not_the_sticky_folder_itself(
     folder: Path,
 ) -> None:
     folder.parent.chmod(0o1777)
@@ -86,10 +86,10 @@ def test_a_folder_in_one_with_a_sticky_bit_is_accepted_and_such_a_folder_is_not(
         folders.check(folder.parent)
 
 
-def test_links_on_the_way_are_followed_and_checked(
+def test_links_in_the_path_are_followed_and_checked(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A link in a folder that others may write leads elsewhere at any time."""
+    """Others could change a link in a folder that they may write."""
     public = tmp_path / "public"
     public.mkdir()
     (public / "link").symlink_to(Path("..") / "second")
@@ -178,7 +178,7 @@ print(rans._raw(7, 5))
 """Prepares a process as all commands do, then uses compiled code."""
 
 
-def test_the_cache_of_another_user_does_not_run_here(tmp_path: Path) -> None:
+def test_compiled_code_in_the_cache_of_another_user_is_not_run(tmp_path: Path) -> None:
     cache, marker = tmp_path / "cache", tmp_path / "code-has-run"
     environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
     environment["AFTERIMAGE_CACHE_DIR"] = str(cache)

@@ -42,7 +42,7 @@ def test_other_text_is_no_address(entry: str) -> None:
     assert forwarded.parse(entry) is None
 
 
-def test_the_client_is_the_last_address_that_is_no_proxys() -> None:
+def test_the_client_is_the_last_address_that_is_not_a_trusted_proxy() -> None:
     assert client("192.0.2.7") == "192.0.2.7"
     assert client("198.51.100.1, 192.0.2.7, ::ffff:10.0.0.2") == "192.0.2.7"
     assert client("198.51.100.1, 192.0.2.7", "10.0.0.2:99,") == "192.0.2.7"
@@ -68,7 +68,7 @@ def test_a_request_with_other_text_counts_as_one_of_the_proxy_and_the_log_says_w
     assert "'caller-0', which is no IP address" in record.getMessage()
 
 
-def test_one_caller_is_an_ipv4_address_or_a_network_of_ipv6() -> None:
+def test_one_caller_is_an_ipv4_address_or_an_ipv6_network() -> None:
     names = {addresses.network(f"2001:db8:1:2:{n:x}::{n:x}") for n in range(100)}
     assert names == {"2001:db8:1:2::/64"}
     assert addresses.network("2001:db8:1:3::1") == "2001:db8:1:3::/64"

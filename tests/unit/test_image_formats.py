@@ -88,7 +88,7 @@ def test_a_jpeg_that_lacks_only_its_end_marker_is_read(
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "GIF", "PPM"])
-def test_half_a_file_is_read_with_a_note_and_refused_without(
+def test_a_truncated_file_is_refused_unless_the_caller_asks_for_notes(
     small: image.Pixels, format: str
 ) -> None:
     data = file(Image.fromarray(small), format, **({"interlace": 0} if format == "GIF" else {}))
@@ -101,7 +101,7 @@ def test_half_a_file_is_read_with_a_note_and_refused_without(
         image.read(half, 10**6)
 
 
-def test_half_a_png_of_16_bits_is_read_with_a_note_and_one_without_pixels_is_refused() -> None:
+def test_a_truncated_16_bit_png_is_read_with_a_note_unless_it_has_no_pixels() -> None:
     row = np.random.default_rng(0).integers(0, 255, 64 * 6, np.uint8).tobytes()
     data = png(2, 16, row, gamma(100_000), width=64, height=64)
     assert "truncated" in image.read_with_notes(data[: len(data) // 2], 10**6).notes[0]
@@ -151,7 +151,9 @@ SRGB_PROFILE = chunk(
         "narrow range",
     ],
 )  # fmt: skip
-def test_a_png_says_its_colours_in_this_order(chunks: list[bytes], seen: int) -> None:
+def test_colour_chunks_of_a_png_take_precedence_in_this_order(
+    chunks: list[bytes], seen: int
+) -> None:
     """Half the light is 188 in sRGB."""
     data = png(2, 8, bytes([128] * 3), *chunks)
     assert np.abs(np.array(first(data)) - seen).max() <= 1
@@ -238,7 +240,7 @@ def test_16_bit_rgb_tiffs_keep_their_shadows_when_colours_are_converted(
 @pytest.mark.parametrize("interlaced", [False, True])
 @pytest.mark.parametrize(("kind", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
 def test_16_bit_pngs_are_decoded_in_full(kind: int, channels: int, interlaced: bool) -> None:
-    """With every filter, and 7 passes where interlaced; a row of 0 has any filter."""
+    """Every filter is used, and 7 passes in interlaced files."""
     width, height = 13, 11
     value = 0x1234
     passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
@@ -292,8 +294,8 @@ def test_orientation_is_read_from_any_integer_type(kind: int, order: str) -> Non
 
 
 @pytest.mark.parametrize("format", ["JPEG", "TIFF", "WEBP", "AVIF"])
-def test_an_orientation_that_only_xmp_tells_is_ignored(format: str) -> None:
-    """Viewers turn by Exif data alone."""
+def test_an_orientation_that_is_only_in_xmp_is_ignored(format: str) -> None:
+    """Viewers use only the orientation in Exif data."""
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     data = file(Image.new("RGB", (64, 32)), format, xmp=xmp)
     assert image.read(data, 10**6).shape == (32, 64, 3)
@@ -351,7 +353,7 @@ def test_bigtiff_files_of_both_byte_orders_are_read(order: str) -> None:
     assert first(data) == [200, 80, 20]
 
 
-def test_alpha_that_is_multiplied_into_grey_is_read() -> None:
+def test_grey_tiffs_with_associated_alpha_are_read() -> None:
     tags = grey_tags(2, 1) | {258: (3, [8, 8]), 277: (3, [2]), 338: (3, [1])}
     assert first(tiff(tags, bytes([64, 128] * 2))) == [191] * 3
 
@@ -437,7 +439,7 @@ def test_formats_that_are_not_read_are_named(
         (b"\0\0\0\x18ftypavif\0\0\0\0avifmif1", "AVIF"),
     ],
 )
-def test_broken_files_of_a_known_format_are_no_unsupported_pictures(data: bytes, name: str) -> None:
+def test_broken_files_of_a_known_format_are_reported_as_broken(data: bytes, name: str) -> None:
     with pytest.raises(PictureError, match=name) as caught:
         image.read(data, 10**6)
     assert not isinstance(caught.value, UnsupportedPicture)
@@ -495,7 +497,7 @@ def quadrants(pixels: image.Pixels) -> list[list[int]]:
 def test_heic_files_are_read_where_the_extra_is_installed(
     name: str, order: list[int], transparent: set[int]
 ) -> None:
-    """With 8 and 10 bits, transparent pixels, and turned once: in box irot and in Exif data."""
+    """8 and 10 bits; transparent pixels; an orientation in box irot and in Exif data, applied once."""
     pytest.importorskip("pi_heif")
     data = (DATA / f"{name}.heic").read_bytes()
     pixels = image.read(data, 10**6)

@@ -163,7 +163,7 @@ def test_head_of_a_stream_ends_after_the_headers(app: FastAPI, lines: Log) -> No
     assert (fields["method"], fields["route"], fields["status"]) == ("HEAD", "/endless", 200)
 
 
-def test_head_asks_for_no_range(app: FastAPI, tmp_path: Path) -> None:
+def test_a_range_is_ignored_with_head(app: FastAPI, tmp_path: Path) -> None:
     (tmp_path / "ten").write_bytes(bytes(10))
     for method, status, length in (("GET", 206, "2"), ("HEAD", 200, "10")):
         response = send_request(app, method, "/static/ten", range="bytes=0-1")
@@ -209,7 +209,7 @@ def test_a_configured_prefix_may_have_been_removed_or_not(path: str) -> None:
     assert prefixed("/after", "", path) == {"routed": "/v1/seen", "public": "/after/v1/x"}
 
 
-def test_the_prefix_of_the_request_comes_before_the_configured_one() -> None:
+def test_the_prefix_of_the_request_overrides_the_configured_one() -> None:
     found = prefixed("/after", "/before", "/before/v1/seen")
     assert found == {"routed": "/v1/seen", "public": "/before/v1/x"}
     assert prefixed("", "", "/v1/seen")["public"] == "/v1/x"

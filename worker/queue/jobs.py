@@ -103,12 +103,16 @@ class Jobs:
                     continue
 
     def get(self, job_id: str) -> JobState | None:
-        """The job's state; None without a record. The status is `expired` once the picture is."""
+        """The job's state; None without a record.
+
+        If the job succeeded and its picture has expired, the status is `expired`.
+        """
         state = self.record(job_id)
         if state is None or state.status != "succeeded":
             return state
-        shown = self.store.cache.exists(self.store.key("picture", job_id))
-        if shown or self.store.publish(job_id, state.fence):  # its worker may not have come to it
+        has_picture = self.store.cache.exists(self.store.key("picture", job_id))
+        # the worker may have died after it committed the picture and before it published it
+        if has_picture or self.store.publish(job_id, state.fence):
             return state
         return replace(state, status="expired")
 
@@ -126,7 +130,7 @@ class Jobs:
             pipe.execute()
 
     def add_submitter(self, job_id: str, caller: str) -> None:
-        """Record that the caller has submitted the job, whatever becomes of it."""
+        """Record that the caller has submitted the job. `withdraw` does not undo this."""
         with self.store.queue.pipeline() as pipe:
             pipe.sadd(self._submitters(job_id), caller)
             pipe.expire(self._submitters(job_id), SUBMITTERS_TTL_S)

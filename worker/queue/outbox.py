@@ -1,9 +1,10 @@
 """Outbox of webhook messages: registered URLs, messages that are due, and dead letters.
 
-The end of a job adds messages to a sorted set, the inbox. Senders distribute them to lines, one per
-caller and host, so that a slow receiver delays only messages of its own line. A line holds the time
-at which each message is due; two more levels of sorted sets hold when a line may be due: the hosts
-of each caller, and all callers. Callers take turns, and so do the hosts of a caller.
+The end of a job adds messages to a sorted set, the inbox. Senders move them to lines: queues, one
+per caller and host, so that a slow receiver delays only the messages of its own line. A line is a
+sorted set of messages by the time at which each is due. To find the next line, there are two more
+levels of sorted sets: the hosts of each caller, and all callers, by the earliest time at which one
+of their messages may be due. Callers take turns, and so do the hosts of a caller.
 
 A hash per message holds the rest. A sender claims a message in one script, which counts the attempt
 and sets the due time to the end of the sender's lease. Other senders do not see the message
@@ -155,7 +156,8 @@ def register(store: Store, job_id: str, caller: str, url: str) -> None:
     """
     if not Outbox(store).register(job_id, caller, url, MAX_URLS):
         raise ParameterError(
-            f"webhook: you have {MAX_URLS} webhooks for this decode already, the maximum"
+            f"webhook: this decode already has {MAX_URLS} webhooks of yours, the maximum; remove "
+            "this one from the request"
         )
 
 

@@ -119,10 +119,10 @@ while true do
 end
 """
 )
-"""Distribute new messages, then claim the one that is due in the line whose turn it is. After a
-claim, caller and host have their next turn after all others that are due. Outdated times of callers
-and hosts are corrected on the way. More ARGV: lease, full callers, full lines (JSON), number of new
-messages."""
+"""Move new messages to their lines, then claim the message that is due in the next line. After a
+claim, the next turns of its caller and host come after all others that are due. Times of callers
+and hosts that are out of date are corrected. More ARGV: lease, callers and lines to leave out
+(JSON), number of new messages to move."""
 
 SETTLE = (
     _LINES

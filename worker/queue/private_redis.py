@@ -91,7 +91,7 @@ def servers(cache_dir: Path) -> Iterator[tuple[str, str]]:
 
 
 def _socket_parent() -> str:
-    """A folder whose path is short enough for the sockets: the temporary one, if it fits.
+    """A folder whose path is short enough for the sockets, preferably the temporary folder.
 
     Raises `NoRedis` if no folder fits, `UntrustedFolder` if other users could replace the sockets.
     """
@@ -102,9 +102,9 @@ def _socket_parent() -> str:
             folders.check_parent(Path(folder))
             return folder
     raise NoRedis(
-        f"the temporary folder {temporary} is too long for a Unix socket: "
+        f"the path of the temporary folder {temporary} is too long for a Unix socket: "
         f"{_socket_bytes(temporary)} bytes with the socket's name, at most {MAX_SOCKET_BYTES}; "
-        "set TMPDIR to a shorter folder, or REDIS_URL"
+        "set TMPDIR to a folder with a shorter path, or set REDIS_URL"
     )
 
 

@@ -76,10 +76,10 @@ class Store:
         self.cache.set(self._drawn(job_id, fence), png, ex=PICTURE_TTL_S)
 
     def publish(self, job_id: str, fence: int) -> bool:
-        """Make the picture of the attempt that has committed the job's picture.
+        """Publish the picture of the attempt that committed: from now on it is the job's picture.
 
-        Returns True if the job has a picture now. It may be repeated. A picture that a later
-        attempt published is not replaced: the caller may have been suspended for long.
+        Returns True if the job has a picture now. Calls may be repeated. The picture of a later
+        attempt is not replaced, in case this process was suspended meanwhile.
         """
         keys = self._drawn(job_id, fence), self.key("picture", job_id), self.key("shown", job_id)
         return bool(self.cache.eval(_PUBLISH, 3, *keys, str(fence), str(PICTURE_TTL_S)))

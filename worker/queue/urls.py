@@ -79,9 +79,9 @@ def close(connected: redis.Redis) -> None:
 
 
 def _check(url: str) -> None:
-    """Raise `ValueError` for a URL that redis-py would read as that of another server or database.
+    """Raise `ValueError` for a URL from which redis-py would read a wrong server or database.
 
-    The error does not repeat parts of the URL: they may belong to the password.
+    The error does not repeat parts of the URL, which may belong to the password.
     """
     parts = urlsplit(url)
     if parts.scheme == "unix":
@@ -90,7 +90,7 @@ def _check(url: str) -> None:
     in_query = bool(at) and "=" not in before  # options are written name=value
     if "@" in parts.path + parts.fragment or in_query:
         advice = "write # / ? @ : % in a password as %23 %2F %3F %40 %3A %25"
-        raise ValueError(f"the password has characters with a meaning in URLs; {advice}")
+        raise ValueError(f"its password has characters that have a meaning in URLs; {advice}")
     database = parts.path.rpartition("/")[2] if parts.path.count("/") > _depth(parts) else ""
     if database and not (database.isascii() and database.isdigit()):
         raise ValueError("the database at its end is not a number; write for example /0")

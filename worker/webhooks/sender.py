@@ -49,7 +49,7 @@ class Outcome:
 
 
 class Deliveries:
-    """Counts the deliveries in progress, of each caller and of each line (caller and host)."""
+    """Counts the deliveries in progress: of each caller, and of each line (caller and host)."""
 
     def __init__(self, settings: WebhookSettings) -> None:
         self.settings = settings
@@ -74,7 +74,7 @@ class Deliveries:
             self.changed.set()
 
     def full(self) -> tuple[list[str], list[str]] | None:
-        """Callers and lines that may not begin another delivery; None if nobody may."""
+        """Callers and lines at their limits; None if the limit of all deliveries is reached."""
         with self._lock:
             if self._callers.total() >= self.settings.webhook_threads:
                 return None

@@ -63,7 +63,7 @@ class WebhookSettings(EnvironmentSettings):
 
     @property
     def per_caller(self) -> int:
-        """Deliveries of one caller at once, so that seven others are not delayed by slow hosts."""
+        """Deliveries of one caller at once: an eighth, so that others find free threads."""
         return max(self.webhook_threads // 8, 1)
 
     @property
