@@ -151,7 +151,7 @@ SRGB_PROFILE = chunk(
         "narrow range",
     ],
 )  # fmt: skip
-def test_colour_chunks_of_a_png_take_precedence_in_this_order(
+def test_a_pngs_colour_chunks_take_precedence_in_this_order(
     chunks: list[bytes], seen: int
 ) -> None:
     """Half the light is 188 in sRGB."""
@@ -497,7 +497,7 @@ def quadrants(pixels: image.Pixels) -> list[list[int]]:
 def test_heic_files_are_read_where_the_extra_is_installed(
     name: str, order: list[int], transparent: set[int]
 ) -> None:
-    """8 and 10 bits; transparent pixels; an orientation in box irot and in Exif data, applied once."""
+    """8 and 10 bits, transparent pixels, and an orientation in irot and Exif, applied once."""
     pytest.importorskip("pi_heif")
     data = (DATA / f"{name}.heic").read_bytes()
     pixels = image.read(data, 10**6)
