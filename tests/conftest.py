@@ -148,7 +148,7 @@ def store(redis_urls: tuple[str, str]) -> Iterator[Store]:
 
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As training is meant to run beside other work; two threads would wait for each other."""
+    """Use one thread: on a busy machine, several threads of small networks wait for each other."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -294,8 +294,8 @@ def main() -> int:
             with connected(service) as client:
                 flooded(own, client, report)
     about = machine.describe()
-    told = ", ".join(f"{k} {v}" for k, v in about.items())
-    text = "\n".join([f"# Chaos, {minutes:g} minutes\n", f"{told}\n", *report.lines]) + "\n"
+    described = ", ".join(f"{k} {v}" for k, v in about.items())
+    text = "\n".join([f"# Chaos, {minutes:g} minutes\n", f"{described}\n", *report.lines]) + "\n"
     machine.write("chaos", {"machine": about, "wrong": report.wrong}, text)
     return 1 if report.wrong else 0
 

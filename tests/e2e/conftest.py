@@ -1,4 +1,4 @@
-"""Chromium, and tabs of it that a test looks through; a service with API keys."""
+"""Fixtures: Chromium, its windows and tabs; a service with API keys."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from tests.support.service import Service, fork_service
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Not for the whole session: Playwright's event loop, while it is there, is in others' way."""
+    """Chromium, for one module: Playwright's event loop would block those of other tests."""
     with sync_playwright() as playwright:
         try:
             made = launch(playwright)
@@ -24,8 +24,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def context(browser: Browser) -> Iterator[BrowserContext]:
-    """A window of its own, of one who likes no motion; what the console says, or a script throws,
-    fails the test."""
+    """A new window with reduced motion. Messages on its console and uncaught errors of its scripts
+    fail the test."""
     size = {"width": 1280, "height": 800}
     made = browser.new_context(viewport=size, reduced_motion="reduce")  # type: ignore[arg-type]
     said: list[str] = []

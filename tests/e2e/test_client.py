@@ -247,8 +247,8 @@ def silent() -> Iterator[Silent]:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """Let SIGINT interrupt, in this process and its children: a shell starts background jobs with
-    SIGINT ignored."""
+    """Restore the default of SIGINT, also for child processes. A shell that starts background jobs
+    lets them ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

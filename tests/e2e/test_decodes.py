@@ -1,4 +1,4 @@
-"""A decode's whole life over HTTP, a test for each row of the endpoint table and more."""
+"""Decodes over HTTP with a real worker, from submission to expiry."""
 
 import base64
 import concurrent.futures
@@ -45,8 +45,8 @@ def stream(client: httpx.Client, photo: image.Pixels, request: pytest.FixtureReq
     return client.post("/v1/encodes", content=image.write(cut, "png")).content
 
 
-def submit(client: httpx.Client, stream: bytes, **asked: str | int) -> str:
-    answer = client.post("/v1/decodes", params={"tier": "perceptual", **asked}, content=stream)
+def submit(client: httpx.Client, stream: bytes, **params: str | int) -> str:
+    answer = client.post("/v1/decodes", params={"tier": "perceptual", **params}, content=stream)
     assert answer.status_code == 200, answer.text
     return str(answer.headers["location"])
 
@@ -69,7 +69,7 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, object]]:
             event = {}
 
 
-def test_a_client_that_prefers_so_is_answered_at_once(client: httpx.Client, stream: bytes) -> None:
+def test_respond_async_is_answered_at_once(client: httpx.Client, stream: bytes) -> None:
     answer = client.post(
         "/v1/decodes", params=SLOW, content=stream, headers={"Prefer": "respond-async"}
     )
@@ -98,7 +98,9 @@ def test_a_client_that_waits_gets_the_finished_picture(client: httpx.Client, str
     assert answer.headers["preference-applied"] == "wait=60"
 
 
-def test_who_waits_for_what_another_cancels_is_told(client: httpx.Client, stream: bytes) -> None:
+def test_a_waiting_client_is_answered_when_the_decode_is_canceled(
+    client: httpx.Client, stream: bytes
+) -> None:
     location = submit(client, stream, **SLOW)
     headers = {"Prefer": "respond-async, wait=60"}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -126,19 +128,21 @@ def test_broken_bytes_are_refused_before_they_are_queued(
     assert answer.status_code == 422
 
 
-def test_a_client_may_name_the_id_that_it_computed(client: httpx.Client, stream: bytes) -> None:
+def test_a_client_may_put_a_decode_under_the_id_that_it_computed(
+    client: httpx.Client, stream: bytes
+) -> None:
     weights = {m["name"]: m["weights_id"] for m in client.get("/v1/models").json()}
     settings = TIERS["ddim-10"].settings
     assert settings is not None
     digest = hashlib.sha256(stream).hexdigest()
     ids = weights["msh_q2"], weights["decoder_compact"]
     own = DecodeRequest(digest, "ddim-10", settings, 7, *ids, 2, 150, 100)
-    asked: dict[str, str | int] = {"tier": "ddim-10", "seed": 7}
-    first = client.put(f"/v1/decodes/{own.id}", params=asked, content=stream)
+    params: dict[str, str | int] = {"tier": "ddim-10", "seed": 7}
+    first = client.put(f"/v1/decodes/{own.id}", params=params, content=stream)
     assert (first.status_code, first.headers["x-afterimage-tier"]) == (201, "instant")
-    again = client.put(f"/v1/decodes/{own.id}", params=asked, content=stream)
+    again = client.put(f"/v1/decodes/{own.id}", params=params, content=stream)
     assert again.status_code == 200
-    other = client.put(f"/v1/decodes/{own.id}", params={**asked, "seed": 8}, content=stream)
+    other = client.put(f"/v1/decodes/{own.id}", params={**params, "seed": 8}, content=stream)
     assert (other.status_code, "id-mismatch" in other.json()["type"]) == (422, True)
     instant = client.put(f"/v1/decodes/{own.id}", content=stream)
     assert instant.status_code == 422
@@ -146,10 +150,10 @@ def test_a_client_may_name_the_id_that_it_computed(client: httpx.Client, stream:
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp", "avif", "npy"])
-def test_a_picture_comes_in_the_format_that_is_asked_for(
+def test_a_picture_is_sent_in_the_accepted_format(
     client: httpx.Client, small_msh: bytes, format: image.OutputFormat
 ) -> None:
-    """The instant one and the finished one."""
+    """Both the instant and the finished picture."""
     accept = {"Accept": image.MEDIA_TYPES[format]}
     location = submit(client, small_msh)
     wait_for(client, location)
@@ -162,8 +166,6 @@ def test_a_picture_comes_in_the_format_that_is_asked_for(
         assert answer.headers["vary"] == "Accept"
         expected = image.read(reference.content, 10**6)
         if format == "npy":
-            import io
-
             found = np.load(io.BytesIO(answer.content))
         else:
             found = image.read(answer.content, 10**6)
@@ -174,12 +176,12 @@ def test_a_picture_comes_in_the_format_that_is_asked_for(
         )
 
 
-def test_a_format_that_cannot_be_made_is_406(client: httpx.Client, small_msh: bytes) -> None:
+def test_an_unsupported_format_gets_406(client: httpx.Client, small_msh: bytes) -> None:
     answer = client.post("/v1/decodes", content=small_msh, headers={"Accept": "image/tiff"})
     assert (answer.status_code, answer.json()["status"]) == (406, 406)
 
 
-def test_a_picture_can_be_asked_for_in_parts(client: httpx.Client, small_msh: bytes) -> None:
+def test_ranges_of_a_picture_can_be_requested(client: httpx.Client, small_msh: bytes) -> None:
     location = submit(client, small_msh)
     wait_for(client, location)
     whole = client.get(f"{location}/image")
@@ -209,7 +211,7 @@ def test_a_picture_can_be_asked_for_in_parts(client: httpx.Client, small_msh: by
     assert (head.headers["etag"], int(head.headers["content-length"])) == (etag, size)
 
 
-def test_realism_lies_between_the_instant_and_the_finished_picture(
+def test_realism_blends_the_instant_and_the_finished_picture(
     client: httpx.Client, stream: bytes
 ) -> None:
     location = submit(client, stream)
@@ -230,7 +232,7 @@ def test_realism_lies_between_the_instant_and_the_finished_picture(
     assert refused.status_code == 422
 
 
-def test_a_least_tier_is_waited_for(client: httpx.Client, stream: bytes) -> None:
+def test_a_picture_of_a_minimum_tier_can_be_waited_for(client: httpx.Client, stream: bytes) -> None:
     location = submit(client, stream, tier="ddim-10", steps=60)
     pending = client.get(f"{location}/image", params={"min_tier": "ddim-10"})
     assert (pending.status_code, "retry-after" in pending.headers) == (202, True)
@@ -242,7 +244,7 @@ def test_a_least_tier_is_waited_for(client: httpx.Client, stream: bytes) -> None
     assert never.status_code == 409
 
 
-def test_a_status_question_may_wait_for_the_end(client: httpx.Client, stream: bytes) -> None:
+def test_a_status_request_may_wait_for_the_end(client: httpx.Client, stream: bytes) -> None:
     location = submit(client, stream)
     shown = client.get(location, headers={"Prefer": "wait=60"})
     assert shown.json()["status"] == "succeeded"
@@ -255,7 +257,7 @@ def test_a_status_question_may_wait_for_the_end(client: httpx.Client, stream: by
     client.delete(location)
 
 
-def test_who_left_waits_no_longer(service: Service, stream: bytes) -> None:
+def test_waiting_ends_when_the_client_disconnects(service: Service, stream: bytes) -> None:
     client = service.client
     location = submit(client, stream, tier="ddpm-1000")
     with service.stores() as store:
@@ -272,26 +274,26 @@ def test_who_left_waits_no_longer(service: Service, stream: bytes) -> None:
     client.delete(location)
 
 
-def test_events_tell_the_whole_story_and_resume(service: Service, stream: bytes) -> None:
+def test_events_are_complete_and_can_be_resumed(service: Service, stream: bytes) -> None:
     client = service.client
     location = submit(client, stream, tier="ddim-100", steps=150)
     with client.stream("GET", f"{location}/events", timeout=120) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
-        told = []
+        received = []
         for event in events(answer.iter_lines()):
-            told.append(event)
+            received.append(event)
             if event["event"] == "preview":
                 preview = client.get(event["data"]["image"])  # type: ignore[index]
                 assert preview.headers["content-type"] == "image/webp"
                 assert image.read(preview.content, 10**6).shape == (100, 150, 3)
-    kinds = [event["event"] for event in told]
+    kinds = [event["event"] for event in received]
     assert kinds[:2] == ["queued", "started"]
     assert kinds[-1] == "completed"
     assert "preview" in kinds
     assert 90 < kinds.count("progress") <= 100
-    steps = [e["data"]["step"] for e in told if e["event"] == "progress"]  # type: ignore[index]
+    steps = [e["data"]["step"] for e in received if e["event"] == "progress"]  # type: ignore[index]
     assert steps == sorted(steps)
-    ids = [str(event["id"]) for event in told]
+    ids = [str(event["id"]) for event in received]
     with client.stream("GET", f"{location}/events", headers={"Last-Event-ID": ids[5]}) as answer:
         rest = list(events(answer.iter_lines()))
     assert [event["id"] for event in rest] == ids[6:]
@@ -299,9 +301,11 @@ def test_events_tell_the_whole_story_and_resume(service: Service, stream: bytes)
         with client.stream(
             "GET", f"{location}/events", headers={"Last-Event-ID": unknown}
         ) as answer:
-            assert len(list(events(answer.iter_lines()))) == len(told)
+            assert len(list(events(answer.iter_lines()))) == len(received)
     with service.stores() as store:
-        store.queue.delete(store.key("events", location.rpartition("/")[2]))  # they are kept less
+        store.queue.delete(
+            store.key("events", location.rpartition("/")[2])
+        )  # events expire before the record
     began = time.monotonic()
     with client.stream("GET", f"{location}/events") as answer:
         (end,) = events(answer.iter_lines())
@@ -309,7 +313,7 @@ def test_events_tell_the_whole_story_and_resume(service: Service, stream: bytes)
     assert time.monotonic() - began < 3
 
 
-def test_a_waiting_decode_is_canceled_at_once_and_can_be_tried_again(
+def test_a_queued_decode_is_canceled_at_once_and_can_be_retried(
     client: httpx.Client, stream: bytes
 ) -> None:
     first = submit(client, stream, **SLOW)
@@ -333,8 +337,8 @@ def test_a_waiting_decode_is_canceled_at_once_and_can_be_tried_again(
     client.delete(second)
 
 
-def test_many_may_wait_at_one_process(client: httpx.Client, stream: bytes) -> None:
-    """More than redis-py opens connections by itself: 100."""
+def test_many_clients_may_wait_at_one_process(client: httpx.Client, stream: bytes) -> None:
+    """More than 100, redis-py's default limit of connections."""
     many = 130
     location = submit(client, stream, **SLOW)
     limits = httpx.Limits(max_connections=None)
@@ -352,9 +356,7 @@ def test_many_may_wait_at_one_process(client: httpx.Client, stream: bytes) -> No
     assert {(a.status_code, a.json()["status"]) for a in answers} == {(200, "canceled")}
 
 
-def test_an_expired_picture_is_gone_until_it_is_tried_again(
-    service: Service, stream: bytes
-) -> None:
+def test_an_expired_picture_is_gone_until_it_is_retried(service: Service, stream: bytes) -> None:
     client = service.client
     location = submit(client, stream)
     wait_for(client, location)
@@ -368,36 +370,40 @@ def test_an_expired_picture_is_gone_until_it_is_tried_again(
     assert client.get(f"{location}/image").content == before
 
 
-def test_a_picture_without_its_record_is_drawn_anew(service: Service, stream: bytes) -> None:
+def test_a_picture_whose_record_is_lost_is_drawn_again(service: Service, stream: bytes) -> None:
     client = service.client
-    asked: dict[str, str | int] = {"tier": "ddim-10", "seed": 31}
-    location = submit(client, stream, **asked)
+    params: dict[str, str | int] = {"tier": "ddim-10", "seed": 31}
+    location = submit(client, stream, **params)
     wait_for(client, location)
     with service.stores() as store:
         store.queue.delete(store.key("job", location.rpartition("/")[2]))
-    again = client.post("/v1/decodes", params=asked, content=stream)
+    again = client.post("/v1/decodes", params=params, content=stream)
     assert again.headers["x-cache"] == "miss"
     assert wait_for(client, location)["status"] == "succeeded"
 
 
-def test_a_tier_may_be_asked_for_by_another_s_name(client: httpx.Client, stream: bytes) -> None:
+def test_equal_settings_under_two_tier_names_are_one_decode(
+    client: httpx.Client, stream: bytes
+) -> None:
     location = submit(client, stream, tier="ddim-10", steps=100, seed=32)
     assert submit(client, stream, tier="ddim-100", seed=32) == location
     too_much = client.get(f"{location}/image", params={"min_tier": "ddpm-1000"})
-    assert too_much.status_code == 409  # at once, not when it is drawn
+    assert too_much.status_code == 409  # at once, before the picture is finished
     wait_for(client, location)
     found = client.get(f"{location}/image", params={"min_tier": "ddim-100"})
     assert (found.status_code, found.headers["x-afterimage-tier"]) == (200, "ddim-10")
 
 
-def test_nobody_s_job_is_dropped_before_it_begins(service: Service, stream: bytes) -> None:
+def test_a_job_without_subscribers_is_canceled_before_it_begins(
+    service: Service, stream: bytes
+) -> None:
     client = service.client
     first = submit(client, stream, **SLOW)
     reaches(client, first, "running")
     second = submit(client, stream, **SLOW, seed=1, deadline_s=1)
     time.sleep(1.2)
     client.delete(first)
-    with service.stores() as store:  # a question over HTTP would be interest again
+    with service.stores() as store:  # a request over HTTP would renew the subscription
         key, deadline = store.key("job", second.rpartition("/")[2]), time.monotonic() + 30
         while (status := store.queue.hget(key, "status")) == b"queued":
             assert time.monotonic() < deadline
@@ -405,7 +411,9 @@ def test_nobody_s_job_is_dropped_before_it_begins(service: Service, stream: byte
     assert status == b"canceled"
 
 
-def test_a_running_job_stops_once_its_deadline_is_over(service: Service, stream: bytes) -> None:
+def test_a_running_job_stops_when_its_last_subscription_ends(
+    service: Service, stream: bytes
+) -> None:
     location = submit(service.client, stream, **{**SLOW, "steps": 1000}, deadline_s=600)
     id = location.rpartition("/")[2]
     with service.stores() as store:
@@ -415,7 +423,9 @@ def test_a_running_job_stops_once_its_deadline_is_over(service: Service, stream:
             time.sleep(0.05)
         interest: list[Any] = store.queue.zrange(store.key("interest", id), 0, -1)
         (caller,) = interest
-        store.queue.zadd(store.key("interest", id), {caller: time.time() + 1})  # it is nearly over
+        store.queue.zadd(
+            store.key("interest", id), {caller: time.time() + 1}
+        )  # let the subscription end
         while (status := store.queue.hget(key, "status")) in {b"queued", b"running"}:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -425,25 +435,27 @@ def test_a_running_job_stops_once_its_deadline_is_over(service: Service, stream:
     assert preview.headers["content-type"] == "image/webp"
     assert preview.headers["x-afterimage-note"] == "synthesised detail"
     with Image.open(io.BytesIO(preview.content)) as picture:
-        told = picture.getexif()[ExifTags.Base.ImageDescription]
-    assert "synthesised detail" in told
+        description = picture.getexif()[ExifTags.Base.ImageDescription]
+    assert "synthesised detail" in description
 
 
-def test_a_long_queue_refuses_new_jobs_but_no_repeats(service: Service, stream: bytes) -> None:
+def test_a_long_queue_refuses_new_jobs_but_not_repeated_requests(
+    service: Service, stream: bytes
+) -> None:
     client = service.client
     with service.stores() as store:
         key = store.key("sums")
         wait_for(client, submit(client, stream, tier="ddim-10", seed=9))
         while not (before := store.queue.hgetall(key)):
-            time.sleep(0.1)  # what a job took is noted after its end
+            time.sleep(0.1)  # a job's duration is recorded after its end
         withdrawn = submit(client, stream, **SLOW, seed=7)
         client.delete(withdrawn)
         reaches(client, withdrawn, "canceled")
         first = submit(client, stream, **SLOW)
-        million = estimates.RegressionSums.of(1e6, 1.0)  # seconds a megapixel-step
+        million = estimates.RegressionSums.of(1e6, 1.0)  # seconds per megapixel-step
         slow = json.dumps((*million.values, 0))
         try:
-            for seed in (1, 2, 3):  # a job that ended before may still write over it
+            for seed in (1, 2, 3):  # an earlier job may overwrite it at its end
                 store.queue.hset(key, mapping=dict.fromkeys(before, slow))
                 new = client.post("/v1/decodes", params={**SLOW, "seed": seed}, content=stream)
                 if new.status_code == 503:
@@ -462,7 +474,7 @@ def test_a_long_queue_refuses_new_jobs_but_no_repeats(service: Service, stream: 
             store.queue.hset(key, mapping=dict[Any, Any](before))
 
 
-def test_an_idempotency_key_means_one_request(client: httpx.Client, stream: bytes) -> None:
+def test_an_idempotency_key_belongs_to_one_request(client: httpx.Client, stream: bytes) -> None:
     def send(seed: int) -> httpx.Response:
         return client.post(
             "/v1/decodes",
@@ -477,10 +489,10 @@ def test_an_idempotency_key_means_one_request(client: httpx.Client, stream: byte
     wait_for(client, first.headers["location"])
 
 
-def test_a_decode_by_weights_that_are_gone_is_mixed_with_no_others(
+def test_a_decode_of_removed_weights_is_not_blended_with_other_weights(
     service: Service, small_compressai: bytes
 ) -> None:
-    """Its bitstream names no weights: what decodes it now may be another import."""
+    """A bitstream in CompressAI's format names no weights, so other weights would decode it now."""
     client = service.client
     location = submit(client, small_compressai)
     wait_for(client, location)
@@ -521,14 +533,14 @@ def test_models_and_limits_are_listed(client: httpx.Client) -> None:
 
 def test_many_duplicates_are_one_computation(service: Service, stream: bytes) -> None:
     client = service.client
-    asked: dict[str, str | int] = {"tier": "ddim-10", "seed": 3}
+    params: dict[str, str | int] = {"tier": "ddim-10", "seed": 3}
     with service.stores() as store:
         before = counters.read(store).get(counters.SUCCEEDED)
     etags: list[str] = []
 
     def one() -> None:
         with httpx.Client(base_url=client.base_url, timeout=120) as own:
-            location = submit(own, stream, **asked)
+            location = submit(own, stream, **params)
             wait_for(own, location)
             etags.append(own.get(f"{location}/image").headers["etag"])
 
@@ -539,6 +551,6 @@ def test_many_duplicates_are_one_computation(service: Service, stream: bytes) ->
         t.join()
     assert len(etags) == 24
     assert len(set(etags)) == 1
-    assert client.get(submit(client, stream, **asked)).json()["attempts"] == 1
+    assert client.get(submit(client, stream, **params)).json()["attempts"] == 1
     with service.stores() as store:
         assert counters.read(store).get(counters.SUCCEEDED) == before + 1

@@ -1,4 +1,4 @@
-"""Redis is away, hangs, comes back or is full; the service and its worker stay."""
+"""The service and its worker keep running while Redis is down, hangs, restarts or is full."""
 
 import concurrent.futures
 import signal
@@ -26,7 +26,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 
 @pytest.fixture(scope="module")
 def own(stores: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service that was started while its queue was away."""
+    """A service that was started while its queue's Redis was down."""
     stores.queue.kill()
     folder = tmp_path_factory.mktemp("degraded")
     with fork_service(folder, "--workers", "0", **stores.urls) as running:
@@ -35,7 +35,7 @@ def own(stores: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servi
 
 @pytest.fixture
 def worker(own: Service, stores: Rig) -> Iterator[Worker]:
-    """The queue is there, and one worker, which stays."""
+    """A worker that must survive the test; the queue's Redis is up."""
     if stores.queue.process.poll() is not None:
         stores.start_queue()
     until(lambda: own.client.get("/readyz").json()["status"] == "ok", "Redis is seen", 20)
@@ -44,7 +44,7 @@ def worker(own: Service, stores: Rig) -> Iterator[Worker]:
     assert made.process.poll() is None
 
 
-def test_a_service_without_its_redis_still_answers_instant(
+def test_a_service_without_redis_still_decodes_instantly(
     own: Service, stores: Rig, small_msh: bytes
 ) -> None:
     stores.queue.kill()
@@ -55,16 +55,16 @@ def test_a_service_without_its_redis_still_answers_instant(
     assert int(answer.headers["retry-after"]) > 0
 
 
-def test_a_redis_that_hangs_is_as_one_that_is_away(
+def test_a_redis_that_hangs_is_treated_like_one_that_is_down(
     own: Service, stores: Rig, worker: Worker, small_msh: bytes
 ) -> None:
-    """Stopped, it takes connections and answers nothing."""
-    asked: dict[str, str | int] = {"tier": "perceptual", "seed": 1}
+    """A stopped server accepts connections, but sends no replies."""
+    params: dict[str, str | int] = {"tier": "perceptual", "seed": 1}
     stores.queue.process.send_signal(signal.SIGSTOP)
     try:
         with concurrent.futures.ThreadPoolExecutor(60) as pool:
             waiting = [
-                pool.submit(own.client.post, "/v1/decodes", params=asked, content=small_msh)
+                pool.submit(own.client.post, "/v1/decodes", params=params, content=small_msh)
                 for _ in range(60)
             ]
             time.sleep(1)
@@ -77,24 +77,24 @@ def test_a_redis_that_hangs_is_as_one_that_is_away(
         stores.queue.process.send_signal(signal.SIGCONT)
 
 
-def test_instant_decodes_go_on_without_redis_and_upgrades_when_it_is_back(
+def test_instant_decodes_work_without_redis_and_jobs_when_it_is_back(
     own: Service, stores: Rig, worker: Worker, small_msh: bytes, small_compressai: bytes, page: Page
 ) -> None:
-    asked = {"tier": "perceptual"}
+    params = {"tier": "perceptual"}
     coded: FilePayload = {"name": "small.bin", "mimeType": "", "buffer": small_compressai}
     client = own.client
     assert client.get("/readyz").json() == {"status": "ok", "redis": "up"}
-    before = client.post("/v1/decodes", params=asked, content=small_msh)
+    before = client.post("/v1/decodes", params=params, content=small_msh)
     wait_for(client, before.headers["location"])
     page.goto(str(client.base_url))
     expect(page.locator("[name=tier]")).to_have_value("perceptual")
     stores.queue.kill()
 
     assert client.get("/readyz").json() == {"status": "degraded", "redis": "down"}
-    assert client.post("/v1/decodes", content=small_compressai).status_code == 200  # a new one
+    assert client.post("/v1/decodes", content=small_compressai).status_code == 200  # not cached
     again = client.post("/v1/decodes", content=small_msh)
     assert (again.status_code, again.content) == (200, before.content)
-    refused = client.post("/v1/decodes", params=asked, content=small_compressai)
+    refused = client.post("/v1/decodes", params=params, content=small_compressai)
     assert (refused.status_code, int(refused.headers["retry-after"]) > 0) == (503, True)
     for path in ("", "/image", "/events"):
         assert client.get(before.headers["location"] + path).status_code == 503
@@ -107,20 +107,20 @@ def test_instant_decodes_go_on_without_redis_and_upgrades_when_it_is_back(
     stores.start_queue()
     until(lambda: client.get("/readyz").json()["status"] == "ok", "Redis is seen again", 20)
     kept = client.get(before.headers["location"])
-    assert kept.json()["status"] == "succeeded"  # the queue is on disk
-    made = client.post("/v1/decodes", params=asked, content=small_compressai)
+    assert kept.json()["status"] == "succeeded"  # the queue's data are on disk
+    made = client.post("/v1/decodes", params=params, content=small_compressai)
     assert wait_for(client, made.headers["location"])["status"] == "succeeded"
     expect(page.locator("#right")).to_have_text("Perceptual", timeout=30_000)
     expect(page.locator("#away")).to_be_hidden()
 
 
-def test_drafts_and_upgrades_go_on_without_the_cache(
+def test_drafts_and_jobs_work_without_the_cache(
     own: Service, stores: Rig, worker: Worker, small_msh: bytes
 ) -> None:
-    asked: dict[str, str | int] = {"tier": "perceptual", "seed": 5}
+    params: dict[str, str | int] = {"tier": "perceptual", "seed": 5}
     instant = own.client.post("/v1/decodes", content=small_msh)
     stores.cache.kill()
-    made = own.client.post("/v1/decodes", params=asked, content=small_msh)
+    made = own.client.post("/v1/decodes", params=params, content=small_msh)
     assert (made.status_code, made.content) == (200, instant.content)
     assert "afterimage_redis_up 0.0" in own.client.get("/metrics").text
     stores.cache.start()
@@ -147,21 +147,21 @@ def test_a_full_queue_refuses_jobs_and_lets_workers_finish(
     own: Service, stores: Rig, worker: Worker, small_msh: bytes
 ) -> None:
     client, queue = own.client, stores.store.queue
-    asked: dict[str, str | int] = {"tier": "ddim-100", "steps": 100}
-    first = client.post("/v1/decodes", params=asked, content=small_msh)
+    params: dict[str, str | int] = {"tier": "ddim-100", "steps": 100}
+    first = client.post("/v1/decodes", params=params, content=small_msh)
     assert first.status_code == 200
     queue.config_set("maxmemory", int(queue.info("memory")["used_memory"] / 0.9))
     before = sorted(queue.keys())
     headers = {"Idempotency-Key": "of a full queue"}
     full = client.post(
-        "/v1/decodes", params={**asked, "seed": 1}, content=small_msh, headers=headers
+        "/v1/decodes", params={**params, "seed": 1}, content=small_msh, headers=headers
     )
     assert (full.status_code, full.json()["type"][-10:]) == (503, "queue-full")
     assert int(full.headers["retry-after"]) > 0
-    queue.config_set("maxmemory", 1)  # and no room at all
+    queue.config_set("maxmemory", 1)  # no memory at all
     with pytest.raises(redis.RedisError):
-        stores.submit(small_msh, Settings("ddim", 60), 9)  # past the limit that the API keeps
-    none = client.post("/v1/decodes", params={**asked, "seed": 2}, content=small_msh)
+        stores.submit(small_msh, Settings("ddim", 60), 9)  # without the API's check
+    none = client.post("/v1/decodes", params={**params, "seed": 2}, content=small_msh)
     assert none.status_code == 503
     assert client.post("/v1/decodes", content=small_msh).status_code == 200
     new = set(queue.keys()) - set(before)

@@ -1,4 +1,4 @@
-"""A service with API keys: who may do what, how often, and links for those without a key."""
+"""A service with API keys: scopes, quotas, and signed links for clients without a key."""
 
 import re
 import time
@@ -20,7 +20,7 @@ def by(name: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {TOKENS[name]}"}
 
 
-def test_without_a_key_only_probes_and_lists_answer(guarded: Service, small_msh: bytes) -> None:
+def test_without_a_key_only_public_routes_answer(guarded: Service, small_msh: bytes) -> None:
     client = guarded.client
     for path in ("/livez", "/readyz", "/v1/tiers", "/v1/limits"):
         assert client.get(path).status_code == 200
@@ -29,20 +29,20 @@ def test_without_a_key_only_probes_and_lists_answer(guarded: Service, small_msh:
         assert (answer.status_code, answer.json()["status"]) == (401, 401)
         assert answer.headers["www-authenticate"].startswith("Bearer")
         garbage = client.post("/v1/decodes", content=b"?", headers=headers)
-        assert garbage.status_code == 401  # before the body is looked at
+        assert garbage.status_code == 401  # before the body is parsed
     answer = client.post("/v1/decodes", content=small_msh, headers={"X-API-Key": TOKENS["both"]})
     assert answer.status_code == 200
     assert answer.headers["cache-control"].startswith("private, ")
 
 
 def test_pages_of_named_origins_may_call_the_api(guarded: Service) -> None:
-    asked = {
+    preflight = {
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "x-api-key, prefer",
     }
 
     def allowed(origin: str) -> str | None:
-        headers = {"Origin": origin, **asked}
+        headers = {"Origin": origin, **preflight}
         answer = guarded.client.options("/v1/decodes", headers=headers)
         origins: str | None = answer.headers.get("access-control-allow-origin")
         return origins
@@ -72,7 +72,7 @@ def test_the_page_asks_for_a_key(guarded: Service, small_msh: bytes, page: Page)
     expect(page.locator("#welcome")).to_be_hidden()
 
 
-def test_scopes_are_kept_apart(guarded: Service, small_msh: bytes) -> None:
+def test_a_key_is_limited_to_its_scopes(guarded: Service, small_msh: bytes) -> None:
     client = guarded.client
     assert client.post("/v1/inspect", content=small_msh, headers=by("decoder")).status_code == 200
     refused = client.post("/v1/encodes", content=b"", headers=by("decoder"))
@@ -80,7 +80,7 @@ def test_scopes_are_kept_apart(guarded: Service, small_msh: bytes) -> None:
     assert client.post("/v1/encodes", content=b"", headers=by("both")).status_code == 422
 
 
-def test_a_rate_is_limited_and_says_until_when(guarded: Service, small_msh: bytes) -> None:
+def test_a_rate_limit_says_when_to_retry(guarded: Service, small_msh: bytes) -> None:
     answers = [
         guarded.client.post("/v1/inspect", content=small_msh, headers=by("hasty")) for _ in range(4)
     ]
@@ -92,9 +92,9 @@ def test_a_rate_is_limited_and_says_until_when(guarded: Service, small_msh: byte
 
 def test_jobs_at_once_are_limited(guarded: Service, small_msh: bytes) -> None:
     def post(seed: int) -> httpx.Response:
-        asked: dict[str, str | int] = {"tier": "ddim-100", "steps": 300, "seed": seed}
+        params: dict[str, str | int] = {"tier": "ddim-100", "steps": 300, "seed": seed}
         return guarded.client.post(
-            "/v1/decodes", params=asked, content=small_msh, headers=by("single")
+            "/v1/decodes", params=params, content=small_msh, headers=by("single")
         )
 
     first, same, second = post(1), post(1), post(2)
@@ -109,7 +109,9 @@ def test_jobs_at_once_are_limited(guarded: Service, small_msh: bytes) -> None:
     guarded.client.delete(again.headers["location"], headers=by("single"))
 
 
-def test_a_link_shows_one_picture_to_whoever_holds_it(guarded: Service, small_msh: bytes) -> None:
+def test_a_link_shows_one_picture_to_everyone_who_has_it(
+    guarded: Service, small_msh: bytes
+) -> None:
     client = guarded.client
     with httpx.Client(base_url=client.base_url, headers=by("both"), timeout=60) as own:
         location = own.post(
@@ -121,7 +123,7 @@ def test_a_link_shows_one_picture_to_whoever_holds_it(guarded: Service, small_ms
             for seconds in (60, 1)
         )
         kept = own.get(f"{location}/image").headers["cache-control"]
-    assert kept.startswith("private, ")  # no shared cache shows it to those without a key
+    assert kept.startswith("private, ")  # shared caches must not store it
     assert made.status_code == 201
     url = made.json()["url"]
     shown = client.get(url)
@@ -138,7 +140,7 @@ def test_a_link_shows_one_picture_to_whoever_holds_it(guarded: Service, small_ms
     assert client.get(short.json()["url"]).status_code == 401
 
 
-def test_the_client_and_the_command_line_bring_their_key(
+def test_the_client_and_the_command_line_send_their_key(
     guarded: Service, small_msh: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from service.cli.main import main
@@ -157,11 +159,13 @@ def test_the_client_and_the_command_line_bring_their_key(
 
 
 def test_without_a_secret_webhooks_are_refused(guarded: Service, small_msh: bytes) -> None:
-    asked: dict[str, str | int] = {
+    params: dict[str, str | int] = {
         "tier": "perceptual",
         "webhook": "https://example.org/",
         "seed": 77,
     }
-    answer = guarded.client.post("/v1/decodes", params=asked, content=small_msh, headers=by("both"))
+    answer = guarded.client.post(
+        "/v1/decodes", params=params, content=small_msh, headers=by("both")
+    )
     assert answer.status_code == 422
     assert "AFTERIMAGE_WEBHOOK_SECRET" in answer.json()["detail"]

@@ -1,4 +1,4 @@
-"""The API as its users meet it: HTTP, real Redis, real worker, shipped weights."""
+"""The API over HTTP, with a real Redis, a real worker and the shipped weights."""
 
 import concurrent.futures
 import contextlib
@@ -67,7 +67,9 @@ def test_a_photograph_becomes_bytes_then_a_draft_then_the_perceptual_picture(
     assert client.get(location).json()["attempts"] == 1
 
 
-def test_a_draft_is_served_until_the_upgrade_is_there(service: Service, small_msh: bytes) -> None:
+def test_a_draft_is_served_until_the_final_picture_is_ready(
+    service: Service, small_msh: bytes
+) -> None:
     client = service.client
     asked: dict[str, str | int] = {"tier": "ddim-100", "seed": 3}
     draft = client.post("/v1/decodes", params=asked, content=small_msh)
@@ -82,7 +84,7 @@ def test_a_draft_is_served_until_the_upgrade_is_there(service: Service, small_ms
         seen.add(state["step"])
         assert time.monotonic() < deadline
     assert state["status"] == "succeeded"
-    assert len(seen) > 3  # progress was visible
+    assert len(seen) > 3  # progress was reported
     again = client.get(f"{location}/image", headers={"If-None-Match": draft.headers["etag"]})
     assert again.status_code == 200
     assert again.headers["x-afterimage-tier"] == "ddim-100"
@@ -90,7 +92,7 @@ def test_a_draft_is_served_until_the_upgrade_is_there(service: Service, small_ms
     assert (same.status_code, same.content) == (304, b"")
 
 
-def test_seeds_are_different_pictures_and_equal_requests_one_job(
+def test_seeds_give_different_pictures_and_equal_requests_one_job(
     service: Service, small_msh: bytes
 ) -> None:
     client = service.client
@@ -113,7 +115,7 @@ def test_seeds_are_different_pictures_and_equal_requests_one_job(
     assert not np.array_equal(first, second)
 
 
-def test_both_formats_and_multipart_are_understood(
+def test_both_formats_and_multipart_forms_are_accepted(
     service: Service, small_msh: bytes, small_compressai: bytes
 ) -> None:
     client = service.client
@@ -132,7 +134,7 @@ def test_both_formats_and_multipart_are_understood(
     assert np.abs(pixels(answers[0]).astype(int) - pixels(answers[1])).max() <= 2
 
 
-def test_the_answer_says_where_its_time_went(service: Service, photo: image.Pixels) -> None:
+def test_the_response_lists_the_time_of_each_stage(service: Service, photo: image.Pixels) -> None:
     new = image.write(photo[:70, :70].copy(), "png")
     data = service.client.post("/v1/encodes", content=new).content
     found = []
@@ -142,9 +144,7 @@ def test_the_answer_says_where_its_time_went(service: Service, photo: image.Pixe
     assert found == [["parse", "queue", "entropy", "g_s", "encode"], ["parse"]]
 
 
-def test_inspect_says_what_a_picture_will_cost_once_that_was_measured(
-    service: Service, small_msh: bytes
-) -> None:
+def test_inspect_predicts_costs_once_they_were_measured(service: Service, small_msh: bytes) -> None:
     client = service.client
     location = client.post("/v1/decodes?tier=ddim-10&seed=5", content=small_msh).headers["location"]
     wait_for(client, location)
@@ -152,11 +152,13 @@ def test_inspect_says_what_a_picture_will_cost_once_that_was_measured(
     while (costs := client.post("/v1/inspect", content=small_msh).json()["costs"])["ddim-100"][
         "seconds"
     ] is None:
-        assert time.monotonic() < deadline  # what a job took is noted after its end
+        assert time.monotonic() < deadline  # a job's duration is recorded after its end
         time.sleep(0.1)
     assert 0 < costs["instant"]["seconds"] < costs["ddim-100"]["seconds"]
     hundred, thousand = (costs[name]["seconds"] for name in ("ddim-100", "ddpm-1000"))
-    assert hundred < thousand <= 10 * hundred + 0.01  # a part of it may be fixed
+    assert (
+        hundred < thousand <= 10 * hundred + 0.01
+    )  # a part of the predicted time may not depend on the steps
 
 
 def test_a_job_beyond_the_limit_is_refused(service: Service) -> None:
@@ -166,7 +168,7 @@ def test_a_job_beyond_the_limit_is_refused(service: Service) -> None:
     assert "393 megapixel-steps; the limit is 300" in answer.json()["detail"]
 
 
-def test_corrupt_entropy_coded_bytes_are_never_a_picture(
+def test_corrupt_entropy_coded_bytes_are_never_decoded_to_a_picture(
     service: Service, small_compressai: bytes
 ) -> None:
     b = bitstream.parse(small_compressai)
@@ -184,7 +186,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(service: Service) ->
     declared = http.client.HTTPConnection(url.host, url.port or 80, timeout=10)
     declared.putrequest("POST", "/v1/decodes")
     declared.putheader("Content-Length", str(2**40))
-    declared.endheaders()  # no body follows: the answer must not wait for one
+    declared.endheaders()  # no body follows: the response must not wait for one
     assert declared.getresponse().status == 413
     declared.close()
 
@@ -197,7 +199,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(service: Service) ->
 
 @contextlib.contextmanager
 def upload(service: Service, size: int, now: int) -> Iterator[socket.socket]:
-    """A request whose body is begun."""
+    """Send the beginning of a request's body, and keep the connection open during the block."""
     url = service.client.base_url
     with socket.create_connection((url.host, url.port)) as own:
         head = f"POST /v1/decodes HTTP/1.1\r\nHost: test\r\nContent-Length: {size}\r\n\r\n"
@@ -205,7 +207,7 @@ def upload(service: Service, size: int, now: int) -> Iterator[socket.socket]:
         yield own
 
 
-def test_an_upload_that_is_given_up_is_one_line_in_the_log(service: Service) -> None:
+def test_an_aborted_upload_is_one_line_in_the_log(service: Service) -> None:
     before = len(service.log.read_text())
     with upload(service, 1000, 10):
         time.sleep(0.3)
@@ -213,17 +215,17 @@ def test_an_upload_that_is_given_up_is_one_line_in_the_log(service: Service) -> 
     assert "Traceback" not in service.log.read_text()[before:]
 
 
-def test_bodies_take_no_more_memory_than_one_of_the_largest(service: Service) -> None:
+def test_all_bodies_share_the_memory_budget(service: Service) -> None:
     def other(size: int = 2_000_000) -> int:
         return service.client.post("/v1/inspect", content=bytes(size)).status_code
 
     with upload(service, 3_900_000, 2_500_000):
-        until(lambda: other() == 503, "no room is left", 3)
-        assert other(60_000) == 415  # there is always some for bitstreams
-    until(lambda: other() == 415, "there is room again", 20)
+        until(lambda: other() == 503, "the memory budget is used up", 3)
+        assert other(60_000) == 415  # small bodies do not count
+    until(lambda: other() == 415, "the memory budget is free again", 20)
 
 
-def test_a_body_that_does_not_come_is_408(service: Service) -> None:
+def test_a_body_that_does_not_arrive_gets_408(service: Service) -> None:
     url = service.client.base_url
     slow = http.client.HTTPConnection(url.host, url.port or 80, timeout=30)
     slow.putrequest("POST", "/v1/decodes")

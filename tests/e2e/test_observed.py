@@ -1,4 +1,4 @@
-"""What an operator sees: metrics, request ids, one log of API and worker."""
+"""What operators can observe: metrics, request ids, and the log of API and workers."""
 
 import json
 import re
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.usefixtures("l
 
 
 def samples(service: Service) -> dict[str, float]:
-    """Name and labels -> value."""
+    """The samples of `/metrics`: name and labels -> value."""
     text = service.client.get("/metrics").text
     return {
         s.name + json.dumps(s.labels, sort_keys=True): s.value
@@ -28,11 +28,11 @@ def samples(service: Service) -> dict[str, float]:
 
 
 def total(found: dict[str, float], name: str) -> float:
-    """Over all labels."""
+    """The sum of a metric over all labels."""
     return sum(value for key, value in found.items() if key.startswith(name + "{"))
 
 
-def test_a_decode_is_seen_in_metrics_and_in_one_log_by_its_ids(
+def test_a_decode_appears_in_metrics_and_with_its_ids_in_one_log(
     service: Service, photo: image.Pixels
 ) -> None:
     client = service.client
@@ -47,18 +47,18 @@ def test_a_decode_is_seen_in_metrics_and_in_one_log_by_its_ids(
     before = samples(service)
 
     def more(name: str) -> float:
-        """By how much a counter has risen."""
+        """The increase of a counter."""
         return total(samples(service), name) - total(before, name)
 
     def measured(jobs: int) -> bool:
-        """What a job took is noted after its end."""
+        """True once the durations of so many jobs are recorded, which is after their ends."""
         return more("afterimage_megapixel_steps_total") > (jobs - 0.5) * work
 
     work = 4 * 0.192 * 0.128  # coded sides
     for seed in (1, 2):  # the second job can be predicted by the first
-        asked = {"tier": "perceptual", "seed": seed}
+        params = {"tier": "perceptual", "seed": seed}
         answer = client.post(
-            "/v1/decodes", params=asked, content=stream, headers={"X-Request-Id": "mine-1"}
+            "/v1/decodes", params=params, content=stream, headers={"X-Request-Id": "mine-1"}
         )
         assert answer.headers["x-request-id"] == "mine-1"
         wait_for(client, answer.headers["location"])
@@ -82,7 +82,7 @@ def test_a_decode_is_seen_in_metrics_and_in_one_log_by_its_ids(
     }
 
 
-def test_metrics_may_have_a_port_of_their_own(redis_urls: tuple[str, str]) -> None:
+def test_metrics_may_have_a_separate_port(redis_urls: tuple[str, str]) -> None:
     port = free_port()
     queue, cache = redis_urls
     settings = ServiceSettings(REDIS_URL=queue, CACHE_REDIS_URL=cache, metrics_port=port)

@@ -401,7 +401,7 @@ def test_a_copied_link_opens_the_same_decode(
         expect(other.locator("#rows")).to_contain_text("Bitstream")
 
 
-def test_seeds_beyond_the_integers_of_a_number_are_kept(
+def test_seeds_of_2_to_the_53_and_more_are_exact(
     opened: Page, context: BrowserContext, small_file: Path
 ) -> None:
     seed = 2**53 + 1

@@ -1,4 +1,4 @@
-"""What is published installs and runs without the repository."""
+"""The wheel and the sdist install and run without the repository."""
 
 import re
 import subprocess
@@ -37,7 +37,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_version_is_said_in_one_place() -> None:
+def test_the_version_is_the_same_everywhere() -> None:
     said = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert __version__ == version("afterimage") == said
     changes = (ROOT / "CHANGELOG.md").read_text()

@@ -1,4 +1,4 @@
-"""The OpenAPI document against the live service: schemathesis, all of its checks."""
+"""The service conforms to its OpenAPI document: all checks of schemathesis."""
 
 import json
 import os
@@ -19,10 +19,10 @@ pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]
 
 HERE = Path(__file__).parent
 NEED_MORE = {
-    "PUT /v1/decodes/{id}",  # an id that follows from the rest
-    "DELETE /v1/decodes/{id}", "GET /v1/decodes/{id}/preview",  # a job that runs just then
+    "PUT /v1/decodes/{id}",  # its id is a digest of the rest
+    "DELETE /v1/decodes/{id}", "GET /v1/decodes/{id}/preview",  # they need a running job
 }  # fmt: skip
-"""What random requests seldom succeed at; `test_decodes.py` sees to these."""
+"""Operations at which random requests rarely succeed; `test_decodes.py` tests them."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def decodes(client: httpx.Client, bodies: Path) -> list[str]:
     return found
 
 
-def test_the_service_does_what_its_schema_says(
+def test_the_service_conforms_to_its_schema(
     client: httpx.Client, bodies: Path, decodes: list[str], tmp_path: Path
 ) -> None:
     """Examples, boundary values, random and wrong requests, and sequences of them."""
@@ -94,7 +94,7 @@ def test_the_service_does_what_its_schema_says(
 
 
 def answered_well(events: Path) -> set[str]:
-    """Operations of which a request was answered with 2xx."""
+    """Operations for which at least one response was 2xx."""
     found = set()
     for line in events.read_text().splitlines():
         run = json.loads(line).get("ScenarioFinished", {}).get("recorder", {})

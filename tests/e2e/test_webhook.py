@@ -1,4 +1,4 @@
-"""A receiver is told when a decode has ended, by the service as it is run."""
+"""A running service sends webhooks when decodes end."""
 
 import threading
 import time
@@ -16,53 +16,53 @@ from tests.support.waiting import wait_for
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
 
-def test_the_end_of_a_decode_is_told_signed(
+def test_a_signed_webhook_is_sent_when_a_decode_ends(
     service: Service, webhook_port: int, small_msh: bytes
 ) -> None:
-    told: list[Any] = []
-    came = threading.Semaphore(0)
+    messages: list[Any] = []
+    arrived = threading.Semaphore(0)
 
     class Receiver(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
-            told.append(Webhook(WEBHOOK_SECRET).verify(body, dict(self.headers.items())))
+            messages.append(Webhook(WEBHOOK_SECRET).verify(body, dict(self.headers.items())))
             self.send_response(204)
             self.end_headers()
-            came.release()
+            arrived.release()
 
         def log_message(self, *_: object) -> None:
             pass
 
     host, client = f"127.0.0.1:{webhook_port}", service.client
-    asked: dict[str, str | int] = {"tier": "perceptual", "seed": 41}
+    defaults: dict[str, str | int] = {"tier": "perceptual", "seed": 41}
     with HTTPServer(("127.0.0.1", webhook_port), Receiver) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
         def submit(**changed: str | int) -> httpx.Response:
-            params: dict[str, str | int] = {**asked, "webhook": f"http://{host}/told", **changed}
+            params: dict[str, str | int] = {**defaults, "webhook": f"http://{host}/hook", **changed}
             return client.post("/v1/decodes", params=params, content=small_msh)
 
         answer = submit()
         location = answer.headers["location"]
         wait_for(client, location)
-        assert came.acquire(timeout=20)
-        assert submit().headers["x-cache"] == "hit"  # who asks for what is kept is told, too
-        assert came.acquire(timeout=20)
-        assert submit(webhook="https://127.0.0.1/told").status_code == 422
+        assert arrived.acquire(timeout=20)
+        assert submit().headers["x-cache"] == "hit"  # a cached picture is announced too
+        assert arrived.acquire(timeout=20)
+        assert submit(webhook="https://127.0.0.1/hook").status_code == 422
         answer = submit(tier="ddpm-1000", deadline_s=1)
-        with service.stores() as store:  # nobody need ask about it
+        with service.stores() as store:  # the subscription lasts without polling
             key = store.key("interest", answer.headers["location"].rpartition("/")[2])
             interest: list[Any] = store.queue.zrange(key, 0, -1, withscores=True)
             ((_, until),) = interest
         assert until > time.time() + 23 * 3600
-        client.delete(answer.headers["location"])  # who asked may withdraw
+        client.delete(answer.headers["location"])  # and can still be withdrawn
         ended = wait_for(client, answer.headers["location"])
         assert ended["status"] == "canceled"
-        assert came.acquire(timeout=20)
+        assert arrived.acquire(timeout=20)
         server.shutdown()
-    assert len(told) == 3
-    assert told.pop()["type"] == "decode.canceled"
-    for event in told:
+    assert len(messages) == 3
+    assert messages.pop()["type"] == "decode.canceled"
+    for event in messages:
         assert event["type"] == "decode.succeeded"
         assert event["data"]["image"] == f"{location}/image"
 

@@ -1,4 +1,4 @@
-"""The image, run as it would be: `make image-test`.
+"""Runs the container image as users do: `make image-test`.
 
 From `afterimage:cpu` (or `cuda`, as the argument says), as its user and with a read-only root: the
 version; then Redis, the API and a worker; an instant and a perceptual decode; SIGTERM with a job
@@ -33,11 +33,11 @@ IMAGE = f"afterimage:{sys.argv[1] if sys.argv[1:] else 'cpu'}"
 USER = 10001
 CACHE = "/var/cache/afterimage"
 READY_S = 15
-"""How long after its start the API may take to be ready, on 2 cores."""
+"""Seconds within which the API must be ready after its start, on 2 cores."""
 IDLE_MB = 700
-"""What the API may take, idle, besides what a CUDA build of torch loads and never uses."""
+"""Memory limit of an idle API process, without the libraries that a CUDA build of torch loads."""
 OURS_MB = 1000
-"""What the image may hold besides torch and what only torch needs."""
+"""Size limit of the image without torch and its dependencies."""
 WRITE = """
 touch /made 2>/dev/null || touch /opt/made 2>/dev/null; echo $?
 id -u
@@ -58,7 +58,7 @@ if (cuda := folder / "libtorch_cuda.so").exists():
     ctypes.CDLL(str(cuda), mode=ctypes.RTLD_GLOBAL)
 print(resident() - before)
 """
-"""How many MB of memory a CUDA build of torch takes for its libraries, before any is used."""
+"""Prints the MB of memory that the libraries of a CUDA build of torch take when they are loaded."""
 TORCHS = (
     "torch",
     "torchgen",
@@ -73,7 +73,7 @@ TORCHS = (
 
 
 class Container:
-    """docker or podman."""
+    """Runs the image with docker or podman."""
 
     def __init__(self, engine: str) -> None:
         self.engine = engine
@@ -88,7 +88,7 @@ class Container:
 
 
 class Chroot:
-    """The file system of an image of buildah's."""
+    """Runs the image that buildah built, in a chroot."""
 
     def __init__(self) -> None:
         os.environ.setdefault("STORAGE_DRIVER", "vfs")
@@ -147,7 +147,7 @@ class Test:
     def start(self, name: str, *args: str, entry: str = "", **env: str) -> subprocess.Popen[bytes]:
         cache = self.folder / name
         cache.mkdir()
-        cache.chmod(0o777)  # of whoever runs this
+        cache.chmod(0o777)  # the container's user is another one
         command = self.engine.command(args, entry, env, cache)
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes.append(subprocess.Popen(command, stdout=log, stderr=log))
@@ -230,7 +230,7 @@ def status(client: httpx.Client, location: str) -> str:
 
 
 def resident_mb_of(part: str) -> float:
-    """Of the process whose command line has this part."""
+    """The resident memory of the process whose command line contains `part`."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (folder / "cmdline").read_text()
@@ -240,7 +240,7 @@ def resident_mb_of(part: str) -> float:
 
 
 def sizes(test: Test) -> None:
-    """What is torch's, and what is ours."""
+    """Report the size of the image, with and without torch and its dependencies."""
     script = f"""
         cd /opt/afterimage/lib/python3*/site-packages
         du -sc -BMB {" ".join(TORCHS)} 2>/dev/null | tail -n 1 | cut -f 1
@@ -250,7 +250,7 @@ def sizes(test: Test) -> None:
     text = (test.folder / "sizes.log").read_text()
     torchs, whole = (int(size.removesuffix("MB")) for size in text.split())
     test.tell(
-        f"the image: {whole} MB, {torchs} of them torch's, {whole - torchs} besides",
+        f"the image: {whole} MB; torch and its dependencies: {torchs}; the rest: {whole - torchs}",
         whole - torchs <= OURS_MB,
     )
 

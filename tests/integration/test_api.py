@@ -60,7 +60,7 @@ def test_compressai_files_can_be_written(api: httpx.Client, small: image.Pixels)
     assert client.post("/v1/decodes", content=made).status_code == 200
 
 
-def test_inspect_tells_what_the_header_says(api: httpx.Client, small_msh: bytes) -> None:
+def test_inspect_returns_the_fields_of_the_header(api: httpx.Client, small_msh: bytes) -> None:
     found = api.post("/v1/inspect", content=small_msh).json()
     assert (found["width"], found["height"], found["bytes"]) == (150, 100, len(small_msh))
     assert found["decodable"] is True
@@ -296,7 +296,7 @@ def test_openapi_has_examples_and_describes_every_problem(api: httpx.Client) -> 
 
 
 def _examples(schema: Any, content: Any) -> list[Any]:
-    """The examples of one kind of answer: its own, or those of the model that it is, or lists."""
+    """The examples of a response's content, otherwise those of its schema's model."""
     if "example" in content:
         return [content["example"]]
     if "examples" in content:

@@ -89,7 +89,7 @@ def test_instant_decodes_do_not_wait_for_photographs(api: httpx.Client, small_ms
         assert {attack.result().status_code for attack in sent} == {422}
 
 
-def test_a_recovery_that_is_busy_or_dies_is_told_as_such(
+def test_a_busy_or_dead_recovery_process_is_reported_as_unavailable(
     api: httpx.Client, small_compressai: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is known about the bitstream: it may decode at the next try."""

@@ -126,7 +126,7 @@ def test_a_refused_submission_shows_nothing(api: httpx.Client, small_msh: bytes)
     assert seen(api, OTHER, id, "GET", "")[0] == 404
 
 
-def test_a_signed_link_shows_the_picture_to_whoever_has_it(
+def test_a_signed_link_shows_the_picture_to_everyone_who_has_it(
     api: httpx.Client, small_msh: bytes
 ) -> None:
     id = submit(api, OWNER, small_msh, 6)

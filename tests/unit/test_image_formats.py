@@ -151,9 +151,7 @@ SRGB_PROFILE = chunk(
         "narrow range",
     ],
 )  # fmt: skip
-def test_a_pngs_colour_chunks_take_precedence_in_this_order(
-    chunks: list[bytes], seen: int
-) -> None:
+def test_a_pngs_colour_chunks_take_precedence_in_this_order(chunks: list[bytes], seen: int) -> None:
     """Half the light is 188 in sRGB."""
     data = png(2, 8, bytes([128] * 3), *chunks)
     assert np.abs(np.array(first(data)) - seen).max() <= 1
