@@ -8,16 +8,21 @@ MAX_LENGTH = 64
 
 
 @lru_cache(4096)
-def plain(host: str) -> str:
-    """Return an address without a zone, and as IPv4 if it is mapped into IPv6.
+def parse(text: str) -> str | None:
+    """Return an IP address without its zone, and as IPv4 if it is mapped into IPv6.
 
-    Text that is no address is returned as it is, up to `MAX_LENGTH`.
+    None if the text is not an address.
     """
     try:
-        address = ipaddress.ip_address(host[:MAX_LENGTH].partition("%")[0])
+        address = ipaddress.ip_address(text[:MAX_LENGTH].partition("%")[0])
     except ValueError:
-        return host[:MAX_LENGTH]
+        return None
     return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def plain(host: str) -> str:
+    """Return an address as `parse` does; other text unchanged, up to `MAX_LENGTH`."""
+    return parse(host) or host[:MAX_LENGTH]
 
 
 @lru_cache(4096)

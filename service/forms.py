@@ -8,6 +8,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from models.errors import MalformedHeader
 from service.negotiate import MAX_ITEMS, MAX_LENGTH
+from service.parameters import MAX_QUOTED
 
 _FILE_TYPES = (b"image/", b"application/octet-stream")
 """Beginnings of the media types of parts that are files even if they have no file name."""
@@ -59,7 +60,9 @@ def _boundary(content_type: str) -> str:
     boundary = options.get(b"boundary", b"").decode("latin-1")
     if not boundary:
         advice = "do not set Content-Type yourself, so that the HTTP library writes it"
-        raise MalformedHeader(f"Content-Type {content_type[:64]!r} names no boundary; {advice}")
+        raise MalformedHeader(
+            f"Content-Type {content_type[:MAX_QUOTED]!r} names no boundary; {advice}"
+        )
     return boundary
 
 

@@ -1,6 +1,5 @@
 """The client's address in `X-Forwarded-For`, which proxies write."""
 
-import ipaddress
 import logging
 import re
 import time
@@ -27,12 +26,7 @@ def parse(text: str) -> str | None:
     entry = text.strip()
     if match := _WITH_PORT.fullmatch(entry):
         entry = match[1] or match[2] or ""
-    address = addresses.plain(entry)
-    try:
-        ipaddress.ip_address(address)
-    except ValueError:
-        return None
-    return address
+    return addresses.parse(entry)
 
 
 class ForwardedFor:

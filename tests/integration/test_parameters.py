@@ -426,7 +426,9 @@ def test_a_compressed_body_is_refused_by_its_header(
     answer = api.post(path, content=body, headers={"Content-Encoding": encoding})
     assert (answer.status_code, answer.headers["accept-encoding"]) == (415, "identity")
     assert answer.json()["type"] == "urn:afterimage:problem:unsupported-encoding"
-    assert f"Content-Encoding is {encoding!r}; send the file uncompressed" in answer.json()["detail"]
+    assert (
+        f"Content-Encoding is {encoding!r}; send the file uncompressed" in answer.json()["detail"]
+    )
 
 
 @pytest.mark.parametrize("encoding", ["identity", "Identity", ""])
