@@ -12,6 +12,8 @@ from service.parameters import MAX_QUOTED
 
 _FILE_TYPES = (b"image/", b"application/octet-stream")
 """Beginnings of the media types of parts that are files even if they have no file name."""
+MAX_REASON = 200
+"""Length to which the parser's reason is cut in an error."""
 
 
 async def parse(content_type: str, data: bytes) -> FormData:
@@ -25,7 +27,8 @@ async def parse(content_type: str, data: bytes) -> FormData:
         body = _from_first_boundary(boundary, data)
         return await _Parser(_header(boundary), stream()).parse()
     except (MultiPartException, KeyError, UnicodeError) as e:
-        raise MalformedHeader("the multipart form cannot be parsed") from e
+        reason = f"the multipart form cannot be parsed: {str(e)[:MAX_REASON].rstrip('.')}"
+        raise MalformedHeader(f"{reason}; let an HTTP library write the form") from e
 
 
 class _Parser(MultiPartParser):

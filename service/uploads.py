@@ -79,13 +79,13 @@ async def _read_raw(
     limit, seconds = settings.max_bytes, settings.body_timeout_s
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
-        raise BodyTooLarge(f"the body has {declared} bytes; the limit is {limit}")
+        raise _too_large(declared, limit)
     data = bytearray()
     try:
         with anyio.fail_after(seconds):
             async for chunk in request.stream():
                 if len(data) + len(chunk) > limit:
-                    raise BodyTooLarge(f"the body has more than {limit} bytes, which is the limit")
+                    raise _too_large(f"more than {limit}", limit)
                 reserve(len(chunk))
                 data += chunk
     except TimeoutError:
@@ -93,6 +93,12 @@ async def _read_raw(
         message = f"only {len(data)} bytes of the body arrived within {seconds:g} s; send it again"
         raise RequestTimeout(message, close) from None
     return bytes(data)
+
+
+def _too_large(size: str, limit: int) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"the body has {size} bytes; the limit is {limit} (AFTERIMAGE_MAX_BYTES); send less"
+    )
 
 
 def _check_encoding(request: Request) -> None:
