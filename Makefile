@@ -5,6 +5,9 @@ READY := .venv/.ready
 PHOTO ?= tests/data/kodim23.png
 URL ?=
 PART ?=
+# One thread suits the tests' small networks. Bytecode is written even where the environment forbids it:
+# otherwise each of the many processes that the tests start compiles torch's sources again.
+TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 COMPILE := .venv/lock/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe \
 	--no-header --no-emit-index-url --no-emit-trusted-host --no-emit-find-links
 
@@ -36,7 +39,7 @@ demo: $(READY) ## encode a photograph, decode it at every quality, save a compar
 	@$(BIN)/python -P -m service.cli.demo "$(PHOTO)" $(if $(URL),--url "$(URL)")
 
 test: $(READY) browser ## run all tests, in three processes; lists the slowest
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --durations=25
+	@$(TESTS) $(BIN)/pytest -n 3 --durations=25
 
 browser: $(READY) ## install Chromium for the tests of the page: Debian's as root, else Playwright's
 	-@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
@@ -50,7 +53,7 @@ check: $(READY) ## lint, formatting and types
 
 .PHONY: coverage docs hooks
 coverage: $(READY) browser ## run all tests and report which lines they cover; fails below the floor
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov --cov-report=term
+	@$(TESTS) $(BIN)/pytest -n 3 --cov --cov-report=term
 
 docs: $(READY) ## update the tables of environment variables in deploy/OPERATING.md
 	@$(BIN)/python -P deploy/variables.py

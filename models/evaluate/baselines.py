@@ -11,7 +11,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
 
 from models.evaluate.metrics import mse, psnr
 
@@ -74,6 +73,8 @@ def _noise(like: Tensor) -> Tensor:
 
 
 def _edges(picture: Tensor) -> Tensor:
+    from torchvision.transforms.functional import gaussian_blur
+
     size = 2 * math.ceil(3 * RADIUS) + 1
     blurred: Tensor = gaussian_blur(picture, [size, size], [RADIUS, RADIUS])
     return picture - blurred

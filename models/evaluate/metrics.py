@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-import piq
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -42,11 +41,15 @@ def ms_ssim(a: Tensor, b: Tensor) -> float | None:
     """
     if min(a.shape[2:]) < MS_SSIM_SIDE:
         return None
+    import piq
+
     return float(piq.multi_scale_ssim(a, b, data_range=1.0))
 
 
 def gmsd(a: Tensor, b: Tensor) -> float:
     """Gradient magnitude similarity deviation (Xue 2014) of luma; (1, 3, H, W) in [0, 1]."""
+    import piq
+
     return float(piq.gmsd(a, b, data_range=1.0))
 
 

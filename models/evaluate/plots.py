@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from typing import TYPE_CHECKING, Any, Literal
 
 from models.evaluate import baselines, reference_codecs
 from models.evaluate.calibration import Point
 from models.evaluate.measure import SHUFFLED
 from models.evaluate.summary import SummaryLine
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import LayoutEngine
 
 RATE = {
     "psnr": "PSNR in dB  ↑",
@@ -26,7 +26,8 @@ RATE = {
     "kid": "KID  ↓",
 }
 PERCEPTION = ("lpips", "niqe_gap", "kid")
-_COLOURS = matplotlib.color_sequences["tab10"]
+_COLOURS = tuple(f"C{i}" for i in range(10))
+"""Matplotlib's names of its ten default colours."""
 _GREY = "0.55"
 _LINE_STYLES = dict(zip(reference_codecs.SETTINGS, (":", "--", "-"), strict=True))
 """Other codec -> line style."""
@@ -42,7 +43,7 @@ def rate(lines: Sequence[SummaryLine], file: Path, others: Sequence[SummaryLine]
     names = _available(lines, tuple(RATE))
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(4.4 * columns, 3.3 * rows + 0.6), layout="constrained")
+    figure = _figure(4.4 * columns, 3.3 * rows + 0.6)
     all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, name in zip(all_axes, names, strict=False):
         for tier in dict.fromkeys(line.tier for line in lines):
@@ -60,10 +61,12 @@ def rate(lines: Sequence[SummaryLine], file: Path, others: Sequence[SummaryLine]
 
 def perception(lines: Sequence[SummaryLine], file: Path) -> None:
     """Plot perceptual metrics over PSNR, a point per tier and a row per quality, into a PNG."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     names = _available(lines, PERCEPTION)
     qualities = list(dict.fromkeys(line.quality for line in lines))
-    size = (4.8 * len(names), 3.8 * len(qualities))
-    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    figure = _figure(4.8 * len(names), 3.8 * len(qualities), layout)
     grid = figure.subplots(len(qualities), len(names), squeeze=False)
     for quality, row in zip(qualities, grid, strict=True):
         for axes, name in zip(row, names, strict=True):
@@ -75,7 +78,7 @@ def perception(lines: Sequence[SummaryLine], file: Path) -> None:
 
 def calibration(curves: Mapping[int, Sequence[Point]], file: Path) -> None:
     """Plot the predicted (line) and actual (dots) error of x0 over t, per quality, into a PNG."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = _figure(6.4, 4.2)
     axes = figure.subplots()
     for (quality, points), colour in zip(sorted(curves.items()), _COLOURS, strict=False):
         times = [p.t for p in points]
@@ -91,8 +94,17 @@ def calibration(curves: Mapping[int, Sequence[Point]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+def _figure(
+    width: float, height: float, layout: "LayoutEngine | Literal['constrained']" = "constrained"
+) -> "Figure":
+    """An empty figure; sides in inches. Matplotlib takes a second to import, so it is done here."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=layout)
+
+
 def _points(
-    axes: Axes, at_quality: Sequence[SummaryLine], name: str, lines: Sequence[SummaryLine]
+    axes: "Axes", at_quality: Sequence[SummaryLine], name: str, lines: Sequence[SummaryLine]
 ) -> None:
     points = [line for line in at_quality if {"psnr", name} <= line.figures.keys()]
     for line in points:
@@ -105,7 +117,7 @@ def _points(
 
 
 def _label_points(
-    axes: Axes, points: Sequence[tuple[float, float, str]], colours: Sequence[Any]
+    axes: "Axes", points: Sequence[tuple[float, float, str]], colours: Sequence[Any]
 ) -> None:
     """Write the names in a column at the right, ordered by height, with a line to each point."""
     axes.set_xlim(axes.get_xlim())
@@ -158,7 +170,7 @@ def _available(lines: Sequence[SummaryLine], names: Sequence[str]) -> list[str]:
     return [name for name in names if any(name in line.figures for line in lines)]
 
 
-def _label_axes(axes: Axes, x: str, y: str) -> None:
+def _label_axes(axes: "Axes", x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(color="0.92")

@@ -25,7 +25,7 @@ from models.codec import bitstream
 from service.cli import codec, main
 from service.cli.parser import TEXTS
 from tests.support.data import DATA, PHOTO, psnr
-from tests.support.service import Service, children, run_service
+from tests.support.service import Service, children, fork_service
 from tests.support.waiting import until, wait_for
 
 pytestmark = [pytest.mark.weights, pytest.mark.usefixtures("loaded_once")]
@@ -66,8 +66,8 @@ def read(path: Path) -> image.Pixels:
 
 
 def test_encode_and_decode_a_photograph(tmp_path: Path, photo: image.Pixels) -> None:
-    assert run_process("encode", PHOTO, "-o", tmp_path / "a.msh", "-q", 3).returncode == 0
-    assert run_process("decode", tmp_path / "a.msh", "-o", tmp_path / "a.png").returncode == 0
+    assert afterimage("encode", PHOTO, "-o", tmp_path / "a.msh", "-q", 3).returncode == 0
+    assert afterimage("decode", tmp_path / "a.msh", "-o", tmp_path / "a.png").returncode == 0
     assert psnr(read(tmp_path / "a.png"), photo) > 31
 
 
@@ -373,7 +373,7 @@ def test_a_stopped_service_leaves_no_process_and_keeps_its_queue(
     tmp_path: Path, small_msh: bytes
 ) -> None:
     params = {"tier": "perceptual"}
-    with run_service(tmp_path, "--workers", "0") as first:
+    with fork_service(tmp_path, "--workers", "0") as first:
         answer = first.client.post("/v1/decodes", params=params, content=small_msh)
         location = answer.headers["location"]
         assert first.client.get(location).json()["position"] == 0
@@ -382,6 +382,6 @@ def test_a_stopped_service_leaves_no_process_and_keeps_its_queue(
             time.sleep(1)
             stop(first, signal.SIGINT)
         assert waiting.result().json()["status"] == "queued"  # the connection was not cut
-    with run_service(tmp_path) as second:
+    with fork_service(tmp_path) as second:
         assert wait_for(second.client, location)["status"] == "succeeded"
         stop(second, signal.SIGTERM)

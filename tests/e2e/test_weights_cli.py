@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compressai.models import MeanScaleHyperprior as Reference
 
 from models import checkpoint, image
 from models.codec import bitstream, codec
 from tests.e2e.test_cli import afterimage, read
+from tests.support.compressai import Reference, mean_scale_hyperprior
 from tests.support.data import DATA
 from tests.support.service import fork_service
 from tests.support.waiting import wait_for
@@ -78,7 +78,7 @@ def test_compressai_loads_exported_weights(tmp_path: Path, imported: str, net: R
     options = ("-q", 5, "-m", "ms-ssim", "-o", tmp_path / "out.pth")
     assert afterimage("weights", "export", *options).returncode == 0
     state = torch.load(tmp_path / "out.pth")
-    Reference(192, 320).load_state_dict(state)
+    mean_scale_hyperprior(192, 320).load_state_dict(state)
     for name, value in net.state_dict().items():
         assert torch.equal(state[name], value), name
 

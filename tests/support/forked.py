@@ -96,6 +96,15 @@ def command(arguments: tuple[str, ...]) -> int:
     return main.main(arguments)
 
 
+def trainer(arguments: tuple[str, ...]) -> int:
+    """Run `python -m models.train` with these arguments."""
+    from models.train import __main__
+
+    sys.argv[1:] = arguments
+    __main__.main()
+    return 0
+
+
 @functools.cache
 def _fork_server() -> tuple[ForkServerContext, dict[str, str]]:
     """Start the fork server; also return those of its variables that are read during imports."""
@@ -109,7 +118,8 @@ def _fork_server() -> tuple[ForkServerContext, dict[str, str]]:
 
 def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
     given = {name: v for name, v in environment.items() if name.startswith(READ_AT_IMPORT)}
-    return {"OMP_WAIT_POLICY": "PASSIVE"} | given  # the default that `prepare_process` sets
+    # `prepare_process` sets the first; with one thread, the tests' small networks are faster
+    return {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"} | given
 
 
 def _run(main: Callable[[], int], environment: dict[str, str], folder: Path, log: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compressai.models import MeanScaleHyperprior as Reference
 
 from models import checkpoint, geometry
 from models.codec import bitstream, codec, rans, zoo
@@ -16,6 +15,7 @@ from models.codec.codec import Codec
 from models.codec.hyperprior import LatentCoder
 from models.errors import BitstreamError, ChecksumMismatch, WeightsError, WrongWeights
 from models.image import Pixels
+from tests.support.compressai import Reference, mean_scale_hyperprior
 from tests.support.data import psnr
 
 pytestmark = pytest.mark.weights
@@ -26,7 +26,7 @@ def reference() -> Reference:
     """CompressAI's model with the shipped weights, and with CDF tables that it computed itself."""
     entry = next(e for e in checkpoint.manifest() if e.quality == 2)
     weights = {k: v.float() for k, v in checkpoint.load(entry).items() if v.is_floating_point()}
-    net = Reference(128, 192)
+    net = mean_scale_hyperprior(128, 192)
     net.update()
     net.load_state_dict({**net.state_dict(), **weights})
     net.update(force=True)

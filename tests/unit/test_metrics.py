@@ -9,11 +9,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from scipy.signal import convolve2d
 from torch import Tensor, nn
-from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
-from torchmetrics.image.kid import poly_mmd
-from torchvision.models import alexnet, vgg16
 
 from models import image
 from models.codec import codec
@@ -50,6 +46,8 @@ def test_simple_metrics_of_a_known_difference() -> None:
 
 
 def test_ms_ssim_equals_torchmetrics(pair: tuple[Tensor, Tensor]) -> None:
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
     theirs = multiscale_structural_similarity_index_measure(*pair, data_range=1.0)
     assert metrics.ms_ssim(*pair) == pytest.approx(float(theirs), abs=2e-4)
     assert 0.5 < float(theirs) < 0.99
@@ -61,6 +59,8 @@ def test_ms_ssim_is_missing_where_five_scales_do_not_fit() -> None:
 
 
 def test_gmsd_equals_the_papers_formula(pair: tuple[Tensor, Tensor]) -> None:
+    from scipy.signal import convolve2d
+
     def gradient(x: Tensor) -> Array:
         y = x[0].permute(1, 2, 0).double().numpy() @ np.array([0.299, 0.587, 0.114]) * 255
         y = (y[::2, ::2] + y[1::2, ::2] + y[::2, 1::2] + y[1::2, 1::2]) / 4
@@ -88,6 +88,8 @@ def test_niqe_is_missing_without_two_blocks_that_have_texture(photo: image.Pixel
 
 def slow_nlpd(a: image.Pixels, b: image.Pixels) -> float:
     """NLPD again, with two-dimensional kernels, explicit borders and index arithmetic."""
+    from scipy.signal import convolve2d
+
     low = np.outer(nlpd_module.LOWPASS, nlpd_module.LOWPASS)
 
     def pyramid(pixels: image.Pixels) -> list[Array]:
@@ -140,6 +142,8 @@ def test_nlpd_is_zero_for_equal_pictures_and_grows_with_noise(small: image.Pixel
 @pytest.fixture(scope="module")
 def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The stages of torchvision's VGG-16 with random weights, under its names."""
+    from torchvision.models import vgg16
+
     torch.manual_seed(0)
     with torch.device("meta"):
         names = vgg16(weights=None).features.state_dict()
@@ -219,6 +223,8 @@ def test_dists_of_equal_pictures_is_zero_with_the_published_mixture(
 def test_lpips_alex_also_reads_torchvisions_file(
     pair: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
+    from torchvision.models import alexnet
+
     torch.manual_seed(0)
     with torch.device("meta"):
         features = alexnet(weights=None).features
@@ -256,6 +262,8 @@ def sides(
 
 
 def plain_kid(x: Array, y: Array) -> float:
+    from torchmetrics.image.kid import poly_mmd
+
     return float(poly_mmd(torch.from_numpy(x), torch.from_numpy(y)))
 
 

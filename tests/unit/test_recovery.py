@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from compressai.models import MeanScaleHyperprior as Reference
 
 from models import checkpoint
 from models.codec import bitstream, codec, rans, recovery
@@ -21,7 +22,9 @@ from models.codec.bitstream import Bitstream
 from models.codec.codec import Codec
 from models.errors import BitstreamError, Unavailable
 from models.image import Pixels
+from tests.support.compressai import mean_scale_hyperprior
 from tests.support.data import psnr
+from tests.support.forked import Forked
 
 pytestmark = pytest.mark.weights
 
@@ -29,6 +32,30 @@ pytestmark = pytest.mark.weights
 @pytest.fixture(scope="module")
 def picture(photo: Pixels) -> Pixels:
     return photo[256:384, 512:640].copy()
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Fork the recovery processes of these tests, without the seconds that imports take.
+
+    Those that are the subject of a test are started by scripts, as ever.
+    """
+
+    def start() -> recovery._Child:
+        ours, theirs = Pipe()
+        with theirs:
+            process = Forked(partial(serve, theirs), os.environ, tmp_path / "recovery.log")
+        return recovery._Child(process, ours, set())  # type: ignore[arg-type]
+
+    monkeypatch.setattr(recovery, "_start", start)
+    yield
+    recovery.PROCESS.close()
+
+
+def serve(connection: "Connection[bytes, bytes]") -> int:
+    """What a forked recovery process runs."""
+    recovery.serve(connection)
+    return 0
 
 
 @pytest.fixture
@@ -94,7 +121,7 @@ def test_a_bitstream_that_compressai_garbles_is_decoded_exactly(
         ).items()
         if v.is_floating_point()
     }
-    reference = Reference(128, 192)
+    reference = mean_scale_hyperprior(128, 192)
     reference.update()
     reference.load_state_dict({**reference.state_dict(), **weights})
     reference.update(force=True)

@@ -4,12 +4,13 @@ import argparse
 import io
 import json
 import math
+import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from models.train.diffusion import DiffusionTask
 from models.train.distributed import ProcessGroup
 from models.train.photos import photographs
 from models.train.run import Run
+from tests.support.forked import Forked, trainer
 from tests.support.waiting import until
 
 CPU = ProcessGroup(0, 1, torch.device("cpu"))
@@ -208,33 +210,34 @@ def test_a_killed_run_resumes_from_its_checkpoint_in_any_folder(
     config: Callable[..., DiffusionConfig], tmp_path: Path
 ) -> None:
     settings = config(plan=(Stage("phase1", steps=100_000),))
-    command = [
-        *(sys.executable, "-P", "-m", "models.train", "diffusion", "--bank", settings.bank),
+    command = (
+        *("diffusion", "--bank", settings.bank),
         *("--held-out", settings.held_out, "--out", settings.out, "--lpips", settings.lpips),
         *("--plan", "phase1:100000steps", "--batch", "4", "--crop", "64", "--widths", "16,24,32"),
         *("--save-s", "0", "--log-s", "0"),
-    ]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        try:
-            file = tmp_path / "run/log.jsonl"
-            until(lambda: file.exists() and len(log(settings)) > 3, "rows in the log", 90)
-        finally:
-            process.send_signal(signal.SIGKILL)
+    )
+    process = Forked(partial(trainer, command), os.environ, tmp_path / "first.log")
+    try:
+        file = tmp_path / "run/log.jsonl"
+        until(lambda: file.exists() and len(log(settings)) > 3, "rows in the log", 90)
+    finally:
+        process.kill()
+        process.wait()
     elsewhere = config(plan=settings.plan, out=str(tmp_path / "elsewhere"))
     shutil.copytree(tmp_path / "run/checkpoint", tmp_path / "elsewhere/checkpoint")
     killed = Run(DiffusionTask(elsewhere, CPU), elsewhere, CPU).progress
     assert killed.steps > 0
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        try:
-            until(
-                lambda: "loss" in log(settings)[-1] and resumed_step(settings),
-                "steps after resuming",
-                90,
-            )
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
-        finally:
-            process.kill()
+    process = Forked(partial(trainer, command), os.environ, tmp_path / "second.log")
+    try:
+        until(
+            lambda: "loss" in log(settings)[-1] and resumed_step(settings),
+            "steps after resuming",
+            90,
+        )
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
     assert resumed_step(settings) == killed.steps
     stopped = Run(DiffusionTask(settings, CPU), settings, CPU).progress
     assert killed.steps < stopped.steps

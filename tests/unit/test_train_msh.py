@@ -2,11 +2,10 @@
 
 import json
 import math
+import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -29,6 +28,7 @@ from models.train.hyperprior import TrainableHyperprior
 from models.train.msh import LAMBDA, MshConfig, MshTask, with_init_sizes
 from models.train.run import Run
 from models.train.widen import widen
+from tests.support.forked import Forked, trainer
 from tests.support.waiting import until
 
 CPU = ProcessGroup(0, 1, torch.device("cpu"))
@@ -110,16 +110,17 @@ def test_a_killed_run_resumes_in_another_folder(
     config: Callable[..., MshConfig], tmp_path: Path
 ) -> None:
     settings = config()
-    command = [
-        *(sys.executable, "-P", "-m", "models.train", "msh", "--photos", settings.photos),
+    command = (
+        *("msh", "--photos", settings.photos),
         *("--out", settings.out, "--N", "12", "--M", "16", "--batch", "4", "--crop", "64"),
         *("--plan", "3:100000steps", "--save-s", "0", "--log-s", "0"),
-    ]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        try:
-            until(lambda: _rows(settings) > 3, "rows in the log", 90)
-        finally:
-            process.send_signal(signal.SIGKILL)
+    )
+    process = Forked(partial(trainer, command), os.environ, tmp_path / "msh.log")
+    try:
+        until(lambda: _rows(settings) > 3, "rows in the log", 90)
+    finally:
+        process.kill()
+        process.wait()
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(Path(settings.out) / "checkpoint", elsewhere / "checkpoint")
     assert max(p.stat().st_size for p in elsewhere.rglob("*.*")) <= 16 << 20

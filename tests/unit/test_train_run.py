@@ -1,9 +1,8 @@
 """The training loop on a tiny network: stages, averages, NaN, checkpoints and ranks."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -25,6 +24,8 @@ from models.train.distributed import ProcessGroup
 from models.train.run import Run
 from models.train.soap import Soap
 from models.train.task import TrainingStep, Update, cosine
+from tests.support.forked import Forked
+from tests.support.service import free_port
 
 CPU = ProcessGroup(0, 1, torch.device("cpu"))
 ADAMW = partial(torch.optim.AdamW, fused=True)
@@ -304,12 +305,18 @@ def test_tensorboard_has_the_curves_of_the_log(config: RunConfig) -> None:
 
 
 def test_two_ranks_end_with_equal_weights(tmp_path: Path) -> None:
-    """Runs this file in two processes with `torchrun`; see `_rank` below."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(__file__, str(tmp_path)),
+    """Runs `_rank` below in two processes that have the variables that `torchrun` sets."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [
+        Forked(
+            partial(_rank, tmp_path),
+            os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            tmp_path / f"rank{rank}.log",
+        )
+        for rank in range(2)
     ]
-    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    statuses = [rank.wait(120) for rank in ranks]
+    assert statuses == [0, 0], [(tmp_path / f"rank{i}.log").read_text() for i in range(2)]
     first, second = (torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in range(2))
     assert first["steps"] == second["steps"] >= 25
     assert first["crops"] != second["crops"]
@@ -324,7 +331,7 @@ def test_the_learning_rate_holds_and_then_falls() -> None:
     assert factors == [1, 1, 0.51, 0.02, 0.02]
 
 
-def _rank(folder: Path) -> None:
+def _rank(folder: Path) -> int:
     """Train in one of two processes; only rank 1 gets a NaN and the signal to stop."""
     group = ProcessGroup.join("cpu")
     draws: list[float] = []
@@ -346,7 +353,4 @@ def _rank(folder: Path) -> None:
     result = {"steps": run.progress.steps, "crops": draws[:3], **task.net.state_dict()}
     torch.save(result, folder / f"rank{group.rank}.pt")
     group.leave()
-
-
-if __name__ == "__main__":
-    _rank(Path(sys.argv[1]))
+    return 0

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compressai.models import MeanScaleHyperprior as Reference
-from compressai.zoo import image as published
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,6 +26,7 @@ from models.errors import ParameterError, WeightsError, WrongWeights
 from models.image import Pixels
 from models.library import Library
 from models.tiers import Settings
+from tests.support.compressai import Reference, mean_scale_hyperprior
 
 State = dict[str, Tensor]
 FAST = Settings("ddim", 2)
@@ -36,7 +35,7 @@ FAST = Settings("ddim", 2)
 def random_codec(n: int, m: int, seed: int) -> Reference:
     """CompressAI's network with random weights, scaled so that its latents have many values."""
     torch.manual_seed(seed)
-    net = Reference(n, m)
+    net = mean_scale_hyperprior(n, m)
     with torch.no_grad():
         net.g_a[6].weight.mul_(30)
         net.h_a[4].weight.mul_(10)
@@ -365,7 +364,7 @@ def test_compressai_decodes_with_an_exported_checkpoint(
     assert [p.name for p in tmp_path.iterdir()] == [name]
     torch_file = name != "q2.safetensors"
     state = torch.load(tmp_path / name) if torch_file else load_file(tmp_path / name)
-    net = Reference(128, 192)
+    net = mean_scale_hyperprior(128, 192)
     net.load_state_dict(state)
     b, theirs = compressed(net.eval(), small, 2)
     assert (shipped.synthesis(shipped.latents(b).y_hat) - theirs).abs().max() < 1e-4
@@ -388,6 +387,8 @@ def test_an_exported_checkpoint_is_imported_with_the_same_id(tmp_path: Path, fol
 def test_a_checkpoint_of_the_zoo_is_downloaded_and_imported(
     tmp_path: Path, file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from compressai.zoo import image as published
+
     digest = sha256(file.read_bytes()).hexdigest()[:8]
     for name, message in ((digest, ""), ("0" * 8, "hash"), ("f" * 8, "No such file")):
         stored = tmp_path / f"mbt2018-mean-ms-ssim-5-{name}.pth.tar"
