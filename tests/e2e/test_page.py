@@ -168,13 +168,12 @@ def test_a_dropped_address_that_the_page_may_read_is_opened(
     opened: Page, small_png: Path, kind: str
 ) -> None:
     data = base64.b64encode(small_png.read_bytes()).decode()
-    address = f"data:image/png;base64,{data}"
-    if kind == "own":
-        address = opened.url + "web/samples/parrots-small.webp"
+    address, name = f"data:image/png;base64,{data}", "picture"
+    if kind == "same origin":
+        name = "parrots-small.webp"
+        address = f"{opened.url}web/samples/{name}"
     drop_address(opened, address)
-    expect(opened.locator("#file")).to_have_text(
-        "picture" if kind == "data" else "parrots-small.webp"
-    )
+    expect(opened.locator("#file")).to_have_text(name)
     drawn(opened)
     expect(opened.locator("#problem")).to_be_hidden()
 
