@@ -1,4 +1,4 @@
-// Event listeners: files, settings, banner, and the view's buttons and keys.
+// Listeners: files, settings, banner, and the view's buttons and keys.
 
 import { useKey } from "./api.js";
 import * as comparison from "./comparison.js";

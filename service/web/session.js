@@ -297,7 +297,7 @@ class Session {
   }
 }
 
-// Queue a job again, unless another client did (409).
+// Queue a job again unless another client did (409).
 const requeue = (id) => api.retry(id).catch((e) => {
   if (e.status !== 409) throw e;
 });
@@ -322,7 +322,7 @@ function begin(session) {
   return session;
 }
 
-// Run `work`; show its error, unless another file was opened.
+// Run `work`; show its error unless another file was opened.
 export async function attempt(work) {
   const session = current;
   panel.setBusy(true);

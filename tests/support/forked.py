@@ -25,6 +25,8 @@ READ_AT_IMPORT = (
 )  # fmt: skip
 """Prefixes of variables that are read during imports. In all forked processes, they have the values
 that they had when the first one was started."""
+SET_BY_TORCH = "TORCHINDUCTOR_CACHE_DIR"
+"""A variable that torch sets in this process when it imports its compiler; it is read later."""
 
 
 class Process(Protocol):
@@ -118,6 +120,7 @@ def _fork_server() -> tuple[ForkServerContext, dict[str, str]]:
 
 def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
     given = {name: v for name, v in environment.items() if name.startswith(READ_AT_IMPORT)}
+    given.pop(SET_BY_TORCH, None)
     # `prepare_process` sets the first; with one thread, the tests' small networks are faster
     return {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"} | given
 
