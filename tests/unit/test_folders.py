@@ -7,6 +7,7 @@ import pwd
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -229,10 +230,17 @@ def test_a_foreign_cache_or_weights_folder_is_refused_in_one_line(
         catalogue.imported(weights)
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose name is short enough for sockets; that of `tmp_path` may not be."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        yield Path(name)
+
+
 def test_sockets_and_data_of_the_private_redis_are_not_in_a_folder_of_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, short_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared = folders.private(tmp_path / "shared")
+    shared = folders.private(short_folder / "shared")
     shared.chmod(0o777)
     with pytest.raises(UntrustedFolder, match="every user"), private_redis.servers(shared):
         pass
