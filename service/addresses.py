@@ -31,10 +31,7 @@ def network(host: str) -> str:
 
     A host can use any address of its /64, so counting addresses would not limit it.
     """
-    address = plain(host)
-    if ":" not in address or address == "::1":
-        return address
-    try:
-        return str(ipaddress.ip_network(f"{address}/64", strict=False))
-    except ValueError:
-        return address
+    address = parse(host)
+    if address is None or ":" not in address or address == "::1":
+        return plain(host)
+    return str(ipaddress.ip_network(f"{address}/64", strict=False))

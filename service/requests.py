@@ -26,6 +26,8 @@ CHUNK = 2**18
 """Largest part of a response that is sent at a time, in bytes."""
 MAX_HEADER_BYTES = 2**16
 """Request line and headers together; they are read before the caller is authenticated."""
+HEADERS_TOO_LARGE = f"the request line and headers exceed {MAX_HEADER_BYTES} bytes; shorten them"
+"""Detail of the problem `headers-too-large`."""
 CLIENT_GONE = 499
 """The status in logs and metrics if the client disconnected before the response began."""
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -105,8 +107,9 @@ def _header_bytes(scope: Scope) -> int:
 async def _refuse_headers(scope: Scope, receive: Receive, send: Send) -> None:
     """An ASGI application that answers 431."""
     kind = problems.HeadersTooLarge
-    detail = f"the request line and headers exceed {MAX_HEADER_BYTES} bytes; shorten them"
-    await problems.problem(problems.status_of(kind), kind.kind, detail)(scope, receive, send)
+    await problems.problem(problems.status_of(kind), kind.kind, HEADERS_TOO_LARGE)(
+        scope, receive, send
+    )
 
 
 async def _respond(app: ASGIApp, scope: Scope, receive: Receive, send: Send, method: str) -> None:

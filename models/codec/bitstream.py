@@ -123,13 +123,17 @@ def parse(data: bytes, max_pixels: int = MAX_PIXELS) -> Bitstream:
         raise MalformedHeader("the bitstream is empty")
     if data.startswith(MAGIC[: len(data)]):
         return _parse_msh(data, max_pixels)
-    for picture, signature in _PICTURES:
-        if signature.match(data):
-            raise UnsupportedCodec(
-                f"this is a {picture} picture, not a bitstream; encode it with "
-                "`afterimage encode` or POST /v1/encodes"
-            )
+    if picture := picture_format(data):
+        raise UnsupportedCodec(
+            f"this is a {picture} picture, not a bitstream; encode it with "
+            "`afterimage encode` or POST /v1/encodes"
+        )
     return _parse_compressai(data, _layout(data), max_pixels)
+
+
+def picture_format(data: bytes) -> str | None:
+    """Return the format of a picture file, by its first bytes; None if it is no picture."""
+    return next((name for name, start in _PICTURES if start.match(data)), None)
 
 
 def serialize(b: Bitstream) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.codec.bitstream import MAGIC
+from models.codec import bitstream
 from models.errors import AfterimageError, PictureError, UnsupportedCodec
 from models.files import is_special, write_output
 from service.cli.terminal import complain, note
@@ -17,8 +17,6 @@ if TYPE_CHECKING:  # importing it loads Pillow
 
 STDIO = Path("-")
 """As an input stdin, as an output stdout."""
-_PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-"""First bytes of picture files."""
 
 
 def output_paths(inputs: Sequence[Path], output: str, suffix: str) -> dict[Path, Path]:
@@ -85,7 +83,7 @@ def read_input(source: Path) -> bytes:
 def read_bitstream(source: Path) -> bytes:
     """Read a bitstream. Raises `UnsupportedCodec` if the file is a picture."""
     data = read_input(source)
-    if data.startswith(_PICTURES) or data[4:12] == b"ftypavif":
+    if bitstream.picture_format(data):
         raise UnsupportedCodec("this is a picture, not a bitstream; `afterimage encode` makes one")
     return data
 
@@ -93,7 +91,7 @@ def read_bitstream(source: Path) -> bytes:
 def read_picture(source: Path) -> bytes:
     """Read a picture file. Raises `PictureError` if the file is a bitstream."""
     data = read_input(source)
-    if data.startswith(MAGIC):
+    if data.startswith(bitstream.MAGIC):
         raise PictureError("this is a bitstream, not a picture; `afterimage decode` makes one")
     return data
 

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from service import addresses, prefix, problems
 from service.forwarded import ForwardedFor
-from service.requests import MAX_HEADER_BYTES
+from service.requests import HEADERS_TOO_LARGE
 
 _ABSOLUTE = re.compile(rb"https?://(?P<host>[^/@]+)(?P<path>/.*)?", re.IGNORECASE | re.DOTALL)
 """A request target in absolute form, without its query."""
@@ -47,8 +47,7 @@ class HttpProtocol(H11Protocol):
         status = getattr(error, "error_status_hint", 400)
         kind, detail = "malformed-request", f"the request is not valid HTTP: {error}"
         if status == 431:
-            kind = problems.HeadersTooLarge.kind
-            detail = f"the request line and headers exceed {MAX_HEADER_BYTES} bytes; shorten them"
+            kind, detail = problems.HeadersTooLarge.kind, HEADERS_TOO_LARGE
         response = problems.problem(status, kind, detail, {"Connection": "close"})
         head = h11.Response(
             status_code=status, headers=response.raw_headers, reason=STATUS_PHRASES[status]
