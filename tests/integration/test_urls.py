@@ -153,8 +153,9 @@ def test_an_unreachable_sentinel_is_tried_once(connect: Callable[..., Any]) -> N
     def refuse(number: int, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while True:
-                listener.accept()[0].close()
-                attempts.append(number)
+                connection = listener.accept()[0]
+                attempts.append(number)  # before the client notices that it is closed
+                connection.close()
 
     with socket.create_server(("127.0.0.1", 0)) as a, socket.create_server(("127.0.0.1", 0)) as b:
         for number, listener in enumerate((a, b)):

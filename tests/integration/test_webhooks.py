@@ -607,8 +607,9 @@ def listening(address: str, port: int = 0) -> Iterator[tuple[int, list[str]]]:
         def accept() -> None:
             with contextlib.suppress(OSError):  # the socket was shut down
                 while True:
-                    server.accept()[0].close()
-                    came.append(address)
+                    connection = server.accept()[0]
+                    came.append(address)  # before the client notices that it is closed
+                    connection.close()
 
         thread = threading.Thread(target=accept)
         thread.start()

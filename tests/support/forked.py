@@ -6,6 +6,7 @@ process has its own signals, exit status, environment, working directory, and ou
 and in those of the command line.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -75,7 +76,8 @@ class Forked:
 
     def send_signal(self, sig: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, sig)
+            with contextlib.suppress(ProcessLookupError):  # it has ended since, as in `Popen`
+                os.kill(self.pid, sig)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)

@@ -38,7 +38,7 @@ def picture(photo: Pixels) -> Pixels:
 def forked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Fork the recovery processes of these tests, without the seconds that imports take.
 
-    Those that are the subject of a test are started by scripts, as ever.
+    Scripts start those that are the subject of a test.
     """
 
     def start() -> recovery._Child:
@@ -274,7 +274,7 @@ def test_an_interrupted_request_leaves_no_reply_for_the_next_one(
     assert all(map(torch.equal, result, expected))
 
 
-def test_a_timeout_is_not_told_as_an_error_of_the_bitstream_and_ends_the_process(
+def test_after_a_timeout_the_error_asks_to_try_again_and_the_process_has_ended(
     shipped: Codec, foreign: tuple[Bitstream, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recovery.PROCESS.close()
