@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Iterator
 
 import anyio
+import anyio.lowlevel
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from python_multipart.multipart import parse_options_header
@@ -15,6 +16,11 @@ from service import metrics, parameters
 from service.negotiate import MAX_ITEMS, MAX_LENGTH
 from service.problems import BodyTooLarge, Busy, RequestTimeout
 from service.settings import ServiceSettings
+
+MAX_PARTS = 16
+"""Files that a multipart form may hold, and fields. One file is read."""
+PIECE = 2**16
+"""Bytes of a form that are parsed at a time, which takes at most some milliseconds."""
 
 
 class UploadBudget:
@@ -97,13 +103,20 @@ async def _read_raw(
 
 
 async def _parse_form(content_type: str, data: bytes) -> FormData:
-    """Parse a multipart form. Raises `MalformedHeader`."""
+    """Parse a multipart form, in pieces between which other requests run.
+
+    Raises `MalformedHeader`, also for more than `MAX_PARTS` files or fields.
+    """
 
     async def stream() -> AsyncGenerator[bytes, None]:
-        yield data
+        for at in range(0, len(data), PIECE):
+            yield data[at : at + PIECE]
+            await anyio.lowlevel.checkpoint()
 
     try:
-        return await MultiPartParser(_form_headers(content_type), stream()).parse()
+        headers = _form_headers(content_type)
+        parser = MultiPartParser(headers, stream(), max_files=MAX_PARTS, max_fields=MAX_PARTS)
+        return await parser.parse()
     except (MultiPartException, KeyError, UnicodeError) as e:
         raise MalformedHeader("the multipart form cannot be parsed") from e
 
