@@ -114,15 +114,17 @@ async def _parse_form(content_type: str, data: bytes) -> FormData:
             await anyio.lowlevel.checkpoint()
 
     try:
-        headers = _form_headers(content_type)
+        headers, boundary = _form_headers(content_type)
+        if b"--" + boundary + b"--" not in data:
+            raise MalformedHeader("the multipart form is cut off: its last boundary is missing")
         parser = MultiPartParser(headers, stream(), max_files=MAX_PARTS, max_fields=MAX_PARTS)
         return await parser.parse()
     except (MultiPartException, KeyError, UnicodeError) as e:
         raise MalformedHeader("the multipart form cannot be parsed") from e
 
 
-def _form_headers(content_type: str) -> Headers:
-    """The header that the parser reads: the boundary, without other parameters.
+def _form_headers(content_type: str) -> tuple[Headers, bytes]:
+    """The header that the parser reads, without other parameters, and the boundary in it.
 
     RFC 7578 defines no charset for forms: it would only concern names of fields, and decoding some
     charsets, such as punycode, takes quadratic time. Raises `MalformedHeader`, `KeyError` without a
@@ -132,9 +134,9 @@ def _form_headers(content_type: str) -> Headers:
         limits = f"at most {MAX_LENGTH} characters and {MAX_ITEMS} parameters are read"
         raise MalformedHeader(f"Content-Type has {len(content_type)} characters; {limits}")
     _, options = parse_options_header(content_type)
-    boundary = options[b"boundary"].decode("latin-1")
-    quoted = boundary.replace("\\", "\\\\").replace('"', '\\"')
-    return Headers({"Content-Type": f'multipart/form-data; boundary="{quoted}"'})
+    boundary = options[b"boundary"]
+    quoted = boundary.decode("latin-1").replace("\\", "\\\\").replace('"', '\\"')
+    return Headers({"Content-Type": f'multipart/form-data; boundary="{quoted}"'}), boundary
 
 
 async def _only_file(request: Request, form: FormData) -> bytes:
