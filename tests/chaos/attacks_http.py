@@ -99,7 +99,7 @@ def slow_headers(target: Target) -> str:
                 c for n, c in enumerate(connections) if send(c, b"a:b\r\n" if n % 2 else b"")
             ]
             time.sleep(1)
-    return f"{opened} connections opened, {_still_open(connections)} open at the end"
+        return f"{opened} connections opened, {_still_open(connections)} open at the end"
 
 
 def large_heads(target: Target) -> str:

@@ -59,8 +59,9 @@ def send(connection: socket.socket, data: bytes) -> bool:
 
 
 def receive(connection: socket.socket) -> bytes:
-    """Return what the service sends until it closes the connection or pauses for 10 s."""
+    """Return what the service sends until it closes the connection or pauses for 2 s."""
     received = b""
+    connection.settimeout(2)
     with contextlib.suppress(OSError):
         while data := connection.recv(2**16):
             received += data
