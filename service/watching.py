@@ -117,8 +117,8 @@ async def events(
     """Yield the events of a job that follow event `after`, until the job has ended.
 
     Also stops when the client is `disconnected` or the server stops. With `caller`, reading extends
-    the caller's subscription and asks the worker for previews, every `BLOCK_S`. If the events have expired,
-    the last one is built from the job's record.
+    the caller's subscription and asks the worker for previews, every `BLOCK_S`. If the events have
+    expired, the last one is built from the job's record.
     """
     block_ms = None  # the first read returns at once
     renew_at = -math.inf

@@ -19,9 +19,9 @@ from service.requests import MAX_HEADER_BYTES
 
 MAX_HEADER_LINES = 256
 """Lines of a request's head, or of the trailers of a body: each costs about 5 µs."""
-SLICE = 4096
-"""Bytes that are parsed at a time, so that trailers beyond the limit are noticed before all are
-parsed."""
+SLICE, FIRST_SLICE = 2**12, 2**14
+"""Bytes of a chunked body, and of what may begin with a head, that are parsed at a time, so that
+trailers beyond the limit are noticed before all are parsed."""
 SMALL_CHUNKS, CHUNK_BYTES = 256, 64
 """Chunks of any size that a body may have, and the mean size that is required of more: each chunk
 costs as much time as a header line."""
@@ -42,10 +42,11 @@ class Parser(h11.Connection):
 
     _chunks = _chunked_bytes = 0
 
-    @property
-    def reads_lines(self) -> bool:
-        """Whether the next bytes may be a head, chunks or trailers."""
-        return self.their_state is h11.IDLE or isinstance(self._reader, ChunkedReader)
+    def slice(self, size: int) -> int:
+        """How many of the next `size` bytes may be parsed at a time."""
+        if self.their_state is h11.IDLE:
+            return min(size, FIRST_SLICE)
+        return min(size, SLICE) if isinstance(self._reader, ChunkedReader) else size
 
     def _extract_next_receive_event(self) -> Any:
         reader = self._reader
@@ -134,13 +135,13 @@ class HttpProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what the client has sent, in slices while it may be a head, chunks or trailers."""
-        at = 0
-        while len(data) - at > SLICE and cast(Parser, self.conn).reads_lines:
-            super().data_received(data[at : at + SLICE])
-            at += SLICE
+        parser, at = cast(Parser, self.conn), 0
+        while at < len(data):
+            end = at + parser.slice(len(data) - at)
+            super().data_received(data[at:end])
             if self.transport.is_closing():
                 return
-        super().data_received(data[at:] if at else data)
+            at = end
         self._await_client()
         if len(data) >= READ_BYTES and not self.flow.read_paused:
             self.transport.pause_reading()
