@@ -30,8 +30,9 @@ decoder then makes a more natural picture from the same bytes.
 """
 
 
-def create_app(settings: ServiceSettings | None = None) -> FastAPI:
-    """Create the API. `settings` are read from the environment by default.
+def create_app(settings: ServiceSettings | None = None, host: str = "") -> FastAPI:
+    """Create the API. `settings` are read from the environment by default; `host` is the name or
+    address on which the server listens.
 
     Raises `NoRedis` for an invalid Redis URL, `KeysError` for an invalid file of API keys. Models
     are loaded at start-up, which raises `WeightsError` if weights are missing or altered.
@@ -66,7 +67,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
             expose_headers=["*"],
             max_age=CORS_MAX_AGE_S,
         )
-    hosts = origins.names(settings.hosts, keyed=keys is not None)
+    hosts = origins.names(settings.hosts, keys is not None, host)
     allowed = settings.cors_origins if keys is None else None
     app.add_middleware(OriginMiddleware, hosts=hosts, origins=allowed)
     # added last, so that it is the outermost

@@ -86,9 +86,10 @@ class OriginMiddleware:
         )
 
 
-def names(hosts: Collection[str], keyed: bool) -> Collection[str]:
-    """Return the allowed names: `hosts`; if there are none, any with keys, else this machine's."""
-    return hosts or (("*",) if keyed else (socket.gethostname(),))
+def names(hosts: Collection[str], keyed: bool, host: str = "") -> Collection[str]:
+    """Return the allowed names: `hosts`; if there are none, any with keys, else this machine's and
+    `host`, on which the service listens."""
+    return hosts or (("*",) if keyed else (socket.gethostname(), host))
 
 
 def _is_foreign(site: bytes, origin: bytes, host: bytes) -> bool:

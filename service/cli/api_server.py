@@ -41,12 +41,13 @@ def configuration(app: ASGIApp, settings: ServiceSettings) -> uvicorn.Config:
 class ApiServer(uvicorn.Server):
     """Uvicorn with the API, which reads its settings from the environment.
 
+    `host` is the name or address on which it listens.
     `on_ready` is called once the models are loaded and the sockets accept connections.
     """
 
-    def __init__(self, on_ready: Callable[[], None]) -> None:
+    def __init__(self, on_ready: Callable[[], None], host: str = "") -> None:
         settings = ServiceSettings()
-        self._app = create_app(settings)
+        self._app = create_app(settings, host)
         self._on_ready = on_ready
         super().__init__(configuration(self._app, settings))
 

@@ -62,7 +62,7 @@ def _serve(args: argparse.Namespace) -> int:
             loading.close()
             say(f"Afterimage is ready at {listening.address(sockets)}  (Ctrl-C stops it)")
 
-        server = ApiServer(on_ready)
+        server = ApiServer(on_ready, args.host)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets)
     gc.freeze()  # otherwise the collection at the interpreter's exit takes seconds

@@ -341,7 +341,7 @@ def test_connections_beyond_the_total_are_refused_with_503() -> None:
 def test_a_port_that_was_taken_while_models_were_loaded_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(api_server, "create_app", lambda _settings: FastAPI())
+    monkeypatch.setattr(api_server, "create_app", lambda _settings, _host: FastAPI())
     (bound,) = listening.bind("127.0.0.1", 0)
     with bound, socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

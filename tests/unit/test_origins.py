@@ -75,7 +75,7 @@ def test_names_default_to_this_machine_or_with_keys_to_any(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "box")
-    assert origins.names((), keyed=False) == ("box",)
+    assert origins.names((), keyed=False, host="decode.lan") == ("box", "decode.lan")
     assert origins.names((), keyed=True) == ("*",)
     assert origins.names(("a.example",), keyed=True) == ("a.example",)
 
