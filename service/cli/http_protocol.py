@@ -25,8 +25,6 @@ trailers beyond the limit are noticed before all are parsed."""
 SMALL_CHUNKS, CHUNK_BYTES = 256, 64
 """Chunks of any size that a body may have, and the mean size that is required of more: each chunk
 costs as much time as a header line."""
-READ_BYTES = 2**16
-"""Bytes that are read from a connection before others have their turn: uvloop reads up to 8 MiB."""
 MAX_FORWARDED = 1024
 """Characters that are read of `X-Forwarded-For`: its end, which trusted proxies have written."""
 MAX_QUOTED = 256
@@ -143,13 +141,6 @@ class HttpProtocol(H11Protocol):
                 return
             at = end
         self._await_client()
-        if len(data) >= READ_BYTES and not self.flow.read_paused:
-            self.transport.pause_reading()
-            self.loop.call_soon(self._read_on)
-
-    def _read_on(self) -> None:
-        if not self.flow.read_paused and not self.transport.is_closing():
-            self.transport.resume_reading()
 
     def on_response_complete(self) -> None:
         """Begin to wait for the rest of a body that was not read."""
