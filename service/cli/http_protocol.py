@@ -54,7 +54,10 @@ class Parser(h11.Connection):
         elif isinstance(reader, ChunkedReader) and reader._reading_trailer:
             self._check_lines()
         event = super()._extract_next_receive_event()
-        if type(event) is h11.Data and isinstance(reader, ChunkedReader):
+        if event is h11.NEED_DATA and isinstance(reader, ChunkedReader):
+            if len(self._receive_buffer) > SLICE and not reader._reading_trailer:
+                raise h11.RemoteProtocolError(f"a chunk's extension exceeds {SLICE} bytes")
+        elif type(event) is h11.Data and isinstance(reader, ChunkedReader):
             self._chunks += event.chunk_start
             self._chunked_bytes += len(event.data)
             if self._chunks > SMALL_CHUNKS + self._chunked_bytes // CHUNK_BYTES:
