@@ -8,8 +8,9 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
-from service import __version__, metrics, openapi, problems, services
+from service import __version__, metrics, openapi, origins, problems, reference, services
 from service.auth import Keys
+from service.origins import OriginMiddleware
 from service.requests import RequestMiddleware
 from service.routes import decodes, encodes, health, info, links, page, pictures, progress
 from service.routes import metrics as metrics_page
@@ -29,8 +30,9 @@ decoder then makes a more natural picture from the same bytes.
 """
 
 
-def create_app(settings: ServiceSettings | None = None) -> FastAPI:
-    """Create the API. `settings` are read from the environment by default.
+def create_app(settings: ServiceSettings | None = None, host: str = "") -> FastAPI:
+    """Create the API. `settings` are read from the environment by default; `host` is the name or
+    address on which the server listens.
 
     Raises `NoRedis` for an invalid Redis URL, `KeysError` for an invalid file of API keys. Models
     are loaded at start-up, which raises `WeightsError` if weights are missing or altered.
@@ -39,6 +41,8 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     connected = store.connect(settings)
     keys = Keys.read(settings.api_keys) if settings.api_keys else None
     app = FastAPIOffline(
+        docs_url=None,
+        redoc_url=None,
         title="Afterimage",
         version=__version__,
         description=DESCRIPTION,
@@ -48,6 +52,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         redirect_slashes=False,  # such redirects take their host from the request
     )
     problems.install(app)
+    reference.install(app)
     for module in (decodes, pictures, progress, links, encodes, info, health, page):
         app.include_router(module.router)
     app.mount("/web", page.files)
@@ -62,6 +67,9 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
             expose_headers=["*"],
             max_age=CORS_MAX_AGE_S,
         )
+    hosts = origins.names(settings.hosts, keys is not None, host)
+    allowed = settings.cors_origins if keys is None else None
+    app.add_middleware(OriginMiddleware, hosts=hosts, origins=allowed)
     # added last, so that it is the outermost
     app.add_middleware(RequestMiddleware, root_path=settings.root_path)
     openapi.install(app, keyed=keys is not None)

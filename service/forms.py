@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator
 
+import anyio.lowlevel
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -16,16 +17,29 @@ MAX_REASON = 200
 """Length to which the parser's reason is cut in an error."""
 
 
+MAX_PARTS = 16
+"""Files that a multipart form may hold, and fields. One file is read."""
+PIECE = 2**16
+"""Bytes of a form that are parsed at a time, which takes at most some milliseconds."""
+
+
 async def parse(content_type: str, data: bytes) -> FormData:
-    """Parse a multipart form. Raises `MalformedHeader`."""
+    """Parse a multipart form, in pieces between which other requests run.
+
+    Raises `MalformedHeader`, also for more than `MAX_PARTS` files or fields.
+    """
 
     async def stream() -> AsyncGenerator[bytes, None]:
-        yield body
+        for at in range(0, len(body), PIECE):
+            yield body[at : at + PIECE]
+            await anyio.lowlevel.checkpoint()
 
     try:
         boundary = _boundary(content_type)
         body = _from_first_boundary(boundary, data)
-        return await _Parser(_header(boundary), stream()).parse()
+        header = _header(boundary)
+        parser = _Parser(header, stream(), max_files=MAX_PARTS, max_fields=MAX_PARTS)
+        return await parser.parse()
     except (MultiPartException, KeyError, UnicodeError) as e:
         reason = f"the multipart form cannot be parsed: {str(e)[:MAX_REASON].rstrip('.')}"
         raise MalformedHeader(f"{reason}; let an HTTP library write the form") from e

@@ -26,7 +26,12 @@ CHUNK = 2**18
 """Largest part of a response that is sent at a time, in bytes."""
 MAX_HEADER_BYTES = 2**16
 """Request line and headers together; they are read before the caller is authenticated."""
-HEADERS_TOO_LARGE = f"the request line and headers exceed {MAX_HEADER_BYTES} bytes; shorten them"
+MAX_HEADER_LINES = 256
+"""Lines of a request's head, or of the trailers of a body: each costs about 5 µs."""
+HEADERS_TOO_LARGE = (
+    f"the request line and headers exceed {MAX_HEADER_BYTES} bytes or {MAX_HEADER_LINES} lines; "
+    "shorten them"
+)
 """Detail of the problem `headers-too-large`."""
 CLIENT_GONE = 499
 """The status in logs and metrics if the client disconnected before the response began."""

@@ -1,6 +1,7 @@
 """Reads the state of a decode, waits for its end, and follows its events."""
 
 import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,9 @@ from worker.queue.events import Event
 from worker.queue.jobs import POLL_SUBSCRIPTION_S
 from worker.queue.records import ENDED, JobState
 from worker.queue.store import BLOCK_S
+
+OVER_LIMIT_S = 1.0
+"""How long a request waits that exceeds its caller's `waits_at_once`. It does not wait in Redis."""
 
 
 def find(services: Services, id: str, caller: Caller) -> JobState:
@@ -98,9 +102,13 @@ async def ended_response(
 async def wait_until_ended(services: Services, request: Request, id: str, seconds: float) -> None:
     """Return when the job has ended, after `seconds`, or when the server stops.
 
-    If the client disconnects, returns within `BLOCK_S`.
+    If the client disconnects, returns within `BLOCK_S`. A caller with too many waiting requests
+    waits for `OVER_LIMIT_S` instead.
     """
-    with anyio.move_on_after(seconds):
+    with services.waits.one(request.state.caller) as allowed, anyio.move_on_after(seconds):
+        if not allowed:
+            await anyio.sleep(OVER_LIMIT_S)
+            return
         async for _ in events(services, id, "0", None, request.is_disconnected):
             pass
 
@@ -118,14 +126,16 @@ async def events(
 ) -> AsyncIterator[Event]:
     """Yield the events of a job that follow event `after`, until the job has ended.
 
-    Also stops when the client is `disconnected` or the server stops. With `caller`, each read
-    extends the caller's subscription and asks the worker for previews. If the events have expired,
-    the last one is built from the job's record.
+    Also stops when the client is `disconnected` or the server stops. With `caller`, reading extends
+    the caller's subscription and asks the worker for previews, every `BLOCK_S`. If the events have
+    expired, the last one is built from the job's record.
     """
     block_ms = None  # the first read returns at once
+    renew_at = -math.inf
     while not services.closing.is_set() and not await disconnected():
-        if caller is not None:
+        if caller is not None and time.monotonic() >= renew_at:
             await anyio.to_thread.run_sync(_keep_watching, services, id, caller)
+            renew_at = time.monotonic() + BLOCK_S
         batch = await _read_events(services, id, after, block_ms)
         block_ms = BLOCK_S * 1000
         for event in batch:

@@ -202,7 +202,7 @@ def upload(service: Service, size: int, now: int) -> Iterator[socket.socket]:
     """Send the beginning of a request's body, and keep the connection open during the block."""
     url = service.client.base_url
     with socket.create_connection((url.host, url.port)) as own:
-        head = f"POST /v1/decodes HTTP/1.1\r\nHost: test\r\nContent-Length: {size}\r\n\r\n"
+        head = f"POST /v1/decodes HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n"
         own.sendall(head.encode() + bytes(now))
         yield own
 
