@@ -22,10 +22,12 @@ from typing import NoReturn
 import numpy as np
 from PIL import AvifImagePlugin, Image
 
-from models import errors, image
-from models.errors import AfterimageError, PictureError, Unavailable
+from models import cancellation, errors, image
+from models.errors import AfterimageError, PictureError, PictureTooLarge, Unavailable
 from models.image import Pixels
 
+CHECK_S = 0.05
+"""Seconds between two checks of whether somebody still waits for the picture."""
 BASE_BYTES = 2**29
 """Address space of a reader without pictures: 0.1 GB for libraries, the rest for large files."""
 BYTES_PER_PIXEL = 64
@@ -60,13 +62,16 @@ class _Reader:
     def read(self, data: bytes, limits: Limits) -> Pixels | AfterimageError:
         """Send a file; return its pixels, or the error that reading it raised.
 
-        Raises `OSError` or `EOFError` if the reader ends, `ValueError` for a malformed reply.
+        Raises `OSError` or `EOFError` if the reader ends, `ValueError` for a malformed reply,
+        `Canceled` if nobody waits for the picture any more.
         """
         self.connection.send_bytes(_pack(max_pixels=limits.max_pixels, cpu_s=limits.cpu_s))
         self.connection.send_bytes(data)
+        while not self.connection.poll(CHECK_S):
+            cancellation.check()
         reply = json.loads(self.connection.recv_bytes(2**20))
         if "error" in reply:
-            return _error(str(reply["error"]), str(reply["text"]))
+            return _error(str(reply["error"]), str(reply["text"]), int(reply["pixels"]))
         height, width = int(reply["height"]), int(reply["width"])
         if not 0 < height * width <= limits.max_pixels:
             raise ValueError(f"the reply has {width}×{height} pixels")
@@ -108,7 +113,7 @@ class PictureReaders:
         If the reader dies for a reason other than a limit, another one tries once more. Raises what
         `image.read` raises; `PictureError` if the file needs too much CPU time or memory, or
         crashes both readers; `TimeoutError` after `elapsed_s`; `Unavailable` if the readers are
-        closed, cannot be started or are killed from outside.
+        closed, cannot be started or are killed from outside; `Canceled`.
         """
         deadline = time.monotonic() + limits.elapsed_s
         with suppress(_Died):
@@ -245,11 +250,14 @@ def _pack(**fields: object) -> bytes:
     return json.dumps(fields).encode()
 
 
-def _error(name: str, text: str) -> AfterimageError:
+def _error(name: str, text: str, pixels: int) -> AfterimageError:
     found = getattr(errors, name, None)
     if not (isinstance(found, type) and issubclass(found, AfterimageError)):
         found = PictureError
-    return found(text)
+    error = found(text)
+    if isinstance(error, PictureTooLarge):
+        error.pixels = pixels
+    return error
 
 
 def serve(connection: "Connection[bytes, bytes]") -> None:
@@ -270,7 +278,9 @@ def _answer(
     except AfterimageError as e:
         if isinstance(e.__cause__, MemoryError):
             raise MemoryError from e
-        connection.send_bytes(_pack(error=type(e).__name__, text=str(e)))
+        connection.send_bytes(
+            _pack(error=type(e).__name__, text=str(e), pixels=getattr(e, "pixels", 0))
+        )
     else:
         height, width = pixels.shape[:2]
         connection.send_bytes(_pack(height=height, width=width))

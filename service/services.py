@@ -11,6 +11,7 @@ from models.library import Library
 from service.auth import Keys
 from service.encoder import Encoder
 from service.instant import InstantDecoder
+from service.lines import PixelBudget
 from service.quotas import Quotas
 from service.settings import ServiceSettings
 from service.uploads import UploadBudget
@@ -58,7 +59,8 @@ def load(settings: ServiceSettings, connected: Store, keys: Keys | None) -> Serv
     decoder = next((e for e in checkpoint.manifest() if e.kind == "decoder"), None)
     if decoder is None:
         raise WeightsError("the weights manifest lists no diffusion decoder")
-    encoder = Encoder(codecs, settings)
+    budget = PixelBudget(max(settings.pixels_at_once, settings.max_pixels) / 1e6)
+    encoder = Encoder(codecs, settings, budget)
     encoder.start()
     jobs = Jobs(connected, settings.job_timeout_s)
     return Services(
@@ -71,7 +73,7 @@ def load(settings: ServiceSettings, connected: Store, keys: Keys | None) -> Serv
         jobs=jobs,
         quotas=Quotas(jobs, settings.requests_per_minute, settings.jobs_at_once),
         webhooks=WebhookSettings(),
-        instant=InstantDecoder(codecs, settings),
+        instant=InstantDecoder(codecs, settings, budget),
         encoder=encoder,
         uploads=UploadBudget(max(settings.bodies_bytes, settings.max_bytes)),
         streams=store.streams(settings),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from models import cancellation
 from models.codec import rans
 
 BITS = 16
@@ -97,6 +98,7 @@ class ExactHyperSynthesis:
         rows = x.shape[2]
         height = max(STRIP // x.shape[3], 1)
         for top in range(0, rows, height):
+            cancellation.check()
             bottom, first = min(top + height, rows), max(top - 1, 0)
             out = layer(x[:, :, first : bottom + 1])  # the kernel reads one more row on each side
             strip = out[:, :, scale * (top - first) :][:, :, : scale * (bottom - top)]

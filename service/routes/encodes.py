@@ -4,7 +4,7 @@ import contextlib
 from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from models.codec import bitstream
 from models.codec.bitstream import Format, Metric
@@ -17,6 +17,7 @@ from models.errors import (
 )
 from service import problems, schemas
 from service.deps import ONLY_KNOWN, DecodeCaller, EncodeCaller, RequestBody, ServicesDep
+from service.waiter import Waiter
 from worker.queue import estimates
 from worker.queue.store import RedisError
 
@@ -57,6 +58,7 @@ def _upload(description: str, *media_types: str) -> dict[str, Any]:
 async def encode(
     services: ServicesDep,
     caller: EncodeCaller,
+    request: Request,
     data: RequestBody,
     quality: Annotated[
         int,
@@ -77,7 +79,8 @@ async def encode(
     """Encode a photograph. It is rotated by its EXIF orientation, converted to sRGB, and
     transparent pixels are blended with white."""
 
-    b = await services.encoder.encode(data, quality, metric, format)
+    waiter = Waiter.of(request, caller)
+    b = await services.encoder.encode(data, quality, metric, format, waiter)
     file = bitstream.serialize(b)
     headers = {"X-Afterimage-Bpp": f"{8 * len(file) / (b.width * b.height):.4f}"}
     return Response(file, 200, headers, _MEDIA_TYPE)

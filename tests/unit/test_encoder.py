@@ -14,6 +14,7 @@ from models.codec.bitstream import Bitstream
 from models.errors import PictureError
 from models.picture_process import Limits
 from service.encoder import Encoder
+from service.lines import PixelBudget
 from service.problems import Busy, DeadlineExceeded
 from service.settings import ServiceSettings
 from tests.support import hostile
@@ -46,7 +47,7 @@ def made() -> Iterator[list[Encoder]]:
 
 
 def encoder(made: list[Encoder], seconds: float = 0, **settings: Any) -> Encoder:
-    made.append(Encoder(SlowLibrary(seconds), ServiceSettings(**settings)))  # type: ignore[arg-type]
+    made.append(Encoder(SlowLibrary(seconds), ServiceSettings(**settings), PixelBudget(40)))  # type: ignore[arg-type]
     return made[-1]
 
 

@@ -7,12 +7,13 @@ import pytest
 
 from models.library import Library
 from service.instant import InstantDecoder, PictureFile
+from service.lines import PixelBudget
 from service.problems import Busy, DeadlineExceeded
 from service.settings import ServiceSettings
 
 
 def instant(**settings: float) -> InstantDecoder:
-    return InstantDecoder(Library({}, None), ServiceSettings(**settings))  # type: ignore[arg-type]
+    return InstantDecoder(Library({}, None), ServiceSettings(**settings), PixelBudget(40))  # type: ignore[arg-type]
 
 
 def test_work_keeps_its_thread_after_its_request_timed_out() -> None:
