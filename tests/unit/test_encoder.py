@@ -105,7 +105,7 @@ def test_a_reader_is_killed_at_the_deadline_of_its_request(made: list[Encoder]) 
     one = encoder(made, request_timeout_s=2, picture_cpu_s=60, encodes_at_once=1)
     one.start()
     with pytest.raises(DeadlineExceeded, match="not read within 2 s"):
-        asyncio.run(encode(one, hostile.strip_offsets()))
+        asyncio.run(encode(one, hostile.comments()))
     assert (one.readers._busy, one.readers._idle) == (set(), [])
 
 
@@ -134,7 +134,7 @@ def test_a_service_that_stops_waits_for_no_reader(made: list[Encoder]) -> None:
     threading.Thread(target=close).start()
     began = time.monotonic()
     with pytest.raises(Exception, match="stopping"):
-        asyncio.run(encode(one, hostile.strip_offsets()))
+        asyncio.run(encode(one, hostile.comments()))
     assert time.monotonic() - began < 30
 
 

@@ -170,7 +170,7 @@ def test_a_reader_that_a_file_took_over_cannot_harm_the_service(
 
 def test_several_files_are_read_at_a_time(readers: PictureReaders) -> None:
     with ThreadPoolExecutor() as pool:
-        slow = pool.submit(readers.read, hostile.strip_offsets(), Limits(10**7, 60, 60))
+        slow = pool.submit(readers.read, hostile.comments(), Limits(10**7, 60, 60))
         pid = wait_until_busy(readers)
         assert readers.read(png(), LIMITS).shape == (48, 64, 3)
         assert not slow.done()
@@ -185,7 +185,7 @@ def test_closing_ends_what_is_being_read(readers: PictureReaders) -> None:
 
     def read() -> None:
         with pytest.raises(Unavailable, match="stopping"):
-            readers.read(hostile.strip_offsets(), SLOW)
+            readers.read(hostile.comments(), SLOW)
         ended.set()
 
     threading.Thread(target=read, daemon=True).start()
