@@ -48,8 +48,7 @@ def test_instant_decodes_do_not_wait_for_photographs(api: httpx.Client, small_ms
     attacks = 4
     with ThreadPoolExecutor(attacks) as pool:
         sent = [
-            pool.submit(api.post, "/v1/encodes", content=hostile.comments())
-            for _ in range(attacks)
+            pool.submit(api.post, "/v1/encodes", content=hostile.comments()) for _ in range(attacks)
         ]
         decodes = [api.post("/v1/decodes", content=small_msh).status_code for _ in range(3)]
         assert decodes == [200] * 3
