@@ -5,6 +5,7 @@ READY := .venv/.ready
 PHOTO ?= tests/data/kodim23.png
 URL ?=
 PART ?=
+ATTACK ?=
 COMPILE := .venv/lock/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe \
 	--no-header --no-emit-index-url --no-emit-trusted-host --no-emit-find-links
 
@@ -61,8 +62,9 @@ hooks: $(READY) ## run ruff and mypy before each git commit
 bench: $(READY) $(if $(filter decode diffusion http,$(PART)),,browser) ## measure time and memory, against CompressAI (PART=decode, diffusion, http or page; default: all)
 	@for part in $(or $(PART),decode diffusion http page); do $(BIN)/python -P tests/bench/$$part.py || exit; done
 
-chaos: $(READY) ## jobs while workers and Redis are killed, for MINUTES=10; fails if a job is lost
-	@OMP_NUM_THREADS=1 $(BIN)/python -P tests/chaos/run.py --minutes $(or $(MINUTES),10)
+chaos: $(READY) ## jobs while workers and Redis are killed, for MINUTES=10; or attacks: ATTACK=1, ATTACK=NAME
+	@OMP_NUM_THREADS=1 $(BIN)/python -P $(if $(ATTACK),tests/chaos/attack.py $(filter-out 1,$(ATTACK)), \
+		tests/chaos/run.py --minutes $(or $(MINUTES),10))
 
 screens: $(READY) browser ## screenshots of the page in runs/screens; the README's in tests/screens
 	@OMP_NUM_THREADS=1 $(BIN)/python -P tests/screens/take.py

@@ -8,8 +8,9 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
-from service import __version__, metrics, openapi, problems, services
+from service import __version__, metrics, openapi, origins, problems, reference, services
 from service.auth import Keys
+from service.origins import OriginMiddleware
 from service.requests import RequestMiddleware
 from service.routes import decodes, encodes, health, info, links, page, pictures, progress
 from service.routes import metrics as metrics_page
@@ -39,6 +40,8 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     connected = store.connect(settings)
     keys = Keys.read(settings.api_keys) if settings.api_keys else None
     app = FastAPIOffline(
+        docs_url=None,
+        redoc_url=None,
         title="Afterimage",
         version=__version__,
         description=DESCRIPTION,
@@ -48,6 +51,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         redirect_slashes=False,  # such redirects take their host from the request
     )
     problems.install(app)
+    reference.install(app)
     for module in (decodes, pictures, progress, links, encodes, info, health, page):
         app.include_router(module.router)
     app.mount("/web", page.files)
@@ -62,6 +66,9 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
             expose_headers=["*"],
             max_age=CORS_MAX_AGE_S,
         )
+    hosts = origins.names(settings.hosts, keyed=keys is not None)
+    allowed = settings.cors_origins if keys is None else None
+    app.add_middleware(OriginMiddleware, hosts=hosts, origins=allowed)
     # added last, so that it is the outermost
     app.add_middleware(RequestMiddleware, root_path=settings.root_path)
     openapi.install(app, keyed=keys is not None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastapi import Request
 
-from service import keys, parameters, prefix, signed_urls
+from service import addresses, keys, parameters, prefix, signed_urls
 from service.keys import SCOPES, Key, KeysError, Scope
 from service.problems import Forbidden, Unauthorized
 
@@ -124,5 +124,5 @@ def authenticate(keys: Keys, token: str | None, scope: Scope) -> Caller:
 
 
 def client_address(request: Request) -> str:
-    """The client's IP address; empty if the server does not know it."""
-    return request.client.host if request.client else ""
+    """The client's IPv4 address or IPv6 network; empty if the server does not know it."""
+    return addresses.network(request.client.host) if request.client else ""

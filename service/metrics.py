@@ -15,10 +15,10 @@ from prometheus_client import (
 from service.collector import QueueCollector
 from worker.queue.jobs import Jobs
 
-ShedReason = Literal["line", "bodies", "backlog", "memory", "timeout", "redis"]
+ShedReason = Literal["line", "bodies", "backlog", "memory", "timeout", "redis", "connections"]
 """Why a request got 503 or 504: full waiting line of decodes or encodes, used up memory for
 bodies, long backlog of the queue, full memory of the queue, deadline of the request, Redis
-unavailable."""
+unavailable, too many connections."""
 
 _REQUESTS = Histogram(
     "afterimage_request_duration_seconds",

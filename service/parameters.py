@@ -21,6 +21,8 @@ ANALYTICS = frozenset({
 })  # fmt: skip
 """Parameters that messengers, newsletters and advertisements add to links for analytics."""
 ANALYTICS_PREFIXES = ("utm_", "hsa_", "mtm_", "pk_")
+MAX_PARAMETERS = 64
+"""Parameters of one URL: each costs some microseconds before it is known to be invalid."""
 MAX_FAULTS = 8
 """Faults that one response lists: each costs a comparison with all known names."""
 MAX_QUOTED = 64
@@ -35,8 +37,12 @@ def only_known(on_link: bool = False) -> Callable[..., Awaitable[None]]:
     """
 
     async def check(request: Request) -> None:
-        if not request.query_params:
+        query = request.scope["query_string"]
+        if not query:
             return
+        if query.count(b"&") >= MAX_PARAMETERS:
+            message = f"the URL has more than {MAX_PARAMETERS} parameters, which is the limit"
+            raise RequestValidationError([fault("query", "", message)])
         faults = list(itertools.islice(_faults(request, on_link), MAX_FAULTS))
         if faults:
             raise RequestValidationError(faults)

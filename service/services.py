@@ -15,6 +15,7 @@ from service.lines import PixelBudget
 from service.quotas import Quotas
 from service.settings import ServiceSettings
 from service.uploads import UploadBudget
+from service.waits import Waits
 from worker.queue import store
 from worker.queue.jobs import Jobs
 from worker.queue.store import Store
@@ -37,6 +38,7 @@ class Services:
     instant: InstantDecoder
     encoder: Encoder
     uploads: UploadBudget
+    waits: Waits
     streams: AsyncRedis  # connections for blocking reads of event streams
     closing: threading.Event = field(default_factory=threading.Event)
     """Set when the server begins to stop; waiting requests and event streams then end."""
@@ -76,5 +78,6 @@ def load(settings: ServiceSettings, connected: Store, keys: Keys | None) -> Serv
         instant=InstantDecoder(codecs, settings, budget),
         encoder=encoder,
         uploads=UploadBudget(max(settings.bodies_bytes, settings.max_bytes)),
+        waits=Waits(settings.waits_at_once),
         streams=store.streams(settings),
     )

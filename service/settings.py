@@ -13,6 +13,9 @@ from worker.settings import WorkerSettings, listed
 ORIGIN = r"^(\*|null|[a-z][a-z0-9+.-]*://[^/,\s]+)$"
 """What browsers send as `Origin`: no path and no slash at the end; `*`: any."""
 
+HOST = r"^(\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*)$"
+"""A host name, `*.` and a domain, or `*`."""
+
 
 class ServiceSettings(WorkerSettings):
     """Settings of the API, in addition to those that it shares with the workers."""
@@ -45,6 +48,14 @@ class ServiceSettings(WorkerSettings):
         NoDecode,
         listed("origins such as https://a.example, without a path, or *"),
     ] = Field((), description="origins whose pages may call the API, with commas; `*`: all")
+    hosts: Annotated[
+        tuple[Annotated[str, Field(pattern=HOST)], ...],
+        NoDecode,
+        listed("host names such as decode.example.com, *.example.com, without a port, or *"),
+    ] = Field(
+        (),
+        description="names of the API in URLs, with commas; `*`: any; see Host names",
+    )
     metrics_host: str = Field(
         "127.0.0.1", description="address of the metrics port; under `serve`, default: `--host`"
     )
@@ -82,6 +93,18 @@ class ServiceSettings(WorkerSettings):
     )
     request_timeout_s: float = Field(
         30, gt=0, description="longest wait for an instant picture or for a thread, in seconds"
+    )
+    header_timeout_s: float = Field(
+        10, gt=0, description="longest wait for the headers of a request, in seconds"
+    )
+    connections: int = Field(
+        4096, ge=1, description="connections per API process; more get 503; see Connections"
+    )
+    connections_per_address: int = Field(
+        256, ge=1, description="connections of one client address, or /64 of IPv6; more get 429"
+    )
+    waits_at_once: int = Field(
+        256, ge=1, description="event streams and waiting requests of one caller per API process"
     )
     keep_alive_s: int = Field(
         75, ge=1, description="seconds until an idle connection is closed; see Behind a proxy"

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Iterator
 
 import anyio
+import anyio.lowlevel
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from python_multipart.multipart import parse_options_header
@@ -15,6 +16,11 @@ from service import metrics, parameters
 from service.negotiate import MAX_ITEMS, MAX_LENGTH
 from service.problems import BodyTooLarge, Busy, RequestTimeout
 from service.settings import ServiceSettings
+
+MAX_PARTS = 16
+"""Files that a multipart form may hold, and fields. One file is read."""
+PIECE = 2**16
+"""Bytes of a form that are parsed at a time, which takes at most some milliseconds."""
 
 
 class UploadBudget:
@@ -97,19 +103,28 @@ async def _read_raw(
 
 
 async def _parse_form(content_type: str, data: bytes) -> FormData:
-    """Parse a multipart form. Raises `MalformedHeader`."""
+    """Parse a multipart form, in pieces between which other requests run.
+
+    Raises `MalformedHeader`, also for more than `MAX_PARTS` files or fields.
+    """
 
     async def stream() -> AsyncGenerator[bytes, None]:
-        yield data
+        for at in range(0, len(data), PIECE):
+            yield data[at : at + PIECE]
+            await anyio.lowlevel.checkpoint()
 
     try:
-        return await MultiPartParser(_form_headers(content_type), stream()).parse()
+        headers, boundary = _form_headers(content_type)
+        if b"--" + boundary + b"--" not in data:
+            raise MalformedHeader("the multipart form is cut off: its last boundary is missing")
+        parser = MultiPartParser(headers, stream(), max_files=MAX_PARTS, max_fields=MAX_PARTS)
+        return await parser.parse()
     except (MultiPartException, KeyError, UnicodeError) as e:
         raise MalformedHeader("the multipart form cannot be parsed") from e
 
 
-def _form_headers(content_type: str) -> Headers:
-    """The header that the parser reads: the boundary, without other parameters.
+def _form_headers(content_type: str) -> tuple[Headers, bytes]:
+    """The header that the parser reads, without other parameters, and the boundary in it.
 
     RFC 7578 defines no charset for forms: it would only concern names of fields, and decoding some
     charsets, such as punycode, takes quadratic time. Raises `MalformedHeader`, `KeyError` without a
@@ -119,9 +134,9 @@ def _form_headers(content_type: str) -> Headers:
         limits = f"at most {MAX_LENGTH} characters and {MAX_ITEMS} parameters are read"
         raise MalformedHeader(f"Content-Type has {len(content_type)} characters; {limits}")
     _, options = parse_options_header(content_type)
-    boundary = options[b"boundary"].decode("latin-1")
-    quoted = boundary.replace("\\", "\\\\").replace('"', '\\"')
-    return Headers({"Content-Type": f'multipart/form-data; boundary="{quoted}"'})
+    boundary = options[b"boundary"]
+    quoted = boundary.decode("latin-1").replace("\\", "\\\\").replace('"', '\\"')
+    return Headers({"Content-Type": f'multipart/form-data; boundary="{quoted}"'}), boundary
 
 
 async def _only_file(request: Request, form: FormData) -> bytes:

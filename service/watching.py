@@ -19,6 +19,9 @@ from worker.queue.jobs import POLL_SUBSCRIPTION_S
 from worker.queue.records import ENDED, JobState
 from worker.queue.store import BLOCK_S
 
+OVER_LIMIT_S = 1.0
+"""How long a request waits that exceeds its caller's `waits_at_once`. It does not wait in Redis."""
+
 
 def find(services: Services, id: str) -> JobState:
     """Return the state of a decode, without a change of subscriptions. Raises `JobNotFound`."""
@@ -88,9 +91,13 @@ async def ended_response(
 async def wait_until_ended(services: Services, request: Request, id: str, seconds: float) -> None:
     """Return when the job has ended, after `seconds`, or when the server stops.
 
-    If the client disconnects, returns within `BLOCK_S`.
+    If the client disconnects, returns within `BLOCK_S`. A caller with too many waiting requests
+    waits for `OVER_LIMIT_S` instead.
     """
-    with anyio.move_on_after(seconds):
+    with services.waits.one(request.state.caller) as allowed, anyio.move_on_after(seconds):
+        if not allowed:
+            await anyio.sleep(OVER_LIMIT_S)
+            return
         async for _ in events(services, id, "0", None, request.is_disconnected):
             pass
 

@@ -3,6 +3,7 @@
 Importing this module loads torch, so `afterimage serve` does it only when it needs the server.
 """
 
+import functools
 import socket
 from collections.abc import Callable
 
@@ -10,30 +11,30 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from service.app import create_app
-from service.cli import listening
+from service.cli import connections, listening
 from service.cli.http_protocol import HttpProtocol, ProxyHeaders
-from service.requests import MAX_HEADER_BYTES
 from service.settings import ServiceSettings
 
 SHUTDOWN_TIMEOUT_S = 10
 """How long open requests may take to finish when the service stops."""
 
 
-def configuration(app: ASGIApp, keep_alive_s: int) -> uvicorn.Config:
+def configuration(app: ASGIApp, settings: ServiceSettings) -> uvicorn.Config:
     """Return uvicorn's configuration for `app`; the sockets are given to the server's `run`."""
     config = uvicorn.Config(
         app,
-        http=HttpProtocol,
         ws="none",
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-        timeout_keep_alive=keep_alive_s,
+        timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
         proxy_headers=False,  # `ProxyHeaders` instead
         log_config=None,
         log_level="warning",
         access_log=False,
     )
-    config.app = ProxyHeaders(app, config.forwarded_allow_ips)  # type: ignore[arg-type]
+    proxies = ProxyHeaders(app, config.forwarded_allow_ips)  # type: ignore[arg-type]
+    config.app = proxies
+    limits = connections.limited(settings, proxies.trusted_hosts)
+    config.http = functools.partial(HttpProtocol, limits=limits)  # type: ignore[assignment]
     return config
 
 
@@ -47,7 +48,7 @@ class ApiServer(uvicorn.Server):
         settings = ServiceSettings()
         self._app = create_app(settings)
         self._on_ready = on_ready
-        super().__init__(configuration(self._app, settings.keep_alive_s))
+        super().__init__(configuration(self._app, settings))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the models, then accept connections.

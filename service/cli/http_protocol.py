@@ -1,23 +1,179 @@
 """HTTP/1.1 on sockets: what uvicorn's parser does not do as this service needs it."""
 
+import asyncio
 import contextlib
+import re
 import sys
-from typing import cast
+from typing import Any, Literal, cast
 
 import h11
+from h11._readers import ChunkedReader
 from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, HTTPScope, Scope
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from service import prefix, problems
+from service import addresses, metrics, prefix, problems
+from service.cli.connections import FLUSH_S, Connections
 from service.requests import MAX_HEADER_BYTES
+
+MAX_HEADER_LINES = 256
+"""Lines of a request's head, or of the trailers of a body: each costs about 5 µs."""
+SLICE = 4096
+"""Bytes that are parsed at a time, so that trailers beyond the limit are noticed before all are
+parsed."""
+SMALL_CHUNKS, CHUNK_BYTES = 4096, 64
+"""Chunks of any size that a body may have, and the mean size that is required of more: each chunk
+costs as much time as a header line."""
+MAX_FORWARDED = 1024
+"""Characters that are read of `X-Forwarded-For`: its end, which trusted proxies have written."""
+_END_OF_HEAD = re.compile(rb"\n\r?\n")
+
+
+class Parser(h11.Connection):
+    """H11's parser with limits of the lines of heads and trailers, and of the number of chunks.
+
+    H11 itself limits bytes only, and only of what is incomplete.
+    """
+
+    _chunks = _chunked_bytes = 0
+
+    @property
+    def reads_lines(self) -> bool:
+        """Whether the next bytes may be a head, chunks or trailers."""
+        return self.their_state is h11.IDLE or isinstance(self._reader, ChunkedReader)
+
+    def _extract_next_receive_event(self) -> Any:
+        reader = self._reader
+        if self.their_state is h11.IDLE:
+            self._check_lines()
+            self._chunks = self._chunked_bytes = 0
+        elif isinstance(reader, ChunkedReader) and reader._reading_trailer:
+            self._check_lines()
+        event = super()._extract_next_receive_event()
+        if type(event) is h11.Data and isinstance(reader, ChunkedReader):
+            self._chunks += event.chunk_start
+            self._chunked_bytes += len(event.data)
+            if self._chunks > SMALL_CHUNKS + self._chunked_bytes // CHUNK_BYTES:
+                raise h11.RemoteProtocolError(
+                    f"the body has {self._chunks} chunks in {self._chunked_bytes} bytes; "
+                    f"send chunks of {CHUNK_BYTES} bytes or more"
+                )
+        return event
+
+    def _check_lines(self) -> None:
+        """Raise `RemoteProtocolError` if the lines in the buffer exceed a limit."""
+        received = self._receive_buffer._data
+        if len(received) <= MAX_HEADER_LINES:
+            return
+        end = _END_OF_HEAD.search(received, 0, MAX_HEADER_BYTES)
+        if end is None and len(received) > MAX_HEADER_BYTES:
+            raise h11.RemoteProtocolError("too many bytes", error_status_hint=431)
+        size = end.end() if end else len(received)
+        if received.count(b"\n", 0, size) > MAX_HEADER_LINES:
+            raise h11.RemoteProtocolError("too many lines", error_status_hint=431)
+
+
+class _Transport:
+    """A transport whose `close` ends within `FLUSH_S`, whether the client reads or not."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self.write, self.is_closing = transport.write, transport.is_closing
+        self.pause_reading, self.resume_reading = transport.pause_reading, transport.resume_reading
+        self.get_extra_info = transport.get_extra_info
+
+    def close(self) -> None:
+        if not self._transport.is_closing() and self._transport.get_write_buffer_size():
+            self._loop.call_later(FLUSH_S, self._transport.abort)
+        self._transport.close()
 
 
 class HttpProtocol(H11Protocol):
     """Uvicorn's protocol on h11, which follows RFC 9112 more strictly than httptools.
 
-    Requests that cannot be parsed get problem documents, like all errors of the API.
+    Requests that cannot be parsed get problem documents, like all errors of the API. A client must
+    send the headers of a request, and the rest of a body that nobody reads, in time.
     """
+
+    def __init__(self, *args: Any, limits: Connections, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn = Parser(h11.SERVER, MAX_HEADER_BYTES)
+        self._limits = limits
+        self._awaited: Literal["", "headers", "body"] = ""
+        self._deadline: asyncio.TimerHandle | None = None
+        self._host = ""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request, or refuse the connection if there are too many."""
+        super().connection_made(cast(asyncio.Transport, _Transport(transport, self.loop)))
+        self._host = addresses.plain(self.client[0] if self.client else "")
+        exceeded = self._limits.add(self._host)
+        if exceeded == "total":
+            metrics.shed("connections")
+            detail = f"all {self._limits.total} connections are in use; try again later"
+            self._refuse(503, problems.Busy.kind, detail)
+        elif exceeded:
+            detail = (
+                f"your address has {self._limits.per_address} connections, which is the limit; "
+                "close some of them"
+            )
+            retry = {"Retry-After": str(problems.RETRY_S)}
+            self._refuse(429, problems.TooManyRequests.kind, detail, retry)
+        else:
+            self._await_client()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop counting the connection."""
+        self._limits.remove(self._host)
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what the client has sent, in slices while it may be a head, chunks or trailers."""
+        at = 0
+        while len(data) - at > SLICE and cast(Parser, self.conn).reads_lines:
+            super().data_received(data[at : at + SLICE])
+            at += SLICE
+            if self.transport.is_closing():
+                return
+        super().data_received(data[at:] if at else data)
+        self._await_client()
+
+    def on_response_complete(self) -> None:
+        """Begin to wait for the rest of a body that was not read."""
+        super().on_response_complete()
+        self._await_client(idle=True)
+
+    def _await_client(self, idle: bool = False) -> None:
+        """Start or stop the timer, by what the client has to send next.
+
+        An `idle` connection, which has sent nothing after a response, has uvicorn's timer.
+        """
+        awaited: Literal["", "headers", "body"] = ""
+        if self.conn.their_state is h11.IDLE and not idle:
+            awaited = "headers"
+        elif self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE:
+            awaited = "body"
+        if awaited == self._awaited:
+            return
+        self._stop_waiting()
+        if awaited and not self.transport.is_closing():
+            self._awaited = awaited
+            self._deadline = self.loop.call_later(self._limits.header_timeout_s, self._late)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline, self._awaited = None, ""
+
+    def _late(self) -> None:
+        """Close a connection whose client has not sent in time what was awaited."""
+        if self._awaited == "headers" and self.conn.trailing_data[0]:
+            seconds = self._limits.header_timeout_s
+            detail = f"the headers did not arrive within {seconds:g} s; send the request again"
+            self._refuse(408, problems.RequestTimeout.kind, detail)
+        self._stop_waiting()
+        self.transport.close()
 
     def _unsupported_upgrade_warning(self) -> None:
         """Do not log: a client may offer HTTP/2 or WebSocket, and is answered in HTTP/1.1."""
@@ -27,28 +183,38 @@ class HttpProtocol(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # its request cannot be read to the end
             self.cycle.message_event.set()
-        if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
-            self._send_problem(sys.exception())
-        self.transport.close()
-
-    def _send_problem(self, error: BaseException | None) -> None:
+        error = sys.exception()
         status = getattr(error, "error_status_hint", 400)
         kind, detail = "malformed-request", f"the request is not valid HTTP: {error}"
         if status == 431:
             kind = problems.HeadersTooLarge.kind
-            detail = f"the request line and headers exceed {MAX_HEADER_BYTES} bytes; shorten them"
-        response = problems.problem(status, kind, detail, {"Connection": "close"})
-        head = h11.Response(
-            status_code=status, headers=response.raw_headers, reason=STATUS_PHRASES[status]
-        )
-        for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
+            detail = (
+                f"the request line and headers exceed {MAX_HEADER_BYTES} bytes or "
+                f"{MAX_HEADER_LINES} lines; shorten them"
+            )
+        self._refuse(status, kind, detail)
+
+    def _refuse(
+        self, status: int, kind: str, detail: str, headers: dict[str, str] | None = None
+    ) -> None:
+        """Answer with a problem, unless a response has begun, and close the connection."""
+        if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
+            response = problems.problem(
+                status, kind, detail, {"Connection": "close", **(headers or {})}
+            )
+            head = h11.Response(
+                status_code=status, headers=response.raw_headers, reason=STATUS_PHRASES[status]
+            )
+            for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
 
 class ProxyHeaders(ProxyHeadersMiddleware):
     """Uvicorn's middleware for `X-Forwarded-For` and `-Proto`, and the same for `-Prefix`.
 
-    A prefix counts only if a trusted proxy sends it, once, and it is valid.
+    A prefix counts only if a trusted proxy sends it, once, and it is valid. IPv4 addresses of
+    proxies may be mapped into IPv6. The end of a long `X-Forwarded-For` is read.
     """
 
     async def __call__(
@@ -56,8 +222,10 @@ class ProxyHeaders(ProxyHeadersMiddleware):
     ) -> None:
         if scope["type"] == "http":
             client = scope["client"]
+            if client:
+                scope["client"] = client = (addresses.plain(client[0]), client[1])
             if (client[0] if client else None) in self.trusted_hosts:
-                scope = _with_prefix(scope)
+                scope = _with_prefix(_shortened(scope))
         await super().__call__(scope, receive, send)
 
 
@@ -69,3 +237,13 @@ def _with_prefix(scope: HTTPScope) -> HTTPScope:
             found = prefix.parse(sent[0].decode("latin-1"))
             return cast(HTTPScope, prefix.prepend(dict(scope), found))
     return scope
+
+
+def _shortened(scope: HTTPScope) -> HTTPScope:
+    """The scope with the last `MAX_FORWARDED` characters of `X-Forwarded-For`."""
+    sent = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
+    if sum(map(len, sent)) <= MAX_FORWARDED:
+        return scope
+    last = b",".join(sent)[-MAX_FORWARDED:].partition(b",")[2]
+    others = [(name, value) for name, value in scope["headers"] if name != b"x-forwarded-for"]
+    return {**scope, "headers": [*others, (b"x-forwarded-for", last)]}

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from service.cli import listening, options
+from service.cli import connections, listening, options
 from service.cli.supervisor import WEBHOOK_SENDER, WORKER, Supervisor
 from service.cli.terminal import complain, say
 from service.settings import ServiceSettings
@@ -40,6 +40,7 @@ def _serve(args: argparse.Namespace) -> int:
     settings = ServiceSettings()
     if settings.redis_url:
         _check_redis(settings)
+    connections.raise_file_limit(settings)
 
     with contextlib.ExitStack() as loading, contextlib.ExitStack() as running:
         sockets = _bind(args.host, args.port, settings, running)

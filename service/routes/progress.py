@@ -13,7 +13,14 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from models.errors import ParameterError, Quarantined
 from service import admission, prefix, problems, schemas, watching
 from service.deps import ONLY_KNOWN, DecodeCaller, JobId, PreferHeader, ServicesDep
-from service.problems import Busy, Conflict, JobNotFound, PictureGone, QueueFull
+from service.problems import (
+    Busy,
+    Conflict,
+    JobNotFound,
+    PictureGone,
+    QueueFull,
+    TooManyRequests,
+)
 from worker.queue.records import ENDED, JobState
 from worker.queue.store import RedisError
 
@@ -55,14 +62,23 @@ async def status(
     return await anyio.to_thread.run_sync(watching.view, services, state)
 
 
-async def _kept_state(services: ServicesDep, caller: DecodeCaller, id: JobId) -> JobState:
-    """The state of a decode whose picture has not expired.
+async def _kept_state(
+    services: ServicesDep, caller: DecodeCaller, id: JobId
+) -> AsyncIterator[JobState]:
+    """The state of a decode whose picture has not expired; counts the stream until it ends.
 
-    This is a dependency, so that its errors are raised before the event stream begins.
+    This is a dependency, so that its errors are raised before the event stream begins. Raises
+    `TooManyRequests` if the caller has too many streams.
     """
-    state = await watching.load_and_renew(services, id, caller.name)
-    watching.check_kept(state)
-    return state
+    with services.waits.one(caller.name) as allowed:
+        if not allowed:
+            most = services.settings.waits_at_once
+            message = f"you have {most} event streams and waiting requests, which is the limit"
+            retry = {"Retry-After": str(problems.RETRY_S)}
+            raise TooManyRequests(f"{message}; close some of them", retry)
+        state = await watching.load_and_renew(services, id, caller.name)
+        watching.check_kept(state)
+        yield state
 
 
 @router.get(

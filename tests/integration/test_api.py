@@ -3,11 +3,14 @@
 `tests/e2e` has the same API as a process: sockets, streams, limits, drawing.
 """
 
+import base64
 import hashlib
 import re
 import struct
+import time
 import urllib.parse
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -255,6 +258,66 @@ def test_the_documentation_needs_no_other_host(api: httpx.Client) -> None:
     assert page.status_code == 200
     assert "swagger" in page.text
     assert not re.findall(r"https?://", page.text)
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/redoc"])
+def test_pages_run_only_their_own_scripts_and_are_in_no_frame(api: httpx.Client, path: str) -> None:
+    page = api.get(path)
+    policy = page.headers["content-security-policy"]
+    assert "frame-ancestors 'none'" in policy and "default-src 'none'" in policy
+    script = re.search(r"script-src ([^;]*);", policy)
+    assert script and "unsafe" not in script[1]
+    for inline in re.findall("<script>(.*?)</script>", page.text, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in script[1]
+
+
+def test_a_rebound_name_is_refused_and_a_listed_one_is_not(
+    api: httpx.Client, redis_urls: tuple[str, str]
+) -> None:
+    rebound = {"Host": "attacker.example"}
+    for path in ("/", "/v1/tiers", "/openapi.json", "/web/page.css"):
+        refused = api.get(path, headers=rebound)
+        assert (refused.status_code, refused.headers["content-type"]) == (421, PROBLEM)
+        assert "x-request-id" in refused.headers
+    assert api.get("/livez", headers=rebound).status_code == 200
+    queue, cache = redis_urls
+    settings = ServiceSettings(
+        REDIS_URL=queue, CACHE_REDIS_URL=cache, hosts=("attacker.example",), cors_origins=("*",)
+    )
+    with weights.loaded_once(), run_app(settings) as client:
+        assert client.get("/v1/tiers", headers=rebound).status_code == 200
+
+
+def test_a_form_of_another_site_is_refused(api: httpx.Client, small_msh: bytes) -> None:
+    evil = {"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}
+    text = {"Content-Type": "text/plain"}
+    for headers in (evil, evil | text, {"Origin": "https://evil.example"}):
+        refused = api.post("/v1/decodes", content=small_msh, headers=headers)
+        assert (refused.status_code, refused.headers["content-type"]) == (403, PROBLEM)
+    assert api.post("/v1/decodes", content=small_msh, headers=text).status_code == 200
+    assert api.get("/v1/tiers", headers=evil).status_code == 200
+
+
+def test_a_caller_may_follow_only_so_many_jobs_at_once(
+    redis_urls: tuple[str, str], small_msh: bytes
+) -> None:
+    queue, cache = redis_urls
+    settings = ServiceSettings(REDIS_URL=queue, CACHE_REDIS_URL=cache, waits_at_once=1)
+    with weights.loaded_once(), run_app(settings) as api, ThreadPoolExecutor(1) as pool:
+        job = api.post("/v1/decodes?tier=perceptual&seed=30", content=small_msh)
+        location = job.headers["location"]
+        first = pool.submit(api.get, location, headers={"Prefer": "wait=4"})
+        time.sleep(0.5)
+        refused = api.get(f"{location}/events")
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
+        assert "1 event streams and waiting requests" in refused.json()["detail"]
+        began = time.monotonic()
+        assert api.get(location, headers={"Prefer": "wait=4"}).json()["status"] == "queued"
+        assert 0.9 < time.monotonic() - began < 2.5  # waited, but less
+        assert first.result().status_code == 200
+        api.delete(location)  # ends the stream
+        assert "canceled" in api.get(f"{location}/events").text
 
 
 def test_openapi_has_examples_and_describes_every_problem(api: httpx.Client) -> None:

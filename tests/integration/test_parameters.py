@@ -1,7 +1,9 @@
 """What clients send: `Accept`, forms, query parameters, signed links, large seeds."""
 
+import concurrent.futures
 import json
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from worker.queue.store import Store
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
+FILE_PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
 TOKEN = "ai_" + secrets.token_urlsafe(32)
 ASYNC = {"Prefer": "respond-async"}
 JSON = {"Accept": "application/json"}
@@ -206,6 +209,36 @@ def test_an_input_for_files_that_was_left_blank_is_skipped(
     assert (empty.status_code, "empty" in empty.json()["detail"]) == (400, True)
 
 
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        FILE_PART * 30_000,
+        (FILE_PART + b"x\r\n") * 17,
+        b'--b\r\nContent-Disposition: form-data; name="' + b"x" * 2**21,
+        b"--b\r\n" + b"A: b\r\n" * 300_000,
+        FILE_PART + b"\r\n--" * 500_000,
+        FILE_PART + b"\r\n--c" * 500_000,
+        b"\r\n" * 2**20,
+    ],
+    ids=["parts", "files", "long name", "headers", "boundaries", "other boundaries", "preamble"],
+)
+def test_hostile_forms_are_malformed_and_let_others_through(
+    api: httpx.Client, hostile: bytes
+) -> None:
+    def post() -> httpx.Response:
+        form = {"Content-Type": "multipart/form-data; boundary=b"}
+        return api.post("/v1/inspect", content=hostile, headers=form)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        posted, longest = pool.submit(post), 0.0
+        while not posted.done():
+            began = time.monotonic()
+            assert api.get("/livez").status_code == 200
+            longest = max(longest, time.monotonic() - began)
+    assert posted.result().status_code == 400
+    assert longest < 0.5
+
+
 def test_a_form_without_a_file_is_malformed(api: httpx.Client) -> None:
     answer = api.post("/v1/inspect", **form('name="file"\np.msh'))
     assert (answer.status_code, "no file" in answer.json()["detail"]) == (400, True)
@@ -260,8 +293,20 @@ def test_sampler_settings_of_an_instant_picture_are_refused(
 
 
 def test_many_unknown_parameters_are_refused_without_comparing_them_all(api: httpx.Client) -> None:
-    query = "&".join(f"x{i}=1" for i in range(5_000))
+    query = "&".join(f"x{i}=1" for i in range(60))
     assert len(faults(api.post(f"/v1/decodes?{query}"))) == 8
+
+
+@pytest.mark.parametrize("parameter", ["x{i}=1", "utm_{i}=1", "seed=0", "webhook=", ""])
+@pytest.mark.parametrize("path", ["/v1/decodes", f"/v1/decodes/{32 * 'a'}/image", "/v1/tiers"])
+def test_thousands_of_parameters_are_refused_before_they_are_parsed(
+    api: httpx.Client, path: str, parameter: str
+) -> None:
+    query = "&".join(parameter.format(i=i) for i in range(5_000))
+    ((fault),) = faults(
+        api.request("POST" if path.endswith("decodes") else "GET", f"{path}?{query}")
+    )
+    assert "more than 64 parameters" in fault["message"]
 
 
 # Links are opened by browsers, and pass through messengers and newsletters.

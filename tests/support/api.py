@@ -36,6 +36,6 @@ def run_app(settings: ServiceSettings) -> Iterator[httpx.Client]:
     with (
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(app.router.lifespan_context(app)),
-        httpx.Client(transport=AppTransport(app, portal), base_url="http://in-process") as client,
+        httpx.Client(transport=AppTransport(app, portal), base_url="http://localhost") as client,
     ):
         yield client

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import statistics
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -11,14 +12,18 @@ from collections.abc import AsyncIterator, Iterator
 import httpx
 import pytest
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
+from uvicorn.server import ServerState
 
-from service.cli import api_server, listening
+from service import requests
+from service.cli import api_server, http_protocol, listening
 from service.cli.api_server import ApiServer, configuration
-from service.cli.http_protocol import ProxyHeaders
+from service.cli.http_protocol import MAX_FORWARDED, MAX_HEADER_LINES, ProxyHeaders
 from service.cli.listening import CannotListen
 from service.requests import MAX_HEADER_BYTES, RequestMiddleware
+from service.settings import ServiceSettings
+from tests.support.waiting import until
 
 app = FastAPI()
 app.add_middleware(RequestMiddleware)
@@ -43,10 +48,22 @@ async def root(request: Request) -> dict[str, object]:
     return {"root": request.scope["root_path"], "client": request.scope["client"][0]}
 
 
+@app.get("/large")
+async def large() -> Response:
+    return Response(bytes(2**26))
+
+
 @contextlib.contextmanager
-def served(keep_alive_s: int) -> Iterator[int]:
+def served(**settings: float) -> Iterator[int]:
     """Run `app` in a real server; yield its port."""
-    config = configuration(app, keep_alive_s)
+    with running_server(**settings) as (port, _):
+        yield port
+
+
+@contextlib.contextmanager
+def running_server(**settings: float) -> Iterator[tuple[int, ServerState]]:
+    """Run `app` in a real server; yield its port and what it knows of its connections."""
+    config = configuration(app, ServiceSettings.model_validate(settings))
     config.lifespan = "off"
     sockets = listening.bind("127.0.0.1", 0)
     server = uvicorn.Server(config)
@@ -56,7 +73,7 @@ def served(keep_alive_s: int) -> Iterator[int]:
     try:
         while not server.started:
             time.sleep(0.01)
-        yield port
+        yield port, server.server_state
     finally:
         server.should_exit = True
         thread.join()
@@ -64,7 +81,7 @@ def served(keep_alive_s: int) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    with served(keep_alive_s=60) as port:
+    with served() as port:
         yield port
 
 
@@ -157,6 +174,170 @@ def test_an_idle_connection_stays_open_for_the_configured_time() -> None:
         assert 0.3 < time.monotonic() - before
 
 
+def test_headers_of_too_many_lines_are_refused_before_they_are_parsed(port: int) -> None:
+    lines = [f"X-{n}: a" for n in range(MAX_HEADER_LINES)]
+    head, body = exchange(port, post(*lines, "Connection: close"))
+    assert head.startswith(b"HTTP/1.1 431 ")
+    assert "256 lines" in json.loads(body)["detail"]
+    assert exchange(port, post(*lines[10:], "Connection: close"))[0].startswith(b"HTTP/1.1 200")
+
+
+TRICKLES = {
+    "header lines": b"a:b\r\n" * 13_000,
+    "one header": b"a" * 2**16,
+    "a query": b"",
+    "trailers": b"0\r\n" + b"a:b\r\n" * 13_000,
+    "a chunk extension": b"1;" + b"a" * 2**16,
+    "chunks of one byte": b"1\r\nX\r\n" * 10_000,
+}
+
+
+@pytest.mark.parametrize("endless", TRICKLES)
+def test_endless_requests_are_refused_within_moments(port: int, endless: str) -> None:
+    chunked = "Transfer-Encoding: chunked\r\n\r\n"
+    begin = f"POST /echo HTTP/1.1\r\nHost: a\r\n{'' if 'header' in endless else chunked}".encode()
+    if endless == "a query":
+        begin, endless = b"GET /?", "one header"
+    sent, began = 0, time.monotonic()
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        with contextlib.suppress(ConnectionError):
+            client.sendall(begin)
+            while sent < 2**25:
+                client.sendall(TRICKLES[endless])
+                sent += len(TRICKLES[endless])
+        with contextlib.suppress(ConnectionError):
+            assert client.recv(65536)[9:12] in {b"431", b"400"}
+    assert sent < 2**25 and time.monotonic() - began < 5
+
+
+def test_refused_headers_and_chunks_block_others_for_milliseconds(port: int) -> None:
+    """The parser alone takes 0.4 to 1 s for these, in which no other request is answered."""
+    stop = threading.Event()
+    chunked = b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    attacks = (
+        post(*(["a:b"] * 60_000)),
+        chunked + b"1\r\nX\r\n" * 40_000,
+        chunked + b"0\r\n" + b"a:b\r\n" * 60_000 + b"\r\n",
+    )
+
+    def attack() -> None:
+        while not stop.is_set():
+            for sent in attacks:
+                with contextlib.suppress(OSError):
+                    exchange(port, sent)
+
+    attacker = threading.Thread(target=attack)
+    attacker.start()
+    try:
+        spent = []
+        for _ in range(30):
+            began = time.monotonic()
+            exchange(port, b"GET /root HTTP/1.0\r\n\r\n")
+            spent.append(time.monotonic() - began)
+    finally:
+        stop.set()
+        attacker.join()
+    assert statistics.median(spent) < 0.15
+
+
+HALF = b"GET /root HTTP/1.1\r\nHost: a\r\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "drip", "answer"),
+    [
+        (b"", b"", b""),  # silent
+        (HALF, b"", b"HTTP/1.1 408 "),
+        (HALF, b"a:b\r\n", b"HTTP/1.1 408 "),
+        (HALF + b"\r\n" + HALF, b"a:b\r\n", b"HTTP/1.1 200 "),  # the second request
+        (post(body=b"")[:-4].replace(b": 0", b": 99999") + b"\r\n\r\n", b"x", b"HTTP/1.1 404 "),
+        (HALF + b"Content-Length: 99999\r\nExpect: 100-continue\r\n\r\n", b"x", b"HTTP/1.1 200 "),
+    ],
+)
+def test_slow_requests_end_at_the_deadline(first: bytes, drip: bytes, answer: bytes) -> None:
+    first = first.replace(b"POST /echo", b"POST /none")
+    with (
+        served(header_timeout_s=0.5) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=20) as client,
+    ):
+        began, received = time.monotonic(), b""
+        client.sendall(first)
+        client.settimeout(0.05)
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - began < 5:
+                with contextlib.suppress(TimeoutError):
+                    data = client.recv(65536)
+                    received += data
+                    if not data:
+                        break
+                client.sendall(drip)
+        assert 0.4 < time.monotonic() - began < 3
+    assert received.startswith(answer) and bool(received) == bool(answer)
+
+
+def test_a_slow_request_in_time_is_answered_and_its_connection_kept() -> None:
+    with (
+        served(header_timeout_s=1) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=20) as client,
+    ):
+        for _ in range(2):
+            client.sendall(HALF)
+            time.sleep(0.6)
+            client.sendall(b"\r\n")
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+            time.sleep(0.6)
+        time.sleep(0.6)
+        client.sendall(HALF + b"\r\n")  # idle connections have another timeout
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_a_closed_connection_is_cut_although_its_client_does_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http_protocol, "FLUSH_S", 0.3)
+    monkeypatch.setattr(requests, "SEND_S", 0.3)
+    server = running_server()
+    with server as (port, state), socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
+        until(lambda: state.connections, "the connection")
+        until(lambda: not state.connections, "the end of the connection")
+
+
+def test_connections_of_one_address_are_limited_and_counted_until_they_end() -> None:
+    with served(connections_per_address=2) as port, contextlib.ExitStack() as opened:
+
+        def connect(address: str) -> socket.socket:
+            made = socket.create_connection(("127.0.0.1", port), 20, (address, 0))
+            return opened.enter_context(made)
+
+        def status(client: socket.socket) -> bytes:
+            with contextlib.suppress(ConnectionError):
+                client.sendall(HALF + b"\r\n")
+            return client.recv(65536)[9:12]
+
+        first, second = connect("127.0.0.2"), connect("127.0.0.2")
+        assert [status(first), status(second)] == [b"200", b"200"]
+        refused = connect("127.0.0.2").recv(65536)
+        assert refused.startswith(b"HTTP/1.1 429 ") and b"retry-after: 5" in refused
+        assert b"your address has 2 connections" in refused
+        assert status(connect("127.0.0.3")) == b"200"  # another address
+        assert [status(connect("127.0.0.1")) for _ in range(4)] == [b"200"] * 4  # a trusted proxy
+        first.close()
+        until(lambda: status(connect("127.0.0.2")) == b"200", "a connection is free again")
+
+
+def test_connections_beyond_the_total_are_refused_with_503() -> None:
+    with served(connections=2) as port, contextlib.ExitStack() as opened:
+        clients = [
+            opened.enter_context(socket.create_connection(("127.0.0.1", port), 20))
+            for _ in range(3)
+        ]
+        answer = clients[2].recv(65536)
+        assert answer.startswith(b"HTTP/1.1 503 ") and b"all 2 connections are in use" in answer
+        clients[0].sendall(HALF + b"\r\n")
+        assert clients[0].recv(65536).startswith(b"HTTP/1.1 200")
+
+
 def test_a_port_that_was_taken_while_models_were_loaded_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -170,10 +351,13 @@ def test_a_port_that_was_taken_while_models_were_loaded_is_reported(
             ApiServer(lambda: None).run([bound])
 
 
-def forwarded(peer: str, *prefixes: str) -> dict[str, str]:
+def forwarded(
+    peer: str, *prefixes: str, before: str = "", sent: str = "192.0.2.7"
+) -> dict[str, str]:
     """What the application sees of a request that comes from `peer`."""
-    sent = [("X-Forwarded-For", "192.0.2.7"), *(("X-Forwarded-Prefix", p) for p in prefixes)]
-    headers = httpx.Headers(sent, encoding="latin-1")
+    names = [("X-Forwarded-For", value) for value in (before, sent) if value]
+    names += [("X-Forwarded-Prefix", prefix) for prefix in prefixes]
+    headers = httpx.Headers(names, encoding="latin-1")
 
     async def once() -> dict[str, str]:
         transport = httpx.ASGITransport(ProxyHeaders(app, "10.0.0.0/8"), client=(peer, 1))  # type: ignore[arg-type]
@@ -188,6 +372,20 @@ def test_a_path_prefix_counts_only_from_trusted_proxies() -> None:
     assert forwarded("10.1.2.3", "/after") == {"root": "/after", "client": "192.0.2.7"}
     assert forwarded("10.1.2.3", "/a/b/") == {"root": "/a/b", "client": "192.0.2.7"}
     assert forwarded("203.0.113.1", "/after") == {"root": "", "client": "203.0.113.1"}
+
+
+def test_an_ipv4_address_that_is_mapped_into_ipv6_is_the_same_address() -> None:
+    assert forwarded("::ffff:10.1.2.3", "/after") == {"root": "/after", "client": "192.0.2.7"}
+    assert forwarded("::ffff:203.0.113.1") == {"root": "", "client": "203.0.113.1"}
+
+
+def test_the_end_of_a_long_list_of_proxies_counts() -> None:
+    long = ", ".join(f"10.0.{n // 250}.{n % 250}" for n in range(4000))
+    began = time.process_time()
+    assert forwarded("10.1.2.3", before=f"198.51.100.1, {long}")["client"] == "192.0.2.7"
+    seen = forwarded("10.1.2.3", before="192.0.2.7", sent=long)["client"]
+    assert seen.startswith("10.0.15.") and len(long) > MAX_FORWARDED
+    assert time.process_time() - began < 0.2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,26 @@
+"""Limits how many event streams and waiting requests of one caller are open at once."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+
+
+class Waits:
+    """Counts the event streams and waiting requests of each caller; `limit` are allowed.
+
+    Each holds a connection to Redis.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._of = limit, Counter[str]()
+
+    @contextlib.contextmanager
+    def one(self, caller: str) -> Iterator[bool]:
+        """Count one within the block; yields False if it exceeds the limit."""
+        self._of[caller] += 1
+        try:
+            yield self._of[caller] <= self._limit
+        finally:
+            self._of[caller] -= 1
+            if not self._of[caller]:
+                del self._of[caller]
