@@ -71,7 +71,7 @@ class ServiceSettings(WorkerSettings):
     pixels_at_once: int = Field(
         40_000_000,
         ge=1,
-        description="pixels that an API process decodes and encodes at a time; see Memory",
+        description="pixels that an API process decodes and encodes at a time",
     )
     decodes_at_once: int = Field(
         2, ge=1, description="instant decodes in parallel; each uses all threads"

@@ -25,6 +25,8 @@ LEAVES_S = 0.15
 MEGABYTES_PER_MEGAPIXEL = 36
 """Memory that decoding or encoding takes; see Sizing in deploy/OPERATING.md."""
 BUDGET_MB = 40.0 * MEGABYTES_PER_MEGAPIXEL
+ENCODES_MB = 2 * 500.0
+"""Memory of the windows of two encodes."""
 
 
 @functools.cache
@@ -140,4 +142,4 @@ _RUNS: dict[str, Run] = {
     "large-decodes": large_decodes,
     "large-encodes": large_encodes,
 }
-ATTACKS = {name: Attack(run, budget_mb=BUDGET_MB) for name, run in _RUNS.items()}
+ATTACKS = {name: Attack(run, budget_mb=BUDGET_MB + ENCODES_MB) for name, run in _RUNS.items()}

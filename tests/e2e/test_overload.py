@@ -111,6 +111,7 @@ def test_large_pictures_at_once_wait_or_are_refused_within_the_stated_memory(
         assert int(answer.headers["retry-after"]) > 1
         assert answer.json()["type"] == "urn:afterimage:problem:busy"
     assert peak_mb <= 1.3 * (idle_mb + attacks_work.BUDGET_MB)
+    assert "Traceback" not in running.log.read_text()
 
 
 def variants(b: Bitstream) -> Iterator[bytes]:

@@ -47,7 +47,8 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def ended(tasks: list["asyncio.Task[Any]"]) -> list[object]:
-    return await asyncio.gather(*tasks, return_exceptions=True)
+    results: list[object] = await asyncio.gather(*tasks, return_exceptions=True)
+    return results
 
 
 def test_a_small_picture_passes_large_ones_of_the_same_caller() -> None:
