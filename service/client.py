@@ -9,6 +9,7 @@
 """
 
 import contextlib
+import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ Kind = Literal["draft", "queued", "started", "progress", "preview", "final"]
 
 TIMEOUT_S = 60.0
 """Timeout of connecting and reading. The service sends something on event streams every 15 s."""
+ENCODE_TIMEOUT_S = 600.0
+"""Timeout of reading the response of an encode. The service may take 190 s for 20 megapixels, its
+default limit, and 5 s for each further megapixel."""
 RETRIES = 16
 """Failures in a row, about a minute of them, after which the client stops waiting for a decode."""
 MAX_PAUSE_S = 60.0
@@ -68,14 +72,17 @@ class Update:
 class AsyncClient:
     """Asynchronous client with one connection pool.
 
-    `http` replaces the default `httpx.AsyncClient`, for example to set a transport or proxies; its
-    `base_url` and API key are set here, and it is closed with this client.
+    `http` replaces the default `httpx.AsyncClient`, for example to set a transport, proxies or
+    timeouts; its `base_url` and API key are set here, and it is closed with this client.
     """
 
     def __init__(
         self, url: str, api_key: str = "", *, http: httpx.AsyncClient | None = None
     ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._encode_options: dict[str, Any] = {}
+        if http is None:
+            self._encode_options["timeout"] = httpx.Timeout(TIMEOUT_S, read=ENCODE_TIMEOUT_S)
         self.http = http or httpx.AsyncClient(timeout=TIMEOUT_S)
         self.http.base_url = httpx.URL(url)
         self.http.headers.update(headers)
@@ -126,9 +133,17 @@ class AsyncClient:
     async def encode(
         self, picture: bytes, quality: int = 2, format: Literal["msh", "compressai"] = "msh"
     ) -> bytes:
-        """Encode a picture file; returns the bitstream. Raises `ApiError`."""
+        """Encode a picture file; returns the bitstream. Raises `ApiError`.
+
+        Warns (`UserWarning`) if the file is truncated and was encoded as far as it goes.
+        """
         params = {"quality": quality, "format": format}
-        return (await self._send("POST", "/v1/encodes", params=params, content=picture)).content
+        response = await self._send(
+            "POST", "/v1/encodes", params=params, content=picture, **self._encode_options
+        )
+        if text := response.headers.get("x-afterimage-warning"):
+            warnings.warn(text, stacklevel=2)
+        return response.content
 
     async def inspect(self, data: bytes) -> dict[str, Any]:
         """The fields of a bitstream's header. Raises `ApiError`."""

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TypeVar
 
 from models import geometry
 from models.codec import codec
 from models.codec.bitstream import Bitstream, Format, Metric
 from models.errors import PictureTooLarge, Unavailable
-from models.image import Pixels
+from models.image import Picture, Pixels
 from models.library import Library
 from models.picture_process import Limits, PictureReaders, memory_limit
 from service import metrics
@@ -23,6 +24,14 @@ SMALL_PIXELS = int(SMALL * 1e6)
 """Pixels of the largest picture that counts as small; larger ones wait for another thread."""
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The bitstream of a photograph. `notes` says what is wrong with its file."""
+
+    bitstream: Bitstream
+    notes: tuple[str, ...] = ()
 
 
 class Encoder:
@@ -51,8 +60,8 @@ class Encoder:
 
     async def encode(
         self, data: bytes, quality: int, metric: Metric, format: Format, waiter: Waiter = NOBODY
-    ) -> Bitstream:
-        """Encode a picture file.
+    ) -> Encoded:
+        """Encode a picture file; a truncated one as far as it goes, with a note.
 
         Waiting for a thread and reading may each take `request_timeout_s`, encoding that and
         `encode_megapixel_s` for each megapixel. Raises `Busy` if no thread becomes free,
@@ -61,13 +70,14 @@ class Encoder:
         """
         max_pixels = self.settings.max_pixels
 
-        def work(deadline: Deadline, limit: int) -> Bitstream:
+        def work(deadline: Deadline, limit: int) -> Encoded:
             used = self.library.find(quality, metric)
-            pixels = self._read(data, deadline, limit)
-            self._allow_for(pixels, deadline)
-            return used.encode(codec.to_tensor(pixels), format, "exact")
+            picture = self._read(data, deadline, limit)
+            self._allow_for(picture.pixels, deadline)
+            b = used.encode(codec.to_tensor(picture.pixels), format, "exact")
+            return Encoded(b, picture.notes)
 
-        def small(deadline: Deadline) -> Bitstream | int:
+        def small(deadline: Deadline) -> Encoded | int:
             """Encode the picture, or return the number of its pixels if it is large."""
             try:
                 return work(deadline, min(SMALL_PIXELS, max_pixels))
@@ -88,7 +98,7 @@ class Encoder:
             self._line.run(work, wait_s, late, pixels / 1e6, waiter.caller)
         )
 
-    def _read(self, data: bytes, deadline: Deadline, max_pixels: int) -> Pixels:
+    def _read(self, data: bytes, deadline: Deadline, max_pixels: int) -> Picture:
         settings = self.settings
         elapsed_s = settings.request_timeout_s
         late = f"the picture was not read within {elapsed_s:g} s; try again later"

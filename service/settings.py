@@ -104,7 +104,7 @@ class ServiceSettings(WorkerSettings):
         256, ge=1, description="connections of one client address, or /64 of IPv6; more get 429"
     )
     waits_at_once: int = Field(
-        256, ge=1, description="event streams and waiting requests of one caller per API process"
+        64, ge=1, description="event streams and waiting requests of one caller per API process"
     )
     keep_alive_s: int = Field(
         75, ge=1, description="seconds until an idle connection is closed; see Behind a proxy"

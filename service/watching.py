@@ -1,6 +1,7 @@
 """Reads the state of a decode, waits for its end, and follows its events."""
 
 import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -115,14 +116,16 @@ async def events(
 ) -> AsyncIterator[Event]:
     """Yield the events of a job that follow event `after`, until the job has ended.
 
-    Also stops when the client is `disconnected` or the server stops. With `caller`, each read
-    extends the caller's subscription and asks the worker for previews. If the events have expired,
-    the last one is built from the job's record.
+    Also stops when the client is `disconnected` or the server stops. With `caller`, reading extends
+    the caller's subscription and asks the worker for previews, every `BLOCK_S`. If the events have
+    expired, the last one is built from the job's record.
     """
     block_ms = None  # the first read returns at once
+    renew_at = -math.inf
     while not services.closing.is_set() and not await disconnected():
-        if caller is not None:
+        if caller is not None and time.monotonic() >= renew_at:
             await anyio.to_thread.run_sync(_keep_watching, services, id, caller)
+            renew_at = time.monotonic() + BLOCK_S
         batch = await _read_events(services, id, after, block_ms)
         block_ms = BLOCK_S * 1000
         for event in batch:

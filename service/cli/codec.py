@@ -29,7 +29,7 @@ from service.cli.files import (
     read_picture,
     reason,
 )
-from service.cli.terminal import complain, say
+from service.cli.terminal import complain, note, say
 from service.settings import ServiceSettings
 from worker.settings import without_garbage_collection
 
@@ -130,9 +130,12 @@ def _encode(args: argparse.Namespace) -> int:
 
     def encode(source: Path) -> bytes:
         data = read_picture(source)
-        pixels = image.read(data, settings.max_pixels)
+        picture = image.read_with_notes(data, settings.max_pixels)
+        for text in picture.notes:
+            note(f"{source}: {text}")
         note_frames(source, data)
-        return bitstream.serialize(network.encode(codec.to_tensor(pixels), args.format, "exact"))
+        x = codec.to_tensor(picture.pixels)
+        return bitstream.serialize(network.encode(x, args.format, "exact"))
 
     return convert_each(targets, encode)
 

@@ -3,9 +3,8 @@
 import contextlib
 import resource
 from collections import Counter
-from collections.abc import Container
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from service import addresses
 from service.settings import ServiceSettings
@@ -18,6 +17,13 @@ FLUSH_S = 10.0
 """How long a closed connection may take to send what is left in its buffer."""
 
 
+class Trusted(Protocol):
+    """The addresses of trusted proxies."""
+
+    def __contains__(self, host: str, /) -> bool:
+        """Whether `host` is one of them."""
+
+
 @dataclass(slots=True)
 class Connections:
     """Counts the connections of an API process and decides whether one more may be served."""
@@ -25,7 +31,7 @@ class Connections:
     header_timeout_s: float
     per_address: int
     total: int
-    trusted: Container[str] = ()
+    trusted: Trusted = ()
     """Proxies, which are exempt from `per_address`."""
     open: int = 0
     _of: Counter[str] = field(default_factory=Counter)
@@ -48,7 +54,7 @@ class Connections:
             del self._of[client]
 
 
-def limited(settings: ServiceSettings, trusted: Container[str]) -> Connections:
+def limited(settings: ServiceSettings, trusted: Trusted) -> Connections:
     """Return the limits from `settings`, lowered to what the limit of open files allows."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     total = settings.connections

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import re
 import sys
 from typing import Any, Literal, cast
@@ -18,14 +19,18 @@ from service.requests import MAX_HEADER_BYTES
 
 MAX_HEADER_LINES = 256
 """Lines of a request's head, or of the trailers of a body: each costs about 5 µs."""
-SLICE = 4096
-"""Bytes that are parsed at a time, so that trailers beyond the limit are noticed before all are
-parsed."""
-SMALL_CHUNKS, CHUNK_BYTES = 4096, 64
+SLICE, FIRST_SLICE = 2**12, 2**14
+"""Bytes of a chunked body, and of what may begin with a head, that are parsed at a time, so that
+trailers beyond the limit are noticed before all are parsed."""
+SMALL_CHUNKS, CHUNK_BYTES = 256, 64
 """Chunks of any size that a body may have, and the mean size that is required of more: each chunk
 costs as much time as a header line."""
+READ_BYTES = 2**16
+"""Bytes that are read from a connection before others have their turn: uvloop reads up to 8 MiB."""
 MAX_FORWARDED = 1024
 """Characters that are read of `X-Forwarded-For`: its end, which trusted proxies have written."""
+MAX_QUOTED = 256
+"""Longest part of a request that an error repeats."""
 _END_OF_HEAD = re.compile(rb"\n\r?\n")
 
 
@@ -37,10 +42,11 @@ class Parser(h11.Connection):
 
     _chunks = _chunked_bytes = 0
 
-    @property
-    def reads_lines(self) -> bool:
-        """Whether the next bytes may be a head, chunks or trailers."""
-        return self.their_state is h11.IDLE or isinstance(self._reader, ChunkedReader)
+    def slice(self, size: int) -> int:
+        """How many of the next `size` bytes may be parsed at a time."""
+        if self.their_state is h11.IDLE:
+            return min(size, FIRST_SLICE)
+        return min(size, SLICE) if isinstance(self._reader, ChunkedReader) else size
 
     def _extract_next_receive_event(self) -> Any:
         reader = self._reader
@@ -117,8 +123,7 @@ class HttpProtocol(H11Protocol):
                 f"your address has {self._limits.per_address} connections, which is the limit; "
                 "close some of them"
             )
-            retry = {"Retry-After": str(problems.RETRY_S)}
-            self._refuse(429, problems.TooManyRequests.kind, detail, retry)
+            self._refuse(429, problems.TooManyRequests.kind, detail)
         else:
             self._await_client()
 
@@ -130,14 +135,21 @@ class HttpProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what the client has sent, in slices while it may be a head, chunks or trailers."""
-        at = 0
-        while len(data) - at > SLICE and cast(Parser, self.conn).reads_lines:
-            super().data_received(data[at : at + SLICE])
-            at += SLICE
+        parser, at = cast(Parser, self.conn), 0
+        while at < len(data):
+            end = at + parser.slice(len(data) - at)
+            super().data_received(data[at:end])
             if self.transport.is_closing():
                 return
-        super().data_received(data[at:] if at else data)
+            at = end
         self._await_client()
+        if len(data) >= READ_BYTES and not self.flow.read_paused:
+            self.transport.pause_reading()
+            self.loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if not self.flow.read_paused and not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def on_response_complete(self) -> None:
         """Begin to wait for the rest of a body that was not read."""
@@ -185,7 +197,8 @@ class HttpProtocol(H11Protocol):
             self.cycle.message_event.set()
         error = sys.exception()
         status = getattr(error, "error_status_hint", 400)
-        kind, detail = "malformed-request", f"the request is not valid HTTP: {error}"
+        kind = "malformed-request"
+        detail = f"the request is not valid HTTP: {str(error)[:MAX_QUOTED]}"
         if status == 431:
             kind = problems.HeadersTooLarge.kind
             detail = (
@@ -194,20 +207,23 @@ class HttpProtocol(H11Protocol):
             )
         self._refuse(status, kind, detail)
 
-    def _refuse(
-        self, status: int, kind: str, detail: str, headers: dict[str, str] | None = None
-    ) -> None:
+    def _refuse(self, status: int, kind: str, detail: str) -> None:
         """Answer with a problem, unless a response has begun, and close the connection."""
-        if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
-            response = problems.problem(
-                status, kind, detail, {"Connection": "close", **(headers or {})}
-            )
-            head = h11.Response(
-                status_code=status, headers=response.raw_headers, reason=STATUS_PHRASES[status]
-            )
-            for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+        may_answer = self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}
+        if may_answer and not self.transport.is_closing():
+            retry = status in {429, 503}
+            self.transport.write(_answer(status, kind, detail, retry))
         self.transport.close()
+
+
+@functools.lru_cache(64)
+def _answer(status: int, kind: str, detail: str, retry: bool) -> bytes:
+    """A problem as it is sent; kept, because thousands of connections may get the same."""
+    headers = {"Connection": "close"} | ({"Retry-After": str(problems.RETRY_S)} if retry else {})
+    response = problems.problem(status, kind, detail, headers)
+    lines = [b"HTTP/1.1 %d %s" % (status, STATUS_PHRASES[status])]
+    lines += [b"%s: %s" % header for header in response.raw_headers]
+    return b"\r\n".join([*lines, b"", bytes(response.body)])
 
 
 class ProxyHeaders(ProxyHeadersMiddleware):

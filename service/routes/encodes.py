@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
 
+from models import image_decode
 from models.codec import bitstream
 from models.codec.bitstream import Format, Metric
 from models.errors import (
@@ -24,6 +25,14 @@ from worker.queue.store import RedisError
 router = APIRouter(prefix="/v1", dependencies=[ONLY_KNOWN])
 
 _MEDIA_TYPE = "application/octet-stream"
+_HEADERS = {
+    "X-Afterimage-Bpp": {"schema": {"type": "number"}, "example": 0.21},
+    "X-Afterimage-Warning": {
+        "description": "What is wrong with the photograph; absent if nothing is.",
+        "schema": {"type": "string"},
+        "example": image_decode.MISSING,
+    },
+}
 
 
 def _upload(description: str, *media_types: str) -> dict[str, Any]:
@@ -41,7 +50,7 @@ def _upload(description: str, *media_types: str) -> dict[str, Any]:
         200: {
             "content": {_MEDIA_TYPE: {"schema": schemas.BINARY}},
             "description": "The bitstream.",
-            "headers": {"X-Afterimage-Bpp": {"schema": {"type": "number"}, "example": 0.21}},
+            "headers": _HEADERS,
         },
         **problems.responses(
             *problems.OF_AUTHENTICATION,
@@ -77,12 +86,16 @@ async def encode(
     format: Annotated[Format, Query(description="Container format of the bitstream.")] = "msh",
 ) -> Response:
     """Encode a photograph. It is rotated by its EXIF orientation, converted to sRGB, and
-    transparent pixels are blended with white."""
+    transparent pixels are blended with white. A truncated photograph is encoded as far as it
+    goes, and the response has the header X-Afterimage-Warning."""
 
     waiter = Waiter.of(request, caller)
-    b = await services.encoder.encode(data, quality, metric, format, waiter)
+    encoded = await services.encoder.encode(data, quality, metric, format, waiter)
+    b = encoded.bitstream
     file = bitstream.serialize(b)
     headers = {"X-Afterimage-Bpp": f"{8 * len(file) / (b.width * b.height):.4f}"}
+    if encoded.notes:
+        headers["X-Afterimage-Warning"] = "; ".join(encoded.notes)
     return Response(file, 200, headers, _MEDIA_TYPE)
 
 

@@ -122,9 +122,10 @@ def run(name: str, attack: Attack, service: Service, alone: Watch) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", nargs="?", choices=ATTACKS, help="default: all")
-    name = parser.parse_args().name
-    names = [name] if name else list(ATTACKS)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="attacks; default: all")
+    names = parser.parse_args().names or list(ATTACKS)
+    if unknown := set(names) - set(ATTACKS):
+        parser.error(f"no attack {', '.join(unknown)}; choose {', '.join(ATTACKS)}")
     wrong = 0
     by_settings = sorted(names, key=lambda name: sorted(ATTACKS[name].settings.items()))
     for settings, group in itertools.groupby(by_settings, lambda name: ATTACKS[name].settings):

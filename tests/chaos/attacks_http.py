@@ -99,7 +99,7 @@ def slow_headers(target: Target) -> str:
                 c for n, c in enumerate(connections) if send(c, b"a:b\r\n" if n % 2 else b"")
             ]
             time.sleep(1)
-    return f"{opened} connections opened, {_still_open(connections)} open at the end"
+        return f"{opened} connections opened, {_still_open(connections)} open at the end"
 
 
 def large_heads(target: Target) -> str:
@@ -126,15 +126,14 @@ def slow_bodies(target: Target) -> str:
 
 
 def unread_responses(target: Target) -> str:
-    """100 clients that ask for a picture and do not read it."""
-    data = BITSTREAM.read_bytes()
-    with target.connections(100) as connections:
+    """200 clients that ask for a file of 1 MB and do not read it."""
+    path = b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with target.connections(200) as connections:
         for connection in connections:
-            connection.settimeout(1)
-            send(connection, HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+            send(connection, path)
         while target.running():
             time.sleep(0.5)
-    return "100 pictures requested"
+    return f"{len(connections)} files requested"
 
 
 def long_values(target: Target) -> str:
@@ -188,7 +187,7 @@ def listeners(target: Target) -> str:
             b"POST /v1/decodes?tier=ddpm-1000 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         )
         send(connection, path + b"Content-Length: %d\r\n\r\n" % len(data) + data)
-        found = re.search(rb"location: (\S+)", receive(connection), re.IGNORECASE)
+        found = re.search(rb"location: (\S+)", receive(connection, 10), re.IGNORECASE)
     if found is None:
         return "the job was not queued"
     with target.connections(1000) as connections:

@@ -123,6 +123,16 @@ def test_a_chosen_photograph_is_encoded_and_decoded_and_its_sizes_are_shown(
     np.testing.assert_array_equal(centre(only(opened, "left", "original"), small), small)
 
 
+def test_a_truncated_photograph_is_decoded_with_a_warning(
+    opened: Page, small: Pixels, tmp_path: Path
+) -> None:
+    data = image.write(small, "jpeg")
+    (tmp_path / "half.jpg").write_bytes(data[: len(data) // 2])
+    draw(opened, tmp_path / "half.jpg")
+    expect(opened.locator("#problem")).to_contain_text("the picture is truncated")
+    expect(opened.locator("#retry")).to_be_hidden()
+
+
 def test_a_dropped_photograph_is_opened(opened: Page, small_png: Path) -> None:
     transfer(opened, small_png, "drop")
     expect(opened.locator("#file")).to_have_text("small.png")

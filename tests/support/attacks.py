@@ -58,9 +58,10 @@ def send(connection: socket.socket, data: bytes) -> bool:
     return True
 
 
-def receive(connection: socket.socket) -> bytes:
-    """Return what the service sends until it closes the connection or pauses for 10 s."""
+def receive(connection: socket.socket, pause_s: float = 2) -> bytes:
+    """Return what the service sends until it closes the connection or pauses for so long."""
     received = b""
+    connection.settimeout(pause_s)
     with contextlib.suppress(OSError):
         while data := connection.recv(2**16):
             received += data

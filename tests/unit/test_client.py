@@ -1,11 +1,18 @@
 """The Python client against answers that are made here."""
 
 import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
 
-from service.client import AsyncClient
+from service import client
+from service.client import AsyncClient, Client
+from service.settings import ServiceSettings
 
 
 @pytest.mark.parametrize("sent", ["/after", ""])
@@ -23,12 +30,70 @@ def test_locations_with_and_without_the_path_of_the_base_url_are_followed(
 
     async def decode_and_cancel() -> bytes | None:
         http = httpx.AsyncClient(transport=httpx.MockTransport(answer))
-        async with AsyncClient(base, http=http) as client:
-            updates = [update async for update in client.decode(b"bitstream")]
-            await client.cancel(f"{sent}/v1/decodes/1")
+        async with AsyncClient(base, http=http) as connected:
+            updates = [update async for update in connected.decode(b"bitstream")]
+            await connected.cancel(f"{sent}/v1/decodes/1")
             return updates[-1].picture
 
     assert asyncio.run(decode_and_cancel()) == b"picture"
     assert asked == [
         "POST /after/v1/decodes", "GET /after/v1/decodes/1/image", "DELETE /after/v1/decodes/1",
     ]  # fmt: skip
+
+
+class SlowHandler(BaseHTTPRequestHandler):
+    """Answers each request after 0.5 s; the photograph of an encode was truncated."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(0.5)
+        body = b"{}"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        if self.path.startswith("/v1/encodes"):
+            self.send_header("X-Afterimage-Warning", "pixels are missing")
+        self.end_headers()
+        with contextlib.suppress(BrokenPipeError):  # the client has given up
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def slow_url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), SlowHandler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_encodes_may_take_longer_than_other_requests(
+    slow_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "TIMEOUT_S", 0.2)
+    with Client(slow_url) as connected:
+        with pytest.warns(UserWarning, match="pixels are missing"):
+            assert connected.encode(b"photograph") == b"{}"
+        with pytest.raises(httpx.ReadTimeout):
+            connected.inspect(b"bitstream")
+        monkeypatch.setattr(client, "ENCODE_TIMEOUT_S", 0.2)
+    with Client(slow_url) as connected, pytest.raises(httpx.ReadTimeout):
+        connected.encode(b"photograph")
+
+
+def test_the_timeouts_of_the_given_http_client_are_kept(slow_url: str) -> None:
+    async def encode() -> None:
+        async with AsyncClient(slow_url, http=httpx.AsyncClient(timeout=0.2)) as connected:
+            await connected.encode(b"photograph")
+
+    with pytest.raises(httpx.ReadTimeout):
+        asyncio.run(encode())
+
+
+def test_the_client_waits_longer_than_the_service_takes_for_the_largest_picture() -> None:
+    """Waiting for a thread, reading, and encoding each have a deadline."""
+    settings = ServiceSettings()
+    encoding_s = settings.encode_megapixel_s * settings.max_pixels / 1e6
+    assert client.ENCODE_TIMEOUT_S > 3 * settings.request_timeout_s + encoding_s
+    assert client.TIMEOUT_S > settings.request_timeout_s
