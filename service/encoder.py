@@ -13,7 +13,8 @@ from models.image import Picture, Pixels
 from models.library import Library
 from models.picture_process import Limits, PictureReaders, memory_limit
 from service import metrics
-from service.lines import SMALL, Deadline, Line, PixelBudget
+from service.lines import SMALL, Deadline, Line
+from service.pixel_budget import PixelBudget
 from service.problems import DeadlineExceeded
 from service.settings import ServiceSettings
 from service.waiter import NOBODY, Waiter

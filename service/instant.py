@@ -13,7 +13,8 @@ from models.codec.bitstream import Bitstream
 from models.image import OutputFormat
 from models.library import Library
 from service import metrics
-from service.lines import Line, PixelBudget
+from service.lines import Line
+from service.pixel_budget import PixelBudget
 from service.settings import ServiceSettings
 from service.waiter import NOBODY, Waiter
 

@@ -17,6 +17,7 @@ import anyio
 
 from models import cancellation
 from service import metrics
+from service.pixel_budget import PixelBudget
 from service.problems import Busy, DeadlineExceeded
 
 T = TypeVar("T")
@@ -41,28 +42,6 @@ class Deadline:
         at = self._loop.time() + seconds
         with suppress(RuntimeError):  # the event loop is closed
             self._loop.call_soon_threadsafe(setattr, self._scope, "deadline", at)
-
-
-class PixelBudget:
-    """Megapixels of the pictures that all lines of this process decode or encode at a time.
-
-    A picture beyond `limit` may be in work alone.
-    """
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-        self.used = 0.0
-        self.lines: list[Line] = []
-
-    def fits(self, megapixels: float) -> bool:
-        """Whether work on so many more megapixels may begin."""
-        return not self.used or self.used + megapixels <= self.limit
-
-    def release(self, megapixels: float) -> None:
-        """Count megapixels less; calls of any line may begin then."""
-        self.used = max(self.used - megapixels, 0.0)
-        for line in self.lines:
-            line.dispatch()
 
 
 @dataclass(eq=False, slots=True)
@@ -114,7 +93,7 @@ class Line:
         self._megapixel_s = dict.fromkeys(self._threads, megapixel_s)  # moving averages
         self._limit = waiting
         self._budget = budget
-        budget.lines.append(self)
+        budget.on_release.append(self.dispatch)
         self._timeout_includes_work = timeout_includes_work
         self._calls: list[_Call] = []  # that wait or run
         self._clock = 0.0  # virtual time: the start of the last call that began
@@ -167,7 +146,7 @@ class Line:
                 blocked = True
             elif self._has_thread(call.large):
                 self._clock = max(self._clock, call.start)
-                self._budget.used += call.megapixels
+                self._budget.take(call.megapixels)
                 call.running = True
                 call.turn.set_result(None)
             else:

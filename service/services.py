@@ -11,7 +11,7 @@ from models.library import Library
 from service.auth import Keys
 from service.encoder import Encoder
 from service.instant import InstantDecoder
-from service.lines import PixelBudget
+from service.pixel_budget import PixelBudget
 from service.quotas import Quotas
 from service.settings import ServiceSettings
 from service.uploads import UploadBudget

@@ -15,7 +15,7 @@ from models.errors import PictureError
 from models.image import Picture
 from models.picture_process import Limits
 from service.encoder import Encoded, Encoder
-from service.lines import PixelBudget
+from service.pixel_budget import PixelBudget
 from service.problems import Busy, DeadlineExceeded
 from service.settings import ServiceSettings
 from tests.support import hostile

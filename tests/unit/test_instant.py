@@ -10,7 +10,7 @@ import pytest
 from models import cancellation
 from models.library import Library
 from service.instant import InstantDecoder, PictureFile
-from service.lines import PixelBudget
+from service.pixel_budget import PixelBudget
 from service.problems import Busy, DeadlineExceeded
 from service.settings import ServiceSettings
 

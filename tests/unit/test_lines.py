@@ -10,7 +10,8 @@ import pytest
 
 from models import cancellation
 from models.errors import Canceled
-from service.lines import Deadline, Line, PixelBudget
+from service.lines import Deadline, Line
+from service.pixel_budget import PixelBudget
 from service.problems import Busy, DeadlineExceeded
 
 LARGE = 20.0
