@@ -19,9 +19,6 @@ SLOPE = 655
 STRIP = 2048
 """Positions per call of a layer: torch copies the inputs of each (im2col), about 0.1 GB in all."""
 
-CHANNELS = 64
-"""Channels to which the LeakyReLU is applied at a time."""
-
 TOO_LARGE = "the weights of h_s are too large for exact sums, which must stay below 2^53"
 
 
@@ -80,7 +77,7 @@ class ExactHyperSynthesis:
         *first, last = self.layers
         for layer in first:
             if isinstance(layer, nn.LeakyReLU):
-                for part in x.split(CHANNELS, 1):  # all of 20 megapixels take 0.4 GB more
+                for part in x.chunk(4, 1):  # the whole takes 0.4 GB more for 20 megapixels
                     part.copy_(torch.where(part < 0, torch.floor(part * SLOPE / one), part))
             else:
                 x = self._apply(layer, x)
