@@ -30,7 +30,7 @@ ENCODES_MB = 2 * 500.0
 
 
 @functools.cache
-def large_bitstream(height: int = 4000, width: int = 5000) -> Bitstream:
+def large_bitstream(height: int = 4032, width: int = 4928) -> Bitstream:
     """A small bitstream of a large grey picture, which takes as long to decode as any other."""
     used = zoo.load(2)
     coder = used.latent_coder
