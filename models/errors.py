@@ -83,6 +83,8 @@ class PictureTooLarge(AfterimageError):
     """The picture has more pixels, or a longer side, than the limit."""
 
     kind = "picture-too-large"
+    pixels = 0
+    """The number of pixels that the file declares; 0 if it is not known."""
 
 
 class PictureError(AfterimageError):

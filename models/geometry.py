@@ -28,10 +28,12 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
             f"the picture has {width}×{height} pixels; both sides must be 1 or more"
         )
     if height * width > max_pixels:
-        raise PictureTooLarge(
+        error = PictureTooLarge(
             f"the picture has {width}×{height} pixels; the limit is {max_pixels} in all "
             "(AFTERIMAGE_MAX_PIXELS)"
         )
+        error.pixels = height * width
+        raise error
     if max(height, width) > MAX_SIDE:
         raise PictureTooLarge(
             f"the picture has {width}×{height} pixels; the limit for each side is {MAX_SIDE}"

@@ -17,6 +17,9 @@ from models.diffusion import decoder, realism
 from models.diffusion.decoder import Decoder, DiffusionInput, OnPicture
 from models.tiers import Settings
 
+ROWS = 256
+"""Rows of a picture that are mixed at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Library:
@@ -94,7 +97,12 @@ class Library:
         `alpha` 0 is the instant picture, 1 is `pixels`. Raises as `Codec.latents` does.
         """
         x_hat = codec.crop(self.codec(b).reconstruct(b)[1], b.height, b.width)
-        return codec.to_pixels(realism.mix(x_hat, codec.to_tensor(pixels), alpha))
+        mixed = np.empty_like(pixels)
+        for top in range(0, b.height, ROWS):  # a picture in float32 takes four times its memory
+            rows = slice(top, top + ROWS)
+            x = codec.to_tensor(pixels[rows])
+            mixed[rows] = codec.to_pixels(realism.mix(x_hat[:, :, rows], x, alpha))
+        return mixed
 
     @property
     def diffusion(self) -> Decoder:

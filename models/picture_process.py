@@ -23,10 +23,12 @@ from typing import NoReturn
 import numpy as np
 from PIL import AvifImagePlugin, Image
 
-from models import errors, image
-from models.errors import AfterimageError, PictureError, Unavailable
+from models import cancellation, errors, image
+from models.errors import AfterimageError, PictureError, PictureTooLarge, Unavailable
 from models.image import Picture
 
+CHECK_S = 0.05
+"""Seconds between two checks of whether somebody still waits for the picture."""
 BASE_BYTES = 2**29
 """Address space of a reader without pictures: 0.1 GB for libraries, the rest for large files."""
 BYTES_PER_PIXEL = 64
@@ -70,13 +72,16 @@ class _Reader:
     def read(self, data: bytes, limits: Limits) -> Picture | AfterimageError:
         """Send a file; return its picture, or the error that reading it raised.
 
-        Raises `OSError` or `EOFError` if the reader ends, `ValueError` for a malformed reply.
+        Raises `OSError` or `EOFError` if the reader ends, `ValueError` for a malformed reply,
+        `Canceled` if nobody waits for the picture any more.
         """
         self.connection.send_bytes(_pack(max_pixels=limits.max_pixels, cpu_s=limits.cpu_s))
         self.connection.send_bytes(data)
+        while not self.connection.poll(CHECK_S):
+            cancellation.check()
         reply = json.loads(self.connection.recv_bytes(2**20))
         if "error" in reply:
-            return _error(str(reply["error"]), str(reply["text"]))
+            return _error(str(reply["error"]), str(reply["text"]), int(reply["pixels"]))
         height, width = int(reply["height"]), int(reply["width"])
         if not 0 < height * width <= limits.max_pixels:
             raise ValueError(f"the reply has {width}×{height} pixels")
@@ -177,7 +182,7 @@ class PictureReaders:
         If the reader dies for a reason other than a limit, another one tries once more. Raises what
         `read_with_notes` raises; `PictureError` if the file needs too much CPU time or memory, or
         crashes both readers; `TimeoutError` after `elapsed_s`; `Unavailable` if the readers are
-        closed, cannot be started or are killed from outside.
+        closed, cannot be started or are killed from outside; `Canceled`.
         """
         deadline = time.monotonic() + limits.elapsed_s
         with suppress(_Died):
@@ -292,11 +297,14 @@ def _pack(**fields: object) -> bytes:
     return json.dumps(fields).encode()
 
 
-def _error(name: str, text: str) -> AfterimageError:
+def _error(name: str, text: str, pixels: int) -> AfterimageError:
     found = getattr(errors, name, None)
     if not (isinstance(found, type) and issubclass(found, AfterimageError)):
         found = PictureError
-    return found(text)
+    error = found(text)
+    if isinstance(error, PictureTooLarge):
+        error.pixels = pixels
+    return error
 
 
 def serve(connection: "Connection[bytes, bytes]") -> None:
@@ -317,7 +325,9 @@ def _answer(
     except AfterimageError as e:
         if isinstance(e.__cause__, MemoryError):
             raise MemoryError from e
-        connection.send_bytes(_pack(error=type(e).__name__, text=str(e)))
+        connection.send_bytes(
+            _pack(error=type(e).__name__, text=str(e), pixels=getattr(e, "pixels", 0))
+        )
     else:
         pixels = np.ascontiguousarray(picture.pixels)
         height, width = pixels.shape[:2]

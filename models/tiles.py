@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models import cancellation
 from models.geometry import STRIDE_Y
 
 CODEC_WINDOW = 68**2
@@ -72,16 +73,20 @@ def analyse(g_a: Callable[[Tensor], Tensor], x: Tensor, M: int) -> Tensor:
     rows, columns = x.shape[2] // STRIDE_Y, x.shape[3] // STRIDE_Y
     out = torch.empty(1, M, rows, columns)
     for w in windows(rows, columns, CODEC_WINDOW, CODEC_OVERLAP):
+        cancellation.check()
         part = g_a(x[w.reads(STRIDE_Y)].contiguous(memory_format=torch.channels_last))
         out[w.writes(1)] = part[w.within(1)]
     return out
 
 
-def synthesise(g_s: Callable[[Tensor], Tensor], y_hat: Tensor) -> Tensor:
-    """Run `g_s` in windows: y_hat (1, M, h, w) -> x_hat (1, 3, 16h, 16w)."""
+def synthesise(
+    g_s: Callable[[Tensor], Tensor], y_hat: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Run `g_s`, whose result has `dtype`, in windows: y_hat (1, M, h, w) -> (1, 3, 16h, 16w)."""
     rows, columns = y_hat.shape[2:]
-    out = torch.empty(1, 3, rows * STRIDE_Y, columns * STRIDE_Y)
+    out = torch.empty(1, 3, rows * STRIDE_Y, columns * STRIDE_Y, dtype=dtype)
     for w in windows(rows, columns, CODEC_WINDOW, CODEC_OVERLAP):
+        cancellation.check()
         part = g_s(y_hat[w.reads(1)].contiguous(memory_format=torch.channels_last))
         out[w.writes(STRIDE_Y)] = part[w.within(STRIDE_Y)]
     return out

@@ -4,7 +4,7 @@ import contextlib
 
 import anyio.to_thread
 
-from models import image
+from models import cancellation, geometry, image
 from models.codec import bitstream
 from models.codec.bitstream import Bitstream
 from models.errors import WrongWeights
@@ -13,12 +13,17 @@ from models.library import provenance
 from service.instant import PictureFile
 from service.problems import JobNotFound
 from service.services import Services
+from service.waiter import Waiter
 from worker.queue.records import DecodeRequest
 from worker.queue.store import RedisError
 
 
 async def finished_picture(
-    services: Services, decode: DecodeRequest, format: OutputFormat, alpha: float = 1.0
+    services: Services,
+    decode: DecodeRequest,
+    format: OutputFormat,
+    waiter: Waiter,
+    alpha: float = 1.0,
 ) -> bytes | None:
     """Return the finished picture as a file at realism `alpha`, or None if it is not in the cache.
 
@@ -34,16 +39,19 @@ async def finished_picture(
         pixels = image.read(png, services.settings.max_pixels)
         if b is not None:
             pixels = services.library.at_realism(b, pixels, alpha)
+        cancellation.check()
         metadata = provenance(
             decode.tier, decode.settings, decode.seed, decode.codec, decode.decoder, alpha
         )
         return PictureFile(image.write(pixels, format, metadata))
 
-    return (await services.instant.once((decode.id, format, alpha), convert)).data
+    megapixels = geometry.megapixels(decode.height, decode.width)
+    key = decode.id, format, alpha
+    return (await services.instant.once(key, convert, megapixels, waiter)).data
 
 
 async def draft(
-    services: Services, decode: DecodeRequest, b: Bitstream, format: OutputFormat
+    services: Services, decode: DecodeRequest, b: Bitstream, format: OutputFormat, waiter: Waiter
 ) -> PictureFile:
     """Return the instant picture, from the Redis cache if it is there.
 
@@ -54,7 +62,7 @@ async def draft(
         cached = await anyio.to_thread.run_sync(services.store.draft, *key)
         if cached is not None:
             return PictureFile(cached)
-    picture = await services.instant.picture(b, decode.digest, format)
+    picture = await services.instant.picture(b, decode.digest, format, waiter)
     with contextlib.suppress(RedisError):
         await anyio.to_thread.run_sync(services.store.put_draft, *key, picture.data)
     return picture

@@ -1,19 +1,30 @@
 """Encodes: photographs are read in child processes, and encoded in threads of their own."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from models import geometry
 from models.codec import codec
 from models.codec.bitstream import Bitstream, Format, Metric
-from models.errors import Unavailable
+from models.errors import PictureTooLarge, Unavailable
 from models.image import Picture, Pixels
 from models.library import Library
 from models.picture_process import Limits, PictureReaders, memory_limit
 from service import metrics
-from service.lines import Deadline, Line
-from service.problems import Busy, DeadlineExceeded
+from service.lines import SMALL, Deadline, Line
+from service.pixel_budget import PixelBudget
+from service.problems import DeadlineExceeded
 from service.settings import ServiceSettings
+from service.waiter import NOBODY, Waiter
+
+MEGAPIXEL_S = 2.0
+"""Seconds per megapixel of an encode: a guess until some have been encoded."""
+SMALL_PIXELS = int(SMALL * 1e6)
+"""Pixels of the largest picture that counts as small; larger ones wait for another thread."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +42,11 @@ class Encoder:
     memory; `waiting_line` more wait, as files.
     """
 
-    def __init__(self, library: Library, settings: ServiceSettings) -> None:
+    def __init__(self, library: Library, settings: ServiceSettings, budget: PixelBudget) -> None:
         self.library = library
         self.settings = settings
-        self._line = Line("encoder", settings.encodes_at_once, settings.waiting_line, mean_s=1.0)
+        threads, waiting = settings.encodes_at_once, settings.waiting_line
+        self._line = Line("encoder", threads, waiting, budget, MEGAPIXEL_S, False)
         self.readers = PictureReaders(memory_limit(settings.max_pixels))
 
     def start(self) -> None:
@@ -47,31 +59,52 @@ class Encoder:
         self._line.close()
         self.readers.close()
 
-    async def encode(self, data: bytes, quality: int, metric: Metric, format: Format) -> Encoded:
+    async def encode(
+        self, data: bytes, quality: int, metric: Metric, format: Format, waiter: Waiter = NOBODY
+    ) -> Encoded:
         """Encode a picture file; a truncated one as far as it goes, with a note.
 
         Waiting for a thread and reading may each take `request_timeout_s`, encoding that and
         `encode_megapixel_s` for each megapixel. Raises `Busy` if no thread becomes free,
-        `DeadlineExceeded`, and as `Library.find` and `PictureReaders.read`.
+        `DeadlineExceeded`, `ClientDisconnect` if the waiter leaves, and as `Library.find` and
+        `PictureReaders.read`.
         """
+        max_pixels = self.settings.max_pixels
 
-        def work(deadline: Deadline) -> Encoded:
+        def work(deadline: Deadline, limit: int) -> Encoded:
             used = self.library.find(quality, metric)
-            picture = self._read(data, deadline)
+            picture = self._read(data, deadline, limit)
             self._allow_for(picture.pixels, deadline)
             b = used.encode(codec.to_tensor(picture.pixels), format, "exact")
             return Encoded(b, picture.notes)
 
+        def small(deadline: Deadline) -> Encoded | int:
+            """Encode the picture, or return the number of its pixels if it is large."""
+            try:
+                return work(deadline, min(SMALL_PIXELS, max_pixels))
+            except PictureTooLarge as e:
+                if e.pixels <= max_pixels and max_pixels > SMALL_PIXELS:
+                    return e.pixels or max_pixels
+            return work(deadline, max_pixels)  # to say which limit it exceeds
+
+        encoded = await self._run(small, SMALL_PIXELS, waiter)
+        if isinstance(encoded, int):
+            encoded = await self._run(lambda deadline: work(deadline, max_pixels), encoded, waiter)
+        return encoded
+
+    async def _run(self, work: Callable[[Deadline], T], pixels: int, waiter: Waiter) -> T:
         wait_s = self.settings.request_timeout_s
         late = f"other photographs are being encoded, for more than {wait_s:g} s; try again later"
-        return await self._line.run(work, wait_s, late, Busy)
+        return await waiter.wait_for(
+            self._line.run(work, wait_s, late, pixels / 1e6, waiter.caller)
+        )
 
-    def _read(self, data: bytes, deadline: Deadline) -> Picture:
+    def _read(self, data: bytes, deadline: Deadline, max_pixels: int) -> Picture:
         settings = self.settings
         elapsed_s = settings.request_timeout_s
         late = f"the picture was not read within {elapsed_s:g} s; try again later"
         deadline.move(elapsed_s + 1, late)  # the reader's own limit comes first
-        limits = Limits(settings.max_pixels, settings.picture_cpu_s, elapsed_s)
+        limits = Limits(max_pixels, settings.picture_cpu_s, elapsed_s)
         try:
             return self.readers.read(data, limits)
         except TimeoutError as e:  # the machine is busy: a limit of CPU time comes first otherwise

@@ -35,7 +35,8 @@ def picture(
     `decode` describes a finished picture; None for an instant picture. Only GET and HEAD
     may be conditional, only GET may ask for a range. Raises `RangeNotSatisfiable`.
     """
-    etag = f'"{hashlib.sha256(data).hexdigest()}"'
+    digest = hashlib.sha256(data).digest()
+    etag = f'"{digest.hex()}"'
     fields = {
         "ETag": etag,
         "Cache-Control": _cache_control(services, request, final=decode is not None),
@@ -53,7 +54,8 @@ def picture(
         if part is not None:
             fields["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{len(data)}"
             data, status = data[part], 206
-    fields["Content-Digest"] = f"sha-256=:{_sha256_base64(data)}:"
+            digest = hashlib.sha256(data).digest()
+    fields["Content-Digest"] = f"sha-256=:{base64.b64encode(digest).decode()}:"
     return Response(data, status, fields, MEDIA_TYPES[format])
 
 
@@ -121,7 +123,3 @@ def _parse_range(header: str, size: int) -> slice | None:
         message = f"the range {header} starts after the end of the file, which has {size} bytes"
         raise RangeNotSatisfiable(message, {"Content-Range": f"bytes */{size}"})
     return slice(first, last + 1)
-
-
-def _sha256_base64(data: bytes) -> str:
-    return base64.b64encode(hashlib.sha256(data).digest()).decode()

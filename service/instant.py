@@ -8,15 +8,20 @@ from typing import TypeVar
 
 from cachetools import LRUCache
 
-from models import geometry, image
+from models import cancellation, geometry, image
 from models.codec.bitstream import Bitstream
 from models.image import OutputFormat
 from models.library import Library
 from service import metrics
 from service.lines import Line
+from service.pixel_budget import PixelBudget
 from service.settings import ServiceSettings
+from service.waiter import NOBODY, Waiter
 
 T = TypeVar("T")
+
+MEGAPIXEL_S = 0.6
+"""Seconds per megapixel of an instant decode on two cores: a guess until some have been decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,69 +32,104 @@ class PictureFile:
     stages_ms: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Shared:
+    """A computation, and how many callers wait for it."""
+
+    task: asyncio.Task[PictureFile]
+    waiters: int = 0
+
+
 class InstantDecoder:
     """Decodes bitstreams for requests, in threads, so that the event loop is not blocked.
 
-    At most `decodes_at_once` calls run at a time and `waiting_line` more wait.
+    At most `decodes_at_once` calls run at a time and `waiting_line` more wait. Work ends when
+    nobody waits for it any more.
     """
 
-    def __init__(self, library: Library, settings: ServiceSettings) -> None:
+    def __init__(self, library: Library, settings: ServiceSettings, budget: PixelBudget) -> None:
         self.library = library
         self.settings = settings
-        self._line = Line("decoder", settings.decodes_at_once, settings.waiting_line, mean_s=0.3)
-        self._tasks: dict[Hashable, asyncio.Task[PictureFile]] = {}
+        threads, waiting = settings.decodes_at_once, settings.waiting_line
+        self._line = Line("decoder", threads, waiting, budget, MEGAPIXEL_S)
+        self._shared: dict[Hashable, _Shared] = {}
         self._cache: LRUCache[Hashable, bytes]  # in this process, so that it works without Redis
         self._cache = LRUCache(settings.instant_cache_bytes, len)
         self.megapixel_s: float | None = None
         """Moving average of seconds per megapixel of an instant picture; None before the first."""
 
-    async def picture(self, b: Bitstream, digest: str, format: OutputFormat) -> PictureFile:
-        """Return the instant picture of `b`. Raises what `Codec.latents` and `run` raise."""
+    async def picture(
+        self, b: Bitstream, digest: str, format: OutputFormat, waiter: Waiter
+    ) -> PictureFile:
+        """Return the instant picture of `b`. Raises what `Codec.latents` and `once` raise."""
         key = digest, self.library.codec_id(b), format
         metrics.cache("draft", key in self._cache)
         requested_at = time.perf_counter()
-        return await self.once(key, lambda: self._decode(b, format, requested_at))
+        megapixels = geometry.megapixels(b.height, b.width)
+        return await self.once(
+            key, lambda: self._decode(b, format, requested_at), megapixels, waiter
+        )
 
-    async def once(self, key: Hashable, work: Callable[[], PictureFile]) -> PictureFile:
+    async def once(
+        self,
+        key: Hashable,
+        work: Callable[[], PictureFile],
+        megapixels: float = 0.0,
+        waiter: Waiter = NOBODY,
+    ) -> PictureFile:
         """Return the cached result of `work` for `key`; concurrent callers share one computation.
 
-        Raises what `run` and `work` raise. Callers that share a computation also share its timeout,
-        which starts with the first of them.
+        Raises what `run` and `work` raise. Callers that share a computation also share its timeout
+        and its place in the line, which are those of the first. It is canceled with the last.
         """
         if (cached := self._cache.get(key)) is not None:
             return PictureFile(cached)
-        if key not in self._tasks:
-            self._tasks[key] = task = asyncio.create_task(self._compute(key, work))
+        if key not in self._shared:
+            task = asyncio.create_task(self._compute(key, work, megapixels, waiter.caller))
             # read the exception: asyncio would log it if all callers have disconnected
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return await asyncio.shield(self._tasks[key])  # one caller must not cancel it for all
-
-    async def _compute(self, key: Hashable, work: Callable[[], PictureFile]) -> PictureFile:
-        try:
-            picture = await self.run(work)
+            self._shared[key] = _Shared(task)
+        shared = self._shared[key]
+        shared.waiters += 1
+        try:  # one caller must not cancel it for all
+            return await waiter.wait_for(asyncio.shield(shared.task))
         finally:
-            del self._tasks[key]
+            shared.waiters -= 1
+            if not shared.waiters:
+                shared.task.cancel()
+                if self._shared.get(key) is shared:  # later callers begin anew
+                    del self._shared[key]
+
+    async def _compute(
+        self, key: Hashable, work: Callable[[], PictureFile], megapixels: float, caller: str
+    ) -> PictureFile:
+        picture = await self._run(work, megapixels, caller)
         if len(picture.data) < self._cache.maxsize / 4:
             self._cache[key] = picture.data
         return picture
 
-    async def check(self, b: Bitstream) -> None:
+    async def check(self, b: Bitstream, waiter: Waiter) -> None:
         """Entropy-decode `b` only to find errors. Raises what `Codec.latents` and `run` raise."""
-        await self.run(lambda: self.library.codec(b).latents(b))
+        megapixels = geometry.megapixels(b.height, b.width)
+        await self.run(lambda: self.library.codec(b).latents(b), megapixels, waiter)
 
-    async def run(self, work: Callable[[], T]) -> T:
+    async def run(
+        self, work: Callable[[], T], megapixels: float = 0.0, waiter: Waiter = NOBODY
+    ) -> T:
         """Return the result of `work`, run in a thread of the pool.
 
-        Raises `Busy` if `waiting_line` calls wait already, `DeadlineExceeded` after
-        `request_timeout_s`, and what `work` raises. After the timeout, work that has started still
-        occupies its thread until it returns.
+        Raises `Busy` and, after `request_timeout_s`, `DeadlineExceeded` as `Line.run` does; what
+        `work` raises; and `ClientDisconnect` if the waiter leaves.
         """
+        return await waiter.wait_for(self._run(work, megapixels, waiter.caller))
+
+    async def _run(self, work: Callable[[], T], megapixels: float, caller: str) -> T:
         limit = self.settings.request_timeout_s
         late = f"the picture was not ready within {limit:g} s; try again later"
-        return await self._line.run(lambda _: work(), limit, late)
+        return await self._line.run(lambda _: work(), limit, late, megapixels, caller)
 
     def close(self) -> None:
-        """Drop the calls that wait."""
+        """Drop the calls that wait, and cancel those that run."""
         self._line.close()
 
     def _update_megapixel_s(self, ms: float, b: Bitstream) -> None:
@@ -101,6 +141,7 @@ class InstantDecoder:
         ends: dict[str, float] = {}
 
         def on_stage(stage: str) -> None:
+            cancellation.check()
             ends[stage] = time.perf_counter()
 
         on_stage("queue")

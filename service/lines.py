@@ -1,20 +1,31 @@
-"""Waiting lines: thread pools whose number of waiting calls and whose time are limited."""
+"""Waiting lines: thread pools with a fair order, and limits of time, megapixels and memory."""
 
 import asyncio
 import contextvars
 import math
+import os
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import anyio
 
+from models import cancellation
 from service import metrics
+from service.pixel_budget import PixelBudget
 from service.problems import Busy, DeadlineExceeded
 
 T = TypeVar("T")
+
+SMALL = 2.2
+"""Megapixels of the largest small picture: 1920×1080, as coded. Small pictures pass larger ones."""
+LARGE_NICE = 5
+"""Niceness of the threads for large pictures: small ones get three quarters of a shared core."""
 
 
 class Deadline:
@@ -33,60 +44,205 @@ class Deadline:
             self._loop.call_soon_threadsafe(setattr, self._scope, "deadline", at)
 
 
-class Line:
-    """Threads for one kind of work: at most `threads` calls run at a time, `waiting` more wait."""
+@dataclass(eq=False, slots=True)
+class _Call:
+    """A call of `Line.run`; `start` is its place in virtual time, which counts megapixels."""
 
-    def __init__(self, name: str, threads: int, waiting: int, mean_s: float) -> None:
+    caller: str
+    megapixels: float
+    start: float
+    turn: asyncio.Future[None]  # done when the call may begin, or is refused
+    canceled: threading.Event = field(default_factory=threading.Event)
+    running: bool = False
+    future: Future[Any] | None = None
+
+    @property
+    def large(self) -> bool:
+        return self.megapixels > SMALL
+
+    @property
+    def flow(self) -> tuple[str, bool]:
+        """Calls of one flow run in the order of their arrival; flows share the line equally."""
+        return self.caller, self.large
+
+
+class Line:
+    """Threads for one kind of work, which callers share by megapixels (start-time fair queueing).
+
+    At most `threads` calls run at a time. One fewer of them, but at least one, may be large, and
+    one small call runs beside any number of large ones. Up to `waiting` more calls wait, or fewer
+    if they would wait longer than their timeout. `megapixel_s` is the first guess of how long a
+    megapixel takes. A call's timeout includes its work if `timeout_includes_work`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        threads: int,
+        waiting: int,
+        budget: PixelBudget,
+        megapixel_s: float,
+        timeout_includes_work: bool = True,
+    ) -> None:
         self.name = name
-        self._pool = ThreadPoolExecutor(threads, name)
-        self._threads = threads
+        self._threads = {False: threads, True: max(threads - 1, 1)}  # for small and large pictures
+        self._pools = {
+            False: ThreadPoolExecutor(self._threads[False], name),
+            True: ThreadPoolExecutor(self._threads[True], f"{name}-large", _lower_priority),
+        }
+        self._megapixel_s = dict.fromkeys(self._threads, megapixel_s)  # moving averages
         self._limit = waiting
-        self._pending = 0  # calls of `run` that wait or are running
-        self._mean_s = mean_s  # moving average of a call's duration
+        self._budget = budget
+        budget.on_release.append(self.dispatch)
+        self._timeout_includes_work = timeout_includes_work
+        self._calls: list[_Call] = []  # that wait or run
+        self._clock = 0.0  # virtual time: the start of the last call that began
+        self._ends: dict[tuple[str, bool], float] = {}  # where the last call of each flow ends
 
     async def run(
         self,
         work: Callable[[Deadline], T],
         timeout_s: float,
         late: str,
-        unstarted: type[Busy | DeadlineExceeded] = DeadlineExceeded,
+        megapixels: float = 0.0,
+        caller: str = "",
     ) -> T:
         """Return the result of `work`, run in a thread; it may move the deadline that it is given.
 
-        Raises `Busy` if the line is full. After `timeout_s` raises `DeadlineExceeded` with the text
-        `late`, or `unstarted` if the work still waits. Work that has started by then keeps its
-        thread until it returns; other work never starts.
+        Raises `Busy` if the line is too long or the work has not begun after `timeout_s`,
+        `DeadlineExceeded` with the text `late` if it has not ended by then. After that, or when
+        this call is canceled, work that waits never begins, and `cancellation.check` ends work that
+        runs; its thread is in use until it returns.
         """
-        waiting = max(self._pending - self._threads, 0)
-        if waiting >= self._limit:
-            raise self._busy(f"{waiting} requests already wait for {self.name} threads")
-        self._pending += 1
+        call = self._enter(megapixels, caller, timeout_s)
         try:
             with anyio.move_on_after(timeout_s) as scope:
+                await call.turn
                 deadline = Deadline(scope, late)
-                context = contextvars.copy_context()
-                future = self._pool.submit(context.run, self._timed, work, deadline)
-                return await asyncio.wrap_future(future)
-            if future.cancelled() and unstarted is Busy:
-                raise self._busy(deadline.late)
+                return await asyncio.wrap_future(self._submit(call, work, deadline))
+            if call.future is None:
+                raise self._busy(late, call.large)
             metrics.shed("timeout")
             raise DeadlineExceeded(deadline.late)
         finally:
-            self._pending -= 1
-
-    def _busy(self, message: str) -> Busy:
-        """A refusal; its `Retry-After` is the time that the calls which wait should take."""
-        metrics.shed("line")
-        turns = (max(self._pending - self._threads, 0) + 1) / self._threads
-        return Busy(message, {"Retry-After": str(math.ceil(turns * self._mean_s))})
+            call.canceled.set()
+            if call.future is None:
+                self._leave(call)
 
     def close(self) -> None:
-        """Drop the calls that wait; those that run go on."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Drop the calls that wait, and cancel those that run."""
+        for call in list(self._calls):
+            call.canceled.set()
+            with suppress(RuntimeError):  # the event loop is closed
+                call.turn.get_loop().call_soon_threadsafe(call.turn.cancel)
+        for pool in self._pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _timed(self, work: Callable[[Deadline], T], deadline: Deadline) -> T:
+    def dispatch(self) -> None:
+        """Begin the calls whose turn it is."""
+        blocked = False  # a large call waits: other large ones must not pass it
+        for call in sorted(self._waiting(), key=lambda c: (c.start, c.megapixels)):
+            if call.large and (blocked or not self._budget.fits(call.megapixels)):
+                blocked = True
+            elif self._has_thread(call.large):
+                self._clock = max(self._clock, call.start)
+                self._budget.take(call.megapixels)
+                call.running = True
+                call.turn.set_result(None)
+            else:
+                blocked = blocked or call.large
+        self._ends = {flow: end for flow, end in self._ends.items() if end > self._clock}
+
+    def _has_thread(self, large: bool) -> bool:
+        """Whether a thread is free for one more call. One small call runs beside all large ones."""
+        running = [call.large for call in self._calls if call.running]
+        if running.count(large) >= self._threads[large]:
+            return False
+        return len(running) < self._threads[False] or (not large and all(running))
+
+    def _waiting(self) -> list[_Call]:
+        return [call for call in self._calls if not call.running and not call.turn.done()]
+
+    def _enter(self, megapixels: float, caller: str, timeout_s: float) -> _Call:
+        """Add a call to the line; if the line is too long then, refuse calls."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        call = _Call(caller, megapixels, 0.0, turn)
+        call.start = max(self._clock, self._ends.get(call.flow, 0.0))
+        self._ends[call.flow] = call.start + megapixels
+        self._calls.append(call)
+        self.dispatch()
+        while not call.turn.done() and self._is_too_long(call.large, timeout_s):
+            self._refuse_one(call.large)
+        return call
+
+    def _is_too_long(self, large: bool, timeout_s: float) -> bool:
+        waiting = self._waiting()
+        sizes = [call.megapixels for call in waiting if call.large == large]
+        if not self._timeout_includes_work:
+            sizes.pop()
+        return len(waiting) > self._limit or self._seconds(sum(sizes), large) > timeout_s
+
+    def _refuse_one(self, large: bool) -> None:
+        """Refuse the last call of the flow that has the most megapixels in the line."""
+        waiting = self._waiting()
+        if len(waiting) <= self._limit:
+            waiting = [call for call in waiting if call.large == large]
+        sizes: dict[tuple[str, bool], float] = defaultdict(float)
+        for call in waiting:
+            sizes[call.flow] += call.megapixels
+        longest = max(sizes, key=sizes.__getitem__)
+        last = [call for call in waiting if call.flow == longest][-1]
+        self._leave(last)
+        message = f"{len(waiting)} requests already wait for {self.name} threads; try again later"
+        last.turn.set_exception(self._busy(message, last.large))
+
+    def _seconds(self, megapixels: float, large: bool) -> float:
+        """How long work on so many megapixels should take, in threads for large pictures or not."""
+        return megapixels * self._megapixel_s[large] / self._threads[large]
+
+    def _busy(self, message: str, large: bool) -> Busy:
+        """A refusal; `Retry-After` is the time that the calls in the line should take."""
+        metrics.shed("line")
+        ahead = sum(call.megapixels for call in self._calls if call.large == large)
+        seconds = max(math.ceil(self._seconds(ahead, large)), 1)
+        return Busy(message, {"Retry-After": str(seconds)})
+
+    def _leave(self, call: _Call) -> None:
+        """Forget a call that waits no longer or has ended."""
+        if call not in self._calls:
+            return
+        self._calls.remove(call)
+        if not call.running and call.flow in self._ends:
+            self._ends[call.flow] -= call.megapixels
+        self._budget.release(call.megapixels if call.running else 0.0)
+
+    def _submit(self, call: _Call, work: Callable[[Deadline], T], deadline: Deadline) -> Future[T]:
+        """Begin a call in a thread; when the thread is free again, the next call begins."""
+        loop = asyncio.get_running_loop()
+
+        def ended(_: Future[T]) -> None:
+            with suppress(RuntimeError):  # the event loop is closed
+                loop.call_soon_threadsafe(self._leave, call)
+
+        context = contextvars.copy_context()
+        pool = self._pools[call.large]
+        call.future = future = pool.submit(context.run, self._timed, call, work, deadline)
+        future.add_done_callback(ended)
+        return future
+
+    def _timed(self, call: _Call, work: Callable[[Deadline], T], deadline: Deadline) -> T:
         began = time.perf_counter()
-        try:
-            return work(deadline)
-        finally:
-            self._mean_s += 0.1 * (time.perf_counter() - began - self._mean_s)
+        with cancellation.cancelable(call.canceled):
+            result = work(deadline)
+        if call.megapixels:
+            before = self._megapixel_s[call.large]
+            cost = (time.perf_counter() - began) / call.megapixels
+            self._megapixel_s[call.large] = before + 0.1 * (cost - before)
+        return result
+
+
+def _lower_priority() -> None:
+    """Let this thread, and the threads that it starts, compute at `LARGE_NICE`."""
+    thread = threading.get_native_id()
+    nice = os.getpriority(os.PRIO_PROCESS, thread)
+    os.setpriority(os.PRIO_PROCESS, thread, nice + LARGE_NICE)

@@ -10,6 +10,7 @@ from models.library import Library
 from service.auth import Keys
 from service.encoder import Encoder
 from service.instant import InstantDecoder
+from service.pixel_budget import PixelBudget
 from service.quotas import Quotas
 from service.settings import ServiceSettings
 from service.uploads import UploadBudget
@@ -57,7 +58,8 @@ def load(settings: ServiceSettings, connected: Store, keys: Keys | None) -> Serv
     codecs = library.load(settings.threads, with_decoder=False, folder=settings.weights_dir)
     codecs.warm_up()
     decoder = checkpoint.decoder_entry()
-    encoder = Encoder(codecs, settings)
+    budget = PixelBudget(max(settings.pixels_at_once, settings.max_pixels) / 1e6)
+    encoder = Encoder(codecs, settings, budget)
     encoder.start()
     jobs = Jobs(connected, settings.job_timeout_s)
     return Services(
@@ -70,7 +72,7 @@ def load(settings: ServiceSettings, connected: Store, keys: Keys | None) -> Serv
         jobs=jobs,
         quotas=Quotas(jobs, settings.requests_per_minute, settings.jobs_at_once),
         webhooks=WebhookSettings(),
-        instant=InstantDecoder(codecs, settings),
+        instant=InstantDecoder(codecs, settings, budget),
         encoder=encoder,
         uploads=UploadBudget(max(settings.bodies_bytes, settings.max_bytes)),
         waits=Waits(settings.waits_at_once),

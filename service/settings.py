@@ -72,13 +72,16 @@ class ServiceSettings(WorkerSettings):
     instant_cache_bytes: int = Field(
         64 * 2**20, ge=0, description="memory for instant pictures per API process"
     )
+    pixels_at_once: int = Field(
+        40_000_000,
+        ge=1,
+        description="pixels that an API process decodes and encodes at a time",
+    )
     decodes_at_once: int = Field(
         2, ge=1, description="instant decodes in parallel; each uses all threads"
     )
     waiting_line: int = Field(
-        64,
-        ge=0,
-        description="requests waiting for instant decodes, as many for encodes; more get 503",
+        64, ge=0, description="requests waiting for a decode, and for an encode; more get 503"
     )
     encodes_at_once: int = Field(
         2,

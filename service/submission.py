@@ -20,6 +20,7 @@ from service.instant import PictureFile
 from service.negotiate import Preferences
 from service.problems import KeyReused, NotAcceptable
 from service.services import Services
+from service.waiter import Waiter
 from worker.queue import estimates, outbox
 from worker.queue.jobs import MAX_SUBSCRIPTION_S
 from worker.queue.records import ENDED, DecodeRequest, JobState
@@ -96,12 +97,17 @@ class Submission:
         await anyio.to_thread.run_sync(admission.admit, self.services, state)
         if self.prefer.respond_async or format is None:
             return await self._respond_async(format, headers)
-        draft = await drafts.draft(self.services, self.decode, self.upload.bitstream, format)
+        b, waiter = self.upload.bitstream, self._waiter
+        draft = await drafts.draft(self.services, self.decode, b, format, waiter)
         await self._submit()  # after decoding, so that a corrupt bitstream is never queued
         headers |= self.upload.server_timing(draft)
         return image_response.picture(
             self.services, self.request, draft.data, format, None, headers
         )
+
+    @property
+    def _waiter(self) -> Waiter:
+        return Waiter.of(self.request, self.caller)
 
     def _format(self) -> OutputFormat | None:
         """The format of the picture to send; None to send the status document instead.
@@ -124,7 +130,7 @@ class Submission:
         Unlike `GET` of the decode, the wait does not extend the caller's subscription, which lasts
         `deadline_s`.
         """
-        await self.services.instant.check(self.upload.bitstream)
+        await self.services.instant.check(self.upload.bitstream, self._waiter)
         state, eta_s = await self._submit()
         if self.prefer.wait_s:
             began = time.perf_counter()
@@ -154,7 +160,7 @@ class Submission:
             return None
         if format is None:
             return await watching.ended_response(self.services, state, headers)
-        file = await drafts.finished_picture(self.services, self.decode, format)
+        file = await drafts.finished_picture(self.services, self.decode, format, self._waiter)
         if file is None:
             return None
         return image_response.picture(

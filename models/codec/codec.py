@@ -15,7 +15,7 @@ from models.codec.bitstream import Bitstream, Format, Metric, Profile
 from models.codec.hyperprior import LatentCoder, Latents
 from models.codec.msh import MeanScaleHyperprior
 from models.codec.rans import Int32Array
-from models.codec.synthesis import Synthesis
+from models.codec.synthesis import Synthesis, to_samples
 from models.errors import ChecksumMismatch, CorruptStream, DesynchronisedStream, WrongWeights
 from models.image import Pixels
 
@@ -41,7 +41,11 @@ class Codec:
 
     def decode(self, b: Bitstream, on_stage: OnStage = _ignore) -> Pixels:
         """Decode a bitstream to the instant picture, (H, W, 3). Raises as `latents` does."""
-        return crop_to_pixels(self.reconstruct(b, on_stage)[1], b.height, b.width)
+        y_hat = self.latents(b).y_hat
+        on_stage("entropy")
+        samples = self.synthesis.samples(y_hat)
+        on_stage("g_s")
+        return _pixels(crop(samples, b.height, b.width))
 
     def reconstruct(self, b: Bitstream, on_stage: OnStage = _ignore) -> tuple[Latents, Tensor]:
         """Decode a bitstream to its latents and x_hat, (1, 3, H, W) in [0, 1], still padded.
@@ -105,12 +109,17 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
 
 def to_tensor(pixels: Pixels) -> Tensor:
     """Convert `pixels` (H, W, 3) to (1, 3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div_(255)
 
 
 def to_pixels(x: Tensor) -> Pixels:
     """Convert `x` (1, 3, H, W) in [0, 1] to (H, W, 3) uint8, rounded."""
-    return (x[0] * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    return _pixels(to_samples(x))
+
+
+def _pixels(samples: Tensor) -> Pixels:
+    """(1, 3, H, W) uint8 -> (H, W, 3)."""
+    return samples[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def crop_to_pixels(x: Tensor, height: int, width: int) -> Pixels:

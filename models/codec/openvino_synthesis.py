@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +34,12 @@ class OpenVinoSynthesis:
     def __init__(self, net: InferenceSynthesis) -> None:
         self._net = net
         self._request: ov.InferRequest | None = None
-        self.lock = threading.Lock()
-        """Callers hold it until they have copied the result: the next call overwrites it."""
 
     def __call__(self, y_hat: Tensor) -> Tensor:
-        """Map y_hat (1, M, h, w) to x_hat (1, 3, 16h, 16w), which is valid until the next call."""
+        """Map y_hat (1, M, h, w) to x_hat (1, 3, 16h, 16w), which is valid until the next call.
+
+        Only one thread may call it at a time.
+        """
         if self._request is None:
             self._request = _compile(self._net).create_infer_request()
         used = y_hat[:, self._net.channels].contiguous().numpy()

@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from models import tiles
+from models import cancellation, tiles
 from models.errors import Unavailable
 
 ARITHMETICS = ("float64", "one thread", "oneDNN off", "channels_last")
@@ -42,6 +42,8 @@ WINDOW = 16**2
 megapixels 2 GB."""
 OVERLAP = 2
 """Margin of a window, in positions of z: the receptive field of `h_s` is 1 + 1/2 + 1/4."""
+CHECK_S = 0.1
+"""Seconds between two checks of whether the caller still wants the result."""
 IDLE_S = 300.0
 """Idle time after which the process ends, to free about 0.7 GB."""
 
@@ -124,10 +126,9 @@ class RecoveryProcess:
 
         `h_s` is the network as it is, without `prepare`; `key` identifies its weights, which are
         sent once per child process. Raises `Unavailable` if the process is busy, takes too long or
-        dies; the message says which.
+        dies (the message says which), and `Canceled`.
         """
-        if not self._lock.acquire(timeout=self.busy_timeout):
-            raise _unavailable(f"was busy for {self.busy_timeout:g} s")
+        self._acquire()
         try:
             if self._child is not None:
                 with contextlib.suppress(OSError, EOFError):  # it may have ended after `IDLE_S`
@@ -143,6 +144,14 @@ class RecoveryProcess:
             raise
         finally:
             self._lock.release()
+
+    def _acquire(self) -> None:
+        """Take the lock. Raises `Unavailable` after `busy_timeout`, `Canceled`."""
+        deadline = time.monotonic() + self.busy_timeout
+        while not self._lock.acquire(timeout=min(self.busy_timeout, CHECK_S)):
+            cancellation.check()
+            if time.monotonic() >= deadline:
+                raise _unavailable(f"was busy for {self.busy_timeout:g} s")
 
     def close(self) -> None:
         """Kill the child process, if there is one."""
@@ -176,6 +185,8 @@ class RecoveryProcess:
         timer.start()
         try:
             child.connection.send_bytes(pickle.dumps((key, net, z_hat.numpy(), arithmetic)))
+            while not child.connection.poll(CHECK_S):
+                cancellation.check()
             scales_hat, means_hat = pickle.loads(child.connection.recv_bytes())
         except (OSError, EOFError):
             if time.monotonic() - began < self.timeout:

@@ -1,6 +1,5 @@
 """`g_s`: latents to the instant picture, by OpenVINO on a CPU and by torch on other devices."""
 
-import contextlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Literal
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from models import tiles
 from models.codec.inference_synthesis import InferenceSynthesis
+from models.codec.turns import Turns
 
 Backend = Literal["openvino", "torch"]
 
@@ -32,25 +32,54 @@ class Synthesis:
         self.M = M
         net = InferenceSynthesis(g_s).to(self.device).to(memory_format=torch.channels_last)
         self.net: Callable[[Tensor], Tensor] = net
-        self._lock: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        self._turns = Turns()
         self.backend = backend or _default_backend(self.device)
         if self.backend == "openvino":
             from models.codec.openvino_synthesis import OpenVinoSynthesis
 
-            self.net = compiled = OpenVinoSynthesis(net)
-            self._lock = compiled.lock
+            self.net = OpenVinoSynthesis(net)
 
     def __call__(self, y_hat: Tensor) -> Tensor:
         """Return x_hat (1, 3, 16h, 16w) in [0, 1] on the CPU, still padded, of y_hat (1, M, h, w).
 
-        Safe to call from several threads. Raises `ValueError` for other shapes.
+        Safe to call from several threads, which take turns by windows, the smallest picture first.
+        Raises `ValueError` for other shapes, `Canceled` between windows.
         """
+        return self._in_windows(y_hat, _clamped, torch.float32)
+
+    def samples(self, y_hat: Tensor) -> Tensor:
+        """Return x_hat as samples, (1, 3, 16h, 16w) uint8, rounded, in a quarter of the memory."""
+        return self._in_windows(y_hat, _clamped_samples, torch.uint8)
+
+    def _in_windows(
+        self, y_hat: Tensor, convert: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """Run `g_s` in windows; `convert` copies its output, which the next call overwrites."""
         if y_hat.dim() != 4 or y_hat.shape[:2] != (1, self.M):
             raise ValueError(
                 f"y_hat has the shape {tuple(y_hat.shape)}; (1, {self.M}, h, w) is needed"
             )
-        with torch.inference_mode(), self._lock:
-            return tiles.synthesise(self.net, y_hat.to(self.device)).clamp_(0, 1)
+        size = y_hat.shape[2] * y_hat.shape[3]
+
+        def run(window: Tensor) -> Tensor:
+            with self._turns.take(size):
+                return convert(self.net(window))
+
+        with torch.inference_mode():
+            return tiles.synthesise(run, y_hat.to(self.device), dtype)
+
+
+def to_samples(x: Tensor) -> Tensor:
+    """Convert `x` in [0, 1] to uint8, rounded."""
+    return (x * 255).round_().to(torch.uint8)
+
+
+def _clamped(x: Tensor) -> Tensor:
+    return x.clamp(0, 1)
+
+
+def _clamped_samples(x: Tensor) -> Tensor:
+    return to_samples(x.clamp(0, 1))
 
 
 def _default_backend(device: torch.device) -> Backend:

@@ -22,6 +22,7 @@ from service.deps import (
 )
 from service.problems import Conflict, IdMismatch, KeyReused, QueueFull
 from service.submission import DecodeParams, ParsedBitstream, Submission
+from service.waiter import Waiter
 from worker.queue.jobs import MAX_SUBSCRIPTION_S, SUBSCRIPTION_S
 
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"], dependencies=[ONLY_KNOWN])
@@ -160,7 +161,8 @@ async def decode(
     if params.settings is None:
         b = upload.bitstream
         format = negotiate.picture_format(accept, b.width, b.height)
-        file = await services.instant.picture(b, upload.digest, format)
+        waiter = Waiter.of(request, caller)
+        file = await services.instant.picture(b, upload.digest, format, waiter)
         timing = upload.server_timing(file)
         return image_response.picture(services, request, file.data, format, None, timing)
     job = submission.build_decode(services, upload, params, params.settings)

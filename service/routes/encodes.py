@@ -4,7 +4,7 @@ import contextlib
 from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from models import image_decode
 from models.codec import bitstream
@@ -18,6 +18,7 @@ from models.errors import (
 )
 from service import problems, schemas
 from service.deps import ONLY_KNOWN, DecodeCaller, EncodeCaller, RequestBody, ServicesDep
+from service.waiter import Waiter
 from worker.queue import estimates
 from worker.queue.store import RedisError
 
@@ -66,6 +67,7 @@ def _upload(description: str, *media_types: str) -> dict[str, Any]:
 async def encode(
     services: ServicesDep,
     caller: EncodeCaller,
+    request: Request,
     data: RequestBody,
     quality: Annotated[
         int,
@@ -87,7 +89,8 @@ async def encode(
     transparent pixels are blended with white. A truncated photograph is encoded as far as it
     goes, and the response has the header X-Afterimage-Warning."""
 
-    encoded = await services.encoder.encode(data, quality, metric, format)
+    waiter = Waiter.of(request, caller)
+    encoded = await services.encoder.encode(data, quality, metric, format, waiter)
     b = encoded.bitstream
     file = bitstream.serialize(b)
     headers = {"X-Afterimage-Bpp": f"{8 * len(file) / (b.width * b.height):.4f}"}

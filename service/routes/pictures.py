@@ -18,6 +18,7 @@ from service.deps import (
     tier_query,
 )
 from service.problems import Conflict, JobNotFound, PictureGone
+from service.waiter import Waiter
 from worker.queue.records import DecodeRequest
 
 router = APIRouter(prefix="/v1/decodes", tags=["decodes"], dependencies=[ONLY_KNOWN_ON_LINKS])
@@ -74,13 +75,14 @@ async def picture(
     if state.status != "succeeded" and min_tier != "instant":
         return await watching.pending_response(services, state)
     format = negotiate.picture_format(accept, state.decode.width, state.decode.height)
+    waiter = Waiter.of(request, caller)
     if state.status == "succeeded" and realism > 0:
-        file = await drafts.finished_picture(services, state.decode, format, realism)
+        file = await drafts.finished_picture(services, state.decode, format, waiter, realism)
         if file is not None:
             headers = {"X-Afterimage-Realism": f"{realism:g}"}
             return image_response.picture(services, request, file, format, state.decode, headers)
     b = await drafts.stored_bitstream(services, state.decode)
-    draft = await drafts.draft(services, state.decode, b, format)
+    draft = await drafts.draft(services, state.decode, b, format, waiter)
     return image_response.picture(services, request, draft.data, format, None)
 
 

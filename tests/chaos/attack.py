@@ -24,11 +24,11 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.bench import machine
-from tests.chaos import attacks_http
+from tests.chaos import attacks_http, attacks_work
 from tests.support.attacks import Attack, Target
 from tests.support.service import Service, run_service
 
-ATTACKS: dict[str, Attack] = {**attacks_http.ATTACKS}
+ATTACKS: dict[str, Attack] = {**attacks_http.ATTACKS, **attacks_work.ATTACKS}
 """All attacks; a module with others adds its own table here."""
 ATTACK_S = 20.0
 END_S = 15.0

@@ -15,6 +15,7 @@ from models.errors import PictureError
 from models.image import Picture
 from models.picture_process import Limits
 from service.encoder import Encoded, Encoder
+from service.pixel_budget import PixelBudget
 from service.problems import Busy, DeadlineExceeded
 from service.settings import ServiceSettings
 from tests.support import hostile
@@ -47,7 +48,7 @@ def made() -> Iterator[list[Encoder]]:
 
 
 def encoder(made: list[Encoder], seconds: float = 0, **settings: Any) -> Encoder:
-    made.append(Encoder(SlowLibrary(seconds), ServiceSettings(**settings)))  # type: ignore[arg-type]
+    made.append(Encoder(SlowLibrary(seconds), ServiceSettings(**settings), PixelBudget(40)))  # type: ignore[arg-type]
     return made[-1]
 
 
@@ -110,7 +111,7 @@ def test_a_reader_is_killed_at_the_deadline_of_its_request(made: list[Encoder]) 
 
 
 def test_a_request_that_is_cancelled_leaves_no_reader_behind(made: list[Encoder]) -> None:
-    one = encoder(made, picture_cpu_s=0.5)
+    one = encoder(made, picture_cpu_s=300)
 
     async def scenario() -> None:
         task = asyncio.create_task(encode(one, hostile.comments()))

@@ -19,9 +19,9 @@ from uvicorn.server import ServerState
 from service import requests
 from service.cli import api_server, http_protocol, listening
 from service.cli.api_server import ApiServer, configuration
-from service.cli.http_protocol import MAX_FORWARDED, MAX_HEADER_LINES, ProxyHeaders
+from service.cli.http_protocol import MAX_FORWARDED, ProxyHeaders
 from service.cli.listening import CannotListen
-from service.requests import MAX_HEADER_BYTES, RequestMiddleware
+from service.requests import MAX_HEADER_BYTES, MAX_HEADER_LINES, RequestMiddleware
 from service.settings import ServiceSettings
 from tests.support.waiting import until
 

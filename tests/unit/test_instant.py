@@ -2,17 +2,26 @@
 
 import asyncio
 import threading
+import time
+from collections.abc import Callable
 
 import pytest
 
+from models import cancellation
 from models.library import Library
 from service.instant import InstantDecoder, PictureFile
+from service.pixel_budget import PixelBudget
 from service.problems import Busy, DeadlineExceeded
 from service.settings import ServiceSettings
 
 
 def instant(**settings: float) -> InstantDecoder:
-    return InstantDecoder(Library({}, None), ServiceSettings(**settings))  # type: ignore[arg-type]
+    return InstantDecoder(Library({}, None), ServiceSettings(**settings), PixelBudget(40))  # type: ignore[arg-type]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
 
 
 def test_work_keeps_its_thread_after_its_request_timed_out() -> None:
@@ -26,8 +35,9 @@ def test_work_keeps_its_thread_after_its_request_timed_out() -> None:
     async def scenario() -> None:
         with pytest.raises(DeadlineExceeded):
             await decoder.run(work)
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(Busy, match="try again later") as late:
             await decoder.run(work)  # the first still runs
+        assert int(late.value.headers["Retry-After"]) >= 1
         assert len(running) == 1
         go.set()
         assert await decoder.run(lambda: 7) == 7
@@ -84,5 +94,34 @@ def test_the_waiting_line_is_bounded() -> None:
             await decoder.run(lambda: None)
         go.set()
         assert await asyncio.gather(*waiting) == [True] * 3
+
+    asyncio.run(scenario())
+
+
+def test_work_is_canceled_with_the_last_of_its_callers() -> None:
+    decoder = instant(decodes_at_once=1)
+    begun, ended = [], []
+
+    def work() -> PictureFile:
+        begun.append(1)
+        try:
+            while True:
+                time.sleep(0.005)
+                cancellation.check()
+        finally:
+            ended.append(1)
+
+    async def scenario() -> None:
+        many = [asyncio.create_task(decoder.once("a", work, 20)) for _ in range(5)]
+        await until(lambda: begun)
+        for task in many[:4]:
+            task.cancel()
+        await asyncio.sleep(0.05)
+        assert not ended
+        many[4].cancel()
+        await asyncio.gather(*many, return_exceptions=True)
+        again = decoder.once("a", lambda: PictureFile(b"file"), 20)  # not that of the canceled work
+        assert (await again).data == b"file"
+        assert (len(begun), len(ended)) == (1, 1)
 
     asyncio.run(scenario())

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models import image, picture_process
-from models.errors import PictureError, PictureTooLarge, Unavailable, UnsupportedPicture
+from models import cancellation, image, picture_process
+from models.errors import Canceled, PictureError, PictureTooLarge, Unavailable, UnsupportedPicture
 from models.picture_process import Limits, PictureReaders, memory_limit
 from tests.support import hostile
 from tests.support.pictures import chunk
@@ -256,3 +256,25 @@ def test_closing_ends_what_is_being_read(readers: PictureReaders) -> None:
         os.kill(pid, 0)
     with pytest.raises(Unavailable, match="stopping"):
         readers.read(png(), LIMITS)
+
+
+def test_a_reader_is_killed_when_nobody_waits_for_its_picture(readers: PictureReaders) -> None:
+    canceled = threading.Event()
+
+    def read() -> None:
+        with cancellation.cancelable(canceled):
+            readers.read(hostile.comments(), SLOW)
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        wait_until_busy(readers)
+        canceled.set()
+        with pytest.raises(Canceled):
+            reading.result(10)
+    assert (readers._busy, readers._idle) == (set(), [])
+
+
+def test_the_size_of_a_picture_beyond_the_limit_is_passed_on(readers: PictureReaders) -> None:
+    with pytest.raises(PictureTooLarge) as e:
+        readers.read(png(), Limits(100, 10, 60))
+    assert e.value.pixels == 48 * 64

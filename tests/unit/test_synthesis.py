@@ -12,15 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import tiles
+from models import cancellation, tiles
 from models.codec import codec, synthesis
 from models.codec.codec import Codec
 from models.codec.inference_synthesis import InferenceSynthesis, SubPixel, used_channels
 from models.codec.msh import GDN, MeanScaleHyperprior
 from models.codec.synthesis import Synthesis
+from models.errors import Canceled
 from models.folders import UntrustedFolder
 from models.image import Pixels
 from tests.support.data import psnr
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -199,3 +201,61 @@ def test_other_shapes_are_refused(g_s: nn.Sequential) -> None:
     for shape in ((1, 11, 4, 4), (2, 12, 4, 4), (12, 4, 4)):
         with pytest.raises(ValueError, match="is needed"):
             Synthesis(g_s, 12)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("backend", ["openvino", "torch"])
+def test_samples_are_the_rounded_picture(
+    g_s: nn.Sequential, backend: synthesis.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "CODEC_WINDOW", 12 * 12)
+    run = Synthesis(g_s, 12, backend=backend)
+    y_hat = latents(12, 12, 20)
+    samples = run.samples(y_hat)
+    assert samples.dtype == torch.uint8
+    assert samples.equal((run(y_hat) * 255).round().to(torch.uint8))
+
+
+def test_synthesis_is_canceled_between_windows(
+    g_s: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "CODEC_WINDOW", 12 * 12)
+    run = Synthesis(g_s, 12, backend="torch")
+    calls: list[Tensor] = []
+    canceled, net = threading.Event(), run.net
+
+    def cancel_in_the_second(window: Tensor) -> Tensor:
+        calls.append(window)
+        if len(calls) == 2:
+            canceled.set()
+        return net(window)
+
+    run.net = cancel_in_the_second
+    with cancellation.cancelable(canceled), pytest.raises(Canceled):
+        run(latents(12, 40, 40))
+    assert len(calls) == 2
+
+
+def test_a_small_picture_passes_a_large_one_between_two_windows(
+    g_s: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "CODEC_WINDOW", 12 * 12)
+    run = Synthesis(g_s, 12, backend="torch")
+    order: list[tuple[int, ...]] = []
+    begun, go, net = threading.Event(), threading.Event(), run.net
+
+    def note(window: Tensor) -> Tensor:
+        order.append(tuple(window.shape[2:]))
+        begun.set()
+        go.wait(10)
+        return net(window)
+
+    run.net = note
+    with ThreadPoolExecutor(3) as pool:
+        large = [pool.submit(run, latents(12, 40, 40)) for _ in range(2)]
+        begun.wait(10)
+        small = pool.submit(run, latents(12, 4, 4))
+        until(lambda: len(run._turns._waiting) == 2, "both others wait")
+        go.set()
+        small.result()
+        assert order.index((4, 4)) == 1
+        assert [future.result().shape for future in large] == [(1, 3, 640, 640)] * 2
