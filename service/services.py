@@ -15,6 +15,7 @@ from service.settings import ServiceSettings
 from service.uploads import UploadBudget
 from worker.queue import store
 from worker.queue.jobs import Jobs
+from worker.queue.object_stores import ObjectStores
 from worker.queue.store import Store
 from worker.webhooks.settings import WebhookSettings
 
@@ -32,6 +33,7 @@ class Services:
     jobs: Jobs
     quotas: Quotas
     webhooks: WebhookSettings
+    objects: ObjectStores
     instant: InstantDecoder
     encoder: Encoder
     uploads: UploadBudget
@@ -46,7 +48,9 @@ class Services:
         self.store.close()
 
 
-def load(settings: ServiceSettings, connected: Store, keys: Keys | None) -> Services:
+def load(
+    settings: ServiceSettings, connected: Store, objects: ObjectStores, keys: Keys | None
+) -> Services:
     """Load and warm up the codecs, which takes seconds, and build the services.
 
     Raises `WeightsError` if weights are missing or altered.
@@ -68,6 +72,7 @@ def load(settings: ServiceSettings, connected: Store, keys: Keys | None) -> Serv
         jobs=jobs,
         quotas=Quotas(jobs, settings.requests_per_minute, settings.jobs_at_once),
         webhooks=WebhookSettings(),
+        objects=objects,
         instant=InstantDecoder(codecs, settings),
         encoder=encoder,
         uploads=UploadBudget(max(settings.bodies_bytes, settings.max_bytes)),
