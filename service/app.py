@@ -15,7 +15,8 @@ from service.requests import RequestMiddleware
 from service.routes import decodes, encodes, health, info, links, page, pictures, progress
 from service.routes import metrics as metrics_page
 from service.settings import ServiceSettings
-from worker.queue import store
+from worker.queue import object_config, object_stores, results, store
+from worker.queue.object_stores import ObjectStores
 from worker.queue.store import Store
 
 CORS_MAX_AGE_S = 600
@@ -34,19 +35,23 @@ def create_app(settings: ServiceSettings | None = None, host: str = "") -> FastA
     """Create the API. `settings` are read from the environment by default; `host` is the name or
     address on which the server listens.
 
-    Raises `NoRedis` for an invalid Redis URL, `KeysError` for an invalid file of API keys. Models
-    are loaded at start-up, which raises `WeightsError` if weights are missing or altered.
+    Raises `NoRedis` for an invalid Redis URL, `KeysError` for an invalid file of API keys,
+    `StoresError` for an invalid file of object stores. Models are loaded at start-up, which raises
+    `WeightsError` if weights are missing or altered.
     """
     settings = settings or ServiceSettings()
-    connected = store.connect(settings)
     keys = Keys.read(settings.api_keys) if settings.api_keys else None
+    objects = object_stores.connect(settings)
+    if settings.stores is not None:
+        object_config.check_keys(settings.stores, objects.configs, keys.names if keys else set())
+    connected = store.connect(settings, results.connect(settings, objects))
     app = FastAPIOffline(
         docs_url=None,
         redoc_url=None,
         title="Afterimage",
         version=__version__,
         description=DESCRIPTION,
-        lifespan=_lifespan(settings, connected, keys),
+        lifespan=_lifespan(settings, connected, objects, keys),
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         generate_unique_id_function=lambda route: route.name,
         redirect_slashes=False,  # such redirects take their host from the request
@@ -77,13 +82,13 @@ def create_app(settings: ServiceSettings | None = None, host: str = "") -> FastA
 
 
 def _lifespan(
-    settings: ServiceSettings, connected: Store, keys: Keys | None
+    settings: ServiceSettings, connected: Store, objects: ObjectStores, keys: Keys | None
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """Load the services before the first request; close their connections after the last."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loaded = await anyio.to_thread.run_sync(services.load, settings, connected, keys)
+        loaded = await anyio.to_thread.run_sync(services.load, settings, connected, objects, keys)
         app.state.services = loaded
         port, host = settings.metrics_port, settings.metrics_host
         stop_metrics = metrics.serve(port, loaded.jobs, host) if port else None

@@ -45,6 +45,11 @@ class Keys:
         version = _file_version(path)  # taken before reading, so that no change is missed
         return cls(path, keys.read(path), version)
 
+    @property
+    def names(self) -> set[str]:
+        """The names of all keys."""
+        return {key.name for key in self._keys}
+
     def find(self, token: str) -> Caller | None:
         """Return the caller that owns `token`, or None if the key is unknown or has expired.
 

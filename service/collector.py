@@ -77,6 +77,14 @@ def _counters(sums: counters.Counters) -> Iterator[Metric]:
     yield ended
     lost = "Workers whose heartbeat stopped during a job."
     yield CounterMetricFamily("afterimage_leases_lost", lost, sums.get(counters.LEASES_LOST))
+    targets = CounterMetricFamily(
+        "afterimage_targets", "Targets in object stores, by result.", labels=("status",)
+    )
+    for status in ("written", "failed"):
+        targets.add_metric([status], sums.get(counters.TARGETS + status))
+    yield targets
+    text = "Finished pictures that could not be written to AFTERIMAGE_RESULTS."
+    yield CounterMetricFamily("afterimage_results_lost", text, sums.get(counters.RESULTS_LOST))
     buckets, total = sums.eta_ratios
     text = "Measured duration of a job divided by the predicted duration; 1 is exact."
     yield HistogramMetricFamily("afterimage_eta_error_ratio", text, buckets, total)

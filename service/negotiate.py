@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from models.errors import PictureTooLarge
 from models.image import MEDIA_TYPES, OutputFormat
 from service.problems import NotAcceptable
 
@@ -58,6 +59,15 @@ def picture_format(accept: str | None, width: int = 1, height: int = 1) -> Outpu
         reason = f" for {width}×{height} pixels" if len(available) < len(PREFERENCE) else ""
         raise NotAcceptable(f"Accept is {accept!r}; available formats{reason} are {types}")
     return best
+
+
+def check_size(format: OutputFormat, width: int, height: int) -> None:
+    """Raise `PictureTooLarge` if the format cannot hold a picture of this size."""
+    limit = MAX_SIDE.get(format)
+    if limit is not None and max(width, height) > limit:
+        raise PictureTooLarge(
+            f"{format} holds at most {limit} pixels per side, not {width}×{height}; choose png"
+        )
 
 
 def preferences(prefer: str | None) -> Preferences:

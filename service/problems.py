@@ -12,6 +12,7 @@ from starlette.routing import compile_path
 
 from models import errors
 from service import metrics, prefix
+from worker.queue import references
 from worker.queue.store import RedisError
 
 MEDIA_TYPE = "application/problem+json"
@@ -107,6 +108,12 @@ class HeadersTooLarge(RequestError):
     kind = "headers-too-large"
 
 
+class UnexpectedBody(RequestError):
+    """The request has a body besides the parameter `source`."""
+
+    kind = "unexpected-body"
+
+
 class RequestTimeout(RequestError):
     """The request's body did not arrive in time."""
 
@@ -145,10 +152,14 @@ class DeadlineExceeded(RequestError):
 
 STATUS: dict[type[errors.AfterimageError], int] = {
     errors.MalformedHeader: 400,
+    UnexpectedBody: 400,
     Unauthorized: 401,
     Forbidden: 403,
+    references.StoreForbidden: 403,
     JobNotFound: 404,
     ModelNotFound: 404,
+    references.StoreNotFound: 404,
+    references.ObjectNotFound: 404,
     NotAcceptable: 406,
     RequestTimeout: 408,
     Conflict: 409,
@@ -169,10 +180,12 @@ STATUS: dict[type[errors.AfterimageError], int] = {
     HeadersTooLarge: 431,
     errors.WeightsError: 500,
     errors.AfterimageError: 500,
+    references.StoreRefused: 502,
     errors.Unavailable: 503,
     Busy: 503,
     QueueAway: 503,
     QueueFull: 503,
+    references.StoreAway: 503,
     DeadlineExceeded: 504,
 }
 
@@ -256,6 +269,8 @@ OF_BODIES = (errors.MalformedHeader, RequestTimeout, BodyTooLarge, UnsupportedEn
 """Problems of every operation that takes a body."""
 OF_BITSTREAMS = (*errors.BitstreamError.__subclasses__(), errors.PictureTooLarge, *OF_BODIES)
 """Problems of every operation that takes a bitstream."""
+OF_STORES = (UnexpectedBody, *references.StoreError)
+"""Problems of every operation that takes a `source` or a `target`."""
 OF_COMPUTATION = (Busy, DeadlineExceeded, errors.Unavailable)
 """Problems of every operation that computes a picture."""
 

@@ -1,5 +1,6 @@
 """JSON documents of the API; their names are part of the OpenAPI document."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,9 +13,11 @@ from models.image import MEDIA_TYPES
 from service import prefix, problems
 from service.negotiate import MAX_WAIT_S
 from service.settings import ServiceSettings
+from service.target_schemas import Target
 from worker.queue.estimates import CostModel
 from worker.queue.jobs import MAX_SUBSCRIPTION_S
 from worker.queue.records import JobState, Status
+from worker.queue.targets import Target as StoredTarget
 
 
 class Fault(BaseModel):
@@ -66,6 +69,7 @@ class Decode(BaseModel):
                     "ended": None,
                     "error": None,
                     "image": "/v1/decodes/3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e/image",
+                    "targets": [],
                 }
             ]
         }
@@ -93,9 +97,16 @@ class Decode(BaseModel):
     ended: datetime | None
     error: str | None
     image: str
+    targets: list[Target]  # of the caller
 
     @classmethod
-    def of(cls, state: JobState, position: int | None, eta_s: float | None) -> "Decode":
+    def of(
+        cls,
+        state: JobState,
+        position: int | None,
+        eta_s: float | None,
+        owned: Sequence[StoredTarget] = (),
+    ) -> "Decode":
         """Return the public view of a job."""
         d = state.decode
         return cls(
@@ -107,6 +118,7 @@ class Decode(BaseModel):
             decoder_weights=d.decoder, created=datetime.fromtimestamp(state.created, UTC),
             started=_time(state.started), ended=_time(state.ended), error=state.error or None,
             image=prefix.public(f"/v1/decodes/{state.id}/image"),
+            targets=[Target.of(target) for target in owned],
         )  # fmt: skip
 
 
@@ -366,8 +378,9 @@ FORM: dict[str, Any] = {
 }
 BITSTREAM: dict[str, Any] = {
     "requestBody": {
-        "required": True,
-        "description": "A bitstream: `.msh`, or an image file of CompressAI's `codec.py`.",
+        "required": False,
+        "description": "A bitstream: `.msh`, or an image file of CompressAI's `codec.py`. Leave it "
+        "out with `source`.",
         "content": {
             "application/octet-stream": {"schema": BINARY},
             **FORM,

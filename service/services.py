@@ -17,6 +17,7 @@ from service.uploads import UploadBudget
 from service.waits import Waits
 from worker.queue import store
 from worker.queue.jobs import Jobs
+from worker.queue.object_stores import ObjectStores
 from worker.queue.store import Store
 from worker.webhooks.settings import WebhookSettings
 
@@ -34,6 +35,7 @@ class Services:
     jobs: Jobs
     quotas: Quotas
     webhooks: WebhookSettings
+    objects: ObjectStores
     instant: InstantDecoder
     encoder: Encoder
     uploads: UploadBudget
@@ -49,7 +51,9 @@ class Services:
         self.store.close()
 
 
-def load(settings: ServiceSettings, connected: Store, keys: Keys | None) -> Services:
+def load(
+    settings: ServiceSettings, connected: Store, objects: ObjectStores, keys: Keys | None
+) -> Services:
     """Load and warm up the codecs, which takes seconds, and build the services.
 
     Raises `WeightsError` if weights are missing or altered.
@@ -72,6 +76,7 @@ def load(settings: ServiceSettings, connected: Store, keys: Keys | None) -> Serv
         jobs=jobs,
         quotas=Quotas(jobs, settings.requests_per_minute, settings.jobs_at_once),
         webhooks=WebhookSettings(),
+        objects=objects,
         instant=InstantDecoder(codecs, settings, budget),
         encoder=encoder,
         uploads=UploadBudget(max(settings.bodies_bytes, settings.max_bytes)),

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 from weakref import WeakValueDictionary
 
 import anyio
@@ -11,19 +12,30 @@ import anyio.to_thread
 from fastapi import Request, Response
 
 from models.codec.bitstream import Bitstream
-from models.errors import ParameterError
+from models.errors import ParameterError, Quarantined
 from models.image import OutputFormat
 from models.tiers import Settings, Tier
-from service import admission, drafts, image_response, metrics, negotiate, prefix, watching
+from service import (
+    admission,
+    drafts,
+    image_response,
+    metrics,
+    negotiate,
+    object_writes,
+    prefix,
+    watching,
+)
 from service.auth import Caller
 from service.instant import PictureFile
 from service.negotiate import Preferences
+from service.object_writes import PictureTarget
 from service.problems import KeyReused, NotAcceptable
 from service.services import Services
 from service.waiter import Waiter
-from worker.queue import estimates, outbox
+from worker.queue import estimates, outbox, recall
 from worker.queue.jobs import MAX_SUBSCRIPTION_S
 from worker.queue.records import ENDED, DecodeRequest, JobState
+from worker.queue.targets import Target
 from worker.webhooks.settings import check_url
 
 IDEMPOTENCY_TTL_S = 24 * 3600
@@ -76,16 +88,20 @@ class Submission:
     accept: str
     prefer: Preferences
     caller: Caller
+    target: PictureTarget | None = None
     created: bool = False  # whether this request queued a new job
 
     async def respond(self) -> Response:
         """Return the finished picture if it is cached; otherwise queue the job and return the
-        draft, or 202 with `Prefer: respond-async`. If it raises `NotAcceptable`, no job is queued.
+        draft, or 202 with `Prefer: respond-async` or a target. If it raises `NotAcceptable`, no job
+        is queued.
         """
-        format = self._format()
         location = prefix.public(f"/v1/decodes/{self.decode.id}")
         headers = {"Location": location, "Link": f'<{location}/image>; rel="upgrade"'}
-        state = await anyio.to_thread.run_sync(self.services.jobs.get, self.decode.id)
+        if self.target is not None:
+            return await self._respond_about_target(self.target, headers)
+        format = self._format()
+        state = await anyio.to_thread.run_sync(recall.find, self.services.jobs, self.decode)
         finished = await self._finished(state, format, {**headers, "X-Cache": "hit"})
         metrics.cache("picture", finished is not None)
         await self._check_webhooks()
@@ -104,6 +120,41 @@ class Submission:
         return image_response.picture(
             self.services, self.request, draft.data, format, None, headers
         )
+
+    async def _respond_about_target(
+        self, target: PictureTarget, headers: dict[str, str]
+    ) -> Response:
+        """Return 200 with the status if the target holds the picture; otherwise queue the job and
+        the write, and return 202."""
+        jobs = self.services.jobs
+        negotiate.check_size(target.format, self.decode.width, self.decode.height)
+        await self._check_webhooks()
+        etag = await object_writes.holds(self.services, target, self.caller.name, self.decode.id)
+        if etag is not None:
+            state = await anyio.to_thread.run_sync(self._record_written, target, etag)
+            return await watching.ended_response(
+                self.services, state, self.caller, {**headers, "X-Cache": "hit"}
+            )
+        known = await anyio.to_thread.run_sync(recall.find, jobs, self.decode)
+        finished = known is not None and known.status == "succeeded"
+        headers["X-Cache"] = "hit" if finished else "miss"
+        check = admission.check_memory if finished else partial(admission.admit, state=known)
+        await anyio.to_thread.run_sync(check, self.services)
+        return await self._respond_async(None, headers)
+
+    def _record_written(self, target: PictureTarget, etag: str) -> JobState:
+        """Record that the target holds the picture already, and notify the webhooks."""
+        admission.check_memory(self.services)
+        state = recall.record(self.services.jobs, self.decode)
+        self._add_submitter()
+        self.services.jobs.targets.add(self.decode.id, self._record_of(target, etag))
+        if state.status == "succeeded":
+            self._notify_webhooks(state)
+        return state
+
+    def _record_of(self, target: PictureTarget, etag: str = "") -> Target:
+        status: Literal["pending", "written"] = "written" if etag else "pending"
+        return Target(self.caller.name, str(target.reference), target.format, status, etag)
 
     @property
     def _waiter(self) -> Waiter:
@@ -135,18 +186,20 @@ class Submission:
         if self.prefer.wait_s:
             began = time.perf_counter()
             await watching.wait_until_ended(
-                self.services, self.request, state.id, self.prefer.wait_s
+                self.services, self.request, state.id, self.prefer.wait_s, self.caller.name
             )
             self.request.state.waited_s = time.perf_counter() - began
-            find = partial(watching.find, self.services, state.id, self.caller)
+            find = partial(watching.find_seen, self.services, state.id, self.caller)
             state = await anyio.to_thread.run_sync(find)
             eta_s = None
             applied = {"Preference-Applied": f"wait={self.prefer.wait_s}"}
             finished = await self._finished(state, format, {**headers, **applied})
             if finished is not None:
                 return finished
-        response = await watching.pending_response(self.services, state, eta_s)
-        response.headers.update({**headers, "Preference-Applied": self.prefer.applied})
+        response = await watching.pending_response(self.services, state, self.caller, eta_s)
+        response.headers.update(headers)
+        if self.prefer.applied:
+            response.headers["Preference-Applied"] = self.prefer.applied
         return response
 
     async def _finished(
@@ -159,7 +212,7 @@ class Submission:
         if state is None or state.status != "succeeded":
             return None
         if format is None:
-            return await watching.ended_response(self.services, state, headers)
+            return await watching.ended_response(self.services, state, self.caller, headers)
         file = await drafts.finished_picture(self.services, self.decode, format, self._waiter)
         if file is None:
             return None
@@ -179,12 +232,18 @@ class Submission:
         jobs = self.services.jobs
         self.services.quotas.job(self.caller, self.decode.id)
         self._add_submitter()
-        self._register_webhooks()  # before queueing, so that the end of the job is not missed
+        if self.target is not None:  # before the webhooks, which wait for it
+            jobs.targets.add(self.decode.id, self._record_of(self.target))
         # a caller with webhooks does not poll, which would extend its subscription
         subscription_s = MAX_SUBSCRIPTION_S if self.params.webhooks else self.params.deadline_s
-        state, created = jobs.submit(
-            self.decode, self.upload.data, self.caller.name, subscription_s
-        )
+        try:
+            self._register_webhooks()  # before queueing, so that the end of the job is not missed
+            state, created = jobs.submit(
+                self.decode, self.upload.data, self.caller.name, subscription_s
+            )
+        except (ParameterError, Quarantined):
+            jobs.targets.withdraw(self.decode.id, self.caller.name)
+            raise
         if created:  # again: an earlier run may have ended since, which removes the registrations
             self._register_webhooks()
         if self.params.webhooks and state.status in ENDED:

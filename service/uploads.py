@@ -13,6 +13,9 @@ from service import forms, metrics, parameters
 from service.problems import BodyTooLarge, Busy, RequestTimeout, UnsupportedEncoding
 from service.settings import ServiceSettings
 
+Reserve = Callable[[int], None]
+"""Reserves so many bytes of the upload budget."""
+
 
 class UploadBudget:
     """Memory budget of `limit` bytes for the bodies of all requests that are being processed.
@@ -27,7 +30,7 @@ class UploadBudget:
         self.used, self.limit = 0, limit
 
     @contextlib.contextmanager
-    def upload(self) -> Iterator[Callable[[int], None]]:
+    def upload(self) -> Iterator[Reserve]:
         """Yield a function that reserves bytes for one body; release all of them on exit.
 
         The function raises `Busy` if the budget is used up.
@@ -51,9 +54,7 @@ class UploadBudget:
             self.used -= reserved
 
 
-async def read(
-    request: Request, settings: ServiceSettings, reserve: Callable[[int], None]
-) -> bytes:
+async def read(request: Request, settings: ServiceSettings, reserve: Reserve) -> bytes:
     """Return the request's body or, for a multipart form, the file in it.
 
     Calls `reserve` with the size of each chunk. Raises `UnsupportedEncoding`, `BodyTooLarge`
@@ -72,9 +73,7 @@ async def read(
     return data
 
 
-async def _read_raw(
-    request: Request, settings: ServiceSettings, reserve: Callable[[int], None]
-) -> bytes:
+async def _read_raw(request: Request, settings: ServiceSettings, reserve: Reserve) -> bytes:
     _check_encoding(request)
     limit, seconds = settings.max_bytes, settings.body_timeout_s
     declared = request.headers.get("content-length", "")

@@ -14,12 +14,13 @@ from service import schemas
 from service.auth import Caller
 from service.problems import Conflict, JobNotFound, PictureGone
 from service.services import Services
-from worker.queue import estimates
+from worker.queue import estimates, targets
 from worker.queue import events as job_events
 from worker.queue.events import Event
 from worker.queue.jobs import POLL_SUBSCRIPTION_S
 from worker.queue.records import ENDED, JobState
 from worker.queue.store import BLOCK_S
+from worker.queue.targets import Target
 
 OVER_LIMIT_S = 1.0
 """How long a request waits that exceeds its caller's `waits_at_once`. It does not wait in Redis."""
@@ -42,13 +43,31 @@ def find(services: Services, id: str, caller: Caller) -> JobState:
     return state
 
 
-async def load_and_renew(services: Services, id: str, caller: Caller) -> JobState:
-    """Return the state of a decode and extend the caller's subscription. Raises `JobNotFound`."""
+def find_seen(services: Services, id: str, caller: Caller) -> JobState:
+    """As `find`, but the decode has not succeeded for the caller until its targets are written."""
+    return _seen(services, find(services, id, caller), caller.name)[0]
+
+
+def _seen(services: Services, state: JobState, caller: str) -> tuple[JobState, list[Target]]:
+    """The state of a decode as the caller sees it, and the caller's targets."""
+    if not services.objects.configs:
+        return state, []
+    owned = services.jobs.targets.of(state.id, caller)
+    return targets.seen_by_caller(state, owned), owned
+
+
+async def load_and_renew(
+    services: Services, id: str, caller: Caller, seen: bool = False
+) -> JobState:
+    """Return the state of a decode and extend the caller's subscription. Raises `JobNotFound`.
+
+    `seen`: as `find_seen` returns it.
+    """
 
     def find_and_renew() -> JobState:
         state = find(services, id, caller)
         renew(services, state, caller.name)
-        return state
+        return _seen(services, state, caller.name)[0] if seen else state
 
     return await anyio.to_thread.run_sync(find_and_renew)
 
@@ -66,18 +85,21 @@ def check_kept(state: JobState) -> None:
         raise PictureGone(f"the picture of decode {state.id} has expired; {hint}")
 
 
-def view(services: Services, state: JobState, eta_s: float | None = None) -> schemas.Decode:
-    """Return the public view of a job; `eta_s` is computed unless it is given."""
+def view(
+    services: Services, state: JobState, caller: str, eta_s: float | None = None
+) -> schemas.Decode:
+    """Return the caller's view of a job; `eta_s` is computed unless it is given."""
+    state, owned = _seen(services, state, caller)
     position = services.jobs.position(state)
     if eta_s is None:
         eta_s = estimates.eta_s(services.jobs, state, position)
-    return schemas.Decode.of(state, position, eta_s)
+    return schemas.Decode.of(state, position, eta_s, owned)
 
 
 async def pending_response(
-    services: Services, state: JobState, eta_s: float | None = None
+    services: Services, state: JobState, caller: Caller, eta_s: float | None = None
 ) -> Response:
-    """Return 202 with the public view of a job.
+    """Return 202 with the caller's view of a job.
 
     Raises `Conflict` if the job failed or was canceled, so that no picture will come.
     """
@@ -85,31 +107,33 @@ async def pending_response(
         reason = f" ({state.error})" if state.error else ""
         hint = f"POST /v1/decodes/{state.id}/retry to queue it again"
         raise Conflict(f"decode {state.id} is {state.status}{reason}; {hint}")
-    document = await anyio.to_thread.run_sync(view, services, state, eta_s)
+    document = await anyio.to_thread.run_sync(view, services, state, caller.name, eta_s)
     headers = {"Retry-After": str(math.ceil(document.eta_s or 1)), "Cache-Control": "no-store"}
     return JSONResponse(document.model_dump(mode="json"), 202, headers)
 
 
 async def ended_response(
-    services: Services, state: JobState, headers: Mapping[str, str]
+    services: Services, state: JobState, caller: Caller, headers: Mapping[str, str]
 ) -> Response:
-    """Return 200 with the public view of a job that has ended."""
-    document = await anyio.to_thread.run_sync(view, services, state)
+    """Return 200 with the caller's view of a job that has ended."""
+    document = await anyio.to_thread.run_sync(view, services, state, caller.name)
     fields = {**headers, "Cache-Control": "no-store"}
     return JSONResponse(document.model_dump(mode="json"), 200, fields)
 
 
-async def wait_until_ended(services: Services, request: Request, id: str, seconds: float) -> None:
+async def wait_until_ended(
+    services: Services, request: Request, id: str, seconds: float, caller: str | None
+) -> None:
     """Return when the job has ended, after `seconds`, or when the server stops.
 
-    If the client disconnects, returns within `BLOCK_S`. A caller with too many waiting requests
-    waits for `OVER_LIMIT_S` instead.
+    With `caller`, the caller's targets must be written too. If the client disconnects, returns
+    within `BLOCK_S`. A caller with too many waiting requests waits for `OVER_LIMIT_S` instead.
     """
     with services.waits.one(request.state.caller) as allowed, anyio.move_on_after(seconds):
         if not allowed:
             await anyio.sleep(OVER_LIMIT_S)
             return
-        async for _ in events(services, id, "0", None, request.is_disconnected):
+        async for _ in events(services, id, "0", caller, request.is_disconnected, watch=False):
             pass
 
 
@@ -123,32 +147,54 @@ async def events(
     after: str,
     caller: str | None,
     disconnected: Callable[[], Awaitable[bool]] = _never,
+    watch: bool = True,
 ) -> AsyncIterator[Event]:
     """Yield the events of a job that follow event `after`, until the job has ended.
 
-    Also stops when the client is `disconnected` or the server stops. With `caller`, reading extends
-    the caller's subscription and asks the worker for previews, every `BLOCK_S`. If the events have
-    expired, the last one is built from the job's record.
+    With `caller`, the job ends when the caller's targets are written too; with `watch` besides,
+    reading extends the caller's subscription and asks the worker for previews, every `BLOCK_S`.
+    Also stops when the client is `disconnected` or the server stops. If the events have expired,
+    the last one is built from the job's record.
     """
     block_ms = None  # the first read returns at once
     renew_at = -math.inf
     while not services.closing.is_set() and not await disconnected():
-        if caller is not None and time.monotonic() >= renew_at:
+        if watch and caller is not None and time.monotonic() >= renew_at:
             await anyio.to_thread.run_sync(_keep_watching, services, id, caller)
             renew_at = time.monotonic() + BLOCK_S
         batch = await _read_events(services, id, after, block_ms)
         block_ms = BLOCK_S * 1000
+        end = None
         for event in batch:
             after = event.id
-            yield event
-        if batch and batch[-1].kind not in job_events.END_OF.values():
+            if event.kind in job_events.END_OF.values():
+                end = event
+            else:
+                yield event
+        if batch and end is None:
             continue
-        state = await anyio.to_thread.run_sync(services.jobs.record, id)
-        if state is not None and state.status not in ENDED:
-            continue
-        if state is not None and not batch:
-            yield Event.end(state)
-        return
+        ended, end = await anyio.to_thread.run_sync(_last_event, services, id, caller, end)
+        if end is not None:
+            yield end
+        if ended:
+            return
+
+
+def _last_event(
+    services: Services, id: str, caller: str | None, read: Event | None
+) -> tuple[bool, Event | None]:
+    """Whether a job has ended for the caller, and if so its last event.
+
+    `read` is the last event in the stream; None once the stream has expired.
+    """
+    state = services.jobs.record(id)
+    if state is None:
+        return True, read
+    if caller is not None:
+        state, _ = _seen(services, state, caller)
+    if state.status not in ENDED:
+        return False, None
+    return True, Event.end(state, read.id if read else "")
 
 
 def _keep_watching(services: Services, id: str, caller: str) -> None:

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 from redis.client import Pipeline
@@ -161,6 +162,9 @@ class Attempt:
             if not store.publish(self.id, fence):  # it was evicted already
                 store.put_picture(self.id, fence, png)
                 store.publish(self.id, fence)
+        if store.results is not None:
+            on_loss = partial(counters.count, store, counters.RESULTS_LOST)
+            store.results.write_later(self.state.decode, png, on_loss)
 
     def _discard(self) -> None:
         """Delete this attempt's picture, unless an earlier call committed it and lost the reply."""

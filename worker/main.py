@@ -15,6 +15,7 @@ from worker.telemetry import logs, tracing
 
 if TYPE_CHECKING:
     from worker.context import WorkerContext
+    from worker.deliveries import Deliveries
 
 log = logging.getLogger("afterimage.worker")
 
@@ -46,11 +47,11 @@ def main() -> int:
         from worker.queue.store import RedisError
 
         try:
-            worker = _load(settings)
+            worker, deliveries = _load(settings)
         except (RedisError, AfterimageError) as e:
             return _complain(f"the worker cannot start: {e}", 1)
         worker.library.warm_up()
-    return _serve(worker, settings.redis_url)
+    return _serve(worker, deliveries, settings.redis_url)
 
 
 def _exit(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -63,15 +64,17 @@ def _complain(text: str, status: int) -> int:
     return status
 
 
-def _load(settings: WorkerSettings) -> "WorkerContext":
+def _load(settings: WorkerSettings) -> tuple["WorkerContext", "Deliveries"]:
     """Connect to Redis and load the models. Raises `RedisError` or `AfterimageError`."""
-    from worker.queue import store
+    from worker.queue import object_stores, results, store
 
-    connected = store.connect(settings)
+    objects = object_stores.connect(settings)
+    connected = store.connect(settings, results.connect(settings, objects))
     connected.check()  # before the models, which take seconds to load
 
     from models import library
     from worker import context
+    from worker.deliveries import Deliveries
     from worker.heartbeat import Heartbeat
     from worker.queue.jobs import Jobs
     from worker.spool import Spool
@@ -92,20 +95,24 @@ def _load(settings: WorkerSettings) -> "WorkerContext":
         grace_s=settings.grace_s,
     )
     context.install(worker)
-    return worker
+    return worker, Deliveries(jobs, objects, settings.max_pixels)
 
 
-def _serve(worker: "WorkerContext", redis_url: str) -> int:
-    """Send heartbeats and run jobs until a signal to exit; returns the exit status."""
+def _serve(worker: "WorkerContext", deliveries: "Deliveries", redis_url: str) -> int:
+    """Send heartbeats, run jobs and write targets until a signal; returns the exit status."""
     from worker.rq_worker import serve
 
     worker.heartbeat.start()
+    deliveries.start()
     device = worker.library.diffusion.device.type
     log.info("ready: queue %s, device %s", worker.jobs.queue.name, device)
     serve(worker, redis_url)
     healthy = not worker.stopping or worker.signaled_at is not None
+    deliveries.stop()
     worker.heartbeat.stopped.set()
     worker.heartbeat.join()
+    if worker.jobs.store.results is not None:
+        worker.jobs.store.results.close()
     return 0 if healthy else UNHEALTHY
 
 

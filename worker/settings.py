@@ -128,6 +128,13 @@ class WorkerSettings(EnvironmentSettings):
         MAX_PIXELS, ge=1, description="largest picture, in pixels: of a bitstream or of an upload"
     )
     job_timeout_s: int = Field(3600, ge=1, description="longest run of one job, in seconds")
+    stores: Path | None = Field(
+        None, description="TOML file of object stores; if unset, no `source` and no `target`"
+    )
+    results: str = Field(
+        "",
+        description="`store:NAME/PREFIX` for finished pictures, which outlive the cache there",
+    )
 
 
 @contextlib.contextmanager

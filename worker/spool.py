@@ -18,12 +18,10 @@ from models.image_png import SIGNATURE
 from worker.attempt import Attempt, LeaseLost
 from worker.queue.jobs import Jobs
 from worker.queue.records import DecodeRequest
+from worker.queue.results import MAX_METADATA_BYTES, MAX_PIXEL_BYTES
 from worker.queue.store import RECORD_TTL_S
 
 log = logging.getLogger(__name__)
-
-MAX_PIXEL_BYTES, MAX_METADATA_BYTES = 4, 2**20
-"""A spooled file may have this many bytes per pixel, as an uncompressed PNG, and for metadata."""
 
 _NAME = re.compile(r"([0-9a-f]{32})\.(\d+)\.png")
 

@@ -114,7 +114,9 @@ def _run(worker: WorkerContext, attempts: Sequence[Attempt]) -> None:
     began = time.monotonic()
     worker.heartbeat.deadline = began + worker.jobs.timeout_s + LATE_S
     try:
-        _draw(worker, attempts, began)
+        attempts = _recall(worker, attempts)
+        if attempts:
+            _draw(worker, attempts, began)
     except ShutdownRequested:
         log.info("shutting down: %d jobs are put back for other workers", len(attempts))
         worker.deferred += [attempt.put_back for attempt in attempts]
@@ -152,12 +154,31 @@ def _draw(worker: WorkerContext, attempts: Sequence[Attempt], began: float) -> N
         worker.drawing = drawing = Drawing(batch)
         with contextlib.suppress(Canceled, LeaseLost):  # every job of the batch was dropped
             pictures = drawing.draw(worker.library.diffusion, [x for _, x in inputs])
-    signal.alarm(0)  # end RQ's timeout, which limits drawing; storing waits while Redis is down
-    worker.heartbeat.deadline = math.inf
+    _end_time_limit(worker)
     for i, attempt in enumerate(batch):
         picture = None if pictures is None else pictures[i : i + 1]
         if _finish(worker, drawing, attempt, picture):
             worker.deferred.append(partial(_record_duration, attempt, began, len(batch)))
+
+
+def _recall(worker: WorkerContext, attempts: Sequence[Attempt]) -> Sequence[Attempt]:
+    """Commit the pictures that the results hold; return the attempts that have to draw theirs."""
+    results = worker.jobs.store.results
+    if results is None:
+        return attempts
+    kept = {a.id: png for a in attempts if (png := results.read(a.id)) is not None}
+    if len(kept) == len(attempts):
+        _end_time_limit(worker)
+    for attempt in attempts:
+        if attempt.id in kept:
+            store_result(worker, attempt, kept[attempt.id])
+    return [a for a in attempts if a.id not in kept]
+
+
+def _end_time_limit(worker: WorkerContext) -> None:
+    """End RQ's timeout, which limits drawing; storing waits while Redis is down."""
+    signal.alarm(0)
+    worker.heartbeat.deadline = math.inf
 
 
 def _input(worker: WorkerContext, attempt: Attempt) -> DiffusionInput | None:

@@ -9,19 +9,23 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from models import errors, tiers
 from models.codec import bitstream
 from models.errors import ParameterError
-from service import image_response, negotiate, problems, schemas, submission
+from models.image import MEDIA_TYPES
+from service import image_response, negotiate, object_writes, problems, schemas, submission
 from service.deps import (
     ONLY_KNOWN,
     AcceptHeader,
     DecodeCaller,
     JobId,
     PreferHeader,
-    RequestBody,
     ServicesDep,
     tier_query,
 )
+from service.object_params import DecodeInput, PictureTargetDep
+from service.object_writes import PictureTarget
 from service.problems import Conflict, IdMismatch, KeyReused, QueueFull
+from service.services import Services
 from service.submission import DecodeParams, ParsedBitstream, Submission
+from service.target_schemas import WRITTEN, Written
 from service.waiter import Waiter
 from worker.queue.jobs import MAX_SUBSCRIPTION_S, SUBSCRIPTION_S
 
@@ -29,11 +33,13 @@ router = APIRouter(prefix="/v1/decodes", tags=["decodes"], dependencies=[ONLY_KN
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "content": schemas.PICTURES,
+        "model": schemas.Decode | Written,
+        "content": schemas.PICTURES | {"application/json": {"example": WRITTEN}},
         "description": "The instant picture, or the finished picture if it is cached. For a "
         "diffusion tier, `Location` is the decode's URL and `Link` its picture's. With `Prefer: "
         "respond-async`, a client that accepts only JSON gets the status in place of a finished "
-        "picture.",
+        "picture. With `target`, the response is JSON: what was written or, for a diffusion tier, "
+        "the status.",
         "headers": {
             "Location": {"schema": {"type": "string"}, "example": "/v1/decodes/3f2b8c5d…"},
             "X-Afterimage-Tier": {"schema": {"type": "string"}, "example": "instant"},
@@ -46,13 +52,14 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     },
     202: {
         "model": schemas.Decode,
-        "description": "With `Prefer: respond-async`: the decode is queued.",
+        "description": "With `target` or `Prefer: respond-async`: the decode is queued.",
         "headers": {"Retry-After": {"schema": {"type": "integer"}, "example": 2}},
     },
     **problems.responses(
         *problems.OF_AUTHENTICATION,
         *problems.OF_BITSTREAMS,
         *problems.OF_COMPUTATION,
+        *problems.OF_STORES,
         ParameterError,
         problems.NotAcceptable,
         problems.QueueAway,
@@ -115,8 +122,8 @@ async def decode_params(
     return DecodeParams(chosen, settings, seed, deadline_s, webhook or ())
 
 
-async def parsed_bitstream(services: ServicesDep, data: RequestBody) -> ParsedBitstream:
-    """Parse the body's header. Raises `BitstreamError`, `PictureTooLarge`."""
+async def parsed_bitstream(services: ServicesDep, data: DecodeInput) -> ParsedBitstream:
+    """Parse the bitstream's header. Raises `BitstreamError`, `PictureTooLarge`."""
     began = time.perf_counter()
     b = bitstream.parse(data, services.settings.max_pixels)
     digest = bitstream.digest(data)
@@ -148,20 +155,26 @@ async def decode(
     request: Request,
     upload: ParsedBitstreamDep,
     params: DecodeParamsDep,
+    target: PictureTargetDep,
     accept: AcceptHeader,
     prefer: PreferHeader,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
-    """Decode a bitstream.
+    """Decode a bitstream: the body, or an object that `source` names.
 
     Responds with the instant picture. For a diffusion tier it also queues a job. The job's id is a
     digest of the request's content, so repeating the request does not queue a second job. Once the
     job has succeeded, the response is the finished picture.
+
+    With `target`, the picture is written to an object store, and the decode has succeeded once it
+    is there. A target that holds the picture already is not written again.
     """
     if params.settings is None:
         b = upload.bitstream
-        format = negotiate.picture_format(accept, b.width, b.height)
         waiter = Waiter.of(request, caller)
+        if target is not None:
+            return await _write_instant(services, upload, target, waiter)
+        format = negotiate.picture_format(accept, b.width, b.height)
         file = await services.instant.picture(b, upload.digest, format, waiter)
         timing = upload.server_timing(file)
         return image_response.picture(services, request, file.data, format, None, timing)
@@ -172,8 +185,23 @@ async def decode(
             submission.check_idempotency_key, services, caller.name, idempotency_key, job.id
         )
     return await Submission(
-        services, request, upload, job, params, accept, prefer, caller
+        services, request, upload, job, params, accept, prefer, caller, target
     ).respond()
+
+
+async def _write_instant(
+    services: Services, upload: ParsedBitstream, target: PictureTarget, waiter: Waiter
+) -> Response:
+    """Write the instant picture to its target, and respond with what was written."""
+    b = upload.bitstream
+    negotiate.check_size(target.format, b.width, b.height)
+    file = await services.instant.picture(b, upload.digest, target.format, waiter)
+    about = {"tier": "instant", "format": target.format, "bitstream": upload.digest,
+             "codec": services.library.codec_id(b)}  # fmt: skip
+    return await object_writes.written_response(
+        services, target.reference, file.data, MEDIA_TYPES[target.format], about,
+        upload.server_timing(file),
+    )  # fmt: skip
 
 
 @router.put(
@@ -199,6 +227,7 @@ async def put(
     id: JobId,
     upload: ParsedBitstreamDep,
     params: DecodeParamsDep,
+    target: PictureTargetDep,
     accept: AcceptHeader,
     prefer: PreferHeader,
 ) -> Response:
@@ -216,7 +245,7 @@ async def put(
     request.state.job_id = job.id
     if job.id != id:
         raise IdMismatch(f"the id of this content is {job.id}, not {id}")
-    submitted = Submission(services, request, upload, job, params, accept, prefer, caller)
+    submitted = Submission(services, request, upload, job, params, accept, prefer, caller, target)
     response = await submitted.respond()
     if submitted.created and response.status_code == 200:
         response.status_code = 201

@@ -16,8 +16,10 @@ from models.errors import (
     UnsupportedPicture,
     WrongWeights,
 )
-from service import problems, schemas
+from service import object_writes, problems, schemas
 from service.deps import ONLY_KNOWN, DecodeCaller, EncodeCaller, RequestBody, ServicesDep
+from service.object_params import BitstreamTargetDep, EncodeInput
+from service.target_schemas import WRITTEN, Written
 from service.waiter import Waiter
 from worker.queue import estimates
 from worker.queue.store import RedisError
@@ -35,9 +37,9 @@ _HEADERS = {
 }
 
 
-def _upload(description: str, *media_types: str) -> dict[str, Any]:
+def _upload(description: str, *media_types: str, required: bool = True) -> dict[str, Any]:
     content = {m: {"schema": schemas.BINARY} for m in media_types} | schemas.FORM
-    return {"requestBody": {"required": True, "description": description, "content": content}}
+    return {"requestBody": {"required": required, "description": description, "content": content}}
 
 
 @router.post(
@@ -45,17 +47,29 @@ def _upload(description: str, *media_types: str) -> dict[str, Any]:
     summary="Encode a photograph",
     tags=["encodes"],
     response_class=Response,
-    openapi_extra=_upload("A photograph.", "image/png", "image/jpeg", "image/webp", "image/avif"),
+    openapi_extra=_upload(
+        "A photograph. Leave it out with `source`.",
+        "image/png",
+        "image/jpeg",
+        "image/webp",
+        "image/avif",
+        required=False,
+    ),  # fmt: skip
     responses={
         200: {
-            "content": {_MEDIA_TYPE: {"schema": schemas.BINARY}},
-            "description": "The bitstream.",
+            "content": {
+                _MEDIA_TYPE: {"schema": schemas.BINARY},
+                "application/json": {"example": WRITTEN},
+            },
+            "model": Written,
+            "description": "The bitstream; with `target`, a document about what was written.",
             "headers": _HEADERS,
         },
         **problems.responses(
             *problems.OF_AUTHENTICATION,
             *problems.OF_BODIES,
             *problems.OF_COMPUTATION,
+            *problems.OF_STORES,
             PictureError,
             UnsupportedPicture,
             PictureTooLarge,
@@ -68,7 +82,8 @@ async def encode(
     services: ServicesDep,
     caller: EncodeCaller,
     request: Request,
-    data: RequestBody,
+    data: EncodeInput,
+    target: BitstreamTargetDep,
     quality: Annotated[
         int,
         Query(
@@ -96,6 +111,11 @@ async def encode(
     headers = {"X-Afterimage-Bpp": f"{8 * len(file) / (b.width * b.height):.4f}"}
     if encoded.notes:
         headers["X-Afterimage-Warning"] = "; ".join(encoded.notes)
+    if target is not None:
+        about = {"quality": str(quality), "metric": metric, "format": format}
+        return await object_writes.written_response(
+            services, target, file, _MEDIA_TYPE, about, headers
+        )
     return Response(file, 200, headers, _MEDIA_TYPE)
 
 

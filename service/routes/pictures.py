@@ -64,7 +64,7 @@ async def picture(
     tiers.find(min_tier)
     state = await watching.load_and_renew(services, id, caller)
     if min_tier != "instant" and prefer.wait_s:
-        await watching.wait_until_ended(services, request, id, prefer.wait_s)
+        await watching.wait_until_ended(services, request, id, prefer.wait_s, None)
         state = await watching.load_and_renew(services, id, caller)
     watching.check_kept(state)
     if _RANKS[min_tier] > _rank(state.decode):
@@ -73,7 +73,7 @@ async def picture(
             f"{state.decode.tier}; choose that tier or a lower one"
         )
     if state.status != "succeeded" and min_tier != "instant":
-        return await watching.pending_response(services, state)
+        return await watching.pending_response(services, state, caller)
     format = negotiate.picture_format(accept, state.decode.width, state.decode.height)
     waiter = Waiter.of(request, caller)
     if state.status == "succeeded" and realism > 0:

@@ -52,14 +52,14 @@ async def status(
 ) -> schemas.Decode:
     """Status, finished steps and position in the queue. With `Prefer: wait=N`, responds when the
     decode has ended or after N seconds."""
-    state = await watching.load_and_renew(services, id, caller)
+    state = await watching.load_and_renew(services, id, caller, seen=True)
     watching.check_kept(state)
     if prefer.wait_s:
-        await watching.wait_until_ended(services, request, id, prefer.wait_s)
-        state = await anyio.to_thread.run_sync(watching.find, services, id, caller)
+        await watching.wait_until_ended(services, request, id, prefer.wait_s, caller.name)
+        state = await anyio.to_thread.run_sync(watching.find_seen, services, id, caller)
         response.headers["Preference-Applied"] = f"wait={prefer.wait_s}"
     response.headers["Cache-Control"] = "no-store"
-    return await anyio.to_thread.run_sync(watching.view, services, state)
+    return await anyio.to_thread.run_sync(watching.view, services, state, caller.name)
 
 
 async def _kept_state(
@@ -76,7 +76,7 @@ async def _kept_state(
             message = f"you have {most} event streams and waiting requests, which is the limit"
             retry = {"Retry-After": str(problems.RETRY_S)}
             raise TooManyRequests(f"{message}; close some of them", retry)
-        state = await watching.load_and_renew(services, id, caller)
+        state = await watching.load_and_renew(services, id, caller, seen=True)
         watching.check_kept(state)
         yield state
 
@@ -144,12 +144,12 @@ async def withdraw(services: ServicesDep, caller: DecodeCaller, id: JobId) -> Re
     for it."""
 
     def unsubscribe() -> tuple[schemas.Decode, bool]:
-        state = watching.find(services, id, caller)
+        state = watching.find_seen(services, id, caller)
         if state.status in ENDED:
             raise Conflict(f"decode {id} has already ended: {state.status}")
         has_subscribers = services.jobs.withdraw(id, caller.name)
         services.quotas.release_job(caller, id)
-        document = watching.view(services, watching.find(services, id, caller))
+        document = watching.view(services, watching.find(services, id, caller), caller.name)
         return document, document.status == "running" and not has_subscribers
 
     document, stopping = await anyio.to_thread.run_sync(unsubscribe)
@@ -168,10 +168,13 @@ async def retry(
     """Queue a decode again if it failed, was canceled, or its picture has expired."""
 
     def requeue() -> schemas.Decode:
-        state = watching.find(services, id, caller)
-        if state.status not in {"failed", "canceled", "expired"}:
+        state, seen = (f(services, id, caller) for f in (watching.find, watching.find_seen))
+        if {state.status, seen.status}.isdisjoint({"failed", "canceled", "expired"}):
             reason = "only a failed, canceled or expired decode can be retried"
-            raise Conflict(f"decode {id} is {state.status}; {reason}")
+            raise Conflict(f"decode {id} is {seen.status}; {reason}")
+        services.jobs.targets.retry(id, caller.name)
+        if state.status == "succeeded":  # only the caller's targets have failed
+            return watching.view(services, state, caller.name)
         data = services.store.bitstream(state.decode.digest)
         if data is None:
             raise JobNotFound(
@@ -180,7 +183,7 @@ async def retry(
         admission.admit(services, state)
         services.quotas.job(caller, id)
         state, _ = services.jobs.submit(state.decode, data, caller.name)
-        return watching.view(services, state)
+        return watching.view(services, state, caller.name)
 
     response.headers["Location"] = prefix.public(f"/v1/decodes/{id}")
     return await anyio.to_thread.run_sync(requeue)

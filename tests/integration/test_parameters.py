@@ -326,7 +326,7 @@ def test_a_form_without_a_file_is_malformed(api: httpx.Client) -> None:
         ("POST", "/v1/encodes", "qualty", "did you mean quality?"),
         ("POST", "/v1/decodes", "Tier", "did you mean tier?"),
         ("POST", "/v1/decodes", "TIER", "did you mean tier?"),
-        ("POST", "/v1/decodes", "utm_source", "this route reads tier, seed, steps"),
+        ("POST", "/v1/decodes", "utm_medium", "this route reads source, tier, seed"),
         ("PUT", f"/v1/decodes/{'0' * 32}", "sead", "did you mean seed?"),
         ("POST", "/v1/inspect", "tier", "this route reads none"),
         ("GET", f"/v1/decodes/{'0' * 32}", "id", "this route reads none"),

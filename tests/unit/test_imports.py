@@ -24,8 +24,9 @@ NO_TORCH = (
     "models.checkpoint", "models.codec.bitstream", "models.codec.catalogue", "models.errors",
     "models.geometry", "models.tiers", "service.schemas",
     "worker.settings", "worker.queue.counters", "worker.queue.estimates", "worker.queue.events",
-    "worker.queue.jobs", "worker.queue.outbox", "worker.queue.private_redis",
-    "worker.queue.records", "worker.queue.store", "worker.queue.urls", "worker.telemetry.logs",
+    "worker.queue.jobs", "worker.queue.object_stores", "worker.queue.outbox",
+    "worker.queue.private_redis", "worker.queue.records", "worker.queue.results",
+    "worker.queue.store", "worker.queue.targets", "worker.queue.urls", "worker.telemetry.logs",
     "worker.telemetry.tracing", "worker.webhooks.sender", "worker.webhooks.settings",
     "service.cli.main", "service.client",
 )  # fmt: skip

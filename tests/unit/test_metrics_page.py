@@ -94,6 +94,8 @@ def test_every_metric_has_a_name_a_type_and_a_help_text(store: Store) -> None:
         "queue_memory_ratio": "gauge",
         "jobs_ended": "counter",
         "leases_lost": "counter",
+        "results_lost": "counter",
+        "targets": "counter",
         "eta_error_ratio": "histogram",
         "model_seconds": "counter",
         "megapixel_steps": "counter",

@@ -22,6 +22,9 @@ RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 
 SUCCEEDED, FAILED, CANCELED = "ended:succeeded", "ended:failed", "ended:canceled"
 LEASES_LOST = "leases_lost"
+RESULTS_LOST = "results_lost"
+TARGETS = "targets:"
+"""Prefix of the counters of targets, by their status."""
 _SECONDS, _WORK = "model_seconds:", "megapixel_steps:"
 _RATIO = "eta_ratio:"
 
@@ -64,6 +67,13 @@ def add(store: Store, pipe: Pipeline, name: str, value: float = 1.0) -> None:
     """Increase a counter, as part of the transaction `pipe`."""
     pipe.hincrbyfloat(key(store), name, value)
     pipe.expire(key(store), RECORD_TTL_S)
+
+
+def count(store: Store, name: str) -> None:
+    """Increase a counter by one; without effect while Redis is down."""
+    with contextlib.suppress(RedisError), store.queue.pipeline() as pipe:
+        add(store, pipe, name)
+        pipe.execute()
 
 
 def add_eta_ratio(store: Store, measured_s: float, predicted_s: float) -> None:

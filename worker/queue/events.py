@@ -38,10 +38,13 @@ class Event:
         return cls(event_id.decode(), kind, json.loads(fields[b"data"]))
 
     @classmethod
-    def end(cls, state: JobState) -> "Event":
-        """The last event of an ended job, made from its record once the stream has expired."""
+    def end(cls, state: JobState, event_id: str = "") -> "Event":
+        """The last event of an ended job, made from its record.
+
+        `event_id` is the id of its entry in the stream, empty once that has expired.
+        """
         data = {"error": state.error} if state.error else {}
-        return cls(f"{int(state.ended * 1000)}-0", END_OF[state.status], data)
+        return cls(event_id or f"{int(state.ended * 1000)}-0", END_OF[state.status], data)
 
 
 def key(store: Store, job_id: str) -> str:

@@ -18,6 +18,7 @@ from worker.queue import counters, events, outbox
 from worker.queue.records import DecodeRequest, JobState, Status, ended_fields
 from worker.queue.rq_queue import DecodeQueue
 from worker.queue.store import RECORD_TTL_S, SUBMITTERS_TTL_S, Store
+from worker.queue.targets import Targets
 from worker.telemetry import logs, tracing
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Jobs:
         self.store = store
         self.timeout_s = timeout_s
         self.queue = DecodeQueue(f"{store.prefix}-decodes", store.queue, timeout_s)
+        self.targets = Targets(store)
 
     def submit(
         self,
@@ -114,6 +116,8 @@ class Jobs:
         # the worker may have died after it committed the picture and before it published it
         if has_picture or self.store.publish(job_id, state.fence):
             return state
+        if self.store.recall(job_id) is not None:
+            return state
         return replace(state, status="expired")
 
     def record(self, job_id: str) -> JobState | None:
@@ -159,6 +163,7 @@ class Jobs:
         Without other subscribers, a queued job is canceled here, and a running one by its worker.
         """
         self.store.queue.zrem(self.subscribers(job_id), caller)
+        self.targets.withdraw(job_id, caller)
 
         def cancel(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
             if state and state.status == "queued" and not self.has_subscribers(job_id):
@@ -321,6 +326,10 @@ class Jobs:
                 log.log(level, "job %s %s", state.id, f"failed: {error}" if error else status)
         event = outbox.event(replace(state, status=status, error=error))
         outbox.job_ended(self.store, state.id, *event, pipe)
+        if status == "succeeded":
+            self.targets.job_succeeded(state.id, pipe)
+        elif status == "canceled":
+            self.targets.forget(state.id, pipe)
 
     def change(self, job_id: str, also: str, change: Change) -> bool:
         """Run `change` in a transaction that watches the job's record and the key `also`.

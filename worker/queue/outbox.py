@@ -74,11 +74,19 @@ class Outbox:
         key = self._registered(job_id)
         return bool(self.store.queue.eval(outbox_scripts.REGISTER, 1, key, *arguments))
 
-    def add(self, job_id: str, body: str, pipe: Pipeline | None) -> None:
-        """Add a message, due now, for each registered URL, and forget these URLs."""
+    def add(
+        self, job_id: str, body: str, pipe: Pipeline | None, hold: bool = False, only: str = ""
+    ) -> None:
+        """Add a message, due now, for each registered URL, and forget these URLs.
+
+        `hold` leaves out the URLs of callers with pending targets; `only` takes those of one caller
+        alone.
+        """
         (pipe or self.store.queue).eval(
-            outbox_scripts.ADD, 2, self._registered(job_id), self.inbox,
-            self.key(""), uuid.uuid4().hex[:16], body, job_id, MESSAGE_TTL_S,
+            outbox_scripts.ADD, 3, self._registered(job_id), self.inbox,
+            self.store.key("targets", job_id),
+            self.key(""), uuid.uuid4().hex[:16], body, job_id, MESSAGE_TTL_S, int(hold),
+            only and f"#{only}",
         )  # fmt: skip
 
     def claim(
@@ -174,12 +182,19 @@ def event(state: JobState) -> tuple[str, dict[str, Any]]:
 
 
 def job_ended(
-    store: Store, job_id: str, event_type: str, data: dict[str, Any], pipe: Pipeline | None = None
+    store: Store,
+    job_id: str,
+    event_type: str,
+    data: dict[str, Any],
+    pipe: Pipeline | None = None,
+    only: str = "",
 ) -> None:
     """Add a message for each registered URL and forget these URLs: a second call adds nothing.
 
-    With `pipe`, as part of that transaction.
+    With `pipe`, as part of that transaction; with `only`, for the URLs of that caller. The success
+    of a job is not reported to callers whose targets are not written yet.
     """
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     body = {"type": event_type, "timestamp": now, "data": data}
-    Outbox(store).add(job_id, json.dumps(body, separators=(",", ":")), pipe)
+    text, hold = json.dumps(body, separators=(",", ":")), data["status"] == "succeeded" and not only
+    Outbox(store).add(job_id, text, pipe, hold, only)

@@ -16,20 +16,32 @@ return 1
 
 ADD = """
 local time = redis.call('TIME')
-for _, entry in ipairs(redis.call('SMEMBERS', KEYS[1])) do
-  local id = 'msg_' .. ARGV[2] .. string.sub(redis.sha1hex(entry), 1, 16)
-  local key = ARGV[1] .. id
-  local url, caller = string.match(entry, '^([^#]*)#?(.*)$')
-  redis.call('HSET', key, 'url', url, 'body', ARGV[3], 'job', ARGV[4], 'attempts', 0)
-  redis.call('HSET', key, 'caller', caller)
-  redis.call('EXPIRE', key, ARGV[5])
-  redis.call('ZADD', KEYS[2], time[1] + time[2] / 1e6, id)
-  redis.call('EXPIRE', KEYS[2], ARGV[5])
+local held = {}
+if ARGV[6] == '1' then
+  local targets = redis.call('HGETALL', KEYS[3])
+  for i = 1, #targets, 2 do
+    local target = cjson.decode(targets[i + 1])
+    if target.status == 'pending' then held['#' .. target.caller] = true end
+  end
 end
-redis.call('DEL', KEYS[1])
+for _, entry in ipairs(redis.call('SMEMBERS', KEYS[1])) do
+  local owner = string.match(entry, '#.*$') or ''
+  if not held[owner] and (ARGV[7] == '' or ARGV[7] == owner) then
+    local id = 'msg_' .. ARGV[2] .. string.sub(redis.sha1hex(entry), 1, 16)
+    local key = ARGV[1] .. id
+    local url, caller = string.match(entry, '^([^#]*)#?(.*)$')
+    redis.call('HSET', key, 'url', url, 'body', ARGV[3], 'job', ARGV[4], 'attempts', 0)
+    redis.call('HSET', key, 'caller', caller)
+    redis.call('EXPIRE', key, ARGV[5])
+    redis.call('ZADD', KEYS[2], time[1] + time[2] / 1e6, id)
+    redis.call('EXPIRE', KEYS[2], ARGV[5])
+    redis.call('SREM', KEYS[1], entry)
+  end
+end
 """
-"""Add messages to the inbox. KEYS: URLs of the job, inbox. ARGV: prefix of messages, random id,
-body, job, TTL."""
+"""Add messages to the inbox. KEYS: URLs of the job, inbox, targets of the job. ARGV: prefix of
+messages, random id, body, job, TTL, 1 to leave out callers with pending targets, `#` and the only
+caller or nothing."""
 
 _LINES = """
 local inbox, callers = KEYS[1], KEYS[2]

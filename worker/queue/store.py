@@ -6,6 +6,7 @@ import redis
 from redis.asyncio import Redis as AsyncRedis
 
 from worker.queue import urls
+from worker.queue.results import Results
 from worker.settings import WorkerSettings
 
 PICTURE_TTL_S = 24 * 3600
@@ -53,11 +54,15 @@ return shown
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Connections to both stores. `cache` may be the same server as `queue`."""
+    """Connections to both stores. `cache` may be the same server as `queue`.
+
+    With `results`, pictures that the cache has lost are read from an object store.
+    """
 
     queue: redis.Redis
     cache: redis.Redis
     prefix: str
+    results: Results | None = None
 
     def key(self, *parts: str) -> str:
         """The prefix and the parts, joined by colons."""
@@ -69,7 +74,14 @@ class Store:
         value: bytes | None = self.cache.get(key)  # type: ignore[assignment]
         if value is None and self._publish_committed(job_id):
             value = self.cache.get(key)  # type: ignore[assignment]
-        return value
+        return self.recall(job_id) if value is None else value
+
+    def recall(self, job_id: str) -> bytes | None:
+        """Bring a picture from the results back to the cache; None if it is not there."""
+        png = self.results.read(job_id) if self.results else None
+        if png is not None:
+            self.cache.set(self.key("picture", job_id), png, ex=PICTURE_TTL_S, nx=True)
+        return png
 
     def put_picture(self, job_id: str, fence: int, png: bytes) -> None:
         """Store the picture that an attempt drew; nobody sees it until it is published."""
@@ -144,14 +156,15 @@ class Store:
         urls.close(self.cache)
 
 
-def connect(settings: WorkerSettings) -> Store:
+def connect(settings: WorkerSettings, results: Results | None = None) -> Store:
     """Create clients of the configured stores, which connect on first use.
 
     Raises `NoRedis` for an invalid URL.
     """
     queue, cache = settings.redis_url, settings.cache_redis_url or settings.redis_url
     timeouts = {"socket_connect_timeout": CONNECT_TIMEOUT_S, "socket_timeout": READ_TIMEOUT_S}
-    return Store(urls.client(queue, **timeouts), urls.client(cache, **timeouts), settings.prefix)
+    clients = urls.client(queue, **timeouts), urls.client(cache, **timeouts)
+    return Store(*clients, settings.prefix, results)
 
 
 def streams(settings: WorkerSettings) -> AsyncRedis:
