@@ -67,21 +67,25 @@ def windows(rows: int, columns: int, area: int, overlap: int) -> Iterator[Window
             )
 
 
-def analyse(g_a: Callable[[Tensor], Tensor], x: Tensor, M: int) -> Tensor:
+def analyse(
+    g_a: Callable[[Tensor], Tensor], x: Tensor, M: int, overlap: int = CODEC_OVERLAP
+) -> Tensor:
     """Run `g_a` in windows: x (1, 3, 16h, 16w) -> y (1, M, h, w)."""
     rows, columns = x.shape[2] // STRIDE_Y, x.shape[3] // STRIDE_Y
     out = torch.empty(1, M, rows, columns)
-    for w in windows(rows, columns, CODEC_WINDOW, CODEC_OVERLAP):
+    for w in windows(rows, columns, CODEC_WINDOW, overlap):
         part = g_a(x[w.reads(STRIDE_Y)].contiguous(memory_format=torch.channels_last))
         out[w.writes(1)] = part[w.within(1)]
     return out
 
 
-def synthesise(g_s: Callable[[Tensor], Tensor], y_hat: Tensor) -> Tensor:
+def synthesise(
+    g_s: Callable[[Tensor], Tensor], y_hat: Tensor, overlap: int = CODEC_OVERLAP
+) -> Tensor:
     """Run `g_s` in windows: y_hat (1, M, h, w) -> x_hat (1, 3, 16h, 16w)."""
     rows, columns = y_hat.shape[2:]
     out = torch.empty(1, 3, rows * STRIDE_Y, columns * STRIDE_Y)
-    for w in windows(rows, columns, CODEC_WINDOW, CODEC_OVERLAP):
+    for w in windows(rows, columns, CODEC_WINDOW, overlap):
         part = g_s(y_hat[w.reads(1)].contiguous(memory_format=torch.channels_last))
         out[w.writes(STRIDE_Y)] = part[w.within(STRIDE_Y)]
     return out

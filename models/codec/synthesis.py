@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models import tiles
-from models.codec.inference_synthesis import InferenceSynthesis
+from models.codec.inference_synthesis import for_inference
 
 Backend = Literal["openvino", "torch"]
 
@@ -23,14 +23,16 @@ class Synthesis:
         M: int,
         device: torch.device | None = None,
         backend: Backend | None = None,
+        overlap: int = tiles.CODEC_OVERLAP,
     ) -> None:
         """Prepare `g_s` with `M` latent channels for `device` (default: CPU).
 
-        The default backend is OpenVINO on a CPU, if it is installed, otherwise torch.
+        `overlap` is its receptive field in positions of y. The default backend is OpenVINO on a
+        CPU, if it is installed, otherwise torch.
         """
         self.device = device or torch.device("cpu")
-        self.M = M
-        net = InferenceSynthesis(g_s).to(self.device).to(memory_format=torch.channels_last)
+        self.M, self.overlap = M, overlap
+        net = for_inference(g_s).to(self.device).to(memory_format=torch.channels_last)
         self.net: Callable[[Tensor], Tensor] = net
         self._lock: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         self.backend = backend or _default_backend(self.device)
@@ -50,7 +52,7 @@ class Synthesis:
                 f"y_hat has the shape {tuple(y_hat.shape)}; (1, {self.M}, h, w) is needed"
             )
         with torch.inference_mode(), self._lock:
-            return tiles.synthesise(self.net, y_hat.to(self.device)).clamp_(0, 1)
+            return tiles.synthesise(self.net, y_hat.to(self.device), self.overlap).clamp_(0, 1)
 
 
 def _default_backend(device: torch.device) -> Backend:

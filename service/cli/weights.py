@@ -66,7 +66,7 @@ def _import(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from models import checkpoint
-    from models.codec import catalogue, interchange
+    from models.codec import catalogue, interchange, state_dicts
 
     interchange.check_suffix(args.output)
     rows = [*catalogue.imported(ServiceSettings().weights_dir), *catalogue.shipped()]
@@ -78,7 +78,9 @@ def _export(args: argparse.Namespace) -> int:
             "see `afterimage weights list`"
         )
     tensors = checkpoint.load(installed.entry, installed.folder)
-    interchange.write(interchange.to_compressai(tensors), args.output)
+    interchange.write(
+        state_dicts.to_compressai(tensors, catalogue.model_of(installed.entry)), args.output
+    )
     return 0
 
 

@@ -57,7 +57,8 @@ def encode_elsewhere(
             for _nudge in range(6):
                 z[tuple(rng.integers(0, n) for n in z.shape)] += rng.choice((-1, 1))
             ours = h._prior(z, "float")[0]
-            scales_hat, means_hat = recovery.evaluate(h_s, h._z_hat(z), arithmetic)
+            out = recovery.evaluate(h_s, h._z_hat(z), arithmetic)
+            scales_hat, means_hat = out.chunk(2, 1)
             theirs = h._indexes(scales_hat)
             if (ours != theirs)[:channels].any():
                 break
