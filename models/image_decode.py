@@ -86,9 +86,10 @@ def _png(data: bytes, format: str, max_pixels: int) -> Decoded:
             picture = Image.fromarray(upper[..., 0] if upper.shape[-1] == 1 else upper)
         else:
             picture, colour = _convert(channels, exact), None
+        notes = () if complete else _missing(picture)
         if alpha is not None:
             picture.putalpha(alpha)
-        return Decoded(picture, colour, orientation, () if complete else (MISSING,))
+        return Decoded(picture, colour, orientation, notes)
     with Image.open(png.file(), formats=["PNG"]) as source:
         notes = _load(source)
         picture = source
@@ -150,8 +151,16 @@ def _tiff(data: bytes, format: str, max_pixels: int) -> Decoded:
     check_size(source.height, source.width, max_pixels)
     orientation = image_tiff.prepare(source, data)
     profile = source.info.get("icc_profile")
+    exact = _exact(profile)
+    lower = image_tiff.lower_bytes(source, data) if exact else None
     source.load()
-    return Decoded(source, profile, orientation)
+    if exact is None or lower is None:
+        return Decoded(source, profile, orientation)
+    samples = np.asarray(source)[..., :3].astype(np.uint16) << 8 | np.asarray(lower)[..., :3]
+    picture = _convert(samples, exact)
+    if source.mode == "RGBA":
+        picture.putalpha(source.getchannel("A"))
+    return Decoded(picture, None, orientation)
 
 
 def _gif(data: bytes, format: str, max_pixels: int) -> Decoded:

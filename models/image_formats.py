@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from models import text_bodies
 from models.errors import PictureError, UnsupportedPicture
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM")
@@ -123,6 +124,7 @@ def check(data: bytes) -> str:
         return name
     use = f"use {', '.join(readable())}"
     if name is None:
+        use = text_bodies.advice(data) or use
         raise UnsupportedPicture(f"the file is no picture in a known format; {use}")
     if name in OPTIONAL and importlib.util.find_spec(OPTIONAL[name][0]):
         return name

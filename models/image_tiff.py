@@ -1,11 +1,13 @@
 """TIFF files, and Exif data, which have the same structure: what Pillow reads wrongly or not."""
 
+import io
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from PIL import ExifTags, ImagePalette, TiffImagePlugin
+from PIL import ExifTags, ImageFile, ImagePalette, TiffImagePlugin
 
 from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
 
@@ -23,6 +25,8 @@ _INTEGERS = {1, 3, 4, 13, 16, 18}
 _RAW_PHOTOMETRIC = {32803, 34892}
 """Samples of a camera's sensor: colour filter array, linear raw."""
 _DNG_VERSION = 50706
+_RGB_16 = {"RGB;16N", "RGBX;16N", "RGBA;16N"}
+"""Pillow's raw modes of 16 bits whose samples are not multiplied by alpha."""
 _MAX_FIELDS = 0xFFFF
 """Limit on the fields of a directory: that of classic TIFF; libtiff has a lower one for BigTIFF."""
 _MAX_DIRECTORIES = 20
@@ -139,6 +143,33 @@ def prepare(source: TiffImagePlugin.TiffImageFile, data: bytes) -> int | None:
         if entry.tag == _TAG.Orientation and entry.kind == 1:
             return next(iter(directories.integers(entry, 1)), None)
     return None
+
+
+def lower_bytes(
+    source: TiffImagePlugin.TiffImageFile, data: bytes
+) -> TiffImagePlugin.TiffImageFile | None:
+    """Decode the lower bytes of RGB samples of 16 bits, of which Pillow reads only the upper ones.
+
+    `source` is opened, and not loaded. libtiff returns samples in the byte order of this machine;
+    Pillow's other byte order picks the lower byte. None for other samples and for separate planes.
+    """
+    modes = {_raw_mode(tile) for tile in source.tile}
+    planar = source.tag_v2.get(_TAG.PlanarConfiguration) == 2
+    if planar or source.mode not in {"RGB", "RGBA"} or not modes <= _RGB_16:
+        return None
+    other = TiffImagePlugin.TiffImageFile(io.BytesIO(data))
+    prepare(other, data)
+    order = "B" if sys.byteorder == "little" else "L"
+    other.tile = [
+        tile._replace(args=(_raw_mode(tile)[:-1] + order, *(tile.args or ())[1:]))
+        for tile in other.tile
+    ]
+    other.load()
+    return other
+
+
+def _raw_mode(tile: ImageFile._Tile) -> str:
+    return str(tile.args[0]) if isinstance(tile.args, tuple) else ""
 
 
 def _tile_size(directories: Directories, directory: int) -> tuple[int, int]:

@@ -46,7 +46,7 @@ class Library:
             codec = self.find(r.quality, r.metric, model=r.model)
             size = geometry.padded(r.height, r.width)
             if codec.latent_coder.fits(r.y_string, r.z_string, size):
-                return replace(r, others=b.others)
+                return replace(r, others=())
         return replace(readings[0], others=b.others) if readings else b
 
     def find(

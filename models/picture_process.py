@@ -6,6 +6,7 @@ a limit is killed and replaced.
 """
 
 import json
+import math
 import os
 import resource
 import signal
@@ -24,12 +25,21 @@ from PIL import AvifImagePlugin, Image
 
 from models import errors, image
 from models.errors import AfterimageError, PictureError, Unavailable
-from models.image import Pixels
+from models.image import Picture
 
 BASE_BYTES = 2**29
 """Address space of a reader without pictures: 0.1 GB for libraries, the rest for large files."""
 BYTES_PER_PIXEL = 64
 """Address space of a reader for each pixel of the largest picture; ordinary ones take up to 25."""
+_ENVIRONMENT = {
+    # address space would be reserved for each thread
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    # bytes: keep the memory of small pictures for the next file; to get pages anew for each file
+    # takes the kernel longer than decoding
+    "MALLOC_MMAP_THRESHOLD_": str(8 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(32 * 2**20),
+}
 _OUT_OF_MEMORY = 86
 """Exit status of a reader that needs more memory than its limit."""
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE})
@@ -57,8 +67,8 @@ class _Reader:
     process: subprocess.Popen[bytes]
     connection: "Connection[bytes, bytes]"
 
-    def read(self, data: bytes, limits: Limits) -> Pixels | AfterimageError:
-        """Send a file; return its pixels, or the error that reading it raised.
+    def read(self, data: bytes, limits: Limits) -> Picture | AfterimageError:
+        """Send a file; return its picture, or the error that reading it raised.
 
         Raises `OSError` or `EOFError` if the reader ends, `ValueError` for a malformed reply.
         """
@@ -70,8 +80,10 @@ class _Reader:
         height, width = int(reply["height"]), int(reply["width"])
         if not 0 < height * width <= limits.max_pixels:
             raise ValueError(f"the reply has {width}×{height} pixels")
+        notes = tuple(str(note) for note in reply["notes"])
         samples = np.frombuffer(self.connection.recv_bytes(height * width * 3), np.uint8)
-        return samples.reshape(height, width, 3).copy()  # torch wants to write to it
+        # a copy, since torch wants to write to it
+        return Picture(samples.reshape(height, width, 3).copy(), notes)
 
     def close(self) -> int:
         """Kill the process unless it has ended; return its exit status as `Popen.returncode`."""
@@ -83,6 +95,61 @@ class _Reader:
 def memory_limit(max_pixels: int) -> int:
     """Bytes of address space that suffice to read pictures of up to `max_pixels`."""
     return BASE_BYTES + BYTES_PER_PIXEL * max_pixels
+
+
+class _Watchdog:
+    """Kills readers at their deadlines.
+
+    It has one thread for all files: to start one for each takes milliseconds on a busy machine.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._watched: dict[_Reader, tuple[float, threading.Event]] = {}
+        self._wakes_at = -math.inf  # of time.monotonic(), as are the deadlines
+        self._closed = False
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="picture-watchdog", daemon=True).start()
+
+    def close(self) -> None:
+        """End the thread once nothing is watched."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    @contextmanager
+    def killed_at(
+        self, reader: _Reader, deadline: float, expired: threading.Event
+    ) -> Iterator[None]:
+        """Set `expired` and kill the reader at `deadline`, of `time.monotonic()`.
+
+        Raises `EOFError` if that happened just after the block: the reader is of no use then.
+        """
+        with self._changed:
+            self._watched[reader] = deadline, expired
+            if deadline < self._wakes_at:
+                self._changed.notify()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._watched.pop(reader, None)
+        if expired.is_set():
+            raise EOFError
+
+    def _run(self) -> None:
+        with self._changed:
+            while self._watched or not self._closed:
+                now = time.monotonic()
+                for reader, (deadline, expired) in list(self._watched.items()):
+                    if deadline <= now:
+                        expired.set()
+                        reader.process.kill()
+                        del self._watched[reader]
+                deadlines = [deadline for deadline, _ in self._watched.values()]
+                self._wakes_at = min(deadlines, default=math.inf)
+                self._changed.wait(min(self._wakes_at - now, threading.TIMEOUT_MAX))
 
 
 class PictureReaders:
@@ -97,16 +164,18 @@ class PictureReaders:
         self._idle: list[_Reader] = []
         self._busy: set[_Reader] = set()
         self._closed = False
+        self._watchdog = _Watchdog()
+        self._watchdog.start()
 
     def start(self) -> None:
         """Start a reader, so that the first file does not wait for it. Raises `Unavailable`."""
         self._give_back(self._take())
 
-    def read(self, data: bytes, limits: Limits) -> Pixels:
-        """Read a picture file to (H, W, 3) uint8, as `image.read` does, in a reader.
+    def read(self, data: bytes, limits: Limits) -> Picture:
+        """Read a picture file, as `image.read_with_notes` does, in a reader.
 
         If the reader dies for a reason other than a limit, another one tries once more. Raises what
-        `image.read` raises; `PictureError` if the file needs too much CPU time or memory, or
+        `read_with_notes` raises; `PictureError` if the file needs too much CPU time or memory, or
         crashes both readers; `TimeoutError` after `elapsed_s`; `Unavailable` if the readers are
         closed, cannot be started or are killed from outside.
         """
@@ -133,13 +202,14 @@ class PictureReaders:
                 reader.process.kill()
         for reader in idle:
             reader.close()
+        self._watchdog.close()
 
-    def _try(self, data: bytes, limits: Limits, deadline: float) -> Pixels:
+    def _try(self, data: bytes, limits: Limits, deadline: float) -> Picture:
         """`read` with one reader. Raises `_Died` too."""
         reader = self._take()
         expired = threading.Event()
         try:
-            with _killed_at(reader, deadline, expired):
+            with self._watchdog.killed_at(reader, deadline, expired):
                 found = reader.read(data, limits)
         except BaseException as e:
             with self._lock:
@@ -197,28 +267,6 @@ class PictureReaders:
         reader.close()
 
 
-@contextmanager
-def _killed_at(reader: _Reader, deadline: float, expired: threading.Event) -> Iterator[None]:
-    """Set `expired` and kill the reader at `deadline`, of `time.monotonic()`.
-
-    Raises `EOFError` if that happened just after the block, since the reader is of no use then.
-    """
-
-    def kill() -> None:
-        expired.set()
-        reader.process.kill()
-
-    timer = threading.Timer(max(deadline - time.monotonic(), 0), kill)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-    if expired.is_set():
-        raise EOFError
-
-
 def _start(memory_bytes: int) -> _Reader:
     """Start a reader; it needs 0.3 s until it is ready. Raises `Unavailable`."""
     try:
@@ -232,8 +280,7 @@ def _start(memory_bytes: int) -> _Reader:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # libtiff prints its warnings there
-                # address space would be reserved for each thread
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+                env=os.environ | _ENVIRONMENT,
             )
     except OSError as e:
         raise Unavailable(f"no process can be started to read pictures: {e}") from e
@@ -263,17 +310,18 @@ def serve(connection: "Connection[bytes, bytes]") -> None:
 def _answer(
     connection: "Connection[bytes, bytes]", data: bytes, max_pixels: int, cpu_s: float
 ) -> None:
-    """Read a picture file and send its pixels, or the error."""
+    """Read a picture file and send its size, notes and pixels, or the error."""
     signal.setitimer(signal.ITIMER_PROF, cpu_s)  # its signal ends the process
     try:
-        pixels = np.ascontiguousarray(image.read(data, max_pixels))
+        picture = image.read_with_notes(data, max_pixels)
     except AfterimageError as e:
         if isinstance(e.__cause__, MemoryError):
             raise MemoryError from e
         connection.send_bytes(_pack(error=type(e).__name__, text=str(e)))
     else:
+        pixels = np.ascontiguousarray(picture.pixels)
         height, width = pixels.shape[:2]
-        connection.send_bytes(_pack(height=height, width=width))
+        connection.send_bytes(_pack(height=height, width=width, notes=picture.notes))
         connection.send_bytes(pixels.data.cast("B"))
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

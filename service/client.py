@@ -9,6 +9,7 @@
 """
 
 import contextlib
+import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ Kind = Literal["draft", "queued", "started", "progress", "preview", "final"]
 
 TIMEOUT_S = 60.0
 """Timeout of connecting and reading. The service sends something on event streams every 15 s."""
+ENCODE_TIMEOUT_S = 600.0
+"""Timeout of reading the response of an encode. The service may take 190 s for 20 megapixels, its
+default limit, and 5 s for each further megapixel."""
 RETRIES = 16
 """Failures in a row, about a minute of them, after which the client stops waiting for a decode."""
 MAX_PAUSE_S = 60.0
@@ -44,6 +48,10 @@ class ApiError(AfterimageError):
         self.status = status
         self.problem = problem
         self.retry_after_s = retry_after_s
+
+
+class ClientError(AfterimageError):
+    """The client cannot be set up: an invalid port, API key, proxy or file of certificates."""
 
 
 class DecodeFailed(AfterimageError):
@@ -65,19 +73,52 @@ class Update:
     tier: str = "instant"
 
 
+def _checked(url: httpx.URL) -> httpx.URL:
+    """The URL. Raises `ClientError` if its port is too large, which no later step checks."""
+    if (url.port or 0) > 65535:
+        raise ClientError(f"{url} has port {url.port}; ports are at most 65535")
+    return url
+
+
+def _authorization(api_key: str) -> dict[str, str]:
+    """The header with an API key; none without a key. Raises `ClientError`."""
+    key = api_key.strip()  # a file's newline is no part of it
+    for index, character in enumerate(key):
+        if not "!" <= character <= "~":
+            message = "keys are ASCII without spaces; copy it again"
+            raise ClientError(f"character {index + 1} of the API key is {character!a}; {message}")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _default_http() -> httpx.AsyncClient:
+    """A client with the proxies and certificates of the environment. Raises `ClientError`."""
+    try:
+        return httpx.AsyncClient(timeout=TIMEOUT_S)
+    except (ImportError, ValueError, httpx.InvalidURL) as e:  # httpx needs an extra for SOCKS
+        names = "HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"
+        raise ClientError(f"the proxy of the environment cannot be used: {e} See {names}.") from e
+    except OSError as e:
+        names = "SSL_CERT_FILE and SSL_CERT_DIR"
+        raise ClientError(f"the certificates cannot be read: {e.strerror}; see {names}") from e
+
+
 class AsyncClient:
     """Asynchronous client with one connection pool.
 
-    `http` replaces the default `httpx.AsyncClient`, for example to set a transport or proxies; its
-    `base_url` and API key are set here, and it is closed with this client.
+    `http` replaces the default `httpx.AsyncClient`, for example to set a transport, proxies or
+    timeouts; its `base_url` and API key are set here, and it is closed with this client. Raises
+    `ClientError`.
     """
 
     def __init__(
         self, url: str, api_key: str = "", *, http: httpx.AsyncClient | None = None
     ) -> None:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self.http = http or httpx.AsyncClient(timeout=TIMEOUT_S)
-        self.http.base_url = httpx.URL(url)
+        headers = _authorization(api_key)
+        self._encode_options: dict[str, Any] = {}
+        if http is None:
+            self._encode_options["timeout"] = httpx.Timeout(TIMEOUT_S, read=ENCODE_TIMEOUT_S)
+        self.http = http or _default_http()
+        self.http.base_url = _checked(httpx.URL(url))
         self.http.headers.update(headers)
 
     async def __aenter__(self) -> Self:
@@ -126,9 +167,17 @@ class AsyncClient:
     async def encode(
         self, picture: bytes, quality: int = 2, format: Literal["msh", "compressai"] = "msh"
     ) -> bytes:
-        """Encode a picture file; returns the bitstream. Raises `ApiError`."""
+        """Encode a picture file; returns the bitstream. Raises `ApiError`.
+
+        Warns (`UserWarning`) if the file is truncated and was encoded as far as it goes.
+        """
         params = {"quality": quality, "format": format}
-        return (await self._send("POST", "/v1/encodes", params=params, content=picture)).content
+        response = await self._send(
+            "POST", "/v1/encodes", params=params, content=picture, **self._encode_options
+        )
+        if text := response.headers.get("x-afterimage-warning"):
+            warnings.warn(text, stacklevel=2)
+        return response.content
 
     async def inspect(self, data: bytes) -> dict[str, Any]:
         """The fields of a bitstream's header. Raises `ApiError`."""

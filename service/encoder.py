@@ -1,18 +1,27 @@
 """Encodes: photographs are read in child processes, and encoded in threads of their own."""
 
 from contextlib import suppress
+from dataclasses import dataclass
 
 from models import geometry
-from models.codec import codec
+from models.codec import architectures, codec
 from models.codec.bitstream import Bitstream, Format, Metric
 from models.errors import Unavailable
-from models.image import Pixels
+from models.image import Picture, Pixels
 from models.library import Library
 from models.picture_process import Limits, PictureReaders, memory_limit
 from service import metrics
 from service.lines import Deadline, Line
 from service.problems import Busy, DeadlineExceeded
 from service.settings import ServiceSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The bitstream of a photograph. `notes` says what is wrong with its file."""
+
+    bitstream: Bitstream
+    notes: tuple[str, ...] = ()
 
 
 class Encoder:
@@ -38,25 +47,33 @@ class Encoder:
         self._line.close()
         self.readers.close()
 
-    async def encode(self, data: bytes, quality: int, metric: Metric, format: Format) -> Bitstream:
-        """Encode a picture file.
+    async def encode(
+        self,
+        data: bytes,
+        quality: int,
+        metric: Metric,
+        format: Format,
+        model: str = architectures.DEFAULT,
+    ) -> Encoded:
+        """Encode a picture file; a truncated one as far as it goes, with a note.
 
         Waiting for a thread and reading may each take `request_timeout_s`, encoding that and
         `encode_megapixel_s` for each megapixel. Raises `Busy` if no thread becomes free,
         `DeadlineExceeded`, and as `Library.find` and `PictureReaders.read`.
         """
 
-        def work(deadline: Deadline) -> Bitstream:
-            used = self.library.find(quality, metric)
-            pixels = self._read(data, deadline)
-            self._allow_for(pixels, deadline)
-            return used.encode(codec.to_tensor(pixels), format, "exact")
+        def work(deadline: Deadline) -> Encoded:
+            used = self.library.find(quality, metric, model=model)
+            picture = self._read(data, deadline)
+            self._allow_for(picture.pixels, deadline)
+            b = used.encode(codec.to_tensor(picture.pixels), format, "exact")
+            return Encoded(b, picture.notes)
 
         wait_s = self.settings.request_timeout_s
         late = f"other photographs are being encoded, for more than {wait_s:g} s; try again later"
         return await self._line.run(work, wait_s, late, Busy)
 
-    def _read(self, data: bytes, deadline: Deadline) -> Pixels:
+    def _read(self, data: bytes, deadline: Deadline) -> Picture:
         settings = self.settings
         elapsed_s = settings.request_timeout_s
         late = f"the picture was not read within {elapsed_s:g} s; try again later"

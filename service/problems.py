@@ -89,6 +89,12 @@ class KeyReused(RequestError):
     kind = "key-reused"
 
 
+class UnsupportedEncoding(RequestError):
+    """The body has a `Content-Encoding`, such as gzip."""
+
+    kind = "unsupported-encoding"
+
+
 class RangeNotSatisfiable(RequestError):
     """The range starts after the end of the picture."""
 
@@ -151,6 +157,7 @@ STATUS: dict[type[errors.AfterimageError], int] = {
     BodyTooLarge: 413,
     errors.UnsupportedCodec: 415,
     errors.UnsupportedPicture: 415,
+    UnsupportedEncoding: 415,
     RangeNotSatisfiable: 416,
     errors.BitstreamError: 422,
     errors.PictureError: 422,
@@ -245,7 +252,7 @@ EXAMPLE: JsonDict = _document(
 )
 OF_AUTHENTICATION = (Unauthorized, Forbidden, TooManyRequests)
 """Problems of every operation that authenticates its caller."""
-OF_BODIES = (errors.MalformedHeader, RequestTimeout, BodyTooLarge, Busy)
+OF_BODIES = (errors.MalformedHeader, RequestTimeout, BodyTooLarge, UnsupportedEncoding, Busy)
 """Problems of every operation that takes a body."""
 OF_BITSTREAMS = (*errors.BitstreamError.__subclasses__(), errors.PictureTooLarge, *OF_BODIES)
 """Problems of every operation that takes a bitstream."""

@@ -1,19 +1,16 @@
 """Reads request bodies within limits of size, time and memory; takes the file out of forms."""
 
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import anyio
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from python_multipart.multipart import parse_options_header
-from starlette.datastructures import FormData, Headers, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.datastructures import FormData, UploadFile
 
 from models.errors import MalformedHeader
-from service import metrics, parameters
-from service.negotiate import MAX_ITEMS, MAX_LENGTH
-from service.problems import BodyTooLarge, Busy, RequestTimeout
+from service import forms, metrics, parameters
+from service.problems import BodyTooLarge, Busy, RequestTimeout, UnsupportedEncoding
 from service.settings import ServiceSettings
 
 
@@ -59,14 +56,15 @@ async def read(
 ) -> bytes:
     """Return the request's body or, for a multipart form, the file in it.
 
-    Calls `reserve` with the size of each chunk. Raises `BodyTooLarge`, before reading if
-    Content-Length exceeds the limit; `RequestTimeout`; for a form, `MalformedHeader` if it is
-    invalid, `RequestValidationError` if it holds fields or a second file.
+    Calls `reserve` with the size of each chunk. Raises `UnsupportedEncoding` and, if Content-Length
+    exceeds the limit, `BodyTooLarge` before reading; `BodyTooLarge`; `RequestTimeout`; for a form,
+    `MalformedHeader` if it is invalid, `RequestValidationError` if it holds fields or a second
+    file.
     """
     data = await _read_raw(request, settings, reserve)
     content_type = request.headers.get("content-type", "")
     if content_type.lower().startswith("multipart/form-data"):
-        form = await _parse_form(content_type, data)
+        form = await forms.parse(content_type, data)
         try:
             return await _only_file(request, form)
         finally:
@@ -77,6 +75,7 @@ async def read(
 async def _read_raw(
     request: Request, settings: ServiceSettings, reserve: Callable[[int], None]
 ) -> bytes:
+    _check_encoding(request)
     limit, seconds = settings.max_bytes, settings.body_timeout_s
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
@@ -96,32 +95,15 @@ async def _read_raw(
     return bytes(data)
 
 
-async def _parse_form(content_type: str, data: bytes) -> FormData:
-    """Parse a multipart form. Raises `MalformedHeader`."""
-
-    async def stream() -> AsyncGenerator[bytes, None]:
-        yield data
-
-    try:
-        return await MultiPartParser(_form_headers(content_type), stream()).parse()
-    except (MultiPartException, KeyError, UnicodeError) as e:
-        raise MalformedHeader("the multipart form cannot be parsed") from e
-
-
-def _form_headers(content_type: str) -> Headers:
-    """The header that the parser reads: the boundary, without other parameters.
-
-    RFC 7578 defines no charset for forms: it would only concern names of fields, and decoding some
-    charsets, such as punycode, takes quadratic time. Raises `MalformedHeader`, `KeyError` without a
-    boundary.
-    """
-    if len(content_type) > MAX_LENGTH or content_type.count(";") > MAX_ITEMS:
-        limits = f"at most {MAX_LENGTH} characters and {MAX_ITEMS} parameters are read"
-        raise MalformedHeader(f"Content-Type has {len(content_type)} characters; {limits}")
-    _, options = parse_options_header(content_type)
-    boundary = options[b"boundary"].decode("latin-1")
-    quoted = boundary.replace("\\", "\\\\").replace('"', '\\"')
-    return Headers({"Content-Type": f'multipart/form-data; boundary="{quoted}"'})
+def _check_encoding(request: Request) -> None:
+    """Raise `UnsupportedEncoding` for a compressed body."""
+    encoding = ", ".join(request.headers.getlist("content-encoding"))
+    if {name.strip().lower() for name in encoding.split(",")} - {"identity", ""}:
+        message = "send the file itself, uncompressed and without this header"
+        raise UnsupportedEncoding(
+            f"Content-Encoding is {encoding[: parameters.MAX_QUOTED]!r}; {message}",
+            {"Accept-Encoding": "identity"},
+        )
 
 
 async def _only_file(request: Request, form: FormData) -> bytes:

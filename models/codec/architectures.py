@@ -12,10 +12,15 @@ from models.errors import ParameterError
 Prior = Literal["factorized", "scale", "mean", "context"]
 """How y is coded: by an entropy bottleneck; by Gaussians with scales, or means and scales, from z;
 or by Gaussians whose means and scales also depend on the symbols decoded before."""
+ModelName = Literal[
+    "bmshj2018-factorized", "bmshj2018-factorized-relu", "bmshj2018-hyperprior", "mbt2018-mean",
+    "mbt2018", "cheng2020-anchor", "cheng2020-attn",
+]  # fmt: skip
+"""The architectures, for the API's schema."""
 Blocks = Literal["gdn", "relu", "residual", "attention"]
 """The layers of `g_a` and `g_s`."""
 
-DEFAULT = "mbt2018-mean"
+DEFAULT: ModelName = "mbt2018-mean"
 """The architecture of the shipped weights and of `.msh` files."""
 
 OVERLAPS: dict[Blocks, int] = {"gdn": 2, "relu": 2, "residual": 7, "attention": 11}

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 
 import google_crc32c
 
+from models import text_bodies
 from models.codec import architectures
 from models.codec.architectures import ARCHITECTURES
 from models.errors import (
@@ -235,9 +236,8 @@ def _readings(data: bytes) -> list[Reading]:
         layouts = tuple(w for w in _LAYOUTS if w.has_depth == has_depth)
     meanings = [Reading(w.models[data[0]], w.versions) for w in layouts if data[0] < len(w.models)]
     if not meanings:
-        raise UnsupportedCodec(
-            f"neither an .msh file nor one of CompressAI: it begins with {data[:4].hex()}"
-        )
+        reason = text_bodies.advice(data) or f"it begins with {data[:4].hex()}"
+        raise UnsupportedCodec(f"neither an .msh file nor one of CompressAI: {reason}")
     supported = [r for r in meanings if r.model in ARCHITECTURES]
     if not supported:
         models = " or ".join(f"{r.model!r} ({r.versions})" for r in meanings)

@@ -81,9 +81,11 @@ class ContextModel:
         decoder.close()
         return walk.result()
 
-    def quantize(self, y: Tensor, features: Tensor) -> Positions:
+    def quantize(
+        self, y: Tensor, features: Tensor, dtype: torch.dtype = torch.float32
+    ) -> Positions:
         """Round y (1, M, h, w) to symbols, given the features (1, 2M, h, w) of `h_s`."""
-        walk = _Walk(self, features, torch.float32)
+        walk = _Walk(self, features, dtype)
         latents = y[0].flatten(1).numpy()
         for i in range(len(walk.symbols)):
             walk.contexts(i)

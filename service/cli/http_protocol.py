@@ -1,8 +1,10 @@
 """HTTP/1.1 on sockets: what uvicorn's parser does not do as this service needs it."""
 
 import contextlib
+import re
 import sys
 from typing import cast
+from urllib.parse import unquote
 
 import h11
 from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, HTTPScope, Scope
@@ -11,6 +13,9 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from service import prefix, problems
 from service.requests import MAX_HEADER_BYTES
+
+_ABSOLUTE = re.compile(rb"https?://(?P<host>[^/@]+)(?P<path>/.*)?", re.IGNORECASE | re.DOTALL)
+"""A request target in absolute form, without its query."""
 
 
 class HttpProtocol(H11Protocol):
@@ -48,17 +53,34 @@ class HttpProtocol(H11Protocol):
 class ProxyHeaders(ProxyHeadersMiddleware):
     """Uvicorn's middleware for `X-Forwarded-For` and `-Proto`, and the same for `-Prefix`.
 
-    A prefix counts only if a trusted proxy sends it, once, and it is valid.
+    A prefix counts only if a trusted proxy sends it, once, and it is valid. Request targets in
+    absolute form, which clients send to proxies, become paths (RFC 9112, 3.2.2).
     """
 
     async def __call__(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> None:
         if scope["type"] == "http":
+            scope = _with_path(scope)
             client = scope["client"]
             if (client[0] if client else None) in self.trusted_hosts:
                 scope = _with_prefix(scope)
         await super().__call__(scope, receive, send)
+
+
+def _with_path(scope: HTTPScope) -> HTTPScope:
+    """The scope of a request whose target is `http://host/path`, with this path and host."""
+    target = _ABSOLUTE.fullmatch(scope["raw_path"] or b"")
+    if target is None:
+        return scope
+    host, raw_path = target["host"], target["path"] or b"/"
+    headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
+    changed = {
+        "headers": [(b"host", host), *headers],
+        "raw_path": raw_path,
+        "path": unquote(raw_path.decode("ascii")),
+    }
+    return cast(HTTPScope, {**scope, **changed})
 
 
 def _with_prefix(scope: HTTPScope) -> HTTPScope:

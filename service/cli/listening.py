@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import socket
+from typing import Any
 
 from models.errors import AfterimageError
 
@@ -24,16 +25,11 @@ def bind(host: str, port: int, option: str = "--port") -> list[socket.socket]:
     """
     if not 0 <= port <= 65535:
         raise CannotListen(f"{option} is {port}; choose a port from 0 to 65535")
-    try:
-        found = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-    except (socket.gaierror, UnicodeError) as e:
-        raise CannotListen(f"the host {host!r} has no address ({e}); choose another host") from None
+    addresses = _addresses(host, port)
     refusal: OSError | None = None
     with contextlib.ExitStack() as opened:
         sockets: list[socket.socket] = []
-        for family, address in dict.fromkeys((entry[0], entry[4]) for entry in found):
+        for family, address in addresses:
             chosen = sockets[0].getsockname()[1] if sockets else port
             try:
                 sockets.append(
@@ -72,6 +68,17 @@ def address(sockets: list[socket.socket]) -> str:
     visited, kind = _EVERYWHERE.get(host, (host, ""))
     url = f"http://[{visited}]:{port}" if ":" in visited else f"http://{visited}:{port}"
     return f"{url} (on all {kind} addresses)" if kind else url
+
+
+def _addresses(host: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:
+    """Return each address family and address of `host` once. Raises `CannotListen`."""
+    try:
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (socket.gaierror, UnicodeError) as e:
+        raise CannotListen(f"the host {host!r} has no address ({e}); choose another host") from None
+    return list(dict.fromkeys((entry[0], entry[4]) for entry in found))
 
 
 def _bound(family: int, address: tuple[object, ...]) -> socket.socket:

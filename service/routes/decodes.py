@@ -20,6 +20,7 @@ from service.deps import (
     ServicesDep,
     tier_query,
 )
+from service.drafts import read_bitstream
 from service.problems import Conflict, IdMismatch, KeyReused, QueueFull
 from service.submission import DecodeParams, ParsedBitstream, Submission
 from worker.queue.jobs import MAX_SUBSCRIPTION_S, SUBSCRIPTION_S
@@ -117,7 +118,7 @@ async def decode_params(
 async def parsed_bitstream(services: ServicesDep, data: RequestBody) -> ParsedBitstream:
     """Parse the body's header. Raises `BitstreamError`, `PictureTooLarge`."""
     began = time.perf_counter()
-    b = bitstream.parse(data, services.settings.max_pixels)
+    b = await read_bitstream(services, data)
     digest = bitstream.digest(data)
     return ParsedBitstream(data, b, digest, (time.perf_counter() - began) * 1e3)
 

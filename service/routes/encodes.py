@@ -6,7 +6,9 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import APIRouter, Query, Response
 
+from models import image_decode
 from models.codec import bitstream
+from models.codec.architectures import DEFAULT, ModelName
 from models.codec.bitstream import Format, Metric
 from models.errors import (
     ParameterError,
@@ -17,12 +19,21 @@ from models.errors import (
 )
 from service import problems, schemas
 from service.deps import ONLY_KNOWN, DecodeCaller, EncodeCaller, RequestBody, ServicesDep
+from service.drafts import read_bitstream
 from worker.queue import estimates
 from worker.queue.store import RedisError
 
 router = APIRouter(prefix="/v1", dependencies=[ONLY_KNOWN])
 
 _MEDIA_TYPE = "application/octet-stream"
+_HEADERS = {
+    "X-Afterimage-Bpp": {"schema": {"type": "number"}, "example": 0.21},
+    "X-Afterimage-Warning": {
+        "description": "What is wrong with the photograph; absent if nothing is.",
+        "schema": {"type": "string"},
+        "example": image_decode.MISSING,
+    },
+}
 
 
 def _upload(description: str, *media_types: str) -> dict[str, Any]:
@@ -40,7 +51,7 @@ def _upload(description: str, *media_types: str) -> dict[str, Any]:
         200: {
             "content": {_MEDIA_TYPE: {"schema": schemas.BINARY}},
             "description": "The bitstream.",
-            "headers": {"X-Afterimage-Bpp": {"schema": {"type": "number"}, "example": 0.21}},
+            "headers": _HEADERS,
         },
         **problems.responses(
             *problems.OF_AUTHENTICATION,
@@ -73,13 +84,24 @@ async def encode(
         ),
     ] = "mse",
     format: Annotated[Format, Query(description="Container format of the bitstream.")] = "msh",
+    model: Annotated[
+        ModelName,
+        Query(
+            description="Codec. Others than mbt2018-mean need imported weights, and the format "
+            "compressai."
+        ),
+    ] = DEFAULT,
 ) -> Response:
     """Encode a photograph. It is rotated by its EXIF orientation, converted to sRGB, and
-    transparent pixels are blended with white."""
+    transparent pixels are blended with white. A truncated photograph is encoded as far as it
+    goes, and the response has the header X-Afterimage-Warning."""
 
-    b = await services.encoder.encode(data, quality, metric, format)
+    encoded = await services.encoder.encode(data, quality, metric, format, model)
+    b = encoded.bitstream
     file = bitstream.serialize(b)
     headers = {"X-Afterimage-Bpp": f"{8 * len(file) / (b.width * b.height):.4f}"}
+    if encoded.notes:
+        headers["X-Afterimage-Warning"] = "; ".join(encoded.notes)
     return Response(file, 200, headers, _MEDIA_TYPE)
 
 
@@ -96,7 +118,7 @@ async def inspect(
     services: ServicesDep, caller: DecodeCaller, data: RequestBody
 ) -> schemas.Inspection:
     """Read a bitstream's header and predict the cost of each tier, without decoding."""
-    b = bitstream.parse(data, services.settings.max_pixels)
+    b = await read_bitstream(services, data)
     decodable, cost = True, None
     try:
         services.library.codec_id(b)

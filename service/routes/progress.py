@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated
 
 import anyio.to_thread
-from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
@@ -86,10 +86,18 @@ async def follow(
         str | None,
         Header(description="Id of the last event received; the stream continues after it."),
     ] = None,
+    last_event_id_in_query: Annotated[
+        str | None,
+        Query(
+            alias="lastEventId",
+            description="The same, from polyfills of EventSource, which cannot send headers.",
+        ),
+    ] = None,
 ) -> AsyncIterator[ServerSentEvent]:
     """Server-sent events until the decode ends: `queued`, `started`, `progress`, `preview`,
     `completed`, `failed`, `canceled`."""
-    after = last_event_id if last_event_id and _is_event_id(last_event_id) else "0"
+    last = last_event_id or last_event_id_in_query
+    after = last if last and _is_event_id(last) else "0"
     yield ServerSentEvent(comment="connected", retry=RECONNECT_MS)
     with contextlib.suppress(RedisError):  # ends the stream; the client reconnects and gets a 503
         async for event in watching.events(services, id, after, caller.name):

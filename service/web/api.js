@@ -40,9 +40,14 @@ export const json = async (path, options) => (await request(path, options)).json
 
 const png = { Accept: "image/png" };
 
+// The bitstream of a photo, and what is wrong with the photo's file, if anything.
 export async function encode(file, quality, signal) {
   const path = `v1/encodes?quality=${quality}`;
-  return (await request(path, { method: "POST", body: file, signal })).blob();
+  const response = await request(path, { method: "POST", body: file, signal });
+  return {
+    bitstream: await response.blob(),
+    warning: response.headers.get("X-Afterimage-Warning"),
+  };
 }
 
 // The instant picture, or the tier's if it is in the cache, with the id of the decode.

@@ -28,6 +28,13 @@ export function connect() {
 
 function connectFiles() {
   const openFirst = ([file]) => file && session.openFile(file);
+  const openDropped = async ({ files, addresses }) => {
+    openFirst(files);
+    if (files.length === 1) return;
+    const drop = await import("./drop.js");
+    if (files.length) showProblem(drop.onlyFirst(files));
+    else session.openFile(await drop.fetchFirst(addresses));
+  };
   $("pick").onclick = $("other").onclick = () => $("chosen").click();
   $("chosen").onchange = () => {
     const files = [...$("chosen").files];
@@ -36,13 +43,15 @@ function connectFiles() {
   };
   addEventListener("dragover", (e) => {
     e.preventDefault();
-    $("stage").classList.add("over");
+    $("stage").classList.toggle("over", e.dataTransfer.types.includes("Files"));
   });
   addEventListener("dragleave", () => $("stage").classList.remove("over"));
   addEventListener("drop", (e) => {
     e.preventDefault();
     $("stage").classList.remove("over");
-    openFirst(e.dataTransfer.files);
+    const { files } = e.dataTransfer; // cannot be read later
+    const addresses = e.dataTransfer.getData("text/uri-list");
+    openDropped({ files: [...files], addresses }).catch(showProblem);
   });
   addEventListener("paste", (e) => openFirst(e.clipboardData.files));
   for (const button of document.querySelectorAll("[data-sample]")) {

@@ -84,8 +84,9 @@ class Session {
       comparison.setRow("original", this.photo.size);
       this.#refresh();
     }
-    this.bitstream = await api.encode(this.photo, quality, signal);
-    this.quality = quality;
+    const { bitstream, warning } = await api.encode(this.photo, quality, signal);
+    Object.assign(this, { bitstream, quality });
+    if (warning) panel.showProblem({ title: "Damaged photo", message: warning });
     await this.#inspect();
   }
 

@@ -282,6 +282,14 @@ def test_the_limit_of_pixels_is_named_with_its_variable(
         refused(afterimage(*args, cwd=tmp_path), "AFTERIMAGE_MAX_PIXELS sets the limit")
 
 
+def test_a_truncated_picture_is_encoded_with_a_note(tmp_path: Path, small: image.Pixels) -> None:
+    data = image.write(small, "jpeg")
+    (tmp_path / "a.jpg").write_bytes(data[: len(data) // 2])
+    done = afterimage("encode", "a.jpg", "-o", "a.msh", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "a.jpg: the picture is truncated: pixels are missing" in done.stderr
+
+
 def test_an_animation_is_encoded_with_a_note_about_its_other_frames(
     tmp_path: Path, small: image.Pixels
 ) -> None:

@@ -49,7 +49,7 @@ def test_a_wrong_argument_is_an_error_of_one_line(tmp_path: Path, small: image.P
     dead = f"http://127.0.0.1:{free_port()}"
     for args, message in (
         (["nothing.png"], "nothing.png: No such file or directory"),
-        (["text.md"], "text.md: no picture in a supported format"),
+        (["text.md"], "text.md: the file is no picture in a known format"),
         (["."], ".: Is a directory"),
         (["photo.png", "--url", dead], f"no service answers at {dead}"),
     ):

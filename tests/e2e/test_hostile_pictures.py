@@ -42,11 +42,11 @@ def test_a_service_under_attack_works_and_stops(
         ]
         assert client.post("/v1/decodes", content=small_msh).status_code == 200
         assert client.post("/v1/encodes", content=photo).status_code == 200
-        assert [attack.result().status_code for attack in attacks] == [422] * 3
+        assert [attack.result().status_code for attack in attacks] == [422] * len(attacks)
 
         def attack() -> None:
             with contextlib.suppress(httpx.TransportError):  # the service stops
-                client.post("/v1/encodes", content=hostile.strip_offsets())
+                client.post("/v1/encodes", content=hostile.comments())
 
         for _ in range(8):
             pool.submit(attack)

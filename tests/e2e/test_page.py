@@ -123,10 +123,75 @@ def test_a_chosen_photograph_is_encoded_and_decoded_and_its_sizes_are_shown(
     np.testing.assert_array_equal(centre(only(opened, "left", "original"), small), small)
 
 
+def test_a_truncated_photograph_is_decoded_with_a_warning(
+    opened: Page, small: Pixels, tmp_path: Path
+) -> None:
+    data = image.write(small, "jpeg")
+    (tmp_path / "half.jpg").write_bytes(data[: len(data) // 2])
+    draw(opened, tmp_path / "half.jpg")
+    expect(opened.locator("#problem")).to_contain_text("the picture is truncated")
+    expect(opened.locator("#retry")).to_be_hidden()
+
+
 def test_a_dropped_photograph_is_opened(opened: Page, small_png: Path) -> None:
     transfer(opened, small_png, "drop")
     expect(opened.locator("#file")).to_have_text("small.png")
     drawn(opened)
+
+
+def test_the_first_of_several_dropped_files_is_opened(
+    opened: Page, small_png: Path, small_file: Path
+) -> None:
+    transfer(opened, small_png, "drop", small_file)
+    expect(opened.locator("#problem")).to_contain_text("Opened the first of 2 files")
+    expect(opened.locator("#file")).to_have_text("small.png")
+    drawn(opened)
+
+
+def drop_address(page: Page, address: str) -> None:
+    """Drop what browsers hand over for a picture of another page."""
+    page.evaluate(
+        """(address) => {
+            const data = new DataTransfer();
+            data.setData("text/uri-list", `# a comment\r\n${address}`);
+            for (const kind of ["dragenter", "dragover", "drop"]) {
+                const options = { dataTransfer: data, bubbles: true, cancelable: true };
+                document.getElementById("stage").dispatchEvent(new DragEvent(kind, options));
+            }
+        }""",
+        address,
+    )
+
+
+@pytest.mark.parametrize("kind", ["own", "data"])
+def test_a_dropped_address_that_the_page_may_read_is_opened(
+    opened: Page, small_png: Path, kind: str
+) -> None:
+    data = base64.b64encode(small_png.read_bytes()).decode()
+    address = f"data:image/png;base64,{data}"
+    if kind == "own":
+        address = opened.url + "web/samples/parrots.webp"
+    drop_address(opened, address)
+    expect(opened.locator("#file")).to_have_text("picture" if kind == "data" else "parrots.webp")
+    drawn(opened)
+    expect(opened.locator("#problem")).to_be_hidden()
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("https://elsewhere.example/a.png", "cannot read pictures of elsewhere.example"),
+        ("file:///tmp/a.png", "Save the picture, then drop the file"),
+        ("/web/samples/none.webp", "Cannot read the picture"),
+        ("", "Drop a photograph or a bitstream"),
+    ],
+)
+def test_a_dropped_address_that_the_page_cannot_read_is_refused(
+    opened: Page, address: str, message: str
+) -> None:
+    drop_address(opened, address)
+    expect(opened.locator("#problem")).to_contain_text(message)
+    expect(opened.locator("#stage")).not_to_have_class(re.compile("over"))
 
 
 def test_a_pasted_photograph_is_opened(opened: Page, small_png: Path) -> None:
@@ -135,18 +200,23 @@ def test_a_pasted_photograph_is_opened(opened: Page, small_png: Path) -> None:
     drawn(opened)
 
 
-def transfer(page: Page, file: Path, kind: str) -> None:
+def transfer(page: Page, file: Path, kind: str, *others: Path) -> None:
     page.evaluate(
-        """([text, name, kind]) => {
+        """([files, kind]) => {
             const data = new DataTransfer();
-            const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-            data.items.add(new File([bytes], name, { type: "image/png" }));
+            for (const [text, name] of files) {
+                const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+                data.items.add(new File([bytes], name, { type: "image/png" }));
+            }
             const event = kind === "drop"
                 ? new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true })
                 : new ClipboardEvent("paste", { clipboardData: data, bubbles: true });
             document.body.dispatchEvent(event);
         }""",
-        [base64.b64encode(file.read_bytes()).decode(), file.name, kind],
+        [
+            [(base64.b64encode(f.read_bytes()).decode(), f.name) for f in (file, *others)],
+            kind,
+        ],
     )
 
 

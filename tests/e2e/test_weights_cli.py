@@ -49,11 +49,11 @@ def test_list_shows_imported_and_shipped_weights(imported: str) -> None:
     done = afterimage("weights", "list")
     assert done.returncode == 0
     head, first, *shipped = (line.split() for line in done.stdout.splitlines())
-    assert head == ["id", "kind", "quality", "metric", "file", "source"]
+    assert head == ["id", "kind", "model", "quality", "metric", "file", "source"]
     file = f"mbt2018-mean_q5_ms-ssim_{imported}.safetensors"
-    assert first == [imported, "codec", "5", "ms-ssim", file, "mine.pth.tar"]
+    assert first == [imported, "codec", "mbt2018-mean", "5", "ms-ssim", file, "mine.pth.tar"]
     assert {row[-1] for row in shipped} == {"shipped"}
-    assert sorted(row[2] for row in shipped) == ["-", "1", "2", "3"]
+    assert sorted(row[3] for row in shipped) == ["-", "1", "2", "3"]
 
 
 def test_encode_and_decode_use_imported_weights(

@@ -173,6 +173,23 @@ def test_an_unknown_decode_is_not_found(api: httpx.Client, path: str) -> None:
     assert (answer.status_code, answer.headers["content-type"]) == (404, PROBLEM)
 
 
+@pytest.mark.parametrize("query", [True, False])
+def test_an_event_stream_is_resumed_after_the_last_event(
+    api: httpx.Client, small_msh: bytes, query: bool
+) -> None:
+    """Polyfills of EventSource send the id in the query, since they cannot set headers."""
+    job = api.post("/v1/decodes?tier=perceptual&seed=77", content=small_msh).headers["location"]
+    api.delete(job)
+    events = api.get(f"{job}/events").text
+    first = re.findall("^id: (.*)$", events, re.MULTILINE)[0]
+    params = {"lastEventId": first} if query else None
+    headers = None if query else {"Last-Event-ID": first}
+    rest = api.get(f"{job}/events", params=params, headers=headers).text
+    assert f"id: {first}\n" in events
+    assert f"id: {first}\n" not in rest
+    assert "event: canceled" in rest
+
+
 def test_unknown_paths_and_methods_are_problems(api: httpx.Client) -> None:
     for method, path, status in (("GET", "/nothing", 404), ("DELETE", "/v1/inspect", 405)):
         answer = api.request(method, path)

@@ -1,10 +1,13 @@
-"""Photographs that are made to stop the service, sent to the API in this process."""
+"""Truncated photographs, and those made to stop the service, sent to the API in this process."""
 
+import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 from models import image
 from models.codec import bitstream, recovery
@@ -13,6 +16,8 @@ from tests.support import hostile, weights
 from tests.support.api import run_app
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
+
+NPY = {"Accept": "application/x-npy"}
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +49,39 @@ def test_a_hostile_picture_is_refused_and_others_beside_it_succeed(
     assert "save it anew" in answer.json()["detail"]
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_half_a_photograph_is_encoded_with_a_warning(
+    api: httpx.Client, small: image.Pixels, format: str
+) -> None:
+    out = io.BytesIO()
+    Image.fromarray(small).save(out, format)
+    whole, half = out.getvalue(), out.getvalue()[: len(out.getvalue()) // 2]
+    answers = [api.post("/v1/encodes?quality=3", content=data) for data in (whole, half)]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    warnings = [answer.headers.get("x-afterimage-warning") for answer in answers]
+    assert warnings == [None, "the picture is truncated: pixels are missing"]
+    pictures = [
+        np.load(io.BytesIO(api.post("/v1/decodes", content=answer.content, headers=NPY).content))
+        for answer in answers
+    ]
+    top = small.shape[0] // 4
+    assert np.abs(pictures[0][:top].astype(int) - pictures[1][:top]).mean() < 3
+    assert np.abs(pictures[0][-top:].astype(int) - pictures[1][-top:]).mean() > 10
+    document = api.get("/openapi.json").json()["paths"]["/v1/encodes"]["post"]["responses"]["200"]
+    assert set(document["headers"]) >= {"X-Afterimage-Bpp", "X-Afterimage-Warning"}
+
+
+def test_a_photograph_without_pixels_is_refused(api: httpx.Client, small: image.Pixels) -> None:
+    answer = api.post("/v1/encodes", content=image.write(small, "png")[:60])
+    assert answer.status_code == 422
+    assert "truncated" in answer.json()["detail"]
+
+
 def test_instant_decodes_do_not_wait_for_photographs(api: httpx.Client, small_msh: bytes) -> None:
     attacks = 4
     with ThreadPoolExecutor(attacks) as pool:
         sent = [
-            pool.submit(api.post, "/v1/encodes", content=hostile.strip_offsets())
-            for _ in range(attacks)
+            pool.submit(api.post, "/v1/encodes", content=hostile.comments()) for _ in range(attacks)
         ]
         decodes = [api.post("/v1/decodes", content=small_msh).status_code for _ in range(3)]
         assert decodes == [200] * 3

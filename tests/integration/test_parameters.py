@@ -1,5 +1,7 @@
 """What clients send: `Accept`, forms, query parameters, signed links, large seeds."""
 
+import base64
+import gzip
 import json
 import secrets
 from collections.abc import Iterator
@@ -175,6 +177,55 @@ def test_a_content_type_with_too_many_parameters_is_refused(api: httpx.Client, e
     assert "at most 8192 characters and 64 parameters" in answer.json()["detail"]
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "filename*=UTF-8''%D1%84.msh",
+        "filename=\"p.msh\"; filename*=UTF-8''%D1%84.msh",
+        "x=y\rContent-Type: application/octet-stream",
+        "x=y\rContent-Type: image/png",
+    ],
+)
+def test_a_part_is_a_file_without_a_plain_file_name(
+    api: httpx.Client, small_msh: bytes, parameters: str
+) -> None:
+    """As urllib3 before 1.25 sends names that are not ASCII, and parts that are made by hand."""
+    part = f'name="file"; {parameters}\n' + small_msh.decode("latin-1")
+    request = form(part)
+    request["content"] = request["content"].replace(b"\rContent-Type", b"\r\nContent-Type", 1)
+    answer = api.post("/v1/inspect", **request)
+    assert (answer.status_code, answer.json()["bytes"]) == (200, len(small_msh))
+
+
+@pytest.mark.parametrize("before", [b"\r\n", b"This is a form.\r\n", b"A: b\r\n\r\n--x\r\n"])
+def test_text_before_the_first_boundary_of_a_form_is_ignored(
+    api: httpx.Client, small_msh: bytes, before: bytes
+) -> None:
+    request = form('name="file"; filename="p.msh"\n' + small_msh.decode("latin-1"))
+    request["content"] = before + request["content"] + b"text after it"
+    answer = api.post("/v1/inspect", **request)
+    assert (answer.status_code, answer.json()["bytes"]) == (200, len(small_msh))
+
+
+@pytest.mark.parametrize(
+    ("content_type", "removed", "message"),
+    [
+        ("multipart/form-data", b"", "names no boundary; do not set Content-Type yourself"),
+        ("multipart/form-data; boundary=yy", b"", "'--yy' is not in the body"),
+        ("multipart/form-data; boundary=xx", b"--xx--", "truncated: its last boundary, '--xx--'"),
+    ],
+)
+def test_the_error_about_a_broken_form_says_what_is_missing(
+    api: httpx.Client, small_msh: bytes, content_type: str, removed: bytes, message: str
+) -> None:
+    part = 'name="file"; filename="p.msh"\n' + small_msh.decode("latin-1")
+    request = form(part, content_type=content_type)
+    request["content"] = request["content"].removesuffix(removed + b"\r\n")
+    answer = api.post("/v1/inspect", **request)
+    assert answer.status_code == 400
+    assert message in answer.json()["detail"]
+
+
 def test_fields_of_a_form_are_refused_and_named(api: httpx.Client, small: image.Pixels) -> None:
     picture = image.write(small, "png")
     fields = {"quality": "3", "qualty": "3", "csrf": "x"}
@@ -225,7 +276,7 @@ def test_a_form_without_a_file_is_malformed(api: httpx.Client) -> None:
         ("POST", "/v1/inspect", "tier", "this route reads none"),
         ("GET", f"/v1/decodes/{'0' * 32}", "id", "this route reads none"),
         ("DELETE", f"/v1/decodes/{'0' * 32}", "force", "this route reads none"),
-        ("GET", f"/v1/decodes/{'0' * 32}/events", "after", "this route reads none"),
+        ("GET", f"/v1/decodes/{'0' * 32}/events", "after", "this route reads lastEventId"),
         ("POST", f"/v1/decodes/{'0' * 32}/retry", "seed", "this route reads none"),
         ("POST", f"/v1/decodes/{'0' * 32}/links", "second", "did you mean seconds?"),
         ("GET", f"/v1/decodes/{'0' * 32}/image", "amp;realism", "did you mean realism?"),
@@ -339,3 +390,42 @@ def test_the_status_and_the_webhook_have_the_seed_as_text(
     assert isinstance(state, JobState)
     _, data = outbox.event(state)
     assert json.loads(json.dumps(data), parse_int=float)["seed_text"] == str(seed)
+
+
+# Bodies are files as they are.
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "identity, br", "zstd"])
+@pytest.mark.parametrize("path", ["/v1/decodes", "/v1/inspect", "/v1/encodes"])
+def test_a_compressed_body_is_refused_by_its_header(
+    api: httpx.Client, small_msh: bytes, path: str, encoding: str
+) -> None:
+    body = gzip.compress(small_msh)
+    answer = api.post(path, content=body, headers={"Content-Encoding": encoding})
+    assert (answer.status_code, answer.headers["accept-encoding"]) == (415, "identity")
+    assert answer.json()["type"] == "urn:afterimage:problem:unsupported-encoding"
+    assert f"Content-Encoding is {encoding!r}; send the file itself" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("encoding", ["identity", "Identity", ""])
+def test_a_body_may_be_declared_as_not_compressed(
+    api: httpx.Client, small_msh: bytes, encoding: str
+) -> None:
+    headers = {"Content-Encoding": encoding}
+    assert api.post("/v1/inspect", content=small_msh, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/inspect", "/v1/encodes"])
+def test_text_in_place_of_a_file_is_recognised(
+    api: httpx.Client, small_msh: bytes, path: str
+) -> None:
+    encoded = base64.b64encode(small_msh)
+    for body, message in (
+        (encoded, "it is base64 text; send the decoded bytes"),
+        (base64.encodebytes(small_msh), "it is base64 text; send the decoded bytes"),
+        (b"data:image/png;base64," + encoded, "it is a data URL; send the decoded bytes"),
+        (b'{"image": "' + encoded + b'"}', "it is JSON; send the bytes of the file"),
+    ):
+        answer = api.post(path, content=body)
+        assert answer.status_code == 415
+        assert message in answer.json()["detail"]

@@ -256,6 +256,36 @@ def test_the_error_of_an_invalid_url_hides_the_password(url: str) -> None:
         assert "hunter2" not in str(error.value)
 
 
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+sentinel"])
+@pytest.mark.parametrize("password", ["57#hunter2", "57/hunter2", "57?hunter2", "5a?hunter2@", "#"])
+def test_a_password_that_would_end_the_host_of_a_url_is_refused(scheme: str, password: str) -> None:
+    """redis-py would connect to port 57 of localhost."""
+    for user in ("", "user"):
+        with pytest.raises(NoRedis, match="write # / .* in a password as %23 %2F") as error:
+            urls.client(f"{scheme}://{user}:{password}@host:6379/queue/0")
+        assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://host/zero", "redis://host:1/1a", "redis+sentinel://host/queue/zero"]
+)
+def test_a_database_that_is_no_number_is_refused(url: str) -> None:
+    """redis-py would use database 0."""
+    with pytest.raises(NoRedis, match="the database at its end is not a number"):
+        urls.client(url)
+    with pytest.raises(NoRedis, match="the database at its end is not a number"):
+        urls.asynchronous(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://:6379", "redis://host?username=a@b", "redis://:a%23b%40@host:1/2", "redis://host/",
+     "unix:///tmp/a@b.sock?db=1", "redis://[::1]:6379/0", "redis+sentinel://a:1,b/queue"],
+)  # fmt: skip
+def test_a_usual_url_is_accepted(url: str) -> None:
+    urls.close(urls.client(url))
+
+
 def test_a_sentinel_url_has_users_and_tls_options() -> None:
     url = (
         "rediss+sentinel://app:pw@a:1,b/queue/3?ssl_ca_certs=/ca.pem&sentinel_password=other%20one"

@@ -12,8 +12,9 @@ import pytest
 from models import image
 from models.codec.bitstream import Bitstream
 from models.errors import PictureError
+from models.image import Picture
 from models.picture_process import Limits
-from service.encoder import Encoder
+from service.encoder import Encoded, Encoder
 from service.problems import Busy, DeadlineExceeded
 from service.settings import ServiceSettings
 from tests.support import hostile
@@ -52,8 +53,8 @@ def encoder(made: list[Encoder], seconds: float = 0, **settings: Any) -> Encoder
 
 def read_at_once(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the readers return a megapixel at once."""
-    pixels = np.zeros((1000, 1000, 3), np.uint8)
-    monkeypatch.setattr(encoder.readers, "read", lambda *_: pixels)
+    picture = Picture(np.zeros((1000, 1000, 3), np.uint8))
+    monkeypatch.setattr(encoder.readers, "read", lambda *_: picture)
 
 
 def encode(encoder: Encoder, data: bytes = b"") -> Any:
@@ -67,7 +68,7 @@ def test_the_deadline_of_an_encode_grows_with_the_picture(
     hasty = encoder(made, 1.0, request_timeout_s=0.2, encode_megapixel_s=0.1)
     for each in (patient, hasty):
         read_at_once(each, monkeypatch)
-    assert asyncio.run(encode(patient)) == DONE
+    assert asyncio.run(encode(patient)) == Encoded(DONE)
     with pytest.raises(DeadlineExceeded, match="1000×1000 pixels.*0 s; try again later, or send"):
         asyncio.run(encode(hasty))
 
@@ -95,7 +96,7 @@ def test_waiting_for_a_thread_is_bounded(
         with pytest.raises(Busy, match="other photographs") as late:
             await second
         assert all(int(e.value.headers["Retry-After"]) > 0 for e in (full, late))
-        assert await first == DONE
+        assert await first == Encoded(DONE)
 
     asyncio.run(scenario())
 
@@ -104,7 +105,7 @@ def test_a_reader_is_killed_at_the_deadline_of_its_request(made: list[Encoder]) 
     one = encoder(made, request_timeout_s=2, picture_cpu_s=60, encodes_at_once=1)
     one.start()
     with pytest.raises(DeadlineExceeded, match="not read within 2 s"):
-        asyncio.run(encode(one, hostile.strip_offsets()))
+        asyncio.run(encode(one, hostile.comments()))
     assert (one.readers._busy, one.readers._idle) == (set(), [])
 
 
@@ -112,7 +113,7 @@ def test_a_request_that_is_cancelled_leaves_no_reader_behind(made: list[Encoder]
     one = encoder(made, picture_cpu_s=0.5)
 
     async def scenario() -> None:
-        task = asyncio.create_task(encode(one, hostile.strip_offsets()))
+        task = asyncio.create_task(encode(one, hostile.comments()))
         await asyncio.to_thread(until, lambda: one.readers._busy, "the reader is busy")
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -133,7 +134,7 @@ def test_a_service_that_stops_waits_for_no_reader(made: list[Encoder]) -> None:
     threading.Thread(target=close).start()
     began = time.monotonic()
     with pytest.raises(Exception, match="stopping"):
-        asyncio.run(encode(one, hostile.strip_offsets()))
+        asyncio.run(encode(one, hostile.comments()))
     assert time.monotonic() - began < 30
 
 
@@ -142,4 +143,4 @@ def test_a_limit_is_told_as_the_pictures_fault(made: list[Encoder]) -> None:
     with pytest.raises(PictureError, match="more than 0.3 s of CPU time"):
         asyncio.run(encode(one, hostile.comments()))
     small = image.write(np.zeros((8, 8, 3), np.uint8), "png")
-    assert one.readers.read(small, Limits(100, 5, 60)).shape == (8, 8, 3)
+    assert one.readers.read(small, Limits(100, 5, 60)).pixels.shape == (8, 8, 3)

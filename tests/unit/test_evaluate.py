@@ -464,7 +464,7 @@ def test_errors_are_reported_in_one_line(command: Command, tmp_path: Path) -> No
         command()
     file = tmp_path / "in/a.png"
     file.write_bytes(b"no picture")
-    with pytest.raises(SystemExit, match=r"a\.png: not a picture"):
+    with pytest.raises(SystemExit, match=r"a\.png: the file is no picture in a known format"):
         command("--qualities", "2")
     file.write_bytes(image.write(np.zeros((20, 40, 3), np.uint8), "png"))
     with pytest.raises(SystemExit, match=r"a\.png: 40x20; LPIPS needs sides of 31 or more"):

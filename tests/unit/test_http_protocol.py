@@ -43,6 +43,11 @@ async def root(request: Request) -> dict[str, object]:
     return {"root": request.scope["root_path"], "client": request.scope["client"][0]}
 
 
+@app.get("/url/{rest:path}")
+async def url(request: Request) -> dict[str, str]:
+    return {"path": request.path_params["rest"], "url": str(request.url)}
+
+
 @contextlib.contextmanager
 def served(keep_alive_s: int) -> Iterator[int]:
     """Run `app` in a real server; yield its port."""
@@ -89,6 +94,23 @@ def test_an_offer_to_upgrade_is_ignored_and_the_body_is_read(
     assert head.startswith(b"HTTP/1.1 200")
     assert json.loads(body)["body"] == "0123456789"
     assert not [record for record in caplog.records if record.name == "uvicorn.error"]
+
+
+@pytest.mark.parametrize(
+    ("target", "path", "url"),
+    [
+        ("http://b:81/url/a%20b?c=d", "a b", "http://b:81/url/a b?c=d"),
+        ("HTTP://b/url/c", "c", "http://b/url/c"),
+        ("/url/http://c", "http://c", "http://a/url/http://c"),
+    ],
+)
+def test_a_request_target_in_absolute_form_is_routed_by_its_path(
+    port: int, target: str, path: str, url: str
+) -> None:
+    """As clients write it that take the service for a proxy; its host replaces `Host`."""
+    request = f"GET {target} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    _, body = exchange(port, request.encode())
+    assert json.loads(body) == {"path": path, "url": url}
 
 
 @pytest.mark.parametrize("value", ["key", " key", "key ", "key\t", "\t key \t "])

@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, ImageCms
 from models import image
 from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
 from models.image_boxes import Properties
+from tests.support.data import DATA
 from tests.support.pictures import Tags, chunk, grey_tags, png, rgb_tags, tiff
 
 
@@ -86,7 +87,7 @@ def test_a_jpeg_that_lacks_only_its_end_marker_is_read(
     assert np.array_equal(image.read(data[:-2], 10**6), whole)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "GIF"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "GIF", "PPM"])
 def test_half_a_file_is_read_with_a_note_and_refused_without(
     small: image.Pixels, format: str
 ) -> None:
@@ -98,6 +99,14 @@ def test_half_a_file_is_read_with_a_note_and_refused_without(
     assert "truncated" in picture.notes[0]
     with pytest.raises(PictureError, match="truncated"):
         image.read(half, 10**6)
+
+
+def test_half_a_png_of_16_bits_is_read_with_a_note_and_one_without_pixels_is_refused() -> None:
+    row = np.random.default_rng(0).integers(0, 255, 64 * 6, np.uint8).tobytes()
+    data = png(2, 16, row, gamma(100_000), width=64, height=64)
+    assert "truncated" in image.read_with_notes(data[: len(data) // 2], 10**6).notes[0]
+    with pytest.raises(PictureError, match="truncated: it has no pixels"):
+        image.read_with_notes(data[: data.index(b"IDAT") + 6], 10**6)
 
 
 def gamma(value: int) -> bytes:
@@ -193,6 +202,37 @@ def linear_profile() -> bytes:
     head = struct.pack(">I4sI4s4s4s", 156, b"", 0x02400000, b"mntr", b"GRAY", b"XYZ ")
     head = (head.ljust(36, b"\0") + b"acsp").ljust(68, b"\0")
     return (head + struct.pack(">3i", 63190, 65536, 54061)).ljust(128, b"\0") + table + tag
+
+
+def rgb_profile() -> bytes:
+    """An ICC profile of sRGB's primaries whose values are linear light."""
+    columns = ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))
+    tags = {
+        name: b"XYZ " + bytes(4) + struct.pack(">3i", *(round(value * 65536) for value in xyz))
+        for name, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns, strict=True)
+    } | {name: b"curv" + bytes(8) for name in (b"rTRC", b"gTRC", b"bTRC")}
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += struct.pack(">4sII", name, 132 + 12 * len(tags) + len(body), len(content))
+        body += content
+    head = linear_profile()[:16] + b"RGB " + linear_profile()[20:128]
+    return head + table + body
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_16_bit_rgb_tiffs_keep_their_shadows_when_colours_are_converted(
+    order: str, alpha: bool
+) -> None:
+    values = np.array([64, 128, 300, 900, 30000], np.uint16)
+    samples = np.repeat(values[:, None], 4 if alpha else 3, 1)
+    tags = rgb_tags(5, 1, 16) | {34675: (1, list(rgb_profile()))}
+    if alpha:
+        samples[:, 3] = 0xFFFF
+        tags |= {258: (3, [16] * 4), 277: (3, [4]), 338: (3, [2])}
+    data = tiff(tags, samples.astype(f"{order}u2").tobytes(), order)
+    read = image.read(data, 10**6)[0].astype(int)
+    assert np.abs(read - np.array([[3, 6, 14, 31, 180]]).T).max() <= 1
 
 
 @pytest.mark.parametrize("interlaced", [False, True])
@@ -431,3 +471,53 @@ def test_broken_heic_and_jpeg_xl_files_are_named(module: str) -> None:
     with pytest.raises(PictureError, match=name) as caught:
         image.read(data, 10**6)
     assert not isinstance(caught.value, UnsupportedPicture)
+
+
+QUADRANTS = [[200, 80, 20], [40, 160, 80], [20, 60, 180], [220, 220, 220]]
+"""Colours of tests/data/quadrants*.heic: upper left, upper right, lower left, lower right."""
+
+
+def quadrants(pixels: image.Pixels) -> list[list[int]]:
+    height, width = pixels.shape[:2]
+    rows, columns = ([side // 4, 3 * side // 4] for side in (height, width))
+    return [pixels[y, x].tolist() for y in rows for x in columns]
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "transparent"),
+    [
+        ("quadrants", [0, 1, 2, 3], set()),
+        ("quadrants-10bit", [0, 1, 2, 3], set()),
+        ("quadrants-alpha", [0, 1, 2, 3], {1, 3}),
+        ("quadrants-irot", [2, 0, 3, 1], set()),
+    ],
+)
+def test_heic_files_are_read_where_the_extra_is_installed(
+    name: str, order: list[int], transparent: set[int]
+) -> None:
+    """With 8 and 10 bits, transparent pixels, and turned once: in box irot and in Exif data."""
+    pytest.importorskip("pi_heif")
+    data = (DATA / f"{name}.heic").read_bytes()
+    pixels = image.read(data, 10**6)
+    assert pixels.shape == ((64, 48, 3) if name.endswith("irot") else (48, 64, 3))
+    expected = [[255] * 3 if at in transparent else QUADRANTS[at] for at in order]
+    assert np.abs(np.array(quadrants(pixels)) - expected).max() <= 3
+    with pytest.raises(PictureTooLarge):
+        image.read(data, 1000)
+    with pytest.raises(PictureError, match="HEIC"):
+        image.read(data[:-50], 10**6)
+
+
+def test_an_orientation_in_the_exif_data_of_a_jpeg_xl_file_is_ignored() -> None:
+    """ISO/IEC 18181-2: the orientation in the codestream counts, and libjxl applies it."""
+    pytest.importorskip("pillow_jxl")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    data = file(Image.new("RGB", (64, 32)), "JXL", exif=exif.tobytes())
+    assert image.read(data, 10**6).shape == (32, 64, 3)
+
+
+def test_transparent_pixels_of_jpeg_xl_become_white() -> None:
+    pytest.importorskip("pillow_jxl")
+    data = file(Image.new("RGBA", (16, 16), (200, 80, 20, 0)), "JXL", lossless=True)
+    assert first(data) == [255] * 3

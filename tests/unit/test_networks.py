@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from compressai.zoo.image import cfgs
+from compressai.zoo.image import cfgs, model_urls
 
-from models.codec import architectures
+from models.codec import architectures, published
 from models.codec.architectures import ARCHITECTURES
 from models.codec.networks import Network
 from models.errors import ParameterError
@@ -49,3 +49,11 @@ def test_transforms_equal_those_of_compressai(name: str) -> None:
             pairs += [(ours.h_a(y), z), (ours.h_s(z), theirs.h_s(z))]
         for a, b in pairs:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", published.models())
+def test_the_addresses_of_weights_are_those_of_compressai(name: str) -> None:
+    for metric, qualities in model_urls[name].items():
+        theirs = [qualities[q] for q in range(1, ARCHITECTURES[name].qualities + 1)]
+        ours = [published.url(name, metric, q) for q in range(1, len(theirs) + 1)]
+        assert ours == theirs

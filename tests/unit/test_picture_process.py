@@ -2,11 +2,15 @@
 
 import io
 import os
+import re
 import signal
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from models import image, picture_process
 from models.errors import PictureError, PictureTooLarge, Unavailable, UnsupportedPicture
 from models.picture_process import Limits, PictureReaders, memory_limit
 from tests.support import hostile
+from tests.support.pictures import chunk
 
 LIMITS = Limits(max_pixels=1_000_000, cpu_s=5, elapsed_s=60)
 SLOW = Limits(max_pixels=10**7, cpu_s=60, elapsed_s=60)
@@ -50,9 +55,17 @@ def wait_until_busy(readers: PictureReaders) -> int:
 
 
 def test_a_reader_returns_what_reading_in_the_process_returns(readers: PictureReaders) -> None:
-    pixels = readers.read(png(), LIMITS)
-    assert np.array_equal(pixels, image.read(png(), 10**6))
-    assert pixels.flags.writeable
+    picture = readers.read(png(), LIMITS)
+    assert np.array_equal(picture.pixels, image.read(png(), 10**6))
+    assert picture.pixels.flags.writeable
+    assert picture.notes == ()
+
+
+def test_a_reader_returns_the_notes_on_a_truncated_file(readers: PictureReaders) -> None:
+    data = png()[:-3000]
+    picture, expected = readers.read(data, LIMITS), image.read_with_notes(data, 10**6)
+    assert picture.notes == expected.notes != ()
+    assert np.array_equal(picture.pixels, expected.pixels)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +74,7 @@ def test_a_reader_returns_what_reading_in_the_process_returns(readers: PictureRe
         (b"", PictureError, "empty"),
         (b"nothing", UnsupportedPicture, "PNG"),
         (png(1100, 1000), PictureTooLarge, "1100×1000"),
-        (png()[:-100], PictureError, "truncated"),
+        (png()[:60], PictureError, "truncated"),
     ],
 )
 def test_errors_keep_their_class_and_text(
@@ -81,14 +94,14 @@ def test_a_file_that_takes_too_much_cpu_time_ends_its_reader_alone(
     with pytest.raises(PictureError, match=r"more than 0.3 s of CPU time.*save it anew"):
         readers.read(hostile.FILES[name](), Limits(10**7, cpu_s=0.3, elapsed_s=60))
     assert readers._idle == []
-    assert readers.read(png(), LIMITS).shape == (48, 64, 3)
+    assert readers.read(png(), LIMITS).pixels.shape == (48, 64, 3)
 
 
 def test_a_file_that_takes_too_long_ends_its_reader_alone(readers: PictureReaders) -> None:
     with pytest.raises(TimeoutError, match="within 0.5 s"):
         readers.read(hostile.comments(), Limits(10**6, cpu_s=60, elapsed_s=0.5))
     assert readers._idle == []
-    assert readers.read(png(), LIMITS).shape == (48, 64, 3)
+    assert readers.read(png(), LIMITS).pixels.shape == (48, 64, 3)
 
 
 def test_a_file_that_takes_too_much_memory_ends_its_reader_alone() -> None:
@@ -97,15 +110,62 @@ def test_a_file_that_takes_too_much_memory_ends_its_reader_alone() -> None:
     Image.new("RGB", (9_000, 9_000)).save(out, "PNG")
     with pytest.raises(PictureError, match=r"more than 0.5 GiB of memory"):
         readers.read(out.getvalue(), Limits(400_000_000, 60, 120))
-    assert readers.read(png(), LIMITS).shape == (48, 64, 3)
+    assert readers.read(png(), LIMITS).pixels.shape == (48, 64, 3)
     readers.close()
+
+
+def profile(size: int, tags: int) -> bytes:
+    """An ICC profile that declares 4 GiB and so many tags of 4 GiB, in `size` bytes of zeros."""
+    head = struct.pack(">I4sI4s4s4s", 2**32 - 1, b"lcms", 0x04400000, b"mntr", b"RGB ", b"XYZ ")
+    head = (head.ljust(36, b"\0") + b"acsp").ljust(128, b"\0") + struct.pack(">I", tags)
+    table = struct.pack(">4sII", b"A2B0", 132, 2**32 - 1) * min(tags, 1000)
+    return (head + table).ljust(size, b"\0")
+
+
+def with_profile(format: str, icc: bytes) -> bytes:
+    out = io.BytesIO()
+    options = {"lossless": True} if format == "WEBP" else {}
+    Image.new("RGB", (8, 8), (40, 160, 80)).save(out, format, icc_profile=icc, **options)
+    return out.getvalue()
+
+
+def png_bomb(name: bytes, before: bytes, megabytes: int) -> bytes:
+    """A PNG with a chunk that unpacks to so many megabytes."""
+    packer = zlib.compressobj(1)
+    packed = packer.compress(profile(10**6, 2**32 - 1))
+    packed += b"".join(packer.compress(bytes(10**6)) for _ in range(megabytes)) + packer.flush()
+    data = image.write(np.full((8, 8, 3), (40, 160, 80), np.uint8), "png")
+    return data[:33] + chunk(name, before + packed) + data[33:]
+
+
+BOMBS = {
+    "PNG, 300 MB unpacked": lambda: png_bomb(b"iCCP", b"wide\0\0", 300),
+    "PNG, 30 MB unpacked": lambda: png_bomb(b"iCCP", b"wide\0\0", 30),
+    "PNG, a text of 300 MB": lambda: png_bomb(b"zTXt", b"text\0\0", 300),
+    "PNG, a text of 300 MB in UTF-8": lambda: png_bomb(b"iTXt", b"text\0\1\0\0\0", 300),
+    "JPEG, 255 segments": lambda: with_profile("JPEG", profile(255 * 65519, 2**32 - 1)),
+    "JPEG, many tags": lambda: with_profile("JPEG", profile(20_000, 100)),
+    "WebP, 16 MB": lambda: with_profile("WEBP", profile(16 * 2**20, 2**32 - 1)),
+    "TIFF, 16 MB": lambda: with_profile("TIFF", profile(16 * 2**20, 2**32 - 1)),
+    "AVIF, 16 MB": lambda: with_profile("AVIF", profile(16 * 2**20, 2**32 - 1)),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_profile_that_lies_about_its_size_is_ignored_in_little_time_and_memory(
+    readers: PictureReaders, name: str
+) -> None:
+    picture = readers.read(BOMBS[name](), Limits(10**6, cpu_s=3, elapsed_s=60))
+    assert np.abs(picture.pixels[0, 0].astype(int) - (40, 160, 80)).max() <= 3
+    peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{only(readers)}/status").read_text())
+    assert peak and int(peak[1]) * 1024 < 300 * 10**6
 
 
 def test_a_reader_that_was_killed_while_it_was_idle_is_replaced(readers: PictureReaders) -> None:
     readers.start()
     killed = only(readers)
     os.kill(killed, signal.SIGKILL)
-    assert readers.read(png(), LIMITS).shape == (48, 64, 3)
+    assert readers.read(png(), LIMITS).pixels.shape == (48, 64, 3)
     assert only(readers) != killed
 
 
@@ -122,7 +182,7 @@ def test_a_file_whose_reader_was_killed_from_outside_is_read_again_once(
                     os.kill(pid, signal.SIGKILL)
                     killed.add(pid)
             if kills == 1:
-                assert reading.result(60).shape == (1, 1, 3)
+                assert reading.result(60).pixels.shape == (1, 1, 3)
             else:
                 with pytest.raises(Unavailable, match="ended twice.*try again"):
                     reading.result(60)
@@ -170,9 +230,9 @@ def test_a_reader_that_a_file_took_over_cannot_harm_the_service(
 
 def test_several_files_are_read_at_a_time(readers: PictureReaders) -> None:
     with ThreadPoolExecutor() as pool:
-        slow = pool.submit(readers.read, hostile.strip_offsets(), Limits(10**7, 60, 60))
+        slow = pool.submit(readers.read, hostile.comments(), Limits(10**7, 60, 60))
         pid = wait_until_busy(readers)
-        assert readers.read(png(), LIMITS).shape == (48, 64, 3)
+        assert readers.read(png(), LIMITS).pixels.shape == (48, 64, 3)
         assert not slow.done()
         os.kill(pid, signal.SIGKILL)
         readers.close()
@@ -185,7 +245,7 @@ def test_closing_ends_what_is_being_read(readers: PictureReaders) -> None:
 
     def read() -> None:
         with pytest.raises(Unavailable, match="stopping"):
-            readers.read(hostile.strip_offsets(), SLOW)
+            readers.read(hostile.comments(), SLOW)
         ended.set()
 
     threading.Thread(target=read, daemon=True).start()

@@ -41,6 +41,7 @@ def client(url: str, **settings: Any) -> redis.Redis:
     Raises `NoRedis` for an invalid URL.
     """
     try:
+        _check(url)
         if "+sentinel://" not in url:
             return redis.Redis.from_url(url, **settings)
         parsed = _parse(url, settings)
@@ -56,6 +57,7 @@ def client(url: str, **settings: Any) -> redis.Redis:
 def asynchronous(url: str, **settings: Any) -> redis.asyncio.Redis:
     """Like `client`, for asyncio."""
     try:
+        _check(url)
         if "+sentinel://" not in url:
             return redis.asyncio.Redis.from_url(url, **settings)
         parsed = _parse(url, settings)
@@ -74,6 +76,29 @@ def close(connected: redis.Redis) -> None:
     manager = getattr(connected.connection_pool, "sentinel_manager", None)
     for sentinel in manager.sentinels if manager else ():
         sentinel.close()
+
+
+def _check(url: str) -> None:
+    """Raise `ValueError` for a URL that redis-py would read as that of another server or database.
+
+    The error does not repeat parts of the URL: they may belong to the password.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        return
+    before, at, _ = parts.query.partition("@")
+    in_query = bool(at) and "=" not in before  # options are written name=value
+    if "@" in parts.path + parts.fragment or in_query:
+        advice = "write # / ? @ : % in a password as %23 %2F %3F %40 %3A %25"
+        raise ValueError(f"the password has characters with a meaning in URLs; {advice}")
+    database = parts.path.rpartition("/")[2] if parts.path.count("/") > _depth(parts) else ""
+    if database and not (database.isascii() and database.isdigit()):
+        raise ValueError("the database at its end is not a number; write for example /0")
+
+
+def _depth(parts: SplitResult) -> int:
+    """The number of slashes in the path of a URL that names no database."""
+    return 1 if parts.scheme.endswith("+sentinel") else 0
 
 
 def _parse(url: str, settings: dict[str, Any]) -> _Sentinels:
