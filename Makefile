@@ -58,8 +58,8 @@ docs: $(READY) ## update the tables of environment variables in deploy/OPERATING
 hooks: $(READY) ## run ruff and mypy before each git commit
 	@$(BIN)/pre-commit install
 
-bench: $(READY) $(if $(filter decode diffusion http photograph,$(PART)),,browser) ## measure time and memory, against CompressAI (PART=decode, diffusion, http, photograph or page; default: all)
-	@for part in $(or $(PART),decode diffusion http photograph page); do $(BIN)/python -P tests/bench/$$part.py || exit; done
+bench: $(READY) $(if $(filter decode zoo diffusion http photograph,$(PART)),,browser) ## measure time and memory, against CompressAI (PART=decode, zoo, diffusion, http, photograph or page; default: all)
+	@for part in $(or $(PART),decode zoo diffusion http photograph page); do $(BIN)/python -P tests/bench/$$part.py || exit; done
 
 chaos: $(READY) ## jobs while workers and Redis are killed, for MINUTES=10; fails if a job is lost
 	@OMP_NUM_THREADS=1 $(BIN)/python -P tests/chaos/run.py --minutes $(or $(MINUTES),10)

@@ -46,7 +46,7 @@ _COMPRESSAI = struct.Struct(">BBII")
 _DEPTH = struct.Struct(">B")
 _BODY = struct.Struct(">III")
 _LENGTH = struct.Struct(">I")
-_OLD_MODELS = (
+OLD_MODELS = (
     "bmshj2018-factorized", "bmshj2018-hyperprior", "mbt2018-mean", "mbt2018",
     "cheng2020-anchor", "cheng2020-attn", "ssf2020",
 )  # fmt: skip
@@ -69,8 +69,8 @@ class _Layout:
 
 _LAYOUTS: tuple[_Layout, ...] = (
     _Layout("1.2.2 and later", _MODELS),
-    _Layout("1.2.0 to 1.2.1", _OLD_MODELS),
-    _Layout("1.0.3 to 1.1.9", _OLD_MODELS, has_depth=False),
+    _Layout("1.2.0 to 1.2.1", OLD_MODELS),
+    _Layout("1.0.3 to 1.1.9", OLD_MODELS, has_depth=False),
 )
 """The newest first. In which a model id has another meaning, it is another reading of the file."""
 _DEPTH_AT = _COMPRESSAI.size
