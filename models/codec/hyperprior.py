@@ -89,6 +89,7 @@ class LatentCoder:
         Raises `CorruptStream` or `DesynchronisedStream`, `Unavailable` as `_recover` does, and
         `LengthMismatch` if a side of `size` is not a multiple of 64.
         """
+        latent_shape(size, STRIDE_Z)
         rans.parse_words(y_string)  # checks y before the time for `h_s` is spent
         z_symbols = self.decode_z(z_string, size)
         with torch.inference_mode():
