@@ -6,13 +6,14 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_bytes
-from torch import Tensor
 
 from models.errors import WeightsError
+
+if TYPE_CHECKING:  # torch takes seconds to load, and manifests are read without it
+    from torch import Tensor
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Folder of the shipped weights. Its `manifest.toml` lists every file."""
@@ -37,12 +38,14 @@ class Entry:
     model: str = ""  # a codec's architecture; empty for mbt2018-mean and for the diffusion decoder
 
 
-def weights_id(tensors: Mapping[str, Tensor]) -> str:
+def weights_id(tensors: "Mapping[str, Tensor]") -> str:
     """Return 16 hex digits that identify the tensors, independent of their file.
 
     They are the first 8 bytes of a SHA-256 over the name, dtype, shape and bytes of each tensor, in
     the order of the names.
     """
+    import torch
+
     h = hashlib.sha256()
     for name in sorted(tensors):
         t = tensors[name].contiguous()
@@ -70,14 +73,25 @@ def manifest(folder: Path = WEIGHTS) -> list[Entry]:
         raise WeightsError(f"{path}: not a valid manifest: {e}; import the weights again") from e
 
 
-def load(entry: Entry, folder: Path = WEIGHTS) -> dict[str, Tensor]:
+def decoder_entry(folder: Path = WEIGHTS) -> Entry:
+    """The diffusion decoder's entry in a manifest. Raises `WeightsError` if there is none."""
+    for entry in manifest(folder):
+        if entry.kind == "decoder":
+            return entry
+    raise WeightsError(
+        f"{folder / 'manifest.toml'}: names no diffusion decoder; reinstall Afterimage, or install "
+        "a decoder with `python -m models.train export`"
+    )
+
+
+def load(entry: Entry, folder: Path = WEIGHTS) -> "dict[str, Tensor]":
     """Load and verify an entry's tensors. Raises as `load_with_metadata` does."""
     return load_with_metadata(entry, folder)[0]
 
 
 def load_with_metadata(
     entry: Entry, folder: Path = WEIGHTS
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+) -> "tuple[dict[str, Tensor], dict[str, str]]":
     """Load and verify an entry's tensors, in their stored dtypes, and the file's metadata.
 
     Raises `WeightsError` if the file is missing or is not the one in the manifest.
@@ -97,7 +111,7 @@ def load_with_metadata(
     return tensors, metadata
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
     """Read tensors and metadata of a safetensors file without a manifest.
 
     Raises `WeightsError` if the file is missing or damaged.
@@ -112,9 +126,11 @@ def _read_bytes(path: Path) -> bytes:
         raise WeightsError(f"{path}: {e.strerror}") from e
 
 
-def _parse(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _parse(data: bytes, path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
+    from safetensors.torch import load as load_tensors
+
     try:
-        tensors = load_bytes(data)
+        tensors = load_tensors(data)
     except SafetensorError as e:
         raise WeightsError(f"{path}: {e}") from e
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

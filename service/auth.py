@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastapi import Request
 
-from service import keys, parameters, prefix, signed_urls
+from service import addresses, keys, parameters, prefix, signed_urls
 from service.keys import SCOPES, Key, KeysError, Scope
 from service.problems import Forbidden, Unauthorized
 
@@ -20,12 +20,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """An authenticated client: its name, its scopes, and the limits set by its key."""
+    """An authenticated client: its name, its scopes, and the limits set by its key.
+
+    With a link, it may see one picture, whoever has submitted the decode.
+    """
 
     name: str
     scopes: frozenset[Scope]
     requests_per_minute: int | None = None
     jobs_at_once: int | None = None
+    has_link: bool = False
 
 
 class Keys:
@@ -82,7 +86,7 @@ def _file_version(path: Path) -> tuple[int, ...] | None:
 
 
 def anonymous(request: Request) -> Caller:
-    """The caller on a service without API keys: has all scopes; its name is its IP address."""
+    """The caller on a service without API keys: has all scopes; its address is its name."""
     return Caller(client_address(request), frozenset(SCOPES))
 
 
@@ -100,7 +104,7 @@ def link_holder(request: Request, secret: bytes | None) -> Caller | None:
     if not signed_urls.valid(secret, prefix.routed(request.scope["path"]), query, time.time()):
         message = "the link's address was altered, or it has expired; ask for a new link"
         raise Unauthorized(message, {"WWW-Authenticate": "Bearer"})
-    return Caller(f"link:{client_address(request)}", frozenset())
+    return Caller(f"link:{client_address(request)}", frozenset(), has_link=True)
 
 
 def authenticate(keys: Keys, token: str | None, scope: Scope) -> Caller:
@@ -124,5 +128,5 @@ def authenticate(keys: Keys, token: str | None, scope: Scope) -> Caller:
 
 
 def client_address(request: Request) -> str:
-    """The client's IP address; empty if the server does not know it."""
-    return request.client.host if request.client else ""
+    """The client's IPv4 address or the /64 of its IPv6 address; empty if it is not known."""
+    return addresses.network(request.client.host) if request.client else ""

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from redis.asyncio import Redis as AsyncRedis
 
 from models import checkpoint, library
-from models.errors import WeightsError
 from models.library import Library
 from service.auth import Keys
 from service.encoder import Encoder
@@ -55,9 +54,7 @@ def load(settings: ServiceSettings, connected: Store, keys: Keys | None) -> Serv
     secret = settings.link_secret
     codecs = library.load(settings.threads, with_decoder=False, folder=settings.weights_dir)
     codecs.warm_up()
-    decoder = next((e for e in checkpoint.manifest() if e.kind == "decoder"), None)
-    if decoder is None:
-        raise WeightsError("the weights manifest lists no diffusion decoder")
+    decoder = checkpoint.decoder_entry()
     encoder = Encoder(codecs, settings)
     encoder.start()
     jobs = Jobs(connected, settings.job_timeout_s)

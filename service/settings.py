@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
@@ -28,6 +28,10 @@ class ServiceSettings(WorkerSettings):
     )
     api_keys: Path | None = Field(
         None, description="TOML file of API keys; if unset, no authentication"
+    )
+    private: bool = Field(
+        False,
+        description="1: a decode is shown only to callers that submitted it; needs API keys",
     )
     link_secret: SecretStr | None = Field(
         None,
@@ -96,3 +100,13 @@ class ServiceSettings(WorkerSettings):
                 "run without keys"
             )
         return values
+
+    @model_validator(mode="after")
+    def _private_has_keys(self) -> Self:
+        """Refuse a private service without keys: an address does not prove who somebody is."""
+        if self.private and self.api_keys is None:
+            raise ValueError(
+                "AFTERIMAGE_PRIVATE is set, but AFTERIMAGE_API_KEYS is not; name the file of API "
+                "keys, or unset AFTERIMAGE_PRIVATE"
+            )
+        return self

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from weakref import WeakValueDictionary
 
 import anyio
 import anyio.to_thread
@@ -26,8 +28,13 @@ from worker.webhooks.settings import check_url
 IDEMPOTENCY_TTL_S = 24 * 3600
 """How long an `Idempotency-Key` is remembered."""
 
-_RESOLVER_THREADS = anyio.CapacityLimiter(8)
+RESOLVERS_PER_CALLER = 2
+"""Webhook hosts of one caller that are resolved at once: a slow name server delays only the callers
+that name it."""
+_RESOLVER_THREADS = anyio.CapacityLimiter(32)
 """Threads that resolve webhook hosts; separate, so that slow DNS does not block other requests."""
+_RESOLVERS: WeakValueDictionary[str, anyio.CapacityLimiter] = WeakValueDictionary()
+"""The shares of the callers that have hosts resolved now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +86,9 @@ class Submission:
         state = await anyio.to_thread.run_sync(self.services.jobs.get, self.decode.id)
         finished = await self._finished(state, format, {**headers, "X-Cache": "hit"})
         metrics.cache("picture", finished is not None)
-        for url in self.params.webhooks:
-            await anyio.to_thread.run_sync(
-                check_url, url, self.services.webhooks, limiter=_RESOLVER_THREADS
-            )
+        await self._check_webhooks()
         if state is not None and finished is not None:
+            await anyio.to_thread.run_sync(self._add_submitter)
             await anyio.to_thread.run_sync(self._notify_webhooks, state)
             return finished
         headers["X-Cache"] = "miss"
@@ -112,7 +117,10 @@ class Submission:
     async def _respond_async(
         self, format: OutputFormat | None, headers: dict[str, str]
     ) -> Response:
-        """Queue the job and return 202, or the picture if it is ready within `Prefer: wait`."""
+        """Queue the job and return 202, or the picture if it is ready within `Prefer: wait`.
+
+        Unlike a question about the state, this does not extend the subscription of `deadline_s`.
+        """
         await self.services.instant.check(self.upload.bitstream)
         state, eta_s = await self._submit()
         if self.prefer.wait_s:
@@ -121,14 +129,13 @@ class Submission:
                 self.services, self.request, state.id, self.prefer.wait_s
             )
             self.request.state.waited_s = time.perf_counter() - began
-            state = await watching.load_and_renew(self.services, state.id, self.caller.name)
+            find = partial(watching.find, self.services, state.id, self.caller)
+            state = await anyio.to_thread.run_sync(find)
             eta_s = None
             applied = {"Preference-Applied": f"wait={self.prefer.wait_s}"}
             finished = await self._finished(state, format, {**headers, **applied})
             if finished is not None:
                 return finished
-        else:
-            await anyio.to_thread.run_sync(watching.renew, self.services, state, self.caller.name)
         response = await watching.pending_response(self.services, state, eta_s)
         response.headers.update({**headers, "Preference-Applied": self.prefer.applied})
         return response
@@ -162,6 +169,7 @@ class Submission:
     def _submit_now(self) -> tuple[JobState, bool, float | None]:
         jobs = self.services.jobs
         self.services.quotas.job(self.caller, self.decode.id)
+        self._add_submitter()
         self._register_webhooks()  # before queueing, so that the end of the job is not missed
         # a caller with webhooks does not poll, which would extend its subscription
         subscription_s = MAX_SUBSCRIPTION_S if self.params.webhooks else self.params.deadline_s
@@ -177,9 +185,23 @@ class Submission:
             jobs.save_eta(state.id, eta_s)
         return state, created, eta_s
 
+    def _add_submitter(self) -> None:
+        """In a private service, let the caller see the decode."""
+        if self.services.settings.private:
+            self.services.jobs.add_submitter(self.decode.id, self.caller.name)
+
+    async def _check_webhooks(self) -> None:
+        """Raise `ParameterError` unless webhooks may be sent to all URLs of the request."""
+        share = _RESOLVERS.setdefault(self.caller.name, anyio.CapacityLimiter(RESOLVERS_PER_CALLER))
+        for url in self.params.webhooks:
+            async with share:
+                await anyio.to_thread.run_sync(
+                    check_url, url, self.services.webhooks, limiter=_RESOLVER_THREADS
+                )
+
     def _register_webhooks(self) -> None:
         for url in self.params.webhooks:
-            outbox.register(self.services.store, self.decode.id, url)
+            outbox.register(self.services.store, self.decode.id, self.caller.name, url)
 
     def _notify_webhooks(self, state: JobState) -> None:
         """Queue messages to this request's webhooks about a job that has already ended."""

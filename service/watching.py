@@ -10,6 +10,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from service import schemas
+from service.auth import Caller
 from service.problems import Conflict, JobNotFound, PictureGone
 from service.services import Services
 from worker.queue import estimates
@@ -20,20 +21,29 @@ from worker.queue.records import ENDED, JobState
 from worker.queue.store import BLOCK_S
 
 
-def find(services: Services, id: str) -> JobState:
-    """Return the state of a decode, without a change of subscriptions. Raises `JobNotFound`."""
-    state = services.jobs.get(id)
+def find(services: Services, id: str, caller: Caller) -> JobState:
+    """Return the state of a decode, without a change of subscriptions.
+
+    Raises `JobNotFound` if it does not exist, or if the service is private and the caller has not
+    submitted the decode: the two cases look the same.
+    """
+    hidden = (
+        services.settings.private
+        and not caller.has_link
+        and not services.jobs.has_submitted(id, caller.name)
+    )
+    state = None if hidden else services.jobs.get(id)
     if state is None:
         raise JobNotFound(f"there is no decode {id}: it was never submitted, or has expired")
     return state
 
 
-async def load_and_renew(services: Services, id: str, caller: str) -> JobState:
+async def load_and_renew(services: Services, id: str, caller: Caller) -> JobState:
     """Return the state of a decode and extend the caller's subscription. Raises `JobNotFound`."""
 
     def find_and_renew() -> JobState:
-        state = find(services, id)
-        renew(services, state, caller)
+        state = find(services, id, caller)
+        renew(services, state, caller.name)
         return state
 
     return await anyio.to_thread.run_sync(find_and_renew)

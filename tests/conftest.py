@@ -14,6 +14,7 @@ from models.codec.codec import Codec
 from models.diffusion.decoder import Decoder
 from models.diffusion.presets import COMPACT
 from models.diffusion.unet import UNet
+from tests.chaos import attack_webhooks
 from tests.support import scheduling, weights
 from tests.support.data import PHOTO
 from tests.support.service import WEBHOOK_SECRET, Service, connected, free_port, run_service
@@ -170,7 +171,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, webhook_port: int) -> Iter
             "REDIS_URL": urls[0],
             "CACHE_REDIS_URL": urls[1],
             "AFTERIMAGE_WEBHOOK_SECRET": WEBHOOK_SECRET,
-            "AFTERIMAGE_WEBHOOK_ALLOW": f"127.0.0.1:{webhook_port}",
+            "AFTERIMAGE_WEBHOOK_ALLOW": f"127.0.0.1:{webhook_port} {attack_webhooks.RECEIVERS}",
             **LIMITS,
         }
         with run_service(folder, **environment) as running:

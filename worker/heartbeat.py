@@ -2,11 +2,13 @@
 
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from models import folders
 from worker.attempt import Attempt
 from worker.queue import estimates
 from worker.queue.jobs import HEARTBEAT_S, LEASE_S, Jobs
@@ -61,8 +63,12 @@ class Heartbeat(threading.Thread):
             log.exception("heartbeat: unexpected error; the next heartbeat tries again")
 
     def _touch_file(self) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.touch()
+        folders.private(self.file.parent)
+        descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            os.utime(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _beat(self) -> None:
         try:

@@ -9,6 +9,7 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from models.errors import AfterimageError
 from worker.settings import WorkerSettings, prepare_process, without_garbage_collection
 from worker.telemetry import logs, tracing
 
@@ -36,10 +37,12 @@ def main() -> int:
     settings = WorkerSettings()
     if not settings.redis_url:
         return _complain("set REDIS_URL: a worker needs a queue", 2)
-    prepare_process(settings)
+    try:
+        prepare_process(settings)
+    except (AfterimageError, OSError) as e:
+        return _complain(f"the worker cannot start: {e}", 1)
     os.nice(settings.nice)
     with without_garbage_collection():
-        from models.errors import AfterimageError
         from worker.queue.store import RedisError
 
         try:

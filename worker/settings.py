@@ -18,6 +18,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from models import folders
 from models.geometry import MAX_PIXELS
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
@@ -26,6 +27,8 @@ _TRIM_THRESHOLD = 2**30
 _PREFIX = "AFTERIMAGE_"
 _MAY_BE_EMPTY = (_PREFIX, "NUMBA_", "OMP_", "REDIS_URL", "CACHE_REDIS_URL", "WEB_CONCURRENCY")
 """Beginnings of the names of variables that count as unset when they are empty."""
+_CACHE_FOLDERS = ("openvino", "queue", "spool", "alive")
+"""What is in `cache_dir`, besides numba's folder."""
 
 
 def secrets_dir() -> Path | None:
@@ -148,13 +151,30 @@ def prepare_process(settings: WorkerSettings) -> None:
     Code compiled by numba and OpenVINO is cached in `cache_dir`. Waiting OpenMP threads sleep: if
     they spin, an instant decode next to a busy worker takes 0.88 s instead of 0.47 s (768×512, two
     cores). Freed memory stays in the process. Empty variables are unset, for child processes too.
+    Raises `UntrustedFolder` if another user could change the cache or the weights.
     """
     _keep_freed_memory()
     _unset_empty_variables()
     os.environ.setdefault("NUMBA_CACHE_DIR", str(settings.cache_dir / "numba"))
+    _check_folders(settings)
     os.environ["AFTERIMAGE_CACHE_DIR"] = str(settings.cache_dir)
     os.environ["AFTERIMAGE_GS_PRECISION"] = settings.gs_precision
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _check_folders(settings: WorkerSettings) -> None:
+    """Raise `UntrustedFolder` if another user could change the cache or the weights.
+
+    The folder of numba, which loads what it finds there, is created if possible: nobody else can
+    create it later. A weights folder without a manifest is not read.
+    """
+    numba = Path(os.environ["NUMBA_CACHE_DIR"])
+    with contextlib.suppress(OSError):
+        folders.private(numba)
+    for folder in (numba, *(settings.cache_dir / name for name in _CACHE_FOLDERS)):
+        folders.check(folder)
+    if os.path.exists(settings.weights_dir / "manifest.toml"):
+        folders.check(settings.weights_dir, recursive=False)
 
 
 def _unset_empty_variables() -> None:

@@ -2,20 +2,34 @@
 
 import contextlib
 import logging
+import os
 import re
+import stat
+import struct
 import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from models import folders
+from models.errors import AfterimageError
 from models.files import atomic_write
+from models.image_png import SIGNATURE
 from worker.attempt import Attempt, LeaseLost
 from worker.queue.jobs import Jobs
+from worker.queue.records import DecodeRequest
 from worker.queue.store import RECORD_TTL_S
 
 log = logging.getLogger(__name__)
 
+MAX_PIXEL_BYTES, MAX_METADATA_BYTES = 4, 2**20
+"""Largest size of a spooled file: PNG without compression, and what surrounds the pixels."""
+
 _NAME = re.compile(r"([0-9a-f]{32})\.(\d+)\.png")
+
+
+class NotSpooled(AfterimageError):
+    """A file in the spool is not the picture of its job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +39,11 @@ class Spool:
     folder: Path
 
     def save(self, attempt: Attempt, png: bytes) -> Path:
-        """Write the picture of an attempt atomically; return the file."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """Write the picture of an attempt atomically; return the file.
+
+        Raises `OSError`, and `UntrustedFolder` if another user could change the spool.
+        """
+        folders.private(self.folder)
         file = self.folder / f"{attempt.id}.{attempt.state.fence}.png"
         with atomic_write(file) as part:
             part.write_bytes(png)
@@ -36,19 +53,23 @@ class Spool:
         """Commit the pictures of workers that have exited, and delete the files.
 
         `exclude` holds the ids of jobs whose pictures this process commits itself. If another
-        attempt has begun, the picture is deleted. Raises `RedisError`.
+        attempt has begun, the picture is deleted, and so is a file that is not one. Raises
+        `RedisError`, and `UntrustedFolder` if another user could change the spool.
         """
+        folders.check(self.folder)
         for file, job_id, fence in self._files():
             if job_id in exclude:
                 continue
             try:
                 state = jobs.record(job_id)
                 if state is not None:
-                    Attempt(jobs, replace(state, fence=fence)).commit(file.read_bytes())
+                    png = _read(file, state.decode)
+                    Attempt(jobs, replace(state, fence=fence)).commit(png)
                     log.info("job %s: committed its spooled picture", job_id)
-            except (LeaseLost, FileNotFoundError) as e:
+            except (LeaseLost, NotSpooled, FileNotFoundError) as e:
                 log.info("job %s: deleted its spooled picture: %s", job_id, e)
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.unlink()
 
     @staticmethod
     def remove_expired(root: Path) -> None:
@@ -63,3 +84,27 @@ class Spool:
         for file in sorted(self.folder.glob("*.png")):
             if match := _NAME.fullmatch(file.name):
                 yield file, match[1], int(match[2])
+
+
+def _read(file: Path, decode: DecodeRequest) -> bytes:
+    """Read a spooled picture.
+
+    Raises `NotSpooled` unless it is a file of this user with a PNG of the decode's size, and
+    `FileNotFoundError`.
+    """
+    limit = MAX_PIXEL_BYTES * decode.width * decode.height + MAX_METADATA_BYTES
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise NotSpooled(f"{file}: {e.strerror}") from e
+    with open(descriptor, "rb") as source:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or not folders.is_trusted(status):
+            raise NotSpooled(f"{file} is no file of this user")
+        png = source.read(limit + 1)
+    size = struct.pack(">4sII", b"IHDR", decode.width, decode.height)
+    if len(png) > limit or png[:8] != SIGNATURE or png[12:24] != size:
+        raise NotSpooled(f"{file} is no PNG of {decode.width}×{decode.height} pixels")
+    return png

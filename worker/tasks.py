@@ -17,6 +17,7 @@ from models import geometry
 from models.codec import bitstream
 from models.diffusion.decoder import WINDOW, DiffusionInput
 from models.errors import AfterimageError, Canceled, WrongWeights
+from models.folders import UntrustedFolder
 from models.geometry import STRIDE_Y
 from worker import context
 from worker.attempt import Attempt, LeaseLost
@@ -252,7 +253,7 @@ def _spool(worker: WorkerContext, attempt: Attempt, png: bytes) -> Path | None:
     """
     try:
         return worker.spool.save(attempt, png)
-    except OSError as e:
+    except (OSError, UntrustedFolder) as e:
         log.warning("job %s: its picture cannot be spooled: %s", attempt.id, e)
         return None
 

@@ -8,16 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors.torch import save
-from torch import Tensor
-
-from models import checkpoint
+from models import checkpoint, folders
 from models.checkpoint import Entry
 from models.codec.architectures import DEFAULT
 from models.codec.bitstream import Metric
 from models.errors import WrongWeights
 from models.files import atomic_write
+
+if TYPE_CHECKING:  # torch takes seconds to load, and weights are listed without it
+    from torch import Tensor
 
 MANIFEST = "manifest.toml"
 
@@ -33,10 +34,12 @@ class Installed:
 def imported(folder: Path | None) -> list[Installed]:
     """List the weights in the user's folder, latest import first; empty without a folder.
 
-    Raises `WeightsError` if the manifest cannot be read.
+    Raises `WeightsError` if the manifest cannot be read, `UntrustedFolder` if another user could
+    change the weights.
     """
     if folder is None or not (folder / MANIFEST).exists():
         return []
+    folders.check(folder, recursive=False)
     return [Installed(e, folder) for e in reversed(checkpoint.manifest(folder))]
 
 
@@ -83,7 +86,7 @@ def wrong_weights(
 
 
 def install(
-    tensors: dict[str, Tensor],
+    tensors: "dict[str, Tensor]",
     name: str,
     folder: Path,
     row: Mapping[str, str | int],
@@ -93,8 +96,11 @@ def install(
     """Write `name`.safetensors and append it to the folder's manifest, each atomically.
 
     `row` holds `kind` and further fields of the `Entry`. `replaces` names fields: older entries
-    that agree with the new one in all of them are removed from the manifest.
+    that agree with the new one in all of them are removed from the manifest. Raises
+    `UntrustedFolder`.
     """
+    from safetensors.torch import save
+
     data = save(tensors, metadata)
     fields: dict[str, str | int] = {
         "name": name,
@@ -103,7 +109,7 @@ def install(
         "weights_id": checkpoint.weights_id(tensors),
     }
     entry = Entry(**(fields | dict(row)))  # type: ignore[arg-type]
-    folder.mkdir(parents=True, exist_ok=True)
+    folders.private(folder, 0o755)
     with _locked(folder):
         _replace(folder / entry.file, data)
         others = [e for e in _entries(folder) if not _same(e, entry, replaces)]

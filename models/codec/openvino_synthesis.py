@@ -12,6 +12,7 @@ from filelock import FileLock
 from openvino import opset13 as ops
 from torch import Tensor, nn
 
+from models import folders
 from models.codec.inference_synthesis import (
     InferenceSynthesis,
     InverseGDN,
@@ -27,7 +28,6 @@ from models.codec.networks import (
 
 SLOPE = 0.01
 """Slope of LeakyReLU below 0, PyTorch's default."""
-
 CACHE_VARIABLE = "AFTERIMAGE_CACHE_DIR"
 """Environment variable: the folder in which compiled networks are cached, for faster starts."""
 LOCK = "lock"
@@ -94,14 +94,17 @@ def _compile(net: InferenceSynthesis | ResidualSynthesis) -> ov.CompiledModel:
 
 
 def _cache_folder() -> Path | None:
-    """Return the folder for compiled networks; None if none is set or it cannot be written."""
+    """Return the folder for compiled networks; None if none is set or it cannot be written.
+
+    Raises `UntrustedFolder` if another user could change it.
+    """
     cache = os.environ.get(CACHE_VARIABLE)
     if not cache:
         return None
     folder = Path(cache) / "openvino"
     with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / LOCK).touch()
+        folders.private(folder)
+        (folder / LOCK).touch(0o600)
     writable = os.access(folder, os.W_OK) and os.access(folder / LOCK, os.W_OK)
     return folder if writable else None
 

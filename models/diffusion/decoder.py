@@ -318,12 +318,10 @@ def load(folder: Path = checkpoint.WEIGHTS, device: torch.device | None = None) 
 
     Raises `WeightsError` if it names none, or if the file does not match the manifest.
     """
-    for entry in checkpoint.manifest(folder):
-        if entry.kind == "decoder":
-            tensors, metadata = checkpoint.load_with_metadata(entry, folder)
-            net = _network(tensors, metadata, folder / entry.file)
-            return Decoder(entry.weights_id, net, device, _codecs(metadata))
-    raise WeightsError(f"{folder}: the manifest names no diffusion decoder")
+    entry = checkpoint.decoder_entry(folder)
+    tensors, metadata = checkpoint.load_with_metadata(entry, folder)
+    net = _network(tensors, metadata, folder / entry.file)
+    return Decoder(entry.weights_id, net, device, _codecs(metadata))
 
 
 def from_file(file: Path, device: torch.device | None = None) -> Decoder:

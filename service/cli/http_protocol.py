@@ -7,11 +7,18 @@ from typing import cast
 from urllib.parse import unquote
 
 import h11
-from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, HTTPScope, Scope
+from uvicorn._types import (
+    ASGI3Application,
+    ASGIReceiveCallable,
+    ASGISendCallable,
+    HTTPScope,
+    Scope,
+)
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from service import prefix, problems
+from service import addresses, prefix, problems
+from service.forwarded import ForwardedFor
 from service.requests import MAX_HEADER_BYTES
 
 _ABSOLUTE = re.compile(rb"https?://(?P<host>[^/@]+)(?P<path>/.*)?", re.IGNORECASE | re.DOTALL)
@@ -53,9 +60,15 @@ class HttpProtocol(H11Protocol):
 class ProxyHeaders(ProxyHeadersMiddleware):
     """Uvicorn's middleware for `X-Forwarded-For` and `-Proto`, and the same for `-Prefix`.
 
-    A prefix counts only if a trusted proxy sends it, once, and it is valid. Request targets in
-    absolute form, which clients send to proxies, become paths (RFC 9112, 3.2.2).
+    A prefix counts only if a trusted proxy sends it, once, and it is valid. The client's address is
+    found by `ForwardedFor`. Request targets in absolute form, which clients send to proxies, become
+    paths (RFC 9112, 3.2.2).
     """
+
+    def __init__(self, app: ASGI3Application, trusted_hosts: list[str] | str) -> None:
+        super().__init__(app, trusted_hosts)
+        trust_all = self.trusted_hosts.always_trust
+        self._forwarded_for = ForwardedFor(self.trusted_hosts, trust_all)  # type: ignore[arg-type]
 
     async def __call__(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
@@ -63,9 +76,20 @@ class ProxyHeaders(ProxyHeadersMiddleware):
         if scope["type"] == "http":
             scope = _with_path(scope)
             client = scope["client"]
+            if client:
+                scope["client"] = client = (addresses.plain(client[0]), client[1])
             if (client[0] if client else None) in self.trusted_hosts:
-                scope = _with_prefix(scope)
+                scope = self._with_address(_with_prefix(scope))
         await super().__call__(scope, receive, send)
+
+    def _with_address(self, scope: HTTPScope) -> HTTPScope:
+        """The scope with only the client's address in `X-Forwarded-For`."""
+        sent = [v.decode("latin-1") for n, v in scope["headers"] if n == b"x-forwarded-for"]
+        if not sent or not scope["client"]:
+            return scope
+        address = self._forwarded_for.client(sent, scope["client"][0])
+        others = [(n, v) for n, v in scope["headers"] if n != b"x-forwarded-for"]
+        return {**scope, "headers": [*others, (b"x-forwarded-for", address.encode())]}
 
 
 def _with_path(scope: HTTPScope) -> HTTPScope:

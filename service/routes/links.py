@@ -44,7 +44,7 @@ async def share(
     tiers.find(min_tier)
     if services.link_secret is None:
         raise Conflict("signed links are disabled; the operator can set AFTERIMAGE_LINK_SECRET")
-    await anyio.to_thread.run_sync(watching.find, services, id)
+    await anyio.to_thread.run_sync(watching.find, services, id, caller)
     query = urlencode({"min_tier": min_tier, "realism": realism})
     expires = int(time.time()) + seconds
     url = signed_urls.sign(services.link_secret, f"/v1/decodes/{id}/image", query, expires)

@@ -9,8 +9,8 @@ from starlette.types import Scope
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; worker-src 'self'; "
-    "style-src 'self'; img-src 'self'; connect-src 'self' data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
+    "style-src 'self'; img-src 'self'; connect-src 'self' data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # browsers revalidate each time
 }

@@ -61,10 +61,10 @@ async def picture(
     """The finished picture or, until it is ready, the instant picture; the header
     `X-Afterimage-Tier` names its tier."""
     tiers.find(min_tier)
-    state = await watching.load_and_renew(services, id, caller.name)
+    state = await watching.load_and_renew(services, id, caller)
     if min_tier != "instant" and prefer.wait_s:
         await watching.wait_until_ended(services, request, id, prefer.wait_s)
-        state = await watching.load_and_renew(services, id, caller.name)
+        state = await watching.load_and_renew(services, id, caller)
     watching.check_kept(state)
     if _RANKS[min_tier] > _rank(state.decode):
         raise Conflict(
@@ -103,7 +103,7 @@ async def preview(
 ) -> Response:
     """The latest intermediate picture of a running decode; made only while its events are read."""
     # `step` makes the address in each event a new one, so that browsers load the picture again
-    state = await watching.load_and_renew(services, id, caller.name)
+    state = await watching.load_and_renew(services, id, caller)
     file = await anyio.to_thread.run_sync(services.store.preview, id)
     if file is None:
         raise JobNotFound(

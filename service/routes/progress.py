@@ -45,11 +45,11 @@ async def status(
 ) -> schemas.Decode:
     """Status, finished steps and position in the queue. With `Prefer: wait=N`, responds when the
     decode has ended or after N seconds."""
-    state = await watching.load_and_renew(services, id, caller.name)
+    state = await watching.load_and_renew(services, id, caller)
     watching.check_kept(state)
     if prefer.wait_s:
         await watching.wait_until_ended(services, request, id, prefer.wait_s)
-        state = await anyio.to_thread.run_sync(watching.find, services, id)
+        state = await anyio.to_thread.run_sync(watching.find, services, id, caller)
         response.headers["Preference-Applied"] = f"wait={prefer.wait_s}"
     response.headers["Cache-Control"] = "no-store"
     return await anyio.to_thread.run_sync(watching.view, services, state)
@@ -60,7 +60,7 @@ async def _kept_state(services: ServicesDep, caller: DecodeCaller, id: JobId) ->
 
     This is a dependency, so that its errors are raised before the event stream begins.
     """
-    state = await watching.load_and_renew(services, id, caller.name)
+    state = await watching.load_and_renew(services, id, caller)
     watching.check_kept(state)
     return state
 
@@ -128,12 +128,12 @@ async def withdraw(services: ServicesDep, caller: DecodeCaller, id: JobId) -> Re
     for it."""
 
     def unsubscribe() -> tuple[schemas.Decode, bool]:
-        state = watching.find(services, id)
+        state = watching.find(services, id, caller)
         if state.status in ENDED:
             raise Conflict(f"decode {id} has already ended: {state.status}")
         has_subscribers = services.jobs.withdraw(id, caller.name)
         services.quotas.release_job(caller, id)
-        document = watching.view(services, watching.find(services, id))
+        document = watching.view(services, watching.find(services, id, caller))
         return document, document.status == "running" and not has_subscribers
 
     document, stopping = await anyio.to_thread.run_sync(unsubscribe)
@@ -152,7 +152,7 @@ async def retry(
     """Queue a decode again if it failed, was canceled, or its picture has expired."""
 
     def requeue() -> schemas.Decode:
-        state = watching.find(services, id)
+        state = watching.find(services, id, caller)
         if state.status not in {"failed", "canceled", "expired"}:
             reason = "only a failed, canceled or expired decode can be retried"
             raise Conflict(f"decode {id} is {state.status}; {reason}")

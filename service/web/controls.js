@@ -28,13 +28,6 @@ export function connect() {
 
 function connectFiles() {
   const openFirst = ([file]) => file && session.openFile(file);
-  const openDropped = async ({ files, addresses }) => {
-    openFirst(files);
-    if (files.length === 1) return;
-    const drop = await import("./drop.js");
-    if (files.length) showProblem(drop.onlyFirst(files));
-    else session.openFile(await drop.fetchFirst(addresses));
-  };
   $("pick").onclick = $("other").onclick = () => $("chosen").click();
   $("chosen").onchange = () => {
     const files = [...$("chosen").files];
@@ -51,7 +44,7 @@ function connectFiles() {
     $("stage").classList.remove("over");
     const { files } = e.dataTransfer; // cannot be read later
     const addresses = e.dataTransfer.getData("text/uri-list");
-    openDropped({ files: [...files], addresses }).catch(showProblem);
+    import("./drop.js").then(({ open }) => open([...files], addresses)).catch(showProblem);
   });
   addEventListener("paste", (e) => openFirst(e.clipboardData.files));
   for (const button of document.querySelectorAll("[data-sample]")) {

@@ -1,7 +1,20 @@
-// Drops and pastes that hold addresses or several files.
+// What was dropped on the page: files, or the address of a picture of another page.
+
+import { showProblem } from "./panel.js";
+import { openFile } from "./session.js";
+
+// Open the first file, otherwise the picture at the first address.
+export async function open(files, addresses) {
+  const file = files[0] ?? (await fetchFirst(addresses));
+  openFile(file);
+  if (files.length > 1) {
+    const title = `Opened the first of ${files.length} files`;
+    showProblem(refusal(title, `It is ${file.name}. Drop one file at a time.`));
+  }
+}
 
 // The picture at the first address of a text/uri-list. A page may read data: and its own origin.
-export async function fetchFirst(addresses) {
+async function fetchFirst(addresses) {
   const address = addresses.split(/\r?\n/).find((line) => line && !line.startsWith("#"));
   if (!address) throw refusal("Nothing to open", "Drop a photograph or a bitstream.");
   const url = new URL(address, location.href);
@@ -17,9 +30,5 @@ export async function fetchFirst(addresses) {
   const name = embedded ? "picture" : url.pathname.split("/").pop() || "picture";
   return new File([blob], name, { type: blob.type });
 }
-
-// What to show when several files are dropped.
-export const onlyFirst = (files) =>
-  refusal(`Opened the first of ${files.length} files`, `It is ${files[0].name}. Drop one at a time.`);
 
 const refusal = (title, message) => Object.assign(new Error(message), { title });

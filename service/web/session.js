@@ -72,7 +72,8 @@ class Session {
     panel.showProgress(0);
     panel.showStatus("encoding");
     if (!this.original) {
-      const original = await onWhite(this.photo).catch(() => null);
+      const { toPlain } = await import("./upright.js");
+      const original = await toPlain(this.photo).catch(() => null);
       if (this.original || this !== current) original?.close();
       else this.original = original;
     }
@@ -300,20 +301,6 @@ class Session {
 const requeue = (id) => api.retry(id).catch((e) => {
   if (e.status !== 409) throw e;
 });
-
-// A photograph on white, as the service encodes it.
-async function onWhite(photo) {
-  const { toUpright } = await import("./upright.js");
-  const bitmap = await toUpright(photo);
-  if (photo.type === "image/jpeg") return bitmap;
-  const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
-  const context = canvas.getContext("2d");
-  context.fillStyle = "#fff";
-  context.fillRect(0, 0, canvas.width, canvas.height);
-  context.drawImage(bitmap, 0, 0);
-  bitmap.close();
-  return canvas.transferToImageBitmap();
-}
 
 async function toBitmap(file, signal) {
   const bitmap = await createImageBitmap(await file);

@@ -12,6 +12,19 @@ const TURNS = { // orientation -> matrix for a stored picture of w × h
 };
 const EXIF = "Exif\0\0";
 
+// A bitmap of the photo, upright and on white, as the service encodes it.
+export async function toPlain(photo) {
+  const bitmap = await toUpright(photo);
+  if (photo.type === "image/jpeg") return bitmap;
+  const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
+  const context = canvas.getContext("2d");
+  context.fillStyle = "#fff";
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(bitmap, 0, 0);
+  bitmap.close();
+  return canvas.transferToImageBitmap();
+}
+
 // A bitmap of the photo, upright.
 export async function toUpright(photo) {
   const bytes = new Uint8Array(await photo.arrayBuffer());

@@ -29,7 +29,7 @@ LONG = Settings("ddim", 20, beta=1.0)
 
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Rig]:
-    with rig(tmp_path / "rig") as made:
+    with rig(tmp_path / "rig", forked=True) as made:
         yield made
 
 

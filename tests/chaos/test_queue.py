@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from models.codec import bitstream, codec
 from models.codec.codec import Codec
 from models.errors import Quarantined
 from models.tiers import Settings
+from tests.support.forked import Forked, worker_main
+from tests.support.jobs import FAST, expire_lease
 from tests.support.rig import Rig, Worker, rig
 from tests.support.waiting import until
 from worker.queue.jobs import QUARANTINED
@@ -26,7 +29,7 @@ SHORT = Settings("ddim", 30)
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     """One rig for all tests, to start fewer workers; each test uses other decodes."""
-    with rig(tmp_path_factory.mktemp("rig") / "own", AFTERIMAGE_GRACE_S="2") as made:
+    with rig(tmp_path_factory.mktemp("rig") / "own", forked=True, AFTERIMAGE_GRACE_S="2") as made:
         yield made
 
 
@@ -54,20 +57,21 @@ def test_a_killed_workers_job_is_retried_and_quarantined_after_two_kills(
     own.at_step(job, 3)
     third = own.worker()
     own.drawing(job).kill()
+    expire_lease(own.jobs, job)  # the first one has expired by itself
     state = own.ended(job)
     assert (state.status, state.error) == ("failed", QUARANTINED)
     assert own.commits(job) == 0
     with pytest.raises(Quarantined):
         own.submit(other, SHORT)
     assert own.alive() == [third]
-    healthy = own.ended(own.submit(small_msh, SHORT, 1))
+    healthy = own.ended(own.submit(small_msh, FAST, 1))
     assert (healthy.status, healthy.attempts) == ("succeeded", 1)
 
 
 def test_a_stopping_worker_puts_a_long_job_back_at_the_front(
     own: Rig, worker: Worker, small_msh: bytes
 ) -> None:
-    job, behind = own.submit(small_msh, LONG), own.submit(small_msh, SHORT, 2)
+    job, behind = own.submit(small_msh, LONG), own.submit(small_msh, FAST, 2)
     own.at_step(job, 5)
     began = time.monotonic()
     worker.process.send_signal(signal.SIGTERM)
@@ -89,11 +93,11 @@ def test_a_picture_finished_while_redis_is_down_is_stored_later(
     own.ended(expected)
     picture = own.store.picture(expected)
     own.store.cache.flushall()  # it is drawn again
-    waiting = own.submit(small_msh, SHORT, 3)
+    waiting = own.submit(small_msh, FAST, 3)
     job = own.submit(small_msh, SHORT)
     own.at_step(job, 5)
     assert own.state(waiting).status == "succeeded"
-    third = own.submit(small_msh, SHORT, 4)
+    third = own.submit(small_msh, FAST, 4)
     own.queue.process.kill()
     until(lambda: list((own.folder / "own/spool").rglob("*.png")), "the picture is spooled")
     own.restart_queue(2)
@@ -132,3 +136,11 @@ def test_a_worker_without_its_queue_exits_on_sigterm(own: Rig, worker: Worker) -
     assert worker.process.poll() is None
     assert worker.terminate(5) == 0
     own.start_queue()
+
+
+def test_a_process_with_other_variables_for_its_imports_is_not_forked(
+    own: Rig, tmp_path: Path
+) -> None:
+    environment = own.environment | {"NUMBA_CPU_NAME": "generic"}
+    with pytest.raises(ValueError, match="NUMBA_CPU_NAME: read during imports"):
+        Forked(worker_main, environment, tmp_path / "log")

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.support.rig import Rig, rig
-from tests.support.service import Service, run_service
+from tests.support.service import Service, fork_service
 from tests.support.waiting import until
 from worker.queue import counters
 
@@ -40,7 +40,7 @@ class Load(threading.Thread):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with rig(tmp_path_factory.mktemp("rig") / "own") as made:
+    with rig(tmp_path_factory.mktemp("rig") / "own", forked=True) as made:
         yield made
 
 
@@ -50,7 +50,7 @@ def two(own: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Se
     with contextlib.ExitStack() as stack:
         first, second = (
             stack.enter_context(
-                run_service(tmp_path_factory.mktemp("service"), "--workers", "0", **own.urls)
+                fork_service(tmp_path_factory.mktemp("service"), "--workers", "0", **own.urls)
             )
             for _ in range(2)
         )

@@ -7,7 +7,7 @@ from playwright.sync_api import Browser, BrowserContext, Error, Page, sync_playw
 
 from tests.support.api_keys import guarded_settings
 from tests.support.browser import launch
-from tests.support.service import Service, run_service
+from tests.support.service import Service, fork_service
 
 
 @pytest.fixture(scope="module")
@@ -46,5 +46,5 @@ def page(context: BrowserContext) -> Page:
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service with the API keys `TOKENS`, and a queue that never refuses."""
     folder = tmp_path_factory.mktemp("guarded")
-    with run_service(folder, **guarded_settings(folder)) as running:
+    with fork_service(folder, **guarded_settings(folder)) as running:
         yield running

@@ -18,7 +18,7 @@ from models import image
 from models.errors import Canceled
 from service.cli.main import main
 from service.client import ApiError, AsyncClient, Client
-from tests.support.service import Service, run_service
+from tests.support.service import Service, fork_service
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.usefixtures("loaded_once")]
@@ -153,7 +153,7 @@ def test_events_continue_at_another_api_process_when_one_is_killed(
     stores = {"REDIS_URL": service.urls[0], "CACHE_REDIS_URL": service.urls[1]}
     with Client(url) as client:
         data = stream(client, photo, 53)
-    with run_service(tmp_path, "--workers", "0", **stores) as first:
+    with fork_service(tmp_path, "--workers", "0", **stores) as first:
         first_url = str(first.client.base_url)
 
         class Balancer(httpx.AsyncHTTPTransport):
@@ -169,7 +169,7 @@ def test_events_continue_at_another_api_process_when_one_is_killed(
             http = httpx.AsyncClient(transport=Balancer(), timeout=60)
             kinds: list[str] = []
             async with AsyncClient(first_url, http=http) as client:
-                async for update in client.decode(data, "ddim-100", steps=100):
+                async for update in client.decode(data, "ddim-100", steps=50):
                     kinds.append(update.kind)
                     if kinds.count("progress") == 3:
                         first.process.kill()
@@ -180,7 +180,7 @@ def test_events_continue_at_another_api_process_when_one_is_killed(
 
         kinds = anyio.run(listen)
         assert kinds[-1] == "final"
-        assert kinds.count("progress") == 100
+        assert kinds.count("progress") == 50
         assert kinds.count("started") == 1
 
 

@@ -12,7 +12,7 @@ from playwright.sync_api import FilePayload, Page, expect
 from models.tiers import Settings
 from service.client import Client
 from tests.support.rig import Rig, Worker, rig
-from tests.support.service import Service, run_service
+from tests.support.service import Service, fork_service
 from tests.support.waiting import until, wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with rig(tmp_path_factory.mktemp("stores") / "own") as made:
+    with rig(tmp_path_factory.mktemp("stores") / "own", forked=True) as made:
         yield made
 
 
@@ -29,7 +29,7 @@ def own(stores: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servi
     """A service that was started while its queue was away."""
     stores.queue.kill()
     folder = tmp_path_factory.mktemp("degraded")
-    with run_service(folder, "--workers", "0", **stores.urls) as running:
+    with fork_service(folder, "--workers", "0", **stores.urls) as running:
         yield running
 
 
@@ -133,7 +133,7 @@ def test_a_client_waits_for_its_decode_while_redis_restarts(
 ) -> None:
     with Client(str(own.client.base_url)) as client:
         before, kinds = len(own.log.read_text()), []
-        for update in client.decode(small_msh, "ddim-100", steps=150, seed=3, previews=False):
+        for update in client.decode(small_msh, "ddim-100", steps=60, seed=3, previews=False):
             kinds.append(update.kind)
             if update.kind == "progress" and kinds.count("progress") == 3:
                 stores.queue.kill()
@@ -147,7 +147,7 @@ def test_a_full_queue_refuses_jobs_and_lets_workers_finish(
     own: Service, stores: Rig, worker: Worker, small_msh: bytes
 ) -> None:
     client, queue = own.client, stores.store.queue
-    asked: dict[str, str | int] = {"tier": "ddim-100", "steps": 200}
+    asked: dict[str, str | int] = {"tier": "ddim-100", "steps": 100}
     first = client.post("/v1/decodes", params=asked, content=small_msh)
     assert first.status_code == 200
     queue.config_set("maxmemory", int(queue.info("memory")["used_memory"] / 0.9))

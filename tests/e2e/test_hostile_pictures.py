@@ -11,7 +11,7 @@ import pytest
 
 from models import image
 from tests.support import hostile
-from tests.support.service import run_service
+from tests.support.service import fork_service
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]
 
@@ -34,7 +34,10 @@ def test_a_service_under_attack_works_and_stops(
     tmp_path: Path, small: image.Pixels, small_msh: bytes
 ) -> None:
     limits = {"AFTERIMAGE_PICTURE_CPU_S": "3", "AFTERIMAGE_ENCODES_AT_ONCE": "2"}
-    with run_service(tmp_path, "--workers", "0", **limits) as running, ThreadPoolExecutor() as pool:
+    with (
+        fork_service(tmp_path, "--workers", "0", **limits) as running,
+        ThreadPoolExecutor() as pool,
+    ):
         client, photo = running.client, image.write(small, "png")
         attacks = [
             pool.submit(client.post, "/v1/encodes", content=make())

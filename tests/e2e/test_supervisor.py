@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.jobs import expire_lease
 from tests.support.service import Service, children
 from tests.support.waiting import until, wait_for
+from worker.queue.jobs import Jobs
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
@@ -22,6 +24,8 @@ def test_the_job_of_a_killed_worker_runs_again(service: Service, small_msh: byte
     )  # fmt: skip
     until(lambda: service.client.get(location).json()["step"] >= 2, "the second step")
     os.kill(worker, signal.SIGKILL)
+    with service.stores() as store:
+        expire_lease(Jobs(store), location.rpartition("/")[2])
     state = wait_for(service.client, location)
     assert (state["status"], state["attempts"], state["step"]) == ("succeeded", 2, 30)
     assert "worker.main exited with status -9; restarting" in service.log.read_text()

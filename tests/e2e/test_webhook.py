@@ -9,6 +9,7 @@ import httpx
 import pytest
 from standardwebhooks import Webhook
 
+from tests.chaos.attack_webhooks import slow_receivers
 from tests.support.service import WEBHOOK_SECRET, Service
 from tests.support.waiting import wait_for
 
@@ -64,3 +65,11 @@ def test_the_end_of_a_decode_is_told_signed(
     for event in told:
         assert event["type"] == "decode.succeeded"
         assert event["data"]["image"] == f"{location}/image"
+
+
+def test_slow_receivers_do_not_delay_the_webhook_of_another_caller(
+    service: Service, small_msh: bytes
+) -> None:
+    figures = slow_receivers(str(service.client.base_url), small_msh)
+    assert 0 < figures.slow <= 4, figures  # the share of one caller
+    assert figures.holds, figures

@@ -11,7 +11,7 @@ from models import checkpoint, image
 from models.codec import bitstream, codec
 from tests.e2e.test_cli import afterimage, read
 from tests.support.data import DATA
-from tests.support.service import run_service
+from tests.support.service import fork_service
 from tests.support.waiting import wait_for
 from tests.unit.test_zoo import compressed, random_codec
 
@@ -90,7 +90,7 @@ def test_the_service_serves_imported_weights(
     data = bytearray(bitstream.serialize(b))
     data[1] |= 1 << 4  # CompressAI's code for ms-ssim
     expected = codec.to_pixels(codec.crop(theirs.clamp(0, 1), b.height, b.width)).astype(int)
-    with run_service(tmp_path) as service:
+    with fork_service(tmp_path) as service:
         client = service.client
         params: dict[str, str | int] = {"tier": "perceptual", "steps": 1}
         draft = client.post("/v1/decodes", params=params, content=bytes(data))

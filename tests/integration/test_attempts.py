@@ -19,6 +19,7 @@ from models import image, library
 from models.codec import recovery
 from models.codec.bitstream import Bitstream
 from models.diffusion.decoder import DiffusionInput
+from models.folders import UntrustedFolder
 from models.library import Library
 from models.tiers import Settings
 from tests.support.jobs import FAST, decode_of
@@ -412,16 +413,49 @@ def test_a_spooled_picture_is_committed_by_another_process(
 ) -> None:
     spool = Spool(tmp_path)
     gone, late = begin(jobs, small_msh), begin(jobs, small_msh, 1)
-    spool.save(gone, b"spooled")
-    spool.save(late, b"too late")
+    png = image.write(np.zeros((100, 150, 3), np.uint8), "png")
+    spool.save(gone, png)
+    spool.save(late, png)
     late.fail("another end")
     spool.commit_all(jobs, exclude={gone.id})
     assert [file.name[:32] for file in tmp_path.glob("*.png")] == [gone.id]
     spool.commit_all(jobs)
-    assert jobs.store.picture(gone.id) == b"spooled"
+    assert jobs.store.picture(gone.id) == png
     assert state(jobs, gone.id).status == "succeeded"
     assert (state(jobs, late.id).status, jobs.store.picture(late.id)) == ("failed", None)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("forgery", ["text", "other size", "link", "pipe", "writable", "huge"])
+def test_a_forged_file_in_the_spool_is_deleted_and_not_committed(
+    jobs: Jobs, small_msh: bytes, tmp_path: Path, forgery: str
+) -> None:
+    """The folder is this user's, but the file is not what the worker wrote."""
+    attempt = begin(jobs, small_msh)
+    png = image.write(np.zeros((100, 150, 3), np.uint8), "png")
+    spool = Spool(tmp_path / "spool")
+    file = spool.save(attempt, png)
+    if forgery == "text":
+        file.write_bytes(b"<script>")
+    elif forgery == "other size":
+        file.write_bytes(image.write(np.zeros((150, 100, 3), np.uint8), "png"))
+    elif forgery == "huge":
+        file.write_bytes(png + bytes(2**21))
+    elif forgery == "writable":
+        file.chmod(0o666)
+    else:
+        file.unlink()
+        secret = tmp_path / "secret.png"
+        secret.write_bytes(png)
+        file.symlink_to(secret) if forgery == "link" else os.mkfifo(file)
+    if forgery == "writable":  # others could have changed it: the whole spool is refused
+        with pytest.raises(UntrustedFolder, match="every user may write"):
+            spool.commit_all(jobs)
+    else:
+        spool.commit_all(jobs)
+        assert not file.is_symlink() and not file.exists()
+    assert state(jobs, attempt.id).status == "running"
+    assert jobs.store.picture(attempt.id) is None
 
 
 def test_spooled_pictures_older_than_any_record_are_removed(tmp_path: Path) -> None:

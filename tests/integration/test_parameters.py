@@ -20,7 +20,7 @@ from tests.support import weights
 from tests.support.api import run_app
 from worker.attempt import Attempt
 from worker.queue import outbox
-from worker.queue.jobs import Jobs
+from worker.queue.jobs import POLL_SUBSCRIPTION_S, Jobs
 from worker.queue.records import JobState
 from worker.queue.store import Store
 
@@ -100,6 +100,28 @@ def test_a_client_that_accepts_only_json_can_queue_a_decode(
         f"{answer.headers['location']}/image", params={"min_tier": "perceptual"}, headers=JSON
     )
     assert (pending.status_code, pending.json()["status"]) == (202, "queued")
+
+
+@pytest.mark.parametrize("prefer", ["", "respond-async", "respond-async, wait=1"])
+def test_a_submission_subscribes_its_caller_until_the_deadline_and_a_question_for_longer(
+    api: httpx.Client, store: Store, small_msh: bytes, prefer: str
+) -> None:
+    jobs = Jobs(store)
+    query: dict[str, str | int] = {"tier": "perceptual", "deadline_s": 60}
+    headers = {"Prefer": prefer} if prefer else {}
+    location = api.post("/v1/decodes", params=query, content=small_msh, headers=headers).headers[
+        "location"
+    ]
+
+    def remaining_s() -> float:
+        key = jobs.subscribers(location.rpartition("/")[2])
+        subscriptions: Any = store.queue.zrange(key, 0, -1, withscores=True)
+        ((_, end),) = subscriptions
+        return float(end) - jobs.now()
+
+    assert 50 < remaining_s() <= 60
+    assert api.get(location).json()["status"] == "queued"
+    assert 590 < remaining_s() <= POLL_SUBSCRIPTION_S
 
 
 def test_instead_of_a_finished_picture_a_json_client_gets_the_status(

@@ -1,11 +1,13 @@
 """Webhooks, with a real Redis and real receivers."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -24,11 +26,13 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from models.errors import ParameterError
 from models.tiers import Settings
+from tests.support.name_server import NameServer
 from tests.support.waiting import until
 from worker.queue import outbox
-from worker.queue.outbox import MAX_DEAD, Message, Outbox
+from worker.queue.outbox import MAX_DEAD, Outbox
 from worker.queue.records import DecodeRequest, JobState, Status
 from worker.queue.store import Store
+from worker.webhooks import url_guard
 from worker.webhooks.sender import deliver_forever
 from worker.webhooks.settings import WebhookSettings, check_url
 from worker.webhooks.url_guard import Resolver, resolve
@@ -134,9 +138,9 @@ def settings(receiver: Receiver, **changed: Any) -> WebhookSettings:
     )
 
 
-def end_job(store: Store, *urls: str, job: str = "job") -> None:
+def end_job(store: Store, *urls: str, job: str = "job", caller: str = "gallery") -> None:
     for url in urls:
-        outbox.register(store, job, url)
+        outbox.register(store, job, caller, url)
     outbox.job_ended(store, job, "decode.succeeded", DATA)
 
 
@@ -158,7 +162,7 @@ def delivering(
 def deliver_all(store: Store, settings: WebhookSettings, resolver: Resolver = resolve) -> None:
     """Send messages until the outbox is empty."""
     with delivering(store, settings, resolver):
-        until(lambda: not store.queue.exists(Outbox(store).due), "the outbox is empty")
+        until(Outbox(store).is_empty, "the outbox is empty")
 
 
 def dead_letters(store: Store) -> list[dict[str, Any]]:
@@ -206,22 +210,35 @@ def test_a_job_without_webhooks_adds_no_message(store: Store) -> None:
 
 
 def test_a_message_is_added_in_the_transaction_that_ends_the_job(store: Store) -> None:
-    outbox.register(store, "job", "https://a.example/")
+    outbox.register(store, "job", "gallery", "https://a.example/")
     with store.queue.pipeline() as pipe:
         pipe.set("mark", 1, ex=60)
         outbox.job_ended(store, "job", "decode.failed", DATA, pipe)
-        assert not store.queue.exists(Outbox(store).due)
+        assert Outbox(store).is_empty()
         pipe.execute()
-    assert store.queue.exists("mark") and store.queue.zcard(Outbox(store).due) == 1
+    assert store.queue.exists("mark") and store.queue.zcard(Outbox(store).inbox) == 1
 
 
-def test_the_webhooks_of_a_job_are_limited(store: Store) -> None:
+def test_the_webhooks_of_a_job_are_limited_for_each_caller(store: Store) -> None:
     for i in range(outbox.MAX_URLS):
-        outbox.register(store, "job", f"https://a.example/{i}")
-    outbox.register(store, "job", "https://a.example/0")
+        outbox.register(store, "job", "greedy", f"https://a.example/{i}")
+    outbox.register(store, "job", "greedy", "https://a.example/0#again")
     with pytest.raises(ParameterError, match="32"):
-        outbox.register(store, "job", "https://a.example/more")
+        outbox.register(store, "job", "greedy", "https://a.example/more")
     assert store.queue.scard("afterimage:webhooks:of:job") == outbox.MAX_URLS
+    for caller in ("gallery", "", "2001:db8::/64", "reedy"):
+        outbox.register(store, "job", caller, "https://a.example/0")
+    assert store.queue.scard("afterimage:webhooks:of:job") == outbox.MAX_URLS + 4
+
+
+def test_each_caller_of_a_decode_gets_a_message_of_its_own(
+    store: Store, receiver: Receiver
+) -> None:
+    outbox.register(store, "job", "press", receiver.url())
+    end_job(store, receiver.url())
+    deliver_all(store, settings(receiver))
+    assert len({r.id for r in receiver.requests}) == 2
+    assert {r.path for r in receiver.requests} == {"/hook?token=s3cret-of-receiver"}
 
 
 @pytest.mark.parametrize("end", ["succeeded", "failed", "canceled"])
@@ -256,13 +273,8 @@ def test_attempts_are_counted_and_delayed(store: Store, receiver: Receiver) -> N
     with delivering(store, settings(receiver, webhook_retries_s=(0, 86400, 86400))):
         until(lambda: len(receiver.requests) == 2, "a second attempt")
         queue = Outbox(store)
-        entries: list[Any] = store.queue.zrange(queue.due, 0, -1, withscores=True)
-        [(name, due)] = entries
-        key = queue.key(name.decode())
-        until(
-            lambda: store.queue.zscore(queue.due, name) != due or due > time.time() + 60,
-            "the third is delayed",
-        )
+        key = queue.key(receiver.requests[0].id)
+        until(lambda: _due_in(store) > 60, "the third is delayed")
     assert store.queue.hget(key, "attempts") == b"2"
     assert len(receiver.requests) == 2
 
@@ -325,16 +337,18 @@ def test_retry_after_is_respected(
 def test_retry_after_has_an_upper_limit(store: Store, receiver: Receiver) -> None:
     receiver.answer = status(503, {"Retry-After": "9" * 50})
     end_job(store, receiver.url())
-    queue = Outbox(store)
     with delivering(store, settings(receiver)):
-        until(lambda: _due_in(store, queue) > 600, "it is delayed")
-    assert _due_in(store, queue) <= 3600
+        until(lambda: _due_in(store) > 600, "it is delayed")
+    assert _due_in(store) <= 3600
 
 
-def _due_in(store: Store, queue: Outbox) -> float:
-    entries: list[Any] = store.queue.zrange(queue.due, 0, -1, withscores=True)
-    last: float = max(score for _, score in entries)
-    return last - time.time()
+def _due_in(store: Store) -> float:
+    """Seconds until the only message is due, in the inbox or in its line."""
+    lines: list[bytes] = store.queue.keys("afterimage:webhooks:line:*")  # type: ignore[assignment]
+    key = lines[0] if lines else Outbox(store).inbox
+    entries: list[Any] = store.queue.zrange(key, 0, -1, withscores=True)
+    [(_, due)] = entries
+    return float(due) - time.time()
 
 
 def test_retry_after_of_other_statuses_is_ignored(store: Store, receiver: Receiver) -> None:
@@ -445,14 +459,39 @@ def test_a_response_that_is_not_http_is_a_failure(store: Store, receiver: Receiv
     assert "RemoteProtocolError" in dead_letters(store)[0]["error"]
 
 
-def test_a_slow_receiver_does_not_delay_others(store: Store, receiver: Receiver) -> None:
-    with Receiver(drip_headers).serving() as slow:
-        both = settings(receiver, webhook_allow=f"{receiver.host} {slow.host}")
-        end_job(store, slow.url(), job="slow")
+def test_many_slow_receivers_of_callers_do_not_delay_the_webhook_of_another(
+    store: Store, receiver: Receiver
+) -> None:
+    """Seven callers fill their shares with 40 slow URLs each, before the eighth has a message."""
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(Receiver(say_nothing).serving()) for _ in range(8)]
+        for n in range(7):
+            for number, host in enumerate(slow):
+                urls = [f"{host.url()}&{i}" for i in range(5)]
+                end_job(store, *urls, job=f"slow{number}", caller=f"greedy{n}")
+        chosen = settings(
+            receiver, webhook_allow=" ".join(r.host for r in (receiver, *slow)),
+            webhook_timeout_s=3, webhook_retries_s=(86400,),
+        )  # fmt: skip
+        with delivering(store, chosen):
+            until(lambda: sum(len(r.requests) for r in slow) >= 28, "the slow ones have begun")
+            end_job(store, receiver.url(), job="quick")
+            until(lambda: receiver.requests, "the other caller's webhook", 2)
+            assert sum(len(r.requests) for r in slow) <= 2 * 28
+
+
+def test_a_slow_receiver_does_not_delay_other_webhooks_of_its_caller(
+    store: Store, receiver: Receiver
+) -> None:
+    with Receiver(say_nothing).serving() as slow:
+        allowed = f"{receiver.host} {slow.host}"
+        both = settings(receiver, webhook_allow=allowed, webhook_timeout_s=2)
+        end_job(store, *(f"{slow.url()}&{i}" for i in range(20)), job="slow")
         with delivering(store, both):
-            until(lambda: slow.requests, "the slow receiver gets its request")
+            until(lambda: len(slow.requests) == both.per_host, "the slow receiver gets requests")
             end_job(store, receiver.url(), job="quick")
             until(lambda: receiver.requests, "the other receiver gets its request", 3)
+            assert len(slow.requests) == both.per_host
 
 
 def test_proxy_variables_are_ignored(
@@ -559,6 +598,53 @@ def test_a_name_that_becomes_private_after_submission_gets_no_request(
     assert "public addresses only" in dead_letters(store)[0]["error"]
 
 
+@contextlib.contextmanager
+def listening(address: str, port: int = 0) -> Iterator[tuple[int, list[str]]]:
+    """Accept and close connections; yields the port, and the addresses that were connected to."""
+    came: list[str] = []
+    with socket.create_server((address, port)) as server:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # the socket was shut down
+                while True:
+                    server.accept()[0].close()
+                    came.append(address)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield server.getsockname()[1], came
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def test_a_name_server_that_changes_its_answers_leads_no_request_to_a_private_address(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real name server answers with a public address first, and with 127.0.0.1 to each later
+    query. 127.0.0.2 takes the part of the public address, so that the test connects to no other
+    machine."""
+    is_public = url_guard.is_public
+    monkeypatch.setattr(url_guard, "is_public", lambda a: a == "127.0.0.2" or is_public(a))
+    answers = itertools.chain(["127.0.0.2", "127.0.0.2"], itertools.repeat("127.0.0.1"))
+    with (
+        listening("127.0.0.1") as (port, private),
+        listening("127.0.0.2", port) as (_, public),
+        NameServer(answers).serving() as names,
+    ):
+        chosen = WebhookSettings(webhook_secret=SECRET, webhook_retries_s=(0, 0))
+        url = f"https://rebind.attacker.test:{port}/"
+        check_url(url, chosen, names.resolve)  # at the submission
+        assert len(names.queries) == 1
+        end_job(store, url)
+        deliver_all(store, chosen, names.resolve)
+        [letter] = dead_letters(store)
+        assert names.queries == ["rebind.attacker.test"] * 4  # one for each attempt
+        assert (len(public), private) == (1, [])
+    assert letter["attempts"] == 3 and "public addresses only" in letter["error"]
+
+
 def test_the_next_address_is_tried_if_one_is_unreachable(store: Store, receiver: Receiver) -> None:
     end_job(store, receiver.url("hooks.test"))
     chosen = settings(receiver, webhook_allow="hooks.test", webhook_retries_s=())
@@ -570,7 +656,7 @@ def test_concurrent_senders_send_each_message_once(store: Store, receiver: Recei
     for i in range(60):
         end_job(store, receiver.url(), job=f"job-{i}")
     with delivering(store, settings(receiver)), delivering(store, settings(receiver)):
-        until(lambda: not store.queue.exists(Outbox(store).due), "the outbox is empty")
+        until(Outbox(store).is_empty, "the outbox is empty")
     assert len(receiver.requests) == 60
     assert len({r.id for r in receiver.requests}) == 60
 
@@ -626,7 +712,7 @@ def test_a_message_of_a_killed_sender_is_sent_by_another(
         until(lambda: len(receiver.requests) == 2, "a second attempt")
     held.set()
     assert len({r.id for r in receiver.requests}) == 1
-    assert not store.queue.exists(Outbox(store).due)
+    assert Outbox(store).is_empty()
 
 
 def _wait(event: threading.Event) -> None:
@@ -646,7 +732,7 @@ def test_a_stopped_sender_finishes_its_attempt_and_logs_no_secret(
     with sender_process(redis_urls[0], receiver) as process:
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 0
-    assert not store.queue.exists(Outbox(store).due)
+    assert Outbox(store).is_empty()
     assert "delivered at attempt 1" in stderr and "job" in stderr
     for secret in (SECRET, SECRET[6:], "s3cret-of-receiver", "v1,"):
         assert secret not in stderr
@@ -685,24 +771,77 @@ def test_logs_contain_no_secret(
 
 def test_every_key_expires(store: Store, receiver: Receiver) -> None:
     receiver.answer = status(500)
-    outbox.register(store, "waiting", receiver.url())
+    outbox.register(store, "waiting", "gallery", receiver.url())
     end_job(store, receiver.url(), job="dead")
     deliver_all(store, settings(receiver, webhook_retries_s=()))
     end_job(store, receiver.url(), job="queued")
+    end_job(store, receiver.url(), job="claimed", caller="press")
+    claimed = Outbox(store).claim(10)
+    assert claimed is not None and Outbox(store).retry_in(claimed, 60)
+    end_job(store, receiver.url(), job="new")
     keys: list[bytes] = store.queue.keys("*")  # type: ignore[assignment]
-    assert len(keys) == 4
+    kinds = {b":".join(key.split(b":")[1:3]).partition(b":msg")[0] for key in keys}
+    assert kinds == {
+        b"webhook", b"webhooks", b"webhooks:callers", b"webhooks:dead", b"webhooks:hosts",
+        b"webhooks:line", b"webhooks:of",
+    }  # fmt: skip
     assert all(key.startswith(b"afterimage:") and store.queue.ttl(key) > 0 for key in keys)
 
 
 def test_an_expired_message_is_skipped(store: Store) -> None:
     queue = Outbox(store)
-    end_job(store, "https://a.example/1", job="1")
-    end_job(store, "https://a.example/2", job="2")
-    first: list[bytes] = store.queue.zrange(queue.due, 0, 0)  # type: ignore[assignment]
-    store.queue.delete(queue.key(first[0].decode()))
+    for job in ("1", "2", "3"):
+        end_job(store, f"https://a.example/{job}", job=job)
+    first = queue.claim(0)  # now all three are in a line
+    assert first is not None and first.job == "1" and not store.queue.exists(queue.inbox)
+    store.queue.delete(queue.key(first.id))
     message = queue.claim(10)
-    assert isinstance(message, Message) and message.job == "2"
-    assert store.queue.zcard(queue.due) == 1
+    assert message is not None and message.job == "2"
+    end_job(store, "https://a.example/4", job="4", caller="press")
+    fresh: list[bytes] = store.queue.zrange(queue.inbox, 0, 0)  # type: ignore[assignment]
+    store.queue.delete(queue.key(fresh[0].decode()))
+    message = queue.claim(10)
+    assert message is not None and message.job == "3"
+    assert queue.claim(10) is None
+
+
+def test_a_message_of_an_earlier_version_is_sent(store: Store, receiver: Receiver) -> None:
+    """Its inbox and hash have no caller; nor has a URL that was registered."""
+    store.queue.hset(
+        Outbox(store).key("msg_1"),
+        mapping={"url": receiver.url() + "&old", "body": "{}", "job": "job", "attempts": 1},
+    )
+    store.queue.zadd("afterimage:webhooks", {"msg_1": time.time()})
+    store.queue.sadd("afterimage:webhooks:of:job", receiver.url() + "&registered")
+    end_job(store)
+    deliver_all(store, settings(receiver))
+    assert {r.path.rpartition("&")[2] for r in receiver.requests} == {"old", "registered"}
+
+
+def test_callers_take_turns_and_so_do_their_hosts(store: Store) -> None:
+    queue = Outbox(store)
+    for i in range(3):
+        end_job(store, f"https://a.example/{i}", job=f"a{i}", caller="greedy")
+    end_job(store, "https://b.example/", job="b", caller="greedy")
+    end_job(store, "https://a.example/", job="c", caller="gallery")
+    order = [queue.claim(60) for _ in range(5)]
+    assert [m.job for m in order if m] == ["a0", "c", "b", "a1", "a2"]
+    assert queue.claim(60) is None
+
+
+def test_full_callers_and_lines_are_left_out(store: Store) -> None:
+    queue = Outbox(store)
+    for host in ("a", "b", "c"):
+        end_job(store, f"https://{host}.example/", job=host, caller="greedy")
+    end_job(store, "https://a.example/", job="gallery")
+    a = queue.claim(60, (), ["greedy b.example"])
+    assert a is not None and (a.caller, a.host) == ("greedy", "a.example")
+    full = ["greedy b.example", "greedy c.example"]
+    other = queue.claim(60, (), full)
+    assert other is not None and other.caller == "gallery"
+    assert queue.claim(60, (), full) is None
+    assert queue.claim(60, ["greedy"]) is None
+    assert queue.claim(60) is not None
 
 
 def test_webhooks_without_a_secret_are_refused() -> None:

@@ -3,6 +3,7 @@
 from models import checkpoint
 from models.codec import bitstream
 from models.tiers import Settings
+from worker.queue.jobs import LEASE_S, Jobs
 from worker.queue.records import DecodeRequest
 
 FAST = Settings("ddim", 2, beta=1.0)
@@ -17,3 +18,9 @@ def decode_of(
     ids = {e.kind: e.weights_id for e in checkpoint.manifest() if e.quality in {0, b.quality}}
     return DecodeRequest(bitstream.digest(data), tier, settings, seed, ids["codec"], ids["decoder"],
                   b.quality, b.width, b.height)  # fmt: skip
+
+
+def expire_lease(jobs: Jobs, job_id: str) -> None:
+    """Let the lease of a killed worker expire at once: date its last heartbeat back."""
+    last = jobs.now() - LEASE_S - 1
+    assert jobs.store.queue.zadd(jobs.leases, {job_id: last}, xx=True, ch=True)

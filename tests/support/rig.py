@@ -13,6 +13,7 @@ import redis
 import rq
 
 from models.tiers import Settings
+from tests.support.forked import Forked, Process, worker_main
 from tests.support.jobs import decode_of
 from tests.support.waiting import until
 from worker.queue import private_redis
@@ -51,11 +52,15 @@ class Worker:
 
     def __init__(self, rig: "Rig", name: str) -> None:
         self.log = rig.folder / f"{name}.log"
+        self.log.touch()
+        self.process = self._start(rig.environment, rig.forked)
+
+    def _start(self, environment: dict[str, str], forked: bool) -> Process:
+        if forked:
+            return Forked(worker_main, environment, self.log)
+        command = [sys.executable, "-P", "-m", "worker.main"]
         with self.log.open("ab") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "worker.main"], env=rig.environment, stdout=out,
-                stderr=out,
-            )  # fmt: skip
+            return subprocess.Popen(command, env=environment, stdout=out, stderr=out)
 
     def ready(self) -> "Worker":
         until(lambda: "ready" in self.log.read_text(), f"{self.log.stem} starts")
@@ -72,10 +77,10 @@ class Worker:
 
 
 class Rig:
-    """Two Redis servers, and the workers that a test starts."""
+    """Two Redis servers, and the workers that a test starts: new processes, or `forked` ones."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, forked: bool, **environment: str) -> None:
+        self.folder, self.forked = folder, forked
         self.queue = Server(folder / "queue", private_redis._QUEUE)
         self.cache = Server(folder / "cache", ())
         self.urls = {"REDIS_URL": self.queue.url, "CACHE_REDIS_URL": self.cache.url}
@@ -134,8 +139,8 @@ class Rig:
 
 
 @contextlib.contextmanager
-def rig(folder: Path, **environment: str) -> Iterator[Rig]:
-    made = Rig(folder, **environment)
+def rig(folder: Path, forked: bool = False, **environment: str) -> Iterator[Rig]:
+    made = Rig(folder, forked, **environment)
     try:
         yield made
     finally:

@@ -110,7 +110,7 @@ def test_the_readmes_example_shows_the_id_that_the_service_computes() -> None:
     b = bitstream.parse(data)
     settings = TIERS["perceptual"].settings
     assert settings is not None
-    (decoder,) = (e.weights_id for e in checkpoint.manifest() if e.kind == "decoder")
+    decoder = checkpoint.decoder_entry().weights_id
     decode = DecodeRequest(
         bitstream.digest(data), "perceptual", settings, 0, b.weights_id, decoder, b.quality,
         b.width, b.height,

@@ -53,9 +53,7 @@ def assert_rounded(cell: str, value: float) -> None:
 
 
 def test_the_evaluation_is_of_the_shipped_decoder() -> None:
-    assert [DOCUMENT["decoder"]] == [
-        e.weights_id for e in checkpoint.manifest() if e.kind == "decoder"
-    ]
+    assert DOCUMENT["decoder"] == checkpoint.decoder_entry().weights_id
     assert {(line["quality"], line["pictures"]) for line in DOCUMENT["summary"]} >= {
         (1, 24), (2, 24), (3, 24)
     }  # fmt: skip

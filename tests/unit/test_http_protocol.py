@@ -192,9 +192,9 @@ def test_a_port_that_was_taken_while_models_were_loaded_is_reported(
             ApiServer(lambda: None).run([bound])
 
 
-def forwarded(peer: str, *prefixes: str) -> dict[str, str]:
+def forwarded(peer: str, *prefixes: str, client: str = "192.0.2.7") -> dict[str, str]:
     """What the application sees of a request that comes from `peer`."""
-    sent = [("X-Forwarded-For", "192.0.2.7"), *(("X-Forwarded-Prefix", p) for p in prefixes)]
+    sent = [("X-Forwarded-For", client), *(("X-Forwarded-Prefix", p) for p in prefixes)]
     headers = httpx.Headers(sent, encoding="latin-1")
 
     async def once() -> dict[str, str]:
@@ -223,3 +223,17 @@ def test_an_invalid_path_prefix_is_ignored(prefix: str) -> None:
 
 def test_several_path_prefixes_are_ignored() -> None:
     assert forwarded("10.1.2.3", "/a", "/b")["root"] == ""
+
+
+def test_a_proxy_may_connect_with_an_address_that_is_mapped_into_ipv6() -> None:
+    assert forwarded("::ffff:10.1.2.3", "/a") == {"root": "/a", "client": "192.0.2.7"}
+
+
+def test_text_that_is_no_address_does_not_become_a_caller(port: int) -> None:
+    """Each of these requests would otherwise have a quota of its own."""
+    seen = set()
+    for text in ("unknown", "a", "b, c", "1.2.3.4.5", "_hidden", "1.2.3.4:x", "[::1", "10.0.0.1 x"):
+        request = f"GET /root HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: {text}\r\n"
+        _, body = exchange(port, f"{request}Connection: close\r\n\r\n".encode())
+        seen.add(json.loads(body)["client"])
+    assert seen == {"127.0.0.1"}

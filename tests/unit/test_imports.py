@@ -21,7 +21,8 @@ SERVICE_MAY_USE = (
 )
 """All that the service imports of the worker."""
 NO_TORCH = (
-    "models.errors", "models.geometry", "models.tiers", "models.codec.bitstream",
+    "models.checkpoint", "models.codec.bitstream", "models.codec.catalogue", "models.errors",
+    "models.geometry", "models.tiers", "service.schemas",
     "worker.settings", "worker.queue.counters", "worker.queue.estimates", "worker.queue.events",
     "worker.queue.jobs", "worker.queue.outbox", "worker.queue.private_redis",
     "worker.queue.records", "worker.queue.store", "worker.queue.urls", "worker.telemetry.logs",

@@ -18,6 +18,7 @@ from models.codec.codec import Codec
 from models.codec.inference_synthesis import InferenceSynthesis, SubPixel, used_channels
 from models.codec.msh import GDN, MeanScaleHyperprior
 from models.codec.synthesis import Synthesis
+from models.folders import UntrustedFolder
 from models.image import Pixels
 from tests.support.data import psnr
 
@@ -168,10 +169,23 @@ def test_a_damaged_cache_is_ignored(
 ) -> None:
     monkeypatch.setenv("AFTERIMAGE_CACHE_DIR", str(tmp_path))
     first = Synthesis(g_s, 12)(latents(12, 4, 4))
-    for file in tmp_path.rglob("*.blob"):
+    [file] = tmp_path.rglob("*.blob")
+    data = file.read_bytes()
+    half = data[: len(data) // 2]
+    for forged in (b"", data[:100], half, bytes(64) + data[64:], b"\xff" * 5000):
         file.chmod(0o600)
-        file.write_bytes(file.read_bytes()[:100])
-    assert torch.equal(Synthesis(g_s, 12)(latents(12, 4, 4)), first)
+        file.write_bytes(forged)
+        assert torch.equal(Synthesis(g_s, 12)(latents(12, 4, 4)), first)
+
+
+def test_the_compiled_network_of_another_user_is_not_loaded(
+    g_s: nn.Sequential, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFTERIMAGE_CACHE_DIR", str(tmp_path))
+    Synthesis(g_s, 12)(latents(12, 4, 4))
+    (tmp_path / "openvino").chmod(0o777)
+    with pytest.raises(UntrustedFolder, match="openvino is not safe: every user may write"):
+        Synthesis(g_s, 12)(latents(12, 4, 4))
 
 
 def test_torch_is_the_backend_if_openvino_is_not_installed(

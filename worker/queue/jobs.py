@@ -17,7 +17,7 @@ from models.errors import Quarantined
 from worker.queue import counters, events, outbox
 from worker.queue.records import DecodeRequest, JobState, Status, ended_fields
 from worker.queue.rq_queue import DecodeQueue
-from worker.queue.store import RECORD_TTL_S, Store
+from worker.queue.store import RECORD_TTL_S, SUBMITTERS_TTL_S, Store
 from worker.telemetry import logs, tracing
 
 log = logging.getLogger(__name__)
@@ -124,6 +124,17 @@ class Jobs:
             pipe.zadd(key, {caller: self.now() + seconds}, gt=True)
             pipe.expire(key, RECORD_TTL_S)
             pipe.execute()
+
+    def add_submitter(self, job_id: str, caller: str) -> None:
+        """Record that the caller has submitted the job, whatever becomes of it."""
+        with self.store.queue.pipeline() as pipe:
+            pipe.sadd(self._submitters(job_id), caller)
+            pipe.expire(self._submitters(job_id), SUBMITTERS_TTL_S)
+            pipe.execute()
+
+    def has_submitted(self, job_id: str, caller: str) -> bool:
+        """True if `add_submitter` has recorded the caller for the job."""
+        return bool(self.store.queue.sismember(self._submitters(job_id), caller))
 
     def renew(self, job_id: str, caller: str, seconds: float) -> None:
         """Extend the caller's subscription; no effect after `withdraw`."""
@@ -293,6 +304,7 @@ class Jobs:
         key = self.key(state.id)
         pipe.hset(key, mapping=ended_fields(status, error))
         pipe.expire(key, RECORD_TTL_S)
+        pipe.expire(self._submitters(state.id), SUBMITTERS_TTL_S)
         pipe.zrem(self.leases, state.id)
         pipe.srem(self.waiting, state.id)
         data = {"error": error} if error else {}
@@ -354,6 +366,10 @@ class Jobs:
     def subscribers(self, job_id: str) -> str:
         """Key of a sorted set: caller -> time at which its subscription ends."""
         return self.store.key("interest", job_id)
+
+    def _submitters(self, job_id: str) -> str:
+        """Key of the set of callers that submitted the job; only private services fill it."""
+        return self.store.key("submitters", job_id)
 
     def _crashes(self, digest: str) -> str:
         """Key of the set of owners of attempts that crashed on a bitstream."""

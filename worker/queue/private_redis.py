@@ -16,6 +16,7 @@ from pathlib import Path
 import redis
 from filelock import FileLock, Timeout
 
+from models import folders
 from worker.queue.store import MIN_VERSION
 from worker.queue.urls import NoRedis
 
@@ -69,7 +70,8 @@ def servers(cache_dir: Path) -> Iterator[tuple[str, str]]:
     """Run a queue server and a cache server; yields their URLs.
 
     The queue's data are kept in `cache_dir`, so that jobs survive a restart. If another service
-    uses that folder, the data go to a temporary one. Raises `NoRedis` if a server cannot start.
+    uses that folder, the data go to a temporary one. Raises `NoRedis` if a server cannot start,
+    `UntrustedFolder` if another user could change its data.
     """
     binary = find_server()
     with contextlib.ExitStack() as stack:
@@ -77,7 +79,7 @@ def servers(cache_dir: Path) -> Iterator[tuple[str, str]]:
             tempfile.TemporaryDirectory(prefix="afterimage-", dir=_socket_parent())  # 0700
         )
         data = cache_dir / "queue"
-        data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folders.private(data)
         try:
             stack.enter_context(FileLock(data / "lock", timeout=0))
         except Timeout:
@@ -91,12 +93,13 @@ def servers(cache_dir: Path) -> Iterator[tuple[str, str]]:
 def _socket_parent() -> str:
     """A folder whose path is short enough for the sockets: the temporary one, if it fits.
 
-    Raises `NoRedis` if no folder fits.
+    Raises `NoRedis` if no folder fits, `UntrustedFolder` if other users could replace the sockets.
     """
     temporary = tempfile.gettempdir()
     for folder in (temporary, os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/var/tmp"):
         usable = os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
         if usable and _socket_bytes(folder) <= MAX_SOCKET_BYTES:
+            folders.check_parent(Path(folder))
             return folder
     raise NoRedis(
         f"the temporary folder {temporary} is too long for a Unix socket: "

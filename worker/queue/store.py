@@ -16,6 +16,9 @@ DRAFT_TTL_S = 3600
 """How long an instant picture is kept for clients that poll for the perceptual one."""
 RECORD_TTL_S = PICTURE_TTL_S + 24 * 3600
 """How long records and bitstreams are kept: longer than the picture, so that it can be redrawn."""
+SUBMITTERS_TTL_S = 2 * RECORD_TTL_S
+"""How long the names of a job's submitters are kept after its submission and after its end: longer
+than its record, which is renewed while the job runs."""
 
 CONNECT_TIMEOUT_S = 2
 """Timeout of connecting to a server."""

@@ -6,6 +6,8 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -27,7 +29,7 @@ log = logging.getLogger(__name__)
 MAX_RETRY_AFTER_S = 3600.0
 """Upper limit of a receiver's Retry-After."""
 POLL_S = 0.5
-"""Longest pause between two looks of an idle thread for due messages."""
+"""Longest pause between two looks for due messages."""
 REDIS_RETRY_S = 0.5
 """Pause after an error of Redis."""
 MAX_ERROR_CHARS = 200
@@ -46,45 +48,109 @@ class Outcome:
     wait_s: float = 0.0  # shortest wait before the next attempt, from the receiver's Retry-After
 
 
+class Deliveries:
+    """Counts the deliveries in progress, of each caller and of each line (caller and host)."""
+
+    def __init__(self, settings: WebhookSettings) -> None:
+        self.settings = settings
+        self.changed = threading.Event()  # set whenever a delivery ends
+        self._lock = threading.Lock()
+        self._callers: Counter[str] = Counter()
+        self._lines: Counter[str] = Counter()
+
+    def begin(self, message: Message) -> None:
+        """Count a delivery."""
+        with self._lock:
+            self._callers[message.caller] += 1
+            self._lines[message.line] += 1
+
+    def end(self, message: Message) -> None:
+        """Stop counting a delivery."""
+        with self._lock:
+            for counter, name in (self._callers, message.caller), (self._lines, message.line):
+                counter[name] -= 1
+                if not counter[name]:
+                    del counter[name]
+            self.changed.set()
+
+    def full(self) -> tuple[list[str], list[str]] | None:
+        """Callers and lines that may not begin another delivery; None if nobody may."""
+        with self._lock:
+            if self._callers.total() >= self.settings.webhook_threads:
+                return None
+            callers = _at_limit(self._callers, self.settings.per_caller)
+            return callers, _at_limit(self._lines, self.settings.per_host)
+
+    def idle(self) -> bool:
+        """True if no delivery is in progress."""
+        return not self._callers
+
+
+def _at_limit(counter: Counter[str], limit: int) -> list[str]:
+    return [name for name, count in counter.items() if count >= limit]
+
+
 class WebhookSender:
-    """Sends messages, on any number of threads."""
+    """Sends messages, each on a thread of a pool."""
 
     def __init__(
         self, outbox: Outbox, settings: WebhookSettings, resolver: url_guard.Resolver
     ) -> None:
         self.outbox, self.settings, self.resolver = outbox, settings, resolver
+        self.deliveries = Deliveries(settings)
         self.signers = [Webhook(secret) for secret in settings.secrets]
         self.tls = httpx.create_ssl_context()  # certifi's authorities, or those of SSL_CERT_FILE
 
     def run(self, stop: threading.Event) -> None:
-        """Send one message after the other until `stop` is set.
+        """Send messages until `stop` is set; return once the deliveries in progress have ended.
 
         A message whose attempt ends in an unexpected error is due again after its lease.
         """
-        while not stop.is_set():
-            try:
-                if not self._send_next():
-                    stop.wait(POLL_S * random.uniform(0.5, 1))
-            except RedisError as e:
-                log.warning("webhooks: Redis failed; retrying: %s", e)
-                stop.wait(REDIS_RETRY_S)
-
-    def _send_next(self) -> bool:
-        """Process the next message; False if none is due. Raises `RedisError`."""
-        message = self.outbox.claim(self.settings.lease_s)
-        if message is None:
-            return False
-        lease_ends = time.monotonic() + self.settings.lease_s
-        with logs.bound(job=message.job):
-            outcome = self._attempt(message)
-            while True:
+        threads = self.settings.webhook_threads
+        with ThreadPoolExecutor(threads, thread_name_prefix="webhooks") as pool:
+            while not stop.is_set():
+                self.deliveries.changed.clear()
                 try:
-                    self._record(message, outcome)
-                    return True
-                except RedisError:  # try again: an unrecorded message would be sent once more
+                    message = self._claim()
+                except RedisError as e:
+                    log.warning("webhooks: Redis failed; retrying: %s", e)
+                    stop.wait(REDIS_RETRY_S)
+                    continue
+                if message is not None:
+                    self.deliveries.begin(message)
+                    pool.submit(self._deliver, message, time.monotonic() + self.settings.lease_s)
+                elif self.deliveries.idle():
+                    stop.wait(POLL_S * random.uniform(0.5, 1))
+                else:
+                    self.deliveries.changed.wait(POLL_S * random.uniform(0.5, 1))
+
+    def _claim(self) -> Message | None:
+        """Claim a due message whose caller and host are below their limits. Raises `RedisError`."""
+        full = self.deliveries.full()
+        return None if full is None else self.outbox.claim(self.settings.lease_s, *full)
+
+    def _deliver(self, message: Message, lease_ends: float) -> None:
+        """Attempt to send a message and record the outcome, until the lease ends."""
+        try:
+            with logs.bound(job=message.job):
+                outcome = self._attempt(message)
+                while not self._recorded(message, outcome):
                     if time.monotonic() + REDIS_RETRY_S > lease_ends:
-                        raise
+                        break
                     time.sleep(REDIS_RETRY_S)
+        except Exception:
+            log.exception("webhook %s: its result was not recorded", message.id)
+        finally:
+            self.deliveries.end(message)
+
+    def _recorded(self, message: Message, outcome: Outcome) -> bool:
+        """Record the outcome; False if Redis failed: an unrecorded message is sent once more."""
+        try:
+            self._record(message, outcome)
+        except RedisError as e:
+            log.warning("webhook %s: Redis failed; its result is not recorded: %s", message.id, e)
+            return False
+        return True
 
     def _attempt(self, message: Message) -> Outcome:
         if message.attempts > len(self.settings.webhook_retries_s) + 1:
@@ -138,19 +204,8 @@ def deliver_forever(
     stop: threading.Event,
     resolver: url_guard.Resolver = url_guard.resolve,
 ) -> None:
-    """Send due messages on `webhook_threads` threads until `stop` is set.
-
-    Returns once the attempts in progress have ended.
-    """
-    sender = WebhookSender(Outbox(store), settings, resolver)
-    threads = [
-        threading.Thread(target=sender.run, args=(stop,), name=f"webhooks-{i}", daemon=True)
-        for i in range(settings.webhook_threads)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    """Send due messages until `stop` is set; return once the attempts in progress have ended."""
+    WebhookSender(Outbox(store), settings, resolver).run(stop)
 
 
 def main() -> int:

@@ -33,7 +33,10 @@ class WebhookSettings(EnvironmentSettings):
         10, gt=0, le=60, description="timeout of one attempt, in seconds"
     )
     webhook_threads: int = Field(
-        4, ge=1, le=64, description="deliveries at once per sender process"
+        32,
+        ge=1,
+        le=256,
+        description="deliveries at once per sender process; one caller gets an eighth of them",
     )
 
     @field_validator("webhook_secret")
@@ -57,6 +60,16 @@ class WebhookSettings(EnvironmentSettings):
     def allow(self) -> frozenset[str]:
         """The entries of `webhook_allow`, in lower case."""
         return frozenset(self.webhook_allow.lower().replace(",", " ").split())
+
+    @property
+    def per_caller(self) -> int:
+        """Deliveries of one caller at once, so that seven others are not delayed by slow hosts."""
+        return max(self.webhook_threads // 8, 1)
+
+    @property
+    def per_host(self) -> int:
+        """Deliveries of one caller to one host at once."""
+        return max(self.per_caller // 2, 1)
 
     @property
     def lease_s(self) -> float:

@@ -1,0 +1,141 @@
+"""An attack by slow receivers of webhooks: another caller's webhook must arrive meanwhile.
+
+The service needs `SETTINGS`, a webhook secret and, unless the picture is cached, a worker.
+"""
+
+import contextlib
+import http.server
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+RECEIVERS = "127.0.0.4"
+"""Address of all receivers of webhooks."""
+SETTINGS = {"AFTERIMAGE_WEBHOOK_ALLOW": RECEIVERS}
+ATTACKER, VICTIM = "127.0.0.2", "127.0.0.3"
+"""Addresses of two callers. The service trusts neither as a proxy."""
+REQUESTS, URLS = 5, 8
+"""Requests of an attack, each with the largest number of URLs."""
+WEBHOOK_S, LIVEZ_S = 2.0, 0.5
+"""Longest allowed delays of the other caller's webhook and of `/livez`."""
+PATIENCE_S = 60.0
+"""How long the webhook of the other caller is waited for."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What an attack has caused, in seconds."""
+
+    webhook_s: float  # from the end of the other caller's decode to its webhook
+    livez_s: float  # the longest of several
+    slow: int  # slow deliveries that had begun by then
+
+    @property
+    def holds(self) -> bool:
+        """True if other callers were not delayed for long."""
+        return self.webhook_s <= WEBHOOK_S and self.livez_s <= LIVEZ_S
+
+    def __str__(self) -> str:
+        return (
+            f"{REQUESTS * URLS} slow URLs, {self.slow} deliveries in progress: another caller's "
+            f"webhook after {self.webhook_s:.2f} s, /livez after {self.livez_s:.2f} s"
+        )
+
+
+def slow_receivers(url: str, bitstream: bytes, seed: int = 2911) -> Figures:
+    """Let 40 receivers hang that one caller has named; then send another caller its webhook."""
+    with contextlib.ExitStack() as stack:
+        attacker, victim = (stack.enter_context(_client(url, a)) for a in (ATTACKER, VICTIM))
+        slow = [stack.enter_context(_hanging()) for _ in range(URLS)]
+        port, arrived = stack.enter_context(_receiver())
+        _decode(attacker, bitstream, seed, [])  # from now on the picture is cached
+        for request in range(REQUESTS):
+            urls = [f"http://{RECEIVERS}:{port}/{request}" for port, _ in slow]
+            _decode(attacker, bitstream, seed, urls)
+        _wait(lambda: any(connections for _, connections in slow))
+        livez = [_livez(victim) for _ in range(5)]
+        _decode(victim, bitstream, seed, [f"http://{RECEIVERS}:{port}/"])
+        began = time.monotonic()
+        in_time = arrived.wait(PATIENCE_S)
+        webhook_s = time.monotonic() - began if in_time else float("inf")
+        livez += [_livez(victim) for _ in range(5)]
+        return Figures(webhook_s, max(livez), sum(len(held) for _, held in slow))
+
+
+def _client(url: str, address: str) -> httpx.Client:
+    transport = httpx.HTTPTransport(local_address=address)
+    return httpx.Client(base_url=url, transport=transport, timeout=60)
+
+
+def _decode(client: httpx.Client, data: bytes, seed: int, webhooks: list[str]) -> None:
+    """Return when the decode has succeeded and its webhooks are in the outbox."""
+    params: dict[str, Any] = {"tier": "perceptual", "seed": seed, "webhook": webhooks}
+    response = client.post("/v1/decodes", params=params, content=data).raise_for_status()
+    location = response.headers["location"]
+
+    def succeeded() -> bool:
+        state = client.get(location, headers={"Prefer": "wait=20"}).raise_for_status()
+        return bool(state.json()["status"] == "succeeded")
+
+    _wait(succeeded)
+
+
+def _livez(client: httpx.Client) -> float:
+    began = time.monotonic()
+    client.get("/livez").raise_for_status()
+    return time.monotonic() - began
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the attack did not begin")
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def _hanging() -> Iterator[tuple[int, list[socket.socket]]]:
+    """Accept connections and say nothing; yields the port and the connections."""
+    with contextlib.ExitStack() as held, socket.create_server((RECEIVERS, 0)) as server:
+        connections: list[socket.socket] = []
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # the socket was shut down
+                while True:
+                    connections.append(held.enter_context(server.accept()[0]))
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield server.getsockname()[1], connections
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@contextlib.contextmanager
+def _receiver() -> Iterator[tuple[int, threading.Event]]:
+    """Accept webhooks; yields the port, and an event that the first sets."""
+    arrived = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(204)
+            self.end_headers()
+            arrived.set()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer((RECEIVERS, 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+        try:
+            yield server.server_address[1], arrived
+        finally:
+            server.shutdown()
