@@ -251,7 +251,8 @@ def _readings(data: bytes) -> list[Reading]:
         for r in supported
         if (published := ARCHITECTURES[r.model].published)
     ]
-    return sorted(supported, key=lambda r: r.model != architectures.DEFAULT)
+    newest = {r.model: r for r in reversed(supported)}.values()
+    return sorted(reversed(newest), key=lambda r: r.model != architectures.DEFAULT)
 
 
 def _layout_of(versions: str) -> _Layout:

@@ -91,6 +91,13 @@ def test_the_error_for_missing_weights_names_all_models_of_a_file() -> None:
             find(b)
 
 
+def test_a_model_with_the_same_id_in_all_versions_is_one_reading(
+    nets: dict[str, Any], small: Pixels
+) -> None:
+    b = bitstream.parse(written(nets[NAMES[1]], NAMES[1], small))
+    assert (b.versions, b.others) == ("1.2.2 and later", ())
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [
