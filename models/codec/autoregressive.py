@@ -71,6 +71,9 @@ class ContextCoder(LatentCoder):
         for part in (self.net.context_prediction, self.net.entropy_parameters):
             for t in part.state_dict().values():
                 digest.update(t.numpy().tobytes())
+        for table in (self.y_tables.cdf, self.y_tables.length, self.y_tables.offset):
+            digest.update(table.tobytes())
+        digest.update(self.scale_table.numpy().tobytes())
         return digest.hexdigest()
 
 

@@ -44,8 +44,9 @@ the client is told why."""
 WINDOW = 16**2
 """Positions of z per window of `h_s` in float64: a window takes 0.1 GB, a whole picture of 20
 megapixels 2 GB."""
-OVERLAP = 2
-"""Margin of a window, in positions of z: the receptive field of `h_s` is 1 + 1/2 + 1/4."""
+OVERLAP = 4
+"""Margin of a window, in positions of z: the receptive field of `h_s` is 1 + 1/2 + 1/4, and in
+cheng2020 1 + 1 + 1/2 + 1/2 + 1/4."""
 IDLE_S = 300.0
 """Idle time after which the process ends, to free about 0.7 GB."""
 
