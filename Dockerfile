@@ -1,5 +1,5 @@
 # One image with two roles: `serve` (the API, the default) and `worker`. Targets: cpu (default), cuda.
-# BASE: any Debian image with Python 3.11 or 3.12 and pip. PIP_INDEX_URL, PIP_EXTRA_INDEX_URL: pip's indexes.
+# BASE: any Debian image with Python 3.11, 3.12 or 3.13 and pip. PIP_INDEX_URL, PIP_EXTRA_INDEX_URL: pip's indexes.
 ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS base

@@ -23,7 +23,7 @@ help: ## show this list
 $(READY): pyproject.toml
 	@{ $(BIN)/python deploy/check_setup.py && $(BIN)/python -m pip -V; } >/dev/null 2>&1 || { \
 		command -v "$(PYTHON)" >/dev/null || \
-			{ echo "there is no $(PYTHON); choose Python 3.11 or 3.12 with make PYTHON=…"; exit 1; }; \
+			{ echo "there is no $(PYTHON); choose Python 3.11, 3.12 or 3.13 with make PYTHON=…"; exit 1; }; \
 		"$(PYTHON)" deploy/check_setup.py || exit; \
 		echo "The first set-up takes some minutes and 6.5 GB, most of it torch with CUDA."; \
 		echo "Without a GPU, 2.5 GB do: set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels."; \
@@ -62,8 +62,8 @@ docs: $(READY) ## update the tables of environment variables in deploy/OPERATING
 hooks: $(READY) ## run ruff and mypy before each git commit
 	@$(BIN)/pre-commit install
 
-bench: $(READY) $(if $(filter decode diffusion http photograph,$(PART)),,browser) ## measure time and memory, against CompressAI (PART=decode, diffusion, http, photograph or page; default: all)
-	@for part in $(or $(PART),decode diffusion http photograph page); do $(BIN)/python -P tests/bench/$$part.py || exit; done
+bench: $(READY) $(if $(filter decode zoo diffusion http photograph,$(PART)),,browser) ## measure time and memory, against CompressAI (PART=decode, zoo, diffusion, http, photograph or page; default: all)
+	@for part in $(or $(PART),decode zoo diffusion http photograph page); do $(BIN)/python -P tests/bench/$$part.py || exit; done
 
 chaos: $(READY) ## jobs while workers and Redis are killed, for MINUTES=10; or attacks: ATTACK=1, ATTACK=NAME
 	@OMP_NUM_THREADS=1 $(BIN)/python -P $(if $(ATTACK),tests/chaos/attack.py $(filter-out 1,$(ATTACK)), \

@@ -35,6 +35,7 @@ class Entry:
     metric: str = ""
     source: str = ""  # the file or URL that it was imported from
     card: str = ""  # name of the model card in the same folder
+    model: str = ""  # a codec's architecture; empty for mbt2018-mean and for the diffusion decoder
 
 
 def weights_id(tensors: "Mapping[str, Tensor]") -> str:

@@ -3,14 +3,15 @@
 import contextlib
 import ctypes
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from models import image
+from models import geometry, image
 from models.codec import bitstream, catalogue, codec, zoo
+from models.codec.architectures import DEFAULT
 from models.codec.bitstream import Bitstream, Metric
 from models.codec.codec import Codec
 from models.diffusion import decoder, realism
@@ -34,32 +35,67 @@ class Library:
 
     def codec(self, b: Bitstream) -> Codec:
         """Return the codec that encoded `b`. Raises `WrongWeights` if it is not installed."""
-        return self.find(b.quality, b.metric, b.weights_id)
+        r = self._resolved(b)
+        return self.find(r.quality, r.metric, r.weights_id, r.model)
 
-    def find(self, quality: int, metric: Metric, weights_id: str = "") -> Codec:
-        """Return the codec with this quality, metric and weights id.
+    def read(self, b: Bitstream) -> Bitstream:
+        """Return the reading of `b` whose weights are installed here, otherwise `b`.
+
+        If there is more than one, it is the first whose strings end as with these weights, which
+        only the entropy decoder can tell.
+        """
+        readings = [r for r in b.readings if self._installed(r)]
+        for r in readings if len(readings) > 1 else ():
+            codec = self.find(r.quality, r.metric, model=r.model)
+            size = geometry.padded(r.height, r.width)
+            if codec.latent_coder.fits(r.y_string, r.z_string, size):
+                return replace(r, others=())
+        return replace(readings[0], others=b.others) if readings else b
+
+    def find(
+        self, quality: int, metric: Metric, weights_id: str = "", model: str = DEFAULT
+    ) -> Codec:
+        """Return the codec of this model with this quality, metric and weights id.
 
         Without a weights id it is the latest import, or the shipped codec if nothing was imported.
         Raises `WrongWeights` if there is none, `WeightsError` if an import's file is altered.
         """
-        row = self.imports.find(quality, metric, weights_id)
-        return self._shipped(quality, metric, weights_id) if row is None else self.imports.load(row)
+        row = self.imports.find(quality, metric, weights_id, model)
+        if row is not None:
+            return self.imports.load(row)
+        return self._shipped(quality, metric, weights_id, model)
 
     def codec_id(self, b: Bitstream) -> str:
-        """Return the weights id of `codec(b)` without loading it. Raises `WrongWeights`."""
-        row = self.imports.find(b.quality, b.metric, b.weights_id)
+        """Return the weights id of `codec(b)`, without loading it if `b` has only one reading.
+
+        Raises `WrongWeights`.
+        """
+        r = self._resolved(b)
+        row = self.imports.find(r.quality, r.metric, r.weights_id, r.model)
         if row is not None:
             return row.entry.weights_id
-        return self._shipped(b.quality, b.metric, b.weights_id).weights_id
+        return self._shipped(r.quality, r.metric, r.weights_id, r.model).weights_id
 
     def weights_ids(self, b: Bitstream) -> tuple[str, str]:
         """Return the weights ids of the codec for `b` and of the diffusion decoder ("": none)."""
         return self.codec_id(b), self.decoder.weights_id if self.decoder else ""
 
-    def _shipped(self, quality: int, metric: Metric, weights_id: str) -> Codec:
-        shipped = self.codecs.get((quality, metric))
+    def _installed(self, b: Bitstream) -> bool:
+        if self.imports.find(b.quality, b.metric, b.weights_id, b.model) is not None:
+            return True
+        return b.model == DEFAULT and (b.quality, b.metric) in self.codecs
+
+    def _resolved(self, b: Bitstream) -> Bitstream:
+        r = self.read(b)
+        if not self._installed(r):
+            models = [each.model for each in b.readings]
+            raise catalogue.wrong_weights(b.quality, b.metric, b.weights_id, models)
+        return r
+
+    def _shipped(self, quality: int, metric: Metric, weights_id: str, model: str) -> Codec:
+        shipped = self.codecs.get((quality, metric)) if model == DEFAULT else None
         if shipped is None or weights_id not in {"", shipped.weights_id}:
-            raise catalogue.wrong_weights(quality, metric, weights_id)
+            raise catalogue.wrong_weights(quality, metric, weights_id, (model,))
         return shipped
 
     def draw(

@@ -68,11 +68,13 @@ def windows(rows: int, columns: int, area: int, overlap: int) -> Iterator[Window
             )
 
 
-def analyse(g_a: Callable[[Tensor], Tensor], x: Tensor, M: int) -> Tensor:
+def analyse(
+    g_a: Callable[[Tensor], Tensor], x: Tensor, M: int, overlap: int = CODEC_OVERLAP
+) -> Tensor:
     """Run `g_a` in windows: x (1, 3, 16h, 16w) -> y (1, M, h, w)."""
     rows, columns = x.shape[2] // STRIDE_Y, x.shape[3] // STRIDE_Y
     out = torch.empty(1, M, rows, columns)
-    for w in windows(rows, columns, CODEC_WINDOW, CODEC_OVERLAP):
+    for w in windows(rows, columns, CODEC_WINDOW, overlap):
         cancellation.check()
         part = g_a(x[w.reads(STRIDE_Y)].contiguous(memory_format=torch.channels_last))
         out[w.writes(1)] = part[w.within(1)]
@@ -80,12 +82,15 @@ def analyse(g_a: Callable[[Tensor], Tensor], x: Tensor, M: int) -> Tensor:
 
 
 def synthesise(
-    g_s: Callable[[Tensor], Tensor], y_hat: Tensor, dtype: torch.dtype = torch.float32
+    g_s: Callable[[Tensor], Tensor],
+    y_hat: Tensor,
+    dtype: torch.dtype = torch.float32,
+    overlap: int = CODEC_OVERLAP,
 ) -> Tensor:
     """Run `g_s`, whose result has `dtype`, in windows: y_hat (1, M, h, w) -> (1, 3, 16h, 16w)."""
     rows, columns = y_hat.shape[2:]
     out = torch.empty(1, 3, rows * STRIDE_Y, columns * STRIDE_Y, dtype=dtype)
-    for w in windows(rows, columns, CODEC_WINDOW, CODEC_OVERLAP):
+    for w in windows(rows, columns, CODEC_WINDOW, overlap):
         cancellation.check()
         part = g_s(y_hat[w.reads(1)].contiguous(memory_format=torch.channels_last))
         out[w.writes(STRIDE_Y)] = part[w.within(STRIDE_Y)]

@@ -68,6 +68,17 @@ async def draft(
     return picture
 
 
+async def read_bitstream(services: Services, data: bytes) -> Bitstream:
+    """Parse a bitstream, as a file of the model whose weights decode it.
+
+    Raises `BitstreamError`, `PictureTooLarge`, or `WeightsError` as `Library.find`.
+    """
+    b = bitstream.parse(data, services.settings.max_pixels)
+    if not b.others:
+        return b
+    return await anyio.to_thread.run_sync(services.library.read, b)  # it may load weights
+
+
 async def stored_bitstream(services: Services, decode: DecodeRequest) -> Bitstream:
     """Return the submitted bitstream of a decode.
 
@@ -78,7 +89,7 @@ async def stored_bitstream(services: Services, decode: DecodeRequest) -> Bitstre
         raise JobNotFound(
             f"the bitstream of decode {decode.id} has expired; submit the bitstream again"
         )
-    b = bitstream.parse(data, services.settings.max_pixels)
+    b = await read_bitstream(services, data)
     if services.library.codec_id(b) != decode.codec:
         raise WrongWeights(
             f"decode {decode.id} needs the weights {decode.codec}, which are not in use any more; "

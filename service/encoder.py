@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from models import geometry
-from models.codec import codec
+from models.codec import architectures, codec
 from models.codec.bitstream import Bitstream, Format, Metric
 from models.errors import PictureTooLarge, Unavailable
 from models.image import Picture, Pixels
@@ -60,7 +60,13 @@ class Encoder:
         self.readers.close()
 
     async def encode(
-        self, data: bytes, quality: int, metric: Metric, format: Format, waiter: Waiter = NOBODY
+        self,
+        data: bytes,
+        quality: int,
+        metric: Metric,
+        format: Format,
+        waiter: Waiter = NOBODY,
+        model: str = architectures.DEFAULT,
     ) -> Encoded:
         """Encode a picture file; a truncated one as far as it goes, with a note.
 
@@ -72,7 +78,7 @@ class Encoder:
         max_pixels = self.settings.max_pixels
 
         def work(deadline: Deadline, limit: int) -> Encoded:
-            used = self.library.find(quality, metric)
+            used = self.library.find(quality, metric, model=model)
             picture = self._read(data, deadline, limit)
             self._allow_for(picture.pixels, deadline)
             b = used.encode(codec.to_tensor(picture.pixels), format, "exact")

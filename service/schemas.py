@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models import geometry, tiers
 from models.checkpoint import Entry
+from models.codec import catalogue
 from models.codec.bitstream import Bitstream, Format, Metric, Profile
 from models.image import MEDIA_TYPES
 from service import prefix, problems
@@ -139,6 +140,7 @@ class Inspection(BaseModel):
                 {
                     "format": "msh",
                     "layout": ".msh version 1",
+                    "model": "mbt2018-mean",
                     "profile": "exact",
                     "quality": 2,
                     "metric": "mse",
@@ -159,6 +161,7 @@ class Inspection(BaseModel):
 
     format: Format
     layout: str
+    model: str  # architecture of the codec, as CompressAI names it
     profile: Profile
     quality: int
     metric: Metric
@@ -199,7 +202,8 @@ class Inspection(BaseModel):
             )
 
         return cls(
-            format=b.format, layout=b.layout, profile=b.profile, quality=b.quality, metric=b.metric,
+            format=b.format, layout=b.layout, model=b.model, profile=b.profile, quality=b.quality,
+            metric=b.metric,
             width=b.width, height=b.height, bytes=size,
             bpp=round(8 * size / (b.width * b.height), 4), weights_id=b.weights_id or None,
             decodable=decodable, costs={t.name: cost(t) for t in tiers.TIERS.values()},
@@ -260,6 +264,7 @@ class Model(BaseModel):
                 {
                     "kind": "codec",
                     "name": "msh_q2",
+                    "model": "mbt2018-mean",
                     "weights_id": "d78422ef2d93dd50",
                     "quality": 2,
                     "metric": "mse",
@@ -273,6 +278,7 @@ class Model(BaseModel):
 
     kind: str  # codec or decoder
     name: str
+    model: str | None  # architecture of a codec, as CompressAI names it
     weights_id: str
     quality: int | None
     metric: str | None
@@ -284,8 +290,9 @@ class Model(BaseModel):
     def of(cls, e: Entry) -> "Model":
         """Return the public view of an entry of a weights manifest."""
         return cls(
-            kind=e.kind, name=e.name, weights_id=e.weights_id, quality=e.quality or None,
-            metric=e.metric or None, source=e.source or "shipped", sha256=e.sha256,
+            kind=e.kind, name=e.name, model=catalogue.model_of(e) or None,
+            weights_id=e.weights_id, quality=e.quality or None, metric=e.metric or None,
+            source=e.source or "shipped", sha256=e.sha256,
             card=prefix.public(f"/v1/models/{e.weights_id}/card") if e.card else None,
         )  # fmt: skip
 

@@ -2,8 +2,9 @@
 
 CompressAI's image files, as its `examples/codec.py` writes them (big-endian): model id u8,
 (metric << 4 | quality - 1) u8, height u32, width u32, bit depth u8, z rows u32, z columns u32,
-number of strings u32; then the y string and the z string, each after its length u32. Older versions
-gave the models other ids, and the oldest wrote no bit depth: see `_LAYOUTS`.
+number of strings u32; then the y string and the z string, each after its length u32. A model
+without hyperprior has rows and columns of y there, and only the y string. Older versions gave the
+models other ids, and the oldest wrote no bit depth: see `_LAYOUTS`.
 
 `.msh` (little-endian, a header of 36 bytes): magic, version u8, profile u8, quality u8, metric u8,
 height u32, width u32, weights id 8 bytes, y string length u32, CRC-32C of y's symbols u32, CRC-32C
@@ -13,19 +14,22 @@ of all other bytes of the file u32; then the y string and the z string.
 import hashlib
 import re
 import struct
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import google_crc32c
 
 from models import text_bodies
+from models.codec import architectures
+from models.codec.architectures import ARCHITECTURES
 from models.errors import (
     ChecksumMismatch,
     LengthMismatch,
     MalformedHeader,
     UnsupportedCodec,
 )
-from models.geometry import MAX_PIXELS, STRIDE_Z, check_size, padded
+from models.geometry import MAX_PIXELS, STRIDE_Y, STRIDE_Z, check_size, padded
 
 Format = Literal["msh", "compressai"]
 Profile = Literal["float", "exact"]
@@ -42,14 +46,13 @@ _COMPRESSAI = struct.Struct(">BBII")
 _DEPTH = struct.Struct(">B")
 _BODY = struct.Struct(">III")
 _LENGTH = struct.Struct(">I")
-_MODEL = "mbt2018-mean"
-_OLD_MODELS = (
-    "bmshj2018-factorized", "bmshj2018-hyperprior", _MODEL, "mbt2018", "cheng2020-anchor",
-    "cheng2020-attn", "ssf2020",
+OLD_MODELS = (
+    "bmshj2018-factorized", "bmshj2018-hyperprior", "mbt2018-mean", "mbt2018",
+    "cheng2020-anchor", "cheng2020-attn", "ssf2020",
 )  # fmt: skip
 _MODELS = (
-    "bmshj2018-factorized", "bmshj2018-factorized-relu", "bmshj2018-hyperprior", _MODEL,
-    "mbt2018", "cheng2020-anchor", "cheng2020-attn", "bmshj2018-hyperprior-vbr",
+    "bmshj2018-factorized", "bmshj2018-factorized-relu", "bmshj2018-hyperprior",
+    "mbt2018-mean", "mbt2018", "cheng2020-anchor", "cheng2020-attn", "bmshj2018-hyperprior-vbr",
     "mbt2018-mean-vbr", "mbt2018-vbr", "hrtzxf2022-pcc-rec", "sfu2023-pcc-rec-pointnet",
     "sfu2024-pcc-rec-pointnet2-ssg", "ssf2020",
 )  # fmt: skip
@@ -66,10 +69,10 @@ class _Layout:
 
 _LAYOUTS: tuple[_Layout, ...] = (
     _Layout("1.2.2 and later", _MODELS),
-    _Layout("1.2.0 to 1.2.1", _OLD_MODELS),
-    _Layout("1.0.3 to 1.1.9", _OLD_MODELS, has_depth=False),
+    _Layout("1.2.0 to 1.2.1", OLD_MODELS),
+    _Layout("1.0.3 to 1.1.9", OLD_MODELS, has_depth=False),
 )
-"""The newest first. Where a model id has two meanings, the supported one is read."""
+"""The newest first. In which a model id has another meaning, it is another reading of the file."""
 _DEPTH_AT = _COMPRESSAI.size
 """Position of the bit depth. In files without one it holds 0: the first byte of z's rows, u32."""
 _PICTURES = (
@@ -84,9 +87,22 @@ _PICTURES = (
 """Picture formats by their first bytes, to tell a picture from a bitstream."""
 
 
+class Reading(NamedTuple):
+    """A model that a file can be of, and the versions of CompressAI in which its id means that."""
+
+    model: str
+    versions: str
+
+    def __str__(self) -> str:
+        return f"{self.model!r} (CompressAI {self.versions})"
+
+
 @dataclass(frozen=True, slots=True)
 class Bitstream:
-    """A parsed file. In CompressAI's format `weights_id` is empty and `symbols_crc` None."""
+    """A parsed file. In CompressAI's format `weights_id` is empty and `symbols_crc` None.
+
+    `others` are further models that the same bytes can be of: see `readings`.
+    """
 
     format: Format
     profile: Profile
@@ -99,6 +115,8 @@ class Bitstream:
     weights_id: str = ""  # 16 hex digits
     symbols_crc: int | None = None  # CRC-32C of y's symbols (M, h, w) as little-endian int32
     versions: str = _LAYOUTS[0].versions  # versions of CompressAI that write this layout
+    model: str = architectures.DEFAULT
+    others: tuple[Reading, ...] = field(default=(), compare=False)
 
     @property
     def layout(self) -> str:
@@ -106,6 +124,11 @@ class Bitstream:
         if self.format == "msh":
             return f".msh version {VERSION}"
         return f"image file of CompressAI {self.versions}"
+
+    @property
+    def readings(self) -> tuple["Bitstream", ...]:
+        """This reading and the others; the first is the likeliest."""
+        return (self, *(replace(self, model=r.model, versions=r.versions) for r in self.others))
 
 
 def digest(data: bytes) -> str:
@@ -128,7 +151,7 @@ def parse(data: bytes, max_pixels: int = MAX_PIXELS) -> Bitstream:
             f"this is a {picture} picture, not a bitstream; encode it with "
             "`afterimage encode` or POST /v1/encodes"
         )
-    return _parse_compressai(data, _layout(data), max_pixels)
+    return _parse_compressai(data, _readings(data), max_pixels)
 
 
 def picture_format(data: bytes) -> str | None:
@@ -159,10 +182,7 @@ def other_meanings(b: Bitstream) -> str:
     In CompressAI's format the same model id means different models in different versions. Empty if
     there is no other.
     """
-    if b.format != "compressai":
-        return ""
-    layout = _layout_of(b.versions)
-    return _other_meanings(layout.models.index(_MODEL), layout)
+    return _other_meanings([Reading(b.model, b.versions), *b.others])
 
 
 def _serialize_compressai(b: Bitstream) -> bytes:
@@ -170,11 +190,13 @@ def _serialize_compressai(b: Bitstream) -> bytes:
         raise ValueError(f"CompressAI's format has no profile {b.profile!r}; use 'float'")
     layout = _layout_of(b.versions)
     code = METRICS.index(b.metric) << 4 | b.quality - 1
-    parts = [_COMPRESSAI.pack(layout.models.index(_MODEL), code, b.height, b.width)]
+    parts = [_COMPRESSAI.pack(layout.models.index(b.model), code, b.height, b.width)]
     if layout.has_depth:
         parts.append(_DEPTH.pack(8))
-    parts.append(_BODY.pack(*_z_shape(b.height, b.width), 2))
-    for string in (b.y_string, b.z_string):
+    strings = _strings_of(b.model)
+    parts.append(_BODY.pack(*_shape(b.model, b.height, b.width), len(strings)))
+    for name in strings:
+        string = b.y_string if name == "y" else b.z_string
         parts += [_LENGTH.pack(len(string)), string]
     return b"".join(parts)
 
@@ -207,8 +229,8 @@ def _parse_msh(data: bytes, max_pixels: int) -> Bitstream:
     )  # fmt: skip
 
 
-def _layout(data: bytes) -> _Layout:
-    """Return the newest layout of CompressAI in which `data` can be a file of `mbt2018-mean`.
+def _readings(data: bytes) -> list[Reading]:
+    """Return the supported models that `data` can be of by its first bytes, the default one first.
 
     Raises `UnsupportedCodec`, which names the model in each layout, if there is none.
     """
@@ -216,17 +238,25 @@ def _layout(data: bytes) -> _Layout:
     if len(data) > _DEPTH_AT:
         has_depth = data[_DEPTH_AT] != 0
         layouts = tuple(w for w in _LAYOUTS if w.has_depth == has_depth)
-    meanings = [(w, w.models[data[0]]) for w in layouts if data[0] < len(w.models)]
-    for layout, model in meanings:
-        if model == _MODEL:
-            return layout
+    meanings = [Reading(w.models[data[0]], w.versions) for w in layouts if data[0] < len(w.models)]
     if not meanings:
         reason = text_bodies.advice(data) or f"it begins with {data[:4].hex()}"
         raise UnsupportedCodec(f"neither an .msh file nor one of CompressAI: {reason}")
-    models = " or ".join(f"{model!r} ({w.versions})" for w, model in meanings)
-    raise UnsupportedCodec(
-        f"the file was made with CompressAI's model {models}; only {_MODEL!r} is supported"
-    )
+    supported = [r for r in meanings if r.model in ARCHITECTURES]
+    if not supported:
+        models = " or ".join(f"{r.model!r} ({r.versions})" for r in meanings)
+        raise UnsupportedCodec(
+            f"the file was made with CompressAI's model {models}; "
+            f"supported are {', '.join(ARCHITECTURES)}"
+        )
+    # CompressAI's own program uses other weights under some names
+    supported += [
+        Reading(published, r.versions)
+        for r in supported
+        if (published := ARCHITECTURES[r.model].published)
+    ]
+    newest = {r.model: r for r in reversed(supported)}.values()
+    return sorted(reversed(newest), key=lambda r: r.model != architectures.DEFAULT)
 
 
 def _layout_of(versions: str) -> _Layout:
@@ -239,22 +269,16 @@ def _layout_of(versions: str) -> _Layout:
     )
 
 
-def _other_meanings(model_id: int, layout: _Layout) -> str:
-    others = [
-        f"{w.models[model_id]!r} (CompressAI {w.versions})"
-        for w in _LAYOUTS
-        if w.has_depth == layout.has_depth and w.models[model_id] != _MODEL
-    ]
+def _other_meanings(readings: Sequence[Reading]) -> str:
+    first, *others = readings
     if not others:
         return ""
-    return (
-        f". The file was read as {_MODEL!r} (CompressAI {layout.versions}); it may be of "
-        f"{' or '.join(others)}, which is not supported"
-    )
+    return f". The file was read as {first}; it may be of {' or '.join(map(str, others))}"
 
 
-def _parse_compressai(data: bytes, layout: _Layout, max_pixels: int) -> Bitstream:
-    body = _COMPRESSAI.size + (_DEPTH.size if layout.has_depth else 0)
+def _parse_compressai(data: bytes, readings: Sequence[Reading], max_pixels: int) -> Bitstream:
+    has_depth = _layout_of(readings[0].versions).has_depth
+    body = _COMPRESSAI.size + (_DEPTH.size if has_depth else 0)
     if len(data) < body + _BODY.size:
         raise MalformedHeader(_too_short(data, body + _BODY.size))
     _, code, height, width = _COMPRESSAI.unpack_from(data)
@@ -264,44 +288,60 @@ def _parse_compressai(data: bytes, layout: _Layout, max_pixels: int) -> Bitstrea
             f"the CompressAI header has metric {metric}, quality {quality}; "
             "supported are metrics 0 and 1, qualities 1 to 8"
         )
-    if layout.has_depth and data[_DEPTH_AT] != 8:
+    if has_depth and data[_DEPTH_AT] != 8:
         raise UnsupportedCodec(f"bit depth {data[_DEPTH_AT]} is not supported; only 8 is")
     check_size(height, width, max_pixels)
-    rows, columns, count = _BODY.unpack_from(data, body)
-    expected = _z_shape(height, width)
-    if (rows, columns) != expected:
-        raise LengthMismatch(
-            f"the header declares z as {rows}×{columns} (rows × columns); a picture of "
-            f"{width}×{height} pixels needs {expected[0]}×{expected[1]}"
-            + _other_meanings(data[0], layout)
-        )
-    if count != 2:
-        raise LengthMismatch(
-            f"the header declares {count} strings; {_MODEL} has 2"
-            + _other_meanings(data[0], layout)
-        )
-    y_string, z_string = _strings(data, body + _BODY.size)
+    wrong = [_contradiction(r.model, quality, height, width, data, body) for r in readings]
+    possible = [r for r, why in zip(readings, wrong, strict=True) if not why]
+    if not possible:
+        raise LengthMismatch(wrong[0] + _other_meanings(readings))
+    (model, versions), *others = possible
+    y_string, z_string = _strings(data, body + _BODY.size, _strings_of(model))
     return Bitstream(
         "compressai", "float", quality, METRICS[metric], height, width, y_string, z_string,
-        versions=layout.versions,
+        versions=versions, model=model, others=tuple(others),
     )  # fmt: skip
 
 
-def _strings(data: bytes, at: int) -> tuple[bytes, bytes]:
-    """Return the y string and the z string, each after its length, with which the file ends."""
-    strings = []
-    for name in ("y", "z"):
+def _contradiction(
+    model: str, quality: int, height: int, width: int, data: bytes, body: int
+) -> str:
+    """Tell why a file is not of this model: its quality, shape or number of strings; empty if not.
+
+    `body` is the position of the shape.
+    """
+    rows, columns, count = _BODY.unpack_from(data, body)
+    expected, strings = _shape(model, height, width), _strings_of(model)
+    if quality > (most := ARCHITECTURES[model].qualities):
+        return f"the header declares quality {quality}; {model} has 1 to {most}"
+    if (rows, columns) != expected:
+        return (
+            f"the header declares {strings[-1]} as {rows}×{columns} (rows × columns); a picture of "
+            f"{width}×{height} pixels needs {expected[0]}×{expected[1]}"
+        )
+    if count != len(strings):
+        return f"the header declares {count} strings; {model} has {len(strings)}"
+    return ""
+
+
+def _strings(data: bytes, at: int, names: Sequence[str]) -> tuple[bytes, bytes]:
+    """Return the y string and the z string, each after its length, with which the file ends.
+
+    The z string is empty if `names` has none.
+    """
+    strings = {"z": b""}
+    for name in names:
         if len(data) < at + _LENGTH.size:
             raise LengthMismatch(f"truncated: the file ends before the length of its {name} string")
         (length,) = _LENGTH.unpack_from(data, at)
         at += _LENGTH.size
         if length > len(data) - at:
             raise LengthMismatch(_string_cut(name, length, len(data) - at))
-        strings.append(data[at : at + length])
+        strings[name] = data[at : at + length]
         at += length
     if at != len(data):
-        raise LengthMismatch(f"{len(data) - at} bytes too many after the z string")
-    return strings[0], strings[1]
+        raise LengthMismatch(f"{len(data) - at} bytes too many after the {names[-1]} string")
+    return strings["y"], strings["z"]
 
 
 def _too_short(data: bytes, header: int) -> str:
@@ -315,6 +355,12 @@ def _string_cut(name: str, length: int, present: int) -> str:
     )
 
 
-def _z_shape(height: int, width: int) -> tuple[int, int]:
+def _strings_of(model: str) -> tuple[str, ...]:
+    return ARCHITECTURES[model].strings
+
+
+def _shape(model: str, height: int, width: int) -> tuple[int, int]:
+    """Return rows and columns of the last string's latents."""
     rows, columns = padded(height, width)
-    return rows // STRIDE_Z, columns // STRIDE_Z
+    stride = STRIDE_Z if "z" in _strings_of(model) else STRIDE_Y
+    return rows // stride, columns // stride

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from models import checkpoint, folders
 from models.checkpoint import Entry
+from models.codec.architectures import DEFAULT
 from models.codec.bitstream import Metric
 from models.errors import WrongWeights
 from models.files import atomic_write
@@ -47,27 +48,39 @@ def shipped() -> list[Installed]:
     return [Installed(e, checkpoint.WEIGHTS) for e in checkpoint.manifest()]
 
 
+def model_of(entry: Entry) -> str:
+    """Return the architecture of an entry; empty for a diffusion decoder."""
+    return (entry.model or DEFAULT) if entry.kind == "codec" else ""
+
+
 def find(
-    rows: Sequence[Installed], quality: int, metric: Metric, weights_id: str = ""
+    rows: Sequence[Installed],
+    quality: int,
+    metric: Metric,
+    weights_id: str = "",
+    model: str = DEFAULT,
 ) -> Installed | None:
-    """Return the first codec in `rows` with this quality, metric and, if given, weights id."""
+    """Return the first codec in `rows` of this model, quality, metric and, if given, weights id."""
     for row in rows:
         e = row.entry
-        if (e.kind, e.quality, e.metric) == ("codec", quality, metric):
+        if (e.kind, model_of(e), e.quality, e.metric) == ("codec", model, quality, metric):
             if weights_id in {"", e.weights_id}:
                 return row
     return None
 
 
-def wrong_weights(quality: int, metric: Metric, weights_id: str = "") -> WrongWeights:
-    """Return the error to raise if `find` finds no codec."""
+def wrong_weights(
+    quality: int, metric: Metric, weights_id: str = "", models: Sequence[str] = (DEFAULT,)
+) -> WrongWeights:
+    """Return the error to raise if `find` finds no codec of any of the `models`."""
     if weights_id:
         return WrongWeights(
             f"the bitstream was encoded with weights {weights_id}, which are not installed for "
             f"quality {quality}, metric {metric}; import them with `afterimage weights import`"
         )
+    of = "" if tuple(models) == (DEFAULT,) else f"of {' or '.join(models)} "
     return WrongWeights(
-        f"no weights for quality {quality}, metric {metric} are installed; "
+        f"no weights {of}for quality {quality}, metric {metric} are installed; "
         "import some with `afterimage weights import`"
     )
 

@@ -10,13 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import geometry
-from models.codec import bitstream
+from models.codec import architectures, bitstream
 from models.codec.bitstream import Bitstream, Format, Metric, Profile
 from models.codec.hyperprior import LatentCoder, Latents
-from models.codec.msh import MeanScaleHyperprior
+from models.codec.networks import Network
 from models.codec.rans import Int32Array
 from models.codec.synthesis import Synthesis, to_samples
-from models.errors import ChecksumMismatch, CorruptStream, DesynchronisedStream, WrongWeights
+from models.errors import (
+    ChecksumMismatch,
+    CorruptStream,
+    DesynchronisedStream,
+    ParameterError,
+    WrongWeights,
+)
 from models.image import Pixels
 
 Stage = Literal["entropy", "g_s"]
@@ -35,9 +41,10 @@ class Codec:
     quality: int
     metric: Metric
     weights_id: str
-    net: MeanScaleHyperprior
+    net: Network
     latent_coder: LatentCoder
     synthesis: Synthesis
+    model: str = architectures.DEFAULT
 
     def decode(self, b: Bitstream, on_stage: OnStage = _ignore) -> Pixels:
         """Decode a bitstream to the instant picture, (H, W, 3). Raises as `latents` does."""
@@ -79,15 +86,26 @@ class Codec:
         return latents
 
     def encode(self, x: Tensor, format: Format, profile: Profile) -> Bitstream:
-        """Encode `x` (1, 3, H, W) in [0, 1]. CompressAI's format always has the profile `float`."""
+        """Encode `x` (1, 3, H, W) in [0, 1]. CompressAI's format always has the profile `float`.
+
+        Raises `ParameterError` for `.msh` and another model than `mbt2018-mean`.
+        """
+        if format == "msh" and self.model != architectures.DEFAULT:
+            raise ParameterError(
+                f".msh files are of {architectures.DEFAULT} only; for {self.model}, choose the "
+                "format compressai"
+            )
         if format == "compressai":
             profile = "float"
         y_string, z_string, latents = self.latent_coder.encode(pad(x), profile)
         height, width = x.shape[2:]
-        checks = (self.weights_id, _crc(latents.symbols)) if format == "msh" else ("", None)
+        is_msh = format == "msh"
         return Bitstream(
-            format, profile, self.quality, self.metric, height, width, y_string, z_string, *checks
-        )
+            format, profile, self.quality, self.metric, height, width, y_string, z_string,
+            weights_id=self.weights_id if is_msh else "",
+            symbols_crc=_crc(latents.symbols) if is_msh else None,
+            model=self.model,
+        )  # fmt: skip
 
 
 def pad(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Entropy coding of latents under the mean-scale hyperprior.
+"""Entropy coding of latents: with a hyperprior, and with none.
 
-`h_s` predicts a mean and a scale for every symbol of y, and the scale selects the CDF that codes
-it. Encoder and decoder must therefore agree on every scale index. There are two profiles:
+`h_s` predicts a scale for every symbol of y, which selects the CDF that codes it, and in most
+architectures a mean. Encoder and decoder must therefore agree on every scale index. There are two
+profiles, of which only `mbt2018-mean` has the second:
 
 - `float` computes `h_s` in float32, as CompressAI does on a CPU. If a stream does not decode, `h_s`
   is computed again with other roundings (`models.codec.recovery`), one of which the encoder's
@@ -23,9 +24,9 @@ from torch import Tensor
 from models import tiles
 from models.codec import rans, recovery
 from models.codec.exact import ExactHyperSynthesis
-from models.codec.msh import MeanScaleHyperprior
+from models.codec.networks import Network
 from models.errors import CorruptStream, DesynchronisedStream, LengthMismatch
-from models.geometry import STRIDE_Z
+from models.geometry import STRIDE_Y, STRIDE_Z
 
 SCALE_MIN = 0.11
 """Lower bound of a latent's scale: the first entry of CompressAI's scale table."""
@@ -51,7 +52,7 @@ class LatentCoder:
 
     def __init__(
         self,
-        net: MeanScaleHyperprior,
+        net: Network,
         z_tables: rans.Tables,
         y_tables: rans.Tables,
         medians: Tensor,
@@ -62,27 +63,23 @@ class LatentCoder:
         self.y_tables = y_tables
         self.medians = medians.reshape(1, -1, 1, 1)
         self.scale_table = scale_table
-        self._exact = ExactHyperSynthesis(net.h_s, net.M, scale_table)
+        self._has_means = net.architecture.prior != "scale"
+        if net.architecture.prior == "mean":
+            self._exact = ExactHyperSynthesis(net.h_s, net.M, scale_table)
 
     def encode(self, x: Tensor, profile: str) -> tuple[bytes, bytes, Latents]:
         """Encode `x` (1, 3, H, W) in [0, 1], sides multiples of 64.
 
         Returns the y string, the z string and the latents. Raises `ValueError` for other shapes.
         """
-        if x.shape[0] != 1 or x.shape[2] % STRIDE_Z or x.shape[3] % STRIDE_Z:
-            raise ValueError(
-                f"x has the shape {tuple(x.shape)}; "
-                f"(1, 3, H, W) with sides that are multiples of {STRIDE_Z} is needed"
-            )
+        check_padded(x)
         with torch.inference_mode():
-            y = tiles.analyse(self.net.g_a, x, self.net.M)
-            z = self.net.h_a(y)
+            y = tiles.analyse(self.net.g_a, x, self.net.M, self.net.architecture.overlap)
+            z = self.net.h_a(y if self._has_means else y.abs())
             z_symbols = torch.round(z - self.medians)[0].to(torch.int32).numpy()
             z_string = rans.encode(z_symbols, _channels(z_symbols.shape), self.z_tables)
-            indexes, means = self._prior(z_symbols, profile)
-            symbols = torch.round(y - means)[0].to(torch.int32).numpy()
-        y_string = rans.encode(symbols, indexes, self.y_tables)
-        return y_string, z_string, self._latents(symbols, indexes, means, profile)
+            y_string, latents = self._encode_y(y, z_symbols, profile)
+        return y_string, z_string, latents
 
     def decode(
         self, y_string: bytes, z_string: bytes, size: tuple[int, int], profile: str
@@ -92,13 +89,43 @@ class LatentCoder:
         Raises `CorruptStream` or `DesynchronisedStream`, `Unavailable` as `_recover` does, and
         `LengthMismatch` if a side of `size` is not a multiple of 64.
         """
-        if size[0] % STRIDE_Z or size[1] % STRIDE_Z:
-            raise LengthMismatch(f"padded size {size}: both sides must be multiples of {STRIDE_Z}")
+        latent_shape(size, STRIDE_Z)
         rans.parse_words(y_string)  # checks y before the time for `h_s` is spent
-        shape = (self.net.N, size[0] // STRIDE_Z, size[1] // STRIDE_Z)
-        z_symbols = rans.decode(z_string, _channels(shape), self.z_tables)
+        z_symbols = self.decode_z(z_string, size)
         with torch.inference_mode():
-            indexes, means = self._prior(z_symbols, profile)
+            return self._decode_y(y_string, z_symbols, profile)
+
+    def decode_z(self, z_string: bytes, size: tuple[int, int]) -> rans.Int32Array:
+        """Decode the z string of a picture whose padded size (H, W) is `size`: (N, h, w).
+
+        Raises `CorruptStream`, `DesynchronisedStream` or `LengthMismatch` as `decode` does.
+        """
+        shape = (self.net.N, *latent_shape(size, STRIDE_Z))
+        return rans.decode(z_string, _channels(shape), self.z_tables)
+
+    def fits(self, y_string: bytes, z_string: bytes, size: tuple[int, int]) -> bool:
+        """Tell whether the first string to decode ends as an encoder with these weights ends it.
+
+        That of other weights does not, except with a probability of about 2e-11.
+        """
+        try:
+            self.decode_z(z_string, size)
+        except (CorruptStream, DesynchronisedStream):
+            return False
+        return True
+
+    def _encode_y(
+        self, y: Tensor, z_symbols: rans.Int32Array, profile: str
+    ) -> tuple[bytes, Latents]:
+        """Encode y (1, M, h, w); return the y string and the latents."""
+        indexes, means = self._prior(z_symbols, profile)
+        symbols = torch.round(y - means)[0].to(torch.int32).numpy()
+        y_string = rans.encode(symbols, indexes, self.y_tables)
+        return y_string, self._latents(symbols, indexes, means, profile)
+
+    def _decode_y(self, y_string: bytes, z_symbols: rans.Int32Array, profile: str) -> Latents:
+        """Decode the y string. Raises as `decode` does."""
+        indexes, means = self._prior(z_symbols, profile)
         try:
             symbols = rans.decode(y_string, indexes, self.y_tables)
         except (CorruptStream, DesynchronisedStream) as e:  # a wrong scale causes one of the two
@@ -137,17 +164,23 @@ class LatentCoder:
         """Yield name, scale indexes and means for each of `recovery.ARITHMETICS`."""
         z_hat = self._z_hat(z_symbols)
         for arithmetic in recovery.ARITHMETICS:
-            scales_hat, means_hat = recovery.PROCESS.evaluate(
-                self._h_s_digest, self.net.h_s, z_hat, arithmetic
-            )
+            out = recovery.PROCESS.evaluate(self._h_s_digest, self.net.h_s, z_hat, arithmetic)
+            scales_hat, means_hat = self._split(out)
             yield arithmetic, self._indexes(scales_hat), means_hat
 
     def _prior(self, z_symbols: rans.Int32Array, profile: str) -> tuple[rans.Int32Array, Tensor]:
         """Compute scale indexes (M, 4h, 4w) and means (1, M, 4h, 4w) from z symbols (N, h, w)."""
         if profile == "exact":
             return self._exact(torch.from_numpy(z_symbols)[None], self.medians)
-        scales_hat, means_hat = self.net.h_s(self._z_hat(z_symbols)).chunk(2, 1)
+        scales_hat, means_hat = self._split(self.net.h_s(self._z_hat(z_symbols)))
         return self._indexes(scales_hat), means_hat
+
+    def _split(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scales and means, which are 0 if the architecture has none, of the result."""
+        if not self._has_means:
+            return out, out.new_zeros(1, 1, 1, 1)
+        scales_hat, means_hat = out.chunk(2, 1)
+        return scales_hat, means_hat
 
     def _z_hat(self, z_symbols: rans.Int32Array) -> Tensor:
         return torch.from_numpy(z_symbols)[None].float() + self.medians
@@ -169,6 +202,59 @@ class LatentCoder:
         y_hat = torch.from_numpy(symbols)[None].float() + means
         bits = rans.bits(symbols, indexes, self.y_tables).sum(0, dtype=np.float32)
         return Latents(y_hat, symbols, bits, arithmetic)
+
+
+class FactorizedCoder(LatentCoder):
+    """Entropy encoder and decoder of y without a hyperprior: one CDF per channel, and no z."""
+
+    def __init__(self, net: Network, tables: rans.Tables, medians: Tensor) -> None:
+        self.net, self.y_tables = net, tables
+        self.medians = medians.reshape(1, -1, 1, 1)
+
+    def encode(self, x: Tensor, profile: str) -> tuple[bytes, bytes, Latents]:
+        """Encode `x` as `LatentCoder` does; the z string is empty."""
+        check_padded(x)
+        with torch.inference_mode():
+            y = tiles.analyse(self.net.g_a, x, self.net.M, self.net.architecture.overlap)
+            symbols = torch.round(y - self.medians)[0].to(torch.int32).numpy()
+        indexes = _channels(symbols.shape)
+        y_string = rans.encode(symbols, indexes, self.y_tables)
+        return y_string, b"", self._latents(symbols, indexes, self.medians, profile)
+
+    def decode(
+        self, y_string: bytes, z_string: bytes, size: tuple[int, int], profile: str
+    ) -> Latents:
+        """Decode the y string as `LatentCoder` does."""
+        indexes = _channels((self.net.M, *latent_shape(size, STRIDE_Y)))
+        symbols = rans.decode(y_string, indexes, self.y_tables)
+        return self._latents(symbols, indexes, self.medians, profile)
+
+    def fits(self, y_string: bytes, z_string: bytes, size: tuple[int, int]) -> bool:
+        """Tell whether the y string decodes."""
+        try:
+            self.decode(y_string, z_string, size, "float")
+        except (CorruptStream, DesynchronisedStream):
+            return False
+        return True
+
+
+def latent_shape(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Return rows and columns of latents with this stride, for a padded size (H, W).
+
+    Raises `LengthMismatch` if a side is not a multiple of 64.
+    """
+    if size[0] % STRIDE_Z or size[1] % STRIDE_Z:
+        raise LengthMismatch(f"padded size {size}: both sides must be multiples of {STRIDE_Z}")
+    return size[0] // stride, size[1] // stride
+
+
+def check_padded(x: Tensor) -> None:
+    """Raise `ValueError` unless `x` is (1, 3, H, W) with sides that are multiples of 64."""
+    if x.shape[0] != 1 or x.shape[2] % STRIDE_Z or x.shape[3] % STRIDE_Z:
+        raise ValueError(
+            f"x has the shape {tuple(x.shape)}; "
+            f"(1, 3, H, W) with sides that are multiples of {STRIDE_Z} is needed"
+        )
 
 
 def _channels(shape: tuple[int, ...]) -> rans.Int32Array:

@@ -1,4 +1,4 @@
-"""Import and export CompressAI's checkpoints of `mbt2018-mean`. Requests do not use this module."""
+"""Import and export CompressAI's checkpoints. Requests do not use this module."""
 
 import contextlib
 import io
@@ -9,7 +9,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from http.client import HTTPException
-from itertools import pairwise
 from pathlib import Path
 from typing import TypeGuard
 
@@ -19,9 +18,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from models.checkpoint import Entry
-from models.codec import catalogue, zoo
+from models.codec import architectures, catalogue, published, state_dicts, zoo
+from models.codec.architectures import ARCHITECTURES
 from models.codec.bitstream import Metric
-from models.codec.msh import MeanScaleHyperprior
 from models.errors import ParameterError, WeightsError
 from models.files import write_output
 
@@ -29,10 +28,8 @@ SUFFIXES = (".safetensors", ".pth", ".pth.tar")
 TIMEOUT_S = 30.0
 """Longest time without data during a download."""
 
-_CONSTANTS = ("_reparam.pedestal", ".bound", ".target", ".scale_bound")
+_CONSTANTS = ("_reparam.pedestal", ".bound", ".target", ".scale_bound", "_prediction.mask")
 """Suffixes of buffers that are the same in every checkpoint, and are not imported."""
-_FILTERS = (1, 3, 3, 3, 3, 1)
-"""Layer widths of the factorised prior of z (the network for its cumulative distribution)."""
 _WRAPPERS = ("state_dict", "net", "model", "network", "model_state_dict", "net_state_dict")
 """Keys under which training scripts save a state dict, beside the optimiser's and others."""
 _NESTING = 2
@@ -50,54 +47,53 @@ _NEW_NAME = {"matri": "matrices", "bias": "biases", "factor": "factors"}
 """Parameters of the prior of z: names in older CompressAI versions -> current names."""
 
 
-def channels(quality: int) -> tuple[int, int]:
-    """Return the channels N and M of a quality; they are the same for both metrics."""
-    return (128, 192) if quality <= 4 else (192, 320)
-
-
-def parameters(N: int, M: int) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of all parameters of CompressAI's `MeanScaleHyperprior(N, M)`."""
-    with torch.device("meta"):
-        transforms = MeanScaleHyperprior(N, M).state_dict()
-    shapes = {name: tuple(value.shape) for name, value in transforms.items()}
-    prior = "entropy_bottleneck"
-    shapes[f"{prior}.quantiles"] = (N, 1, 3)
-    for i, (inputs, outputs) in enumerate(pairwise(_FILTERS)):
-        shapes[f"{prior}.matrices.{i}"] = (N, outputs, inputs)
-        shapes[f"{prior}.biases.{i}"] = (N, outputs, 1)
-        if i < len(_FILTERS) - 2:
-            shapes[f"{prior}.factors.{i}"] = (N, outputs, 1)
-    return shapes
-
-
 def install(
-    file: Path, quality: int, metric: Metric, folder: Path, source: str | None = None
+    file: Path,
+    quality: int,
+    metric: Metric,
+    folder: Path,
+    source: str | None = None,
+    model: str = "",
 ) -> Entry:
     """Validate a checkpoint, compute the CDF tables that it lacks, and install it in `folder`.
 
-    `source` is recorded in the manifest (default: the file's name). Raises `WeightsError`, which
-    names the invalid tensor.
+    `source` is recorded in the manifest (default: the file's name). Without a `model`, the tensors
+    tell which it is. Raises `WeightsError`, which names the invalid tensor, or `ParameterError` for
+    an unknown model or a quality that it does not have.
     """
     try:
-        tensors = zoo.with_tables(validate(read(file), quality))
-        codec = zoo.from_tensors(tensors, quality, metric)
+        state = read(file)
+        model = model or state_dicts.detect(state)
+        tensors = zoo.with_tables(validate(state, quality, model))
+        codec = zoo.from_tensors(tensors, quality, metric, model)
     except WeightsError as e:
         raise WeightsError(f"{source or file}: {e}") from e
-    name = f"mbt2018-mean_q{quality}_{metric}_{codec.weights_id}"
+    name = f"{model}_q{quality}_{metric}_{codec.weights_id}"
     row: dict[str, str | int] = {"kind": "codec", "quality": quality, "metric": metric}
     row["source"] = source or file.name
+    if model != architectures.DEFAULT:  # older versions of Afterimage know no other
+        row["model"] = model
     replaces = ("weights_id", "quality", "metric")
     return catalogue.install(tensors, name, folder, row, replaces=replaces)
 
 
-def install_from_zoo(quality: int, metric: Metric, folder: Path) -> Entry:
+def install_from_zoo(
+    quality: int, metric: Metric, folder: Path, model: str = architectures.DEFAULT
+) -> Entry:
     """Download the checkpoint in CompressAI's zoo for this quality and metric, and install it.
 
-    Raises `WeightsError` if the download fails or as `install` does.
+    Raises `WeightsError` if the download fails or as `install` does, `ParameterError` if there is
+    no such checkpoint.
     """
+    architectures.channels(model, quality)
+    if instead := architectures.find(model).published:
+        raise ParameterError(
+            f"CompressAI publishes no weights of {model}: its programs use those of {instead}, so "
+            f"import these with --model {instead}"
+        )
     with tempfile.TemporaryDirectory() as temporary:
-        file = _download(quality, metric, Path(temporary))
-        return install(file, quality, metric, folder, f"zoo: {file.name}")
+        file = _download(published.url(model, metric, quality), Path(temporary))
+        return install(file, quality, metric, folder, f"zoo: {file.name}", model)
 
 
 def read(file: Path) -> dict[str, Tensor]:
@@ -120,20 +116,20 @@ def read(file: Path) -> dict[str, Tensor]:
 
 
 def _find(state: Mapping[object, object]) -> dict[str, object]:
-    """Return the one mapping in `state` that has the names of mbt2018-mean. Raises as `read`."""
-    known = parameters(*channels(1)).keys()
+    """Return the one mapping in `state` that has the names of a model. Raises as `read`."""
+    known = {name for model in ARCHITECTURES for name in state_dicts.parameters(model, 2, 2)}
     scores = [(len(known & names.keys()), path, names) for path, names in _mappings(state)]
     best = max(score for score, _, _ in scores)
     if not best:
         raise WeightsError(
-            f"no state dict of mbt2018-mean, which has tensors like {next(iter(known))}: the file "
+            "no state dict of a supported model, which has tensors like g_a.0.weight: the file "
             f"holds {_keys(state)}. A state dict is found at the top level or under "
             f"{', '.join(_WRAPPERS)}"
         )
     (path, found), *others = [(path, names) for score, path, names in scores if score == best]
     if others:
         raise WeightsError(
-            f"more than one state dict of mbt2018-mean: at {path or '/'} and at {others[0][0]}; "
+            f"more than one state dict of a model: at {path or '/'} and at {others[0][0]}; "
             "save the one that is to be imported"
         )
     return found
@@ -200,37 +196,35 @@ def _keys(state: Mapping[object, object], nesting: int = _NESTING) -> str:
     return ", ".join(names) or "nothing"
 
 
-def validate(state: Mapping[str, Tensor], quality: int) -> dict[str, Tensor]:
-    """Check that a state dict fits the network of this quality.
+def validate(
+    state: Mapping[str, Tensor], quality: int, model: str = architectures.DEFAULT
+) -> dict[str, Tensor]:
+    """Check that a state dict fits the network of this model and quality.
 
     Returns its parameters in float32 and its complete CDF tables. Raises `WeightsError`, which
-    names the first invalid tensor.
+    names the first invalid tensor, or `ParameterError` if the model does not have the quality.
     """
-    n, m = channels(quality)
-    shapes = parameters(n, m)
+    n, m = architectures.channels(model, quality)
+    shapes = state_dicts.parameters(model, n, m)
     tensors = {k: v for k, v in state.items() if not k.endswith(_CONSTANTS)}
+    needed = zoo.table_names(shapes)
+    other = (
+        "" if (actual := state_dicts.detect(state)) == model else f"; it seems to be of {actual}"
+    )
     for name in tensors:
-        if name not in shapes and name not in zoo.TABLES:
-            raise WeightsError(f"{name} is not a tensor of mbt2018-mean; use a checkpoint of it")
+        if name not in shapes and name not in needed:
+            raise WeightsError(f"{name} is not a tensor of {model}; use a checkpoint of it{other}")
     for name, shape in shapes.items():
         if name not in tensors:
-            raise WeightsError(f"{name} is missing; use a complete checkpoint of mbt2018-mean")
+            raise WeightsError(f"{name} is missing; use a complete checkpoint of {model}{other}")
         value = tensors[name]
         if value.shape != shape:
             raise WeightsError(
                 f"{name} has the shape {tuple(value.shape)}; quality {quality} "
-                f"(N = {n}, M = {m}) has {shape}"
+                f"(N = {n}, M = {m}) has {shape}{other}"
             )
         tensors[name] = _floats(name, value)
     return _check_tables(tensors)
-
-
-def to_compressai(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert a codec's tensors to a state dict for CompressAI's `MeanScaleHyperprior`."""
-    net = zoo.compressai_model(*tensors["g_a.6.weight"].shape[:2][::-1])
-    floats = {k: v if k in zoo.TABLES else v.float() for k, v in tensors.items()}
-    net.load_state_dict({**net.state_dict(), **floats})
-    return dict(net.state_dict())
 
 
 def check_suffix(file: Path) -> None:
@@ -295,16 +289,13 @@ def _current_name(name: str) -> str:
     """Return CompressAI's current name for a tensor of an older version or a wrapped module."""
     name = _INNER.sub("", name)
     old = _OLD_NAME.match(name)
+    name = name.replace(".downsample.", ".skip.")
     return f"{old[1]}.{_NEW_NAME[old[2]]}.{old[3]}" if old else name
 
 
-def _download(quality: int, metric: Metric, folder: Path) -> Path:
-    with warnings.catch_warnings():  # DeprecationWarning from its dependencies
-        warnings.simplefilter("ignore")
-        from compressai.zoo import image as published
+def _download(url: str, folder: Path) -> Path:
     from torch.hub import download_url_to_file
 
-    url: str = published.model_urls["mbt2018-mean"][metric][quality]
     file = folder / url.rpartition("/")[2]
     digest = file.name.partition(".")[0].rpartition("-")[2]
     try:

@@ -4,6 +4,8 @@ Parameters have CompressAI's names, so that its checkpoints load unchanged. The 
 not part of this network: `models.codec.hyperprior` works from their CDF tables.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,12 +39,39 @@ class GDN(nn.Module):
         return x * (norm.sqrt() if self.inverse else norm.rsqrt())
 
 
-def _conv(i: int, o: int, kernel: int = 5, stride: int = 2) -> nn.Conv2d:
+def conv(i: int, o: int, kernel: int = 5, stride: int = 2) -> nn.Conv2d:
     return nn.Conv2d(i, o, kernel, stride, kernel // 2)
 
 
-def _deconv(i: int, o: int, kernel: int = 5, stride: int = 2) -> nn.ConvTranspose2d:
+def deconv(i: int, o: int, kernel: int = 5, stride: int = 2) -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(i, o, kernel, stride, kernel // 2, stride - 1)
+
+
+def strided(
+    N: int, M: int, analysis: Callable[[], nn.Module], synthesis: Callable[[], nn.Module]
+) -> tuple[nn.Sequential, nn.Sequential]:
+    """Return `g_a` and `g_s` of four 5×5 convolutions, with these activations between them."""
+    g_a = nn.Sequential(
+        conv(3, N), analysis(), conv(N, N), analysis(), conv(N, N), analysis(), conv(N, M)
+    )
+    g_s = nn.Sequential(
+        deconv(M, N), synthesis(), deconv(N, N), synthesis(), deconv(N, N), synthesis(),
+        deconv(N, 3),
+    )  # fmt: skip
+    return g_a, g_s
+
+
+def hyper_analysis(N: int, M: int, activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """Return `h_a`: y (B, M, h, w) -> z (B, N, h/4, w/4)."""
+    return nn.Sequential(conv(M, N, 3, 1), activation(), conv(N, N), activation(), conv(N, N))
+
+
+def hyper_synthesis(N: int, M: int) -> nn.Sequential:
+    """Return `h_s`: z_hat (B, N, h, w) -> scales and means (B, 2M, 4h, 4w)."""
+    return nn.Sequential(
+        deconv(N, M), nn.LeakyReLU(), deconv(M, M * 3 // 2), nn.LeakyReLU(),
+        conv(M * 3 // 2, M * 2, 3, 1),
+    )  # fmt: skip
 
 
 class MeanScaleHyperprior(nn.Module):
@@ -57,17 +86,5 @@ class MeanScaleHyperprior(nn.Module):
     def __init__(self, N: int = 128, M: int = 192) -> None:
         super().__init__()
         self.N, self.M = N, M
-        self.g_a = nn.Sequential(
-            _conv(3, N), GDN(N), _conv(N, N), GDN(N), _conv(N, N), GDN(N), _conv(N, M)
-        )
-        self.g_s = nn.Sequential(
-            _deconv(M, N), GDN(N, True), _deconv(N, N), GDN(N, True), _deconv(N, N), GDN(N, True),
-            _deconv(N, 3),
-        )  # fmt: skip
-        self.h_a = nn.Sequential(
-            _conv(M, N, 3, 1), nn.LeakyReLU(), _conv(N, N), nn.LeakyReLU(), _conv(N, N)
-        )
-        self.h_s = nn.Sequential(
-            _deconv(N, M), nn.LeakyReLU(), _deconv(M, M * 3 // 2), nn.LeakyReLU(),
-            _conv(M * 3 // 2, M * 2, 3, 1),
-        )  # fmt: skip
+        self.g_a, self.g_s = strided(N, M, lambda: GDN(N), lambda: GDN(N, inverse=True))
+        self.h_a, self.h_s = hyper_analysis(N, M, nn.LeakyReLU), hyper_synthesis(N, M)

@@ -12,8 +12,21 @@ from openvino import opset13 as ops
 from torch import Tensor, nn
 
 from models import folders
-from models.codec.inference_synthesis import InferenceSynthesis, InverseGDN, SubPixel
+from models.codec.inference_synthesis import (
+    InferenceSynthesis,
+    InverseGDN,
+    ResidualSynthesis,
+    SubPixel,
+)
+from models.codec.networks import (
+    AttentionBlock,
+    ResidualBlock,
+    ResidualBlockUpsample,
+    ResidualUnit,
+)
 
+SLOPE = 0.01
+"""Slope of LeakyReLU below 0, PyTorch's default."""
 CACHE_VARIABLE = "AFTERIMAGE_CACHE_DIR"
 """Environment variable: the folder in which compiled networks are cached, for faster starts."""
 LOCK = "lock"
@@ -31,7 +44,7 @@ class OpenVinoSynthesis:
     threads are not pinned to cores, because the API and the workers share the cores.
     """
 
-    def __init__(self, net: InferenceSynthesis) -> None:
+    def __init__(self, net: InferenceSynthesis | ResidualSynthesis) -> None:
         self._net = net
         self._request: ov.InferRequest | None = None
 
@@ -47,7 +60,7 @@ class OpenVinoSynthesis:
         return torch.from_numpy(result[0])
 
 
-def graph(net: InferenceSynthesis) -> ov.Model:
+def graph(net: InferenceSynthesis | ResidualSynthesis) -> ov.Model:
     """Build the network as an OpenVINO graph: (1, C, h, w) -> (1, 3, 16h, 16w).
 
     C is the number of used channels, `len(net.channels)`.
@@ -63,7 +76,7 @@ def graph(net: InferenceSynthesis) -> ov.Model:
     return model
 
 
-def _compile(net: InferenceSynthesis) -> ov.CompiledModel:
+def _compile(net: InferenceSynthesis | ResidualSynthesis) -> ov.CompiledModel:
     options = {
         # OpenVINO's default is bf16 on processors that support it
         "INFERENCE_PRECISION_HINT": os.environ.get(PRECISION_VARIABLE) or "f32",
@@ -97,12 +110,45 @@ def _cache_folder() -> Path | None:
 
 
 def _node(layer: nn.Module, x: ov.Node) -> ov.Node:
-    """Return the OpenVINO node that applies a layer of `InferenceSynthesis` to `x`."""
+    """Return the OpenVINO node that applies a layer to `x`."""
+    if isinstance(layer, nn.Sequential):
+        for inner in layer:
+            x = _node(inner, x)
+        return x
+    if isinstance(layer, nn.Conv2d):
+        return _conv(layer, x)
+    if isinstance(layer, nn.PixelShuffle):
+        return ops.depth_to_space(x, "depth_first", layer.upscale_factor)
+    if isinstance(layer, nn.ReLU):
+        return ops.relu(x)
+    if isinstance(layer, nn.ConvTranspose2d):
+        return _deconv(layer, x)
+    return _block(layer, x)
+
+
+def _block(layer: nn.Module, x: ov.Node) -> ov.Node:
     if isinstance(layer, InverseGDN):
         return ops.multiply(x, ops.sqrt(_conv(layer.norm, ops.multiply(x, x))))
     if isinstance(layer, SubPixel):
         return ops.depth_to_space(_conv(layer.conv, x), "depth_first", 2)
-    assert isinstance(layer, nn.ConvTranspose2d)
+    if isinstance(layer, ResidualUnit):
+        return ops.relu(ops.add(_node(layer.conv, x), x))
+    if isinstance(layer, ResidualBlock):
+        inner = _leaky(_conv(layer.conv2, _leaky(_conv(layer.conv1, x))))
+        return ops.add(inner, x)
+    if isinstance(layer, ResidualBlockUpsample):
+        inner = _conv(layer.conv, _leaky(_node(layer.subpel_conv, x)))
+        return ops.add(_node(layer.igdn, inner), _node(layer.upsample, x))
+    assert isinstance(layer, AttentionBlock)
+    product = ops.multiply(_node(layer.conv_a, x), ops.sigmoid(_node(layer.conv_b, x)))
+    return ops.add(product, x)
+
+
+def _leaky(x: ov.Node) -> ov.Node:
+    return ops.prelu(x, ops.constant(np.array([SLOPE], np.float32)))
+
+
+def _deconv(layer: nn.ConvTranspose2d, x: ov.Node) -> ov.Node:
     out = ops.convolution_backprop_data(
         x,
         _constant(layer.weight),

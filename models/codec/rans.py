@@ -22,7 +22,7 @@ MAX_SYMBOL = (1 << 30) - 1
 OFFSET_MAX = 1 << 28
 """Limit on a CDF's first symbol, so that a symbol's distance from it fits 8 bypass digits."""
 
-_OK, _SHORT, _BYPASS, _STATE, _TRAILING = range(5)
+_OK, _SHORT, _BYPASS, _CONTEXT = range(4)
 
 Int32Array = NDArray[np.int32]
 
@@ -97,11 +97,13 @@ def _bypass(x, words, position):  # type: ignore[no-untyped-def]  # pragma: no c
 
 
 @njit(cache=True, nogil=True)
-def _decode(words, indexes, cdf, length, offset, out):  # type: ignore[no-untyped-def]  # pragma: no cover
-    x = np.uint64(words[0]) | (np.uint64(words[1]) << np.uint64(32))
-    position = 2
+def _decode(words, state, indexes, cdf, length, offset, out):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Decode one symbol per index; `state` (2,) holds the rANS state and the next word's number."""
+    x, position = state[0], np.int64(state[1])
     for i in range(indexes.size):
         row = indexes[i]
+        if row < 0 or row >= cdf.shape[0]:
+            return _CONTEXT
         target = np.int32(x & np.uint64(0xFFFF))
         low, high = 0, length[row] - 1  # cdf[low] <= target < cdf[high]
         while high - low > 1:
@@ -126,9 +128,8 @@ def _decode(words, indexes, cdf, length, offset, out):  # type: ignore[no-untype
         if value > MAX_SYMBOL or value < -MAX_SYMBOL - 1:
             return _BYPASS
         out[i] = value
-    if x != np.uint64(1 << 31):
-        return _STATE
-    return _OK if position == words.size else _TRAILING
+    state[0], state[1] = x, np.uint64(position)
+    return _OK
 
 
 @njit(cache=True, nogil=True)
@@ -201,29 +202,58 @@ def parse_words(data: bytes) -> NDArray[np.uint32]:
     return np.frombuffer(data, "<u4")
 
 
+class Decoder:
+    """A decoder that reads some symbols at a time, for contexts that depend on those before."""
+
+    def __init__(self, data: bytes, tables: Tables) -> None:
+        """Start at the first symbol. Raises `CorruptStream` as `parse_words` does."""
+        self._words, self._tables = parse_words(data), tables
+        first = int(self._words[0]) | int(self._words[1]) << 32
+        self._state = np.array([first, 2], np.uint64)
+
+    def read(self, indexes: Int32Array, out: Int32Array) -> None:
+        """Decode the next symbols into `out` (n,); `indexes` (n,) holds the context of each.
+
+        Raises `CorruptStream` if the bytes end early or contain an invalid escape code,
+        `ValueError` if a context has no table.
+        """
+        t = self._tables
+        status = _decode(self._words, self._state, indexes, t.cdf, t.length, t.offset, out)
+        if status == _SHORT:
+            raise CorruptStream("the entropy-coded bytes end before the last symbol: damaged data")
+        if status == _BYPASS:
+            raise CorruptStream("an escape code holds a value that no encoder writes: damaged data")
+        if status == _CONTEXT:
+            _contexts(indexes, t)
+
+    def close(self) -> None:
+        """Check the end state after the last symbol.
+
+        Raises `DesynchronisedStream` if it is not the encoder's start state, or words remain.
+        """
+        x, position = self._state.tolist()
+        if x != STATE_LOW:
+            raise DesynchronisedStream(
+                "the entropy decoder did not end in the encoder's start state: damaged data, or "
+                "other weights than the encoder's"
+            )
+        if position != self._words.size:
+            raise DesynchronisedStream(
+                "entropy-coded bytes remain after the last symbol: damaged data, or other weights "
+                "than the encoder's"
+            )
+
+
 def decode(data: bytes, indexes: Int32Array, tables: Tables) -> Int32Array:
     """Decode `data` to int32 symbols of the shape of `indexes`, the context of each symbol.
 
     Raises `CorruptStream` if the bytes end early, are not whole words or contain an invalid escape
     code, `DesynchronisedStream` if the decoder does not end in the encoder's start state.
     """
-    words, contexts = parse_words(data), _contexts(indexes, tables)
-    out = np.empty(contexts.size, np.int32)
-    status = _decode(words, contexts, tables.cdf, tables.length, tables.offset, out)
-    if status == _SHORT:
-        raise CorruptStream("the entropy-coded bytes end before the last symbol: damaged data")
-    if status == _BYPASS:
-        raise CorruptStream("an escape code holds a value that no encoder writes: damaged data")
-    if status == _STATE:
-        raise DesynchronisedStream(
-            "the entropy decoder did not end in the encoder's start state: damaged data, or other "
-            "weights than the encoder's"
-        )
-    if status == _TRAILING:
-        raise DesynchronisedStream(
-            "entropy-coded bytes remain after the last symbol: damaged data, or other weights than "
-            "the encoder's"
-        )
+    decoder = Decoder(data, tables)
+    out = np.empty(indexes.size, np.int32)
+    decoder.read(_contexts(indexes, tables), out)
+    decoder.close()
     return out.reshape(indexes.shape)
 
 

@@ -10,6 +10,7 @@ a time limit, and ends with its parent or after `IDLE_S` seconds without work.
 import atexit
 import contextlib
 import copy
+import functools
 import os
 import pickle
 import signal
@@ -17,15 +18,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models import cancellation, tiles
-from models.errors import Unavailable
+from models.errors import BitstreamError, Unavailable
 
 ARITHMETICS = ("float64", "one thread", "oneDNN off", "channels_last")
 """The arithmetics, in the order in which they are tried. float64 comes first: where two machines
@@ -40,8 +44,9 @@ the client is told why."""
 WINDOW = 16**2
 """Positions of z per window of `h_s` in float64: a window takes 0.1 GB, a whole picture of 20
 megapixels 2 GB."""
-OVERLAP = 2
-"""Margin of a window, in positions of z: the receptive field of `h_s` is 1 + 1/2 + 1/4."""
+OVERLAP = 4
+"""Margin of a window, in positions of z: the receptive field of `h_s` is 1 + 1/2 + 1/4, and in
+cheng2020 1 + 1 + 1/2 + 1/2 + 1/4."""
 CHECK_S = 0.1
 """Seconds between two checks of whether the caller still wants the result."""
 IDLE_S = 300.0
@@ -61,13 +66,20 @@ def prepare(h_s: nn.Sequential, arithmetic: str) -> nn.Sequential:
     return converted
 
 
-def evaluate(h_s: nn.Sequential, z_hat: Tensor, arithmetic: str) -> tuple[Tensor, Tensor]:
-    """Compute scales and means, each (1, M, 4h, 4w) float32, from z_hat (1, N, h, w).
+def evaluate(h_s: nn.Sequential, z_hat: Tensor, arithmetic: str) -> Tensor:
+    """Compute the result of `h_s`, (1, C, 4h, 4w) float32, from z_hat (1, N, h, w).
 
     `h_s` comes from `prepare`. Settings that are global to the process change during the call.
     """
     if arithmetic == "channels_last":
         z_hat = z_hat.to(memory_format=torch.channels_last)
+    with settings(arithmetic):
+        return _in_windows(h_s, z_hat) if arithmetic == "float64" else h_s(z_hat).contiguous()
+
+
+@contextlib.contextmanager
+def settings(arithmetic: str) -> Iterator[None]:
+    """Change the settings of the process to those of an arithmetic, without gradients."""
     threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
     if arithmetic == "one thread":
         torch.set_num_threads(1)
@@ -75,16 +87,14 @@ def evaluate(h_s: nn.Sequential, z_hat: Tensor, arithmetic: str) -> tuple[Tensor
         torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
         with torch.inference_mode():
-            out = _in_windows(h_s, z_hat) if arithmetic == "float64" else h_s(z_hat).contiguous()
+            yield
     finally:
         torch.backends.mkldnn.enabled = onednn
         torch.set_num_threads(threads)
-    scales_hat, means_hat = out.chunk(2, 1)
-    return scales_hat, means_hat
 
 
 def _in_windows(h_s: nn.Sequential, z_hat: Tensor) -> Tensor:
-    """Run `h_s` in float64 windows; return (1, 2M, 4h, 4w) in float32.
+    """Run `h_s` in float64 windows; return (1, C, 4h, 4w) in float32.
 
     Rounding to float32 removes the tiny differences at the windows' borders.
     """
@@ -119,23 +129,36 @@ class RecoveryProcess:
         os.register_at_fork(after_in_child=self._forget)
         atexit.register(self.close)
 
-    def evaluate(
-        self, key: str, h_s: nn.Sequential, z_hat: Tensor, arithmetic: str
-    ) -> tuple[Tensor, Tensor]:
-        """Call `evaluate` in the child process, which is started if there is none.
+    def evaluate(self, key: str, h_s: nn.Sequential, z_hat: Tensor, arithmetic: str) -> Tensor:
+        """Call `evaluate` in the child process; otherwise as `call`.
 
-        `h_s` is the network as it is, without `prepare`; `key` identifies its weights, which are
-        sent once per child process. Raises `Unavailable` if the process is busy, takes too long or
-        dies (the message says which), and `Canceled`.
+        `h_s` is the network as it is, without `prepare`.
         """
+        task = functools.partial(_evaluate, h_s)
+        out: Tensor = torch.from_numpy(self.call(key, task, arithmetic, z_hat.numpy()))
+        return out
+
+    def call(self, key: str, task: Callable[..., Any], arithmetic: str, *inputs: object) -> Any:
+        """Call `task(arithmetic, *inputs)` in the child process, which is started if there is none.
+
+        `key` identifies the task with its weights, which is sent once per child process. Raises the
+        task's `BitstreamError`, `Canceled`, or `Unavailable` if the process is busy, takes too long
+        or dies; the message says which.
+        """
+        reply = self._ask(key, task, (arithmetic, *inputs))
+        if isinstance(reply, BitstreamError):
+            raise reply
+        return reply
+
+    def _ask(self, key: str, task: Callable[..., Any], inputs: tuple[object, ...]) -> Any:
         self._acquire()
         try:
             if self._child is not None:
                 with contextlib.suppress(OSError, EOFError):  # it may have ended after `IDLE_S`
-                    return self._request(self._child, key, h_s, z_hat, arithmetic)
+                    return self._request(self._child, key, task, inputs)
                 self.close()
             self._child = _start()
-            return self._request(self._child, key, h_s, z_hat, arithmetic)
+            return self._request(self._child, key, task, inputs)
         except (OSError, EOFError) as e:
             self.close()
             raise _unavailable("ended before it replied") from e
@@ -176,18 +199,18 @@ class RecoveryProcess:
         self._child, self._lock = None, threading.Lock()
 
     def _request(
-        self, child: _Child, key: str, h_s: nn.Sequential, z_hat: Tensor, arithmetic: str
-    ) -> tuple[Tensor, Tensor]:
-        net = None if key in child.known else h_s
+        self, child: _Child, key: str, task: Callable[..., Any], inputs: tuple[object, ...]
+    ) -> Any:
+        sent = None if key in child.known else task
         began = time.monotonic()
         timer = threading.Timer(self.timeout, child.process.kill)  # unblocks both send and receive
         timer.daemon = True
         timer.start()
         try:
-            child.connection.send_bytes(pickle.dumps((key, net, z_hat.numpy(), arithmetic)))
+            child.connection.send_bytes(pickle.dumps((key, sent, inputs)))
             while not child.connection.poll(CHECK_S):
                 cancellation.check()
-            scales_hat, means_hat = pickle.loads(child.connection.recv_bytes())
+            reply = pickle.loads(child.connection.recv_bytes())
         except (OSError, EOFError):
             if time.monotonic() - began < self.timeout:
                 raise
@@ -195,7 +218,7 @@ class RecoveryProcess:
         finally:
             timer.cancel()
         child.known.add(key)
-        return torch.from_numpy(scales_hat), torch.from_numpy(means_hat)
+        return reply
 
 
 def _unavailable(reason: str) -> Unavailable:
@@ -223,15 +246,21 @@ PROCESS = RecoveryProcess()
 
 def serve(connection: "Connection[bytes, bytes]") -> None:
     """Reply to requests until the pipe is closed or no request has come for `IDLE_S`."""
-    known: dict[str, nn.Sequential] = {}
+    known: dict[str, Callable[..., Any]] = {}
     with contextlib.suppress(EOFError, OSError):
         while connection.poll(IDLE_S):
-            key, h_s, z_hat, arithmetic = pickle.loads(connection.recv_bytes())
-            if h_s is not None:
-                known[key] = h_s
-            prepared = prepare(known[key], arithmetic)
-            outputs = evaluate(prepared, torch.from_numpy(z_hat), arithmetic)
-            connection.send_bytes(pickle.dumps(tuple(t.contiguous().numpy() for t in outputs)))
+            key, task, inputs = pickle.loads(connection.recv_bytes())
+            if task is not None:
+                known[key] = task
+            try:
+                reply = known[key](*inputs)
+            except BitstreamError as e:
+                reply = e
+            connection.send_bytes(pickle.dumps(reply))
+
+
+def _evaluate(h_s: nn.Sequential, arithmetic: str, z_hat: NDArray[np.float32]) -> object:
+    return evaluate(prepare(h_s, arithmetic), torch.from_numpy(z_hat), arithmetic).numpy()
 
 
 def main() -> NoReturn:

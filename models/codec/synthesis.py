@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models import tiles
-from models.codec.inference_synthesis import InferenceSynthesis
+from models.codec.inference_synthesis import for_inference
 from models.codec.turns import Turns
 
 Backend = Literal["openvino", "torch"]
@@ -23,14 +23,16 @@ class Synthesis:
         M: int,
         device: torch.device | None = None,
         backend: Backend | None = None,
+        overlap: int = tiles.CODEC_OVERLAP,
     ) -> None:
         """Prepare `g_s` with `M` latent channels for `device` (default: CPU).
 
-        The default backend is OpenVINO on a CPU, if it is installed, otherwise torch.
+        `overlap` is its receptive field in positions of y. The default backend is OpenVINO on a
+        CPU, if it is installed, otherwise torch.
         """
         self.device = device or torch.device("cpu")
-        self.M = M
-        net = InferenceSynthesis(g_s).to(self.device).to(memory_format=torch.channels_last)
+        self.M, self.overlap = M, overlap
+        net = for_inference(g_s).to(self.device).to(memory_format=torch.channels_last)
         self.net: Callable[[Tensor], Tensor] = net
         self._turns = Turns()
         self.backend = backend or _default_backend(self.device)
@@ -66,7 +68,7 @@ class Synthesis:
                 return convert(self.net(window))
 
         with torch.inference_mode():
-            return tiles.synthesise(run, y_hat.to(self.device), dtype)
+            return tiles.synthesise(run, y_hat.to(self.device), dtype, self.overlap)
 
 
 def to_samples(x: Tensor) -> Tensor:

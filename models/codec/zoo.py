@@ -1,67 +1,77 @@
 """Load codecs from shipped and imported weights."""
 
 import threading
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from cachetools import LRUCache
 from torch import Tensor
 
 from models import checkpoint
-from models.codec import catalogue, rans
+from models.codec import architectures, catalogue, rans, tables
+from models.codec.autoregressive import ContextCoder
 from models.codec.bitstream import Metric
 from models.codec.catalogue import Installed
 from models.codec.codec import Codec
-from models.codec.hyperprior import LatentCoder
-from models.codec.msh import MeanScaleHyperprior
+from models.codec.hyperprior import FactorizedCoder, LatentCoder
+from models.codec.networks import Network
 from models.codec.synthesis import Synthesis
 from models.errors import WeightsError
 
 QUALITIES = (1, 2, 3)
 """Qualities for which weights are shipped."""
-TABLES = (
-    *(f"entropy_bottleneck.{t}" for t in ("_quantized_cdf", "_offset", "_cdf_length")),
-    *(f"gaussian_conditional.{t}" for t in ("_quantized_cdf", "_offset", "_cdf_length")),
-    "gaussian_conditional.scale_table",
-)
+TABLES = (*tables.names(tables.Z), *tables.names(tables.Y))
 """CDF tables, which CompressAI's `update()` computes from the parameters."""
 MAX_LOADED = 2
 """Imported codecs that stay loaded. From quality 5 on, one takes 0.16 GB and 0.4 s to load."""
 
 
-def from_tensors(tensors: Mapping[str, Tensor], quality: int, metric: Metric = "mse") -> Codec:
+def from_tensors(
+    tensors: Mapping[str, Tensor],
+    quality: int,
+    metric: Metric = "mse",
+    model: str = architectures.DEFAULT,
+) -> Codec:
     """Build a codec from CompressAI's state dict with its CDF tables.
 
     N and M are taken from the tensors' shapes. Raises `WeightsError` if tensors are missing or do
     not fit together.
     """
+    architecture = architectures.find(model)
     try:
-        m, n = tensors["g_a.6.weight"].shape[:2]
-        net = MeanScaleHyperprior(n, m)
-        parts = ("g_a.", "g_s.", "h_a.", "h_s.")
-        state = {
-            k: v.float()
-            for k, v in tensors.items()
-            if k.startswith(parts) and not k.endswith((".bound", ".pedestal"))
-        }
-        net.load_state_dict(state)
+        net = Network(architecture, *widths(tensors))
+        names = net.state_dict().keys()
+        net.load_state_dict({k: v.float() for k, v in tensors.items() if k in names})
         net.eval().requires_grad_(False)
         _check_tables(tensors, net)
-        latent_coder = LatentCoder(
-            net,
-            _tables(tensors, "entropy_bottleneck"),
-            _tables(tensors, "gaussian_conditional"),
-            tensors["entropy_bottleneck.quantiles"].float()[:, 0, 1],
-            tensors["gaussian_conditional.scale_table"].float(),
-        )
+        latent_coder = _latent_coder(net, tensors)
     except (KeyError, IndexError, RuntimeError, ValueError) as e:
         reason = f"{e} is missing" if isinstance(e, KeyError) else e
-        raise WeightsError(f"the tensors do not form a codec of mbt2018-mean: {reason}") from e
-    synthesis = Synthesis(net.g_s, net.M)
-    return Codec(quality, metric, checkpoint.weights_id(tensors), net, latent_coder, synthesis)
+        raise WeightsError(f"the tensors do not form a codec of {model}: {reason}") from e
+    synthesis = Synthesis(net.g_s, net.M, overlap=architecture.overlap)
+    return Codec(
+        quality, metric, checkpoint.weights_id(tensors), net, latent_coder, synthesis, model
+    )
+
+
+def widths(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Return the channels N and M of a state dict. Raises `KeyError` if it has no `g_a`."""
+    if "g_a.6.weight" in tensors and "g_a.0.weight" in tensors:
+        m, n = tensors["g_a.6.weight"].shape[:2]
+        return n, m
+    n = tensors["g_a.0.conv1.weight"].shape[0]
+    return n, n
+
+
+def _latent_coder(net: Network, tensors: Mapping[str, Tensor]) -> LatentCoder:
+    medians = tensors[f"{tables.Z}.quantiles"].float()[:, 0, 1]
+    z_tables = _tables(tensors, tables.Z)
+    if net.architecture.prior == "factorized":
+        return FactorizedCoder(net, z_tables, medians)
+    kind = ContextCoder if net.architecture.autoregressive else LatentCoder
+    y_tables = _tables(tensors, tables.Y)
+    return kind(net, z_tables, y_tables, medians, tensors[f"{tables.Y}.scale_table"].float())
 
 
 def load(quality: int, metric: Metric = "mse", folder: Path = checkpoint.WEIGHTS) -> Codec:
@@ -80,7 +90,7 @@ def from_file(row: Installed) -> Codec:
     """Load the codec of an entry. Raises `WeightsError` if its file is missing or altered."""
     e = row.entry
     metric: Metric = "mse" if e.metric == "mse" else "ms-ssim"
-    return from_tensors(checkpoint.load(e, row.folder), e.quality, metric)
+    return from_tensors(checkpoint.load(e, row.folder), e.quality, metric, catalogue.model_of(e))
 
 
 class Imports:
@@ -91,9 +101,11 @@ class Imports:
         self._loaded: LRUCache[Installed, Codec] = LRUCache(MAX_LOADED)
         self._lock = threading.Lock()
 
-    def find(self, quality: int, metric: Metric, weights_id: str = "") -> Installed | None:
-        """Find the latest import of this quality, metric and, if given, id, without loading it."""
-        return catalogue.find(self.rows, quality, metric, weights_id)
+    def find(
+        self, quality: int, metric: Metric, weights_id: str = "", model: str = architectures.DEFAULT
+    ) -> Installed | None:
+        """Find the latest import as `catalogue.find` does, without loading it."""
+        return catalogue.find(self.rows, quality, metric, weights_id, model)
 
     def load(self, row: Installed) -> Codec:
         """Return the codec of one of the rows; safe to call from any thread.
@@ -108,16 +120,22 @@ class Imports:
             return self._loaded[row]
 
 
+def table_names(state: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of all tables that a state dict with these parameters needs."""
+    has_z = any(name.startswith("h_s.") for name in state)
+    return TABLES if has_z else tables.names(tables.Z)
+
+
 def complete_tables(state: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the CDF tables in a state dict whose part has all of them, none empty.
 
     The parts are the entropy bottleneck, which codes z, and the Gaussian conditional, for y.
     """
     names: list[str] = []
-    for part in ("entropy_bottleneck.", "gaussian_conditional."):
-        tables = [name for name in TABLES if name.startswith(part)]
-        if all(name in state and state[name].numel() for name in tables):
-            names += tables
+    for part in (tables.Z, tables.Y):
+        of_part = tables.names(part)
+        if all(name in state and state[name].numel() for name in of_part):
+            names += of_part
     return names
 
 
@@ -125,38 +143,32 @@ def with_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters and CDF tables of a CompressAI state dict.
 
     Complete tables in the state dict are kept unchanged, because only they decode bitstreams that
-    were encoded with them. `update()` computes the others, for which `compressai` is imported.
+    were encoded with them. Others are computed. Raises `WeightsError` if the parameters give none.
     """
-    kept = complete_tables(state)
-    if len(kept) == len(TABLES):
-        return dict(state)
-    net = compressai_model(*state["g_a.6.weight"].shape[:2][::-1])
-    weights = {k: v for k, v in state.items() if k not in TABLES}
-    net.load_state_dict({**net.state_dict(), **{k: v.float() for k, v in weights.items()}})
-    net.update()
-    updated = net.state_dict()
-    for name in TABLES:
-        kind = torch.int32 if "scale" not in name else torch.float32
-        weights[name] = state[name] if name in kept else updated[name].to(kind)
-    return weights
+    kept, needed = complete_tables(state), table_names(state)
+    result = {k: v for k, v in state.items() if k not in TABLES}
+    missing = [name for name in needed if name not in kept]
+    try:
+        floats = {k: v.float() for k, v in state.items() if k.startswith(tables.Z)}
+        computed = tables.factorized(floats) if tables.names(tables.Z)[0] in missing else {}
+    except ValueError as e:
+        raise WeightsError(f"the entropy bottleneck gives no CDF tables: {e}") from e
+    if tables.names(tables.Y)[0] in missing:
+        computed |= tables.gaussian()
+    return result | {k: computed[k] if k in computed else state[k] for k in needed}
 
 
-def compressai_model(N: int, M: int) -> Any:
-    """Return CompressAI's `MeanScaleHyperprior`. API and worker never import `compressai`."""
-    with warnings.catch_warnings():  # DeprecationWarning from its dependencies
-        warnings.simplefilter("ignore")
-        from compressai.models import MeanScaleHyperprior as Reference
-
-    return Reference(N, M)
-
-
-def _check_tables(tensors: Mapping[str, Tensor], net: MeanScaleHyperprior) -> None:
-    scales = tensors["gaussian_conditional.scale_table"]
-    parts = ("entropy_bottleneck", "gaussian_conditional")
-    contexts = [tensors[f"{p}._offset"].numel() for p in parts]
-    if contexts != [net.N, scales.numel()]:
+def _check_tables(tensors: Mapping[str, Tensor], net: Network) -> None:
+    if net.architecture.prior == "factorized":
+        contexts = tensors[f"{tables.Z}._offset"].numel()
+        if contexts != net.M:
+            raise ValueError(f"there are {contexts} CDFs; {net.M} channels need as many")
+        return
+    scales = tensors[f"{tables.Y}.scale_table"]
+    contexts_of = [tensors[f"{p}._offset"].numel() for p in (tables.Z, tables.Y)]
+    if contexts_of != [net.N, scales.numel()]:
         raise ValueError(
-            f"there are {contexts[0]} and {contexts[1]} CDFs for z and y; "
+            f"there are {contexts_of[0]} and {contexts_of[1]} CDFs for z and y; "
             f"{net.N} channels and {scales.numel()} scales need as many"
         )
     if scales.ndim != 1 or not (scales > 0).all() or not (scales.diff() > 0).all():

@@ -118,7 +118,7 @@ def _bank(
 
 
 def _export(file: Path, quality: int | None, sizes: tuple[int, int] | None) -> None:
-    from models.train import export  # imports compressai, which training does not need
+    from models.train import export
 
     if sizes and not quality:
         raise ValueError("--sizes widens a codec: add its --quality")

@@ -20,8 +20,8 @@ def codec(
 ) -> str:
     """Install a CompressAI state dict (safetensors, CDF tables optional); return its weights id.
 
-    With `sizes`, the codec is widened to that many hidden and latent channels. Needs `compressai`
-    to compute the CDF tables. Raises `WeightsError` if `file` holds no codec.
+    With `sizes`, the codec is widened to that many hidden and latent channels. Raises
+    `WeightsError` if `file` holds no codec.
     """
     state = checkpoint.read(file)[0]
     if "g_a.6.weight" not in state:

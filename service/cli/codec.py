@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+from models.codec.architectures import DEFAULT
 from models.errors import AfterimageError
 from models.tiers import (
     MAX_GUIDANCE,
@@ -49,6 +50,12 @@ def add(commands: Any) -> None:
     )
     options.add_metric(
         encode, help="what the weights minimise; ms-ssim needs imported weights (default: mse)"
+    )
+    options.add_model(
+        encode,
+        default=DEFAULT,
+        help="codec; others than mbt2018-mean need imported weights and --format compressai "
+        "(default: mbt2018-mean)",
     )
     encode.add_argument(
         "--format",
@@ -121,9 +128,9 @@ def _encode(args: argparse.Namespace) -> int:
 
     settings = ServiceSettings()
     rows = [*catalogue.imported(settings.weights_dir), *catalogue.shipped()]
-    installed = catalogue.find(rows, args.quality, args.metric)
+    installed = catalogue.find(rows, args.quality, args.metric, model=args.model)
     if installed is None:
-        raise catalogue.wrong_weights(args.quality, args.metric)
+        raise catalogue.wrong_weights(args.quality, args.metric, models=(args.model,))
     network = zoo.from_file(installed)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -248,7 +255,12 @@ def _inspect(args: argparse.Namespace) -> int:
             line["error"] = reason(e)
             complain(f"{source}: {line['error']}")
         else:
-            installed = catalogue.find(rows, b.quality, b.metric, b.weights_id)
-            line |= Inspection.of(b, len(data), installed is not None).model_dump(mode="json")
+            installed = [
+                r
+                for r in b.readings
+                if catalogue.find(rows, r.quality, r.metric, r.weights_id, r.model)
+            ]
+            read = installed[0] if installed else b
+            line |= Inspection.of(read, len(data), bool(installed)).model_dump(mode="json")
         say(json.dumps(line, ensure_ascii=False))
     return 1 if failures else 0

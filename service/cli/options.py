@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from models.codec.architectures import ARCHITECTURES
 from models.codec.bitstream import METRICS
 
 
@@ -34,6 +35,11 @@ def add_quality(command: argparse.ArgumentParser, **options: Any) -> None:
 def add_metric(command: argparse.ArgumentParser, *aliases: str, help: str) -> None:
     """Add `--metric`, the metric that codec weights were trained for."""
     command.add_argument("--metric", *aliases, choices=METRICS, default="mse", help=help)
+
+
+def add_model(command: argparse.ArgumentParser, **options: Any) -> None:
+    """Add `--model`, the architecture of a codec; `options` go to `add_argument`."""
+    command.add_argument("--model", choices=tuple(ARCHITECTURES), **options)
 
 
 def add_stores(command: argparse.ArgumentParser, without: str) -> None:

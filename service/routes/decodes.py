@@ -20,6 +20,7 @@ from service.deps import (
     ServicesDep,
     tier_query,
 )
+from service.drafts import read_bitstream
 from service.object_params import DecodeInput, PictureTargetDep
 from service.object_writes import PictureTarget
 from service.problems import Conflict, IdMismatch, KeyReused, QueueFull
@@ -125,7 +126,7 @@ async def decode_params(
 async def parsed_bitstream(services: ServicesDep, data: DecodeInput) -> ParsedBitstream:
     """Parse the bitstream's header. Raises `BitstreamError`, `PictureTooLarge`."""
     began = time.perf_counter()
-    b = bitstream.parse(data, services.settings.max_pixels)
+    b = await read_bitstream(services, data)
     digest = bitstream.digest(data)
     return ParsedBitstream(data, b, digest, (time.perf_counter() - began) * 1e3)
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from models import image_decode
 from models.codec import bitstream
+from models.codec.architectures import DEFAULT, ModelName
 from models.codec.bitstream import Format, Metric
 from models.errors import (
     ParameterError,
@@ -18,6 +19,7 @@ from models.errors import (
 )
 from service import object_writes, problems, schemas
 from service.deps import ONLY_KNOWN, DecodeCaller, EncodeCaller, RequestBody, ServicesDep
+from service.drafts import read_bitstream
 from service.object_params import BitstreamTargetDep, EncodeInput
 from service.target_schemas import WRITTEN, Written
 from service.waiter import Waiter
@@ -99,13 +101,20 @@ async def encode(
         ),
     ] = "mse",
     format: Annotated[Format, Query(description="Container format of the bitstream.")] = "msh",
+    model: Annotated[
+        ModelName,
+        Query(
+            description="Codec. Others than mbt2018-mean need imported weights, and the format "
+            "compressai."
+        ),
+    ] = DEFAULT,
 ) -> Response:
     """Encode a photograph. It is rotated by its EXIF orientation, converted to sRGB, and
     transparent pixels are blended with white. A truncated photograph is encoded as far as it
     goes, and the response has the header X-Afterimage-Warning."""
 
     waiter = Waiter.of(request, caller)
-    encoded = await services.encoder.encode(data, quality, metric, format, waiter)
+    encoded = await services.encoder.encode(data, quality, metric, format, waiter, model)
     b = encoded.bitstream
     file = bitstream.serialize(b)
     headers = {"X-Afterimage-Bpp": f"{8 * len(file) / (b.width * b.height):.4f}"}
@@ -132,7 +141,7 @@ async def inspect(
     services: ServicesDep, caller: DecodeCaller, data: RequestBody
 ) -> schemas.Inspection:
     """Read a bitstream's header and predict the cost of each tier, without decoding."""
-    b = bitstream.parse(data, services.settings.max_pixels)
+    b = await read_bitstream(services, data)
     decodable, cost = True, None
     try:
         services.library.codec_id(b)

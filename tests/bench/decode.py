@@ -30,6 +30,7 @@ from models.codec.inference_synthesis import InferenceSynthesis
 from models.codec.msh import GDN
 from models.codec.synthesis import Synthesis
 from tests.bench import machine
+from tests.support.compressai import mean_scale_hyperprior
 from worker.settings import WorkerSettings, prepare_process
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
@@ -103,7 +104,7 @@ def _reference(ours: Codec) -> Any:
     """CompressAI's model with the same weights."""
     entry = next(e for e in checkpoint.manifest() if e.quality == QUALITY)
     weights = {k: v.float() for k, v in checkpoint.load(entry).items() if v.is_floating_point()}
-    reference = zoo.compressai_model(ours.net.N, ours.net.M)
+    reference = mean_scale_hyperprior(ours.net.N, ours.net.M)
     reference.update()
     reference.load_state_dict({**reference.state_dict(), **weights})
     reference.g_s.load_state_dict(ours.net.g_s.state_dict(), strict=False)

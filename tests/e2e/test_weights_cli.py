@@ -1,5 +1,6 @@
 """`afterimage weights`, and a service that uses imported weights."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from models import checkpoint, image
 from models.codec import bitstream, codec
 from tests.e2e.test_cli import afterimage, read
+from tests.support import zoo
 from tests.support.compressai import Reference, mean_scale_hyperprior
 from tests.support.data import DATA
 from tests.support.service import fork_service
@@ -49,11 +51,11 @@ def test_list_shows_imported_and_shipped_weights(imported: str) -> None:
     done = afterimage("weights", "list")
     assert done.returncode == 0
     head, first, *shipped = (line.split() for line in done.stdout.splitlines())
-    assert head == ["id", "kind", "quality", "metric", "file", "source"]
+    assert head == ["id", "kind", "model", "quality", "metric", "file", "source"]
     file = f"mbt2018-mean_q5_ms-ssim_{imported}.safetensors"
-    assert first == [imported, "codec", "5", "ms-ssim", file, "mine.pth.tar"]
+    assert first == [imported, "codec", "mbt2018-mean", "5", "ms-ssim", file, "mine.pth.tar"]
     assert {row[-1] for row in shipped} == {"shipped"}
-    assert sorted(row[2] for row in shipped) == ["-", "1", "2", "3"]
+    assert sorted(row[3] for row in shipped) == ["-", "1", "2", "3"]
 
 
 def test_encode_and_decode_use_imported_weights(
@@ -152,3 +154,39 @@ def test_remove_deletes_the_file_and_the_manifest_entry(
     assert afterimage("weights", "remove", imported).returncode == 0
     assert [p.name for p in tmp_path.iterdir()] == ["manifest.toml"]
     assert checkpoint.manifest(tmp_path) == []
+
+
+def test_another_model_is_imported_used_exported_and_removed(
+    tmp_path: Path, small: image.Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name is told from the tensors; `encode` and `export` are told it."""
+    monkeypatch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(tmp_path / "weights"))
+    theirs = zoo.reference("bmshj2018-factorized", 128, 192)
+    torch.save(theirs.state_dict(), tmp_path / "a.pth")
+    done = afterimage("weights", "import", tmp_path / "a.pth", "-q", 1)
+    (entry,) = checkpoint.manifest(tmp_path / "weights")
+    installed = f"{entry.weights_id} is installed as bmshj2018-factorized, quality 1, metric mse\n"
+    assert (done.stdout, done.stderr) == (installed, "")
+    row = afterimage("weights", "list").stdout.splitlines()[1].split()
+    assert row[:4] == [entry.weights_id, "codec", "bmshj2018-factorized", "1"]
+    (tmp_path / "a.png").write_bytes(image.write(small, "png"))
+    options = ("--model", "bmshj2018-factorized", "--format", "compressai", "-q", 1)
+    done = afterimage("encode", tmp_path / "a.png", "-o", tmp_path / "a.bin", *options)
+    assert done.returncode == 0
+    line = json.loads(afterimage("inspect", tmp_path / "a.bin").stdout)
+    assert (line["model"], line["decodable"]) == ("bmshj2018-factorized", True)
+    assert afterimage("decode", tmp_path / "a.bin", "-o", tmp_path / "b.png").returncode == 0
+    b = bitstream.parse((tmp_path / "a.bin").read_bytes())
+    with torch.inference_mode():
+        x_hat = theirs.decompress([[b.y_string]], [8, 12])["x_hat"]
+    difference = codec.crop_to_pixels(x_hat, b.height, b.width).astype(int) - read(
+        tmp_path / "b.png"
+    )
+    assert abs(difference).max() <= 1
+    to = ("-q", 1, "-o", tmp_path / "out.pth")
+    done = afterimage("weights", "export", "--model", "bmshj2018-factorized", *to)
+    assert done.returncode == 0
+    theirs.load_state_dict(torch.load(tmp_path / "out.pth"))
+    assert afterimage("weights", "remove", entry.weights_id).returncode == 0
+    done = afterimage("decode", tmp_path / "a.bin", "-o", tmp_path / "b.png")
+    assert "no weights of bmshj2018-factorized for quality 1" in done.stderr

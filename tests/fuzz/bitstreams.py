@@ -23,7 +23,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,18 +33,25 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from models import image
+from models import geometry, image
+from models.checkpoint import Entry
 from models.codec import bitstream, rans, recovery, zoo
+from models.codec.architectures import ARCHITECTURES, DEFAULT
+from models.codec.autoregressive import ContextCoder
+from models.codec.catalogue import Installed
 from models.codec.codec import Codec
-from models.codec.hyperprior import LatentCoder
+from models.codec.hyperprior import FactorizedCoder, LatentCoder
 from models.errors import BitstreamError, ChecksumMismatch, PictureTooLarge, WrongWeights
 from models.library import Library
 from tests.fuzz import mutate
+from tests.support.zoo import parameters, reference
 from worker.settings import WorkerSettings, prepare_process
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
 FRESH = 50
 """One input in so many computes `h_s` instead of using cached results."""
+OTHERS = 20
+"""One input in so many is added for the models that are not shipped, whose networks are small."""
 PART = 20_000
 """Inputs per child process."""
 HANG_S = 60.0
@@ -100,6 +107,32 @@ class CachingCoder(LatentCoder):
         yield from self.recovered[key]
 
 
+class OtherModels(zoo.Imports):
+    """Codecs of the other models, as if they were imported."""
+
+    def __init__(self, codecs: Sequence[Codec]) -> None:
+        self.codecs = {
+            Installed(
+                Entry("codec", "", "", "", c.weights_id, c.quality, c.metric, model=c.model), Path()
+            ): c
+            for c in codecs
+        }
+        super().__init__(list(self.codecs))
+
+    def load(self, row: Installed) -> Codec:
+        """Return the codec of one of the rows."""
+        return self.codecs[row]
+
+
+def other_codecs() -> list[Codec]:
+    """Small codecs of all models but the shipped one, with random weights."""
+    return [
+        zoo.from_tensors(zoo.with_tables(parameters(reference(name))), 1, model=name)
+        for name in ARCHITECTURES
+        if name != DEFAULT
+    ]
+
+
 def caching_coder(codec: Codec) -> CachingCoder:
     """The coder of a codec that the fuzzer runs."""
     assert isinstance(codec.latent_coder, CachingCoder)
@@ -145,16 +178,20 @@ def judge(codecs: Library, m: mutate.Mutant, fresh: bool) -> tuple[str, int]:
         return "header", 0
     try:
         codec = codecs.codec(b)
-        coder = caching_coder(codec)
-        coder.fresh, coder.z_symbols = fresh, None
+        coder = codec.latent_coder
+        if isinstance(coder, CachingCoder):
+            coder.fresh, coder.z_symbols = fresh, None
         latents = codec.latents(b)
     except WrongWeights:
         return "weights", 0
     except ChecksumMismatch:
         return "symbols' checksum", 0
     except BitstreamError:
-        return ("z string" if coder.z_symbols is None else "y string"), 0
-    if b.format == "compressai" and not canonical(b, coder, latents.arithmetic):
+        if isinstance(coder, CachingCoder):
+            return ("z string" if coder.z_symbols is None else "y string"), 0
+        fits = coder.fits(b.y_string, b.z_string, geometry.padded(b.height, b.width))
+        return ("y string" if fits or not b.z_string else "z string"), 0
+    if b.format == "compressai" and not encodes_again(b, coder, latents.arithmetic):
         return "not canonical", 0
     if latents.symbols.shape != m.seed.symbols.shape:
         return "accepted, other symbols", latents.symbols.size
@@ -179,17 +216,55 @@ def canonical(b: bitstream.Bitstream, coder: CachingCoder, arithmetic: str) -> b
     )
 
 
+def encodes_again(b: bitstream.Bitstream, coder: LatentCoder, arithmetic: str) -> bool:
+    """Check that the decoded symbols of any model encode to the same bytes."""
+    if isinstance(coder, CachingCoder):
+        return canonical(b, coder, arithmetic)
+    return canonical_other(b, coder, arithmetic)
+
+
+def canonical_other(b: bitstream.Bitstream, coder: LatentCoder, arithmetic: str) -> bool:
+    """Check that the symbols of another model encode to the same bytes."""
+    size = geometry.padded(b.height, b.width)
+    if isinstance(coder, FactorizedCoder):
+        symbols = coder.decode(b.y_string, b"", size, "float").symbols
+        channels = np.broadcast_to(np.arange(len(symbols))[:, None, None], symbols.shape)
+        return rans.encode(symbols, channels, coder.y_tables) == b.y_string
+    z_symbols = coder.decode_z(b.z_string, size)
+    channels = np.broadcast_to(np.arange(len(z_symbols))[:, None, None], z_symbols.shape)
+    if rans.encode(z_symbols, channels, coder.z_tables) != b.z_string:
+        return False
+    if arithmetic != "float":  # decoded by the recovery process
+        return True
+    with torch.inference_mode():
+        if isinstance(coder, ContextCoder):
+            features = coder.net.h_s(coder._z_hat(z_symbols))
+            p = coder.context.decode(b.y_string, features, coder.y_tables)
+            return rans.encode(p.symbols, p.indexes, coder.y_tables) == b.y_string
+        indexes, _ = coder._prior(z_symbols, "float")
+    symbols = rans.decode(b.y_string, indexes, coder.y_tables)
+    return rans.encode(symbols, indexes, coder.y_tables) == b.y_string
+
+
 class Fuzzer:
     """Makes and runs inputs by number: the same seed and number give the same input."""
 
-    def __init__(self, codecs: dict[int, Codec], seeds: list[mutate.Seed], seed: int) -> None:
+    def __init__(
+        self,
+        codecs: dict[int, Codec],
+        seeds: list[mutate.Seed],
+        seed: int,
+        others: Sequence[Codec] = (),
+    ) -> None:
         caching = {
             q: replace(c, latent_coder=CachingCoder(c.latent_coder)) for q, c in codecs.items()
         }
-        self.library = Library({(q, "mse"): c for q, c in caching.items()}, None)
+        shipped: dict[tuple[int, bitstream.Metric], Codec]
+        shipped = {(q, "mse"): c for q, c in caching.items()}
+        self.library = Library(shipped, None, OtherModels(others))
         self.seeds, self.seed = seeds, seed
         self.small = seeds[0].symbols.size < 10**5
-        for s in seeds if self.small else ():
+        for s in seeds if self.small and not others else ():
             coder = caching_coder(caching[s.parsed.quality])
             caching[s.parsed.quality].latents(s.parsed)
             assert coder.z_symbols is not None
@@ -352,9 +427,19 @@ def main() -> int:
             fuzzer = Fuzzer(codecs, seeds, options.seed)
             lost += run(fuzzer, shared, inputs, options.failures, began + 60 * options.minutes)
         done.append(int(shared.counts.sum()))
+    others = other_codecs()
+    seeds = mutate.seeds(others, photo, min(options.cuts, 3), (40, 128))
+    fuzzer = Fuzzer({}, seeds, options.seed, others)
+    deadline = began + 60 * options.minutes
+    lost += run(fuzzer, shared, options.inputs // OTHERS, options.failures, deadline)
+    done.append(int(shared.counts.sum()))
     seconds = time.monotonic() - began
     table, well = report(shared, lost)
-    print(f"{done[0]} inputs of 768×512, {done[1] - done[0]} of at most 128×128; ", end="")  # noqa: T201
+    print(  # noqa: T201
+        f"{done[0]} inputs of 768×512, {done[1] - done[0]} of at most 128×128, "
+        f"{done[2] - done[1]} of other models; ",
+        end="",
+    )
     print(f"seed {options.seed}; {seconds:.0f} s\n{table}")  # noqa: T201
     return 0 if well else 1
 

@@ -10,6 +10,7 @@ import google_crc32c
 import numpy as np
 
 from models.codec import bitstream, codec
+from models.codec.architectures import DEFAULT
 from models.codec.bitstream import Bitstream, Format, Profile
 from models.codec.codec import Codec
 from models.codec.rans import Int32Array
@@ -74,16 +75,20 @@ def seeds(codecs: list[Codec], photo: Pixels, cuts: int, sides: tuple[int, int])
             pixels = rng.integers(0, 256, pixels.shape, np.uint8)
         for c in codecs:
             for format, profile in dict.fromkeys(KINDS):
+                if format == "msh" and c.model != DEFAULT:
+                    continue
                 b = c.encode(codec.to_tensor(pixels), format, profile)
                 if format == "compressai":
-                    b = replace(b, versions=VERSIONS[i % len(VERSIONS)])
+                    old = VERSIONS if c.model in bitstream.OLD_MODELS else VERSIONS[:1]
+                    b = replace(b, versions=old[i % len(old)])
                 result.append(Seed(bitstream.serialize(b), b, c.latents(b).symbols))
     return result
 
 
 def mutant(rng: random.Random, of: list[Seed]) -> Mutant:
     """Return a random mutation of one of the seeds, which differs from it."""
-    kind = rng.choice(KINDS)
+    kinds = {(s.parsed.format, s.parsed.profile) for s in of}
+    kind = rng.choice([kind for kind in KINDS if kind in kinds])
     candidates = [s for s in of if (s.parsed.format, s.parsed.profile) == kind]
     while True:
         seed = rng.choice(candidates)
@@ -100,7 +105,8 @@ def mutant(rng: random.Random, of: list[Seed]) -> Mutant:
 
 def _strings(rng: random.Random, seed: Seed, other: Seed) -> tuple[str, bytes]:
     """Change one of the strings; return the class and a file whose header has the right lengths."""
-    name = rng.choice(("y_string", "y_string", "z_string"))
+    has_z = bool(seed.parsed.z_string)
+    name = rng.choice(("y_string", "y_string", "z_string" if has_z else "y_string"))
     old = getattr(seed.parsed, name)
     if rng.random() < 0.6:
         of_class, changed = rng.choice((("one bit", _bit), ("one byte", _byte)))

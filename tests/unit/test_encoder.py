@@ -30,7 +30,7 @@ class SlowLibrary:
     def __init__(self, seconds: float = 0) -> None:
         self.seconds = seconds
 
-    def find(self, *_: object) -> "SlowLibrary":
+    def find(self, *_: object, model: str = "") -> "SlowLibrary":
         return self
 
     def encode(self, *_: object) -> Bitstream:

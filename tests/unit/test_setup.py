@@ -13,13 +13,13 @@ from deploy import check_setup
 MAKEFILE = Path(__file__).parents[2] / "Makefile"
 
 
-@pytest.mark.parametrize("version", [(2, 7, 18), (3, 10, 13), (3, 13, 0)])
+@pytest.mark.parametrize("version", [(2, 7, 18), (3, 10, 13), (3, 14, 0)])
 def test_another_python_is_refused(
     version: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "version_info", version)
     said = ".".join(map(str, version))
-    assert f"needs Python 3.11 or 3.12, and this is {said}" in check_setup.fault()  # type: ignore[no-untyped-call]
+    assert f"needs Python 3.11, 3.12 or 3.13, and this is {said}" in check_setup.fault()  # type: ignore[no-untyped-call]
 
 
 def test_a_python_without_venv_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,9 +43,12 @@ def test_a_compiler_is_needed_only_where_there_is_no_wheel(
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(sys, "version_info", (3, 12, 1))
     monkeypatch.setattr(shutil, "which", lambda name: compiler if name == "g++" else None)
     fault = check_setup.fault()  # type: ignore[no-untyped-call]
     assert fault is None if fits else "no C++ compiler" in fault
+    monkeypatch.setattr(sys, "version_info", (3, 13, 1))  # CompressAI is not installed
+    assert check_setup.fault() is None  # type: ignore[no-untyped-call]
 
 
 def test_make_checks_python_before_it_makes_or_downloads_anything() -> None:

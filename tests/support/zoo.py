@@ -1,0 +1,55 @@
+"""CompressAI's own networks with random weights, whose latents have many values."""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.codec.architectures import ARCHITECTURES
+
+CLASSES = {
+    "bmshj2018-factorized": "FactorizedPrior",
+    "bmshj2018-factorized-relu": "FactorizedPriorReLU",
+    "bmshj2018-hyperprior": "ScaleHyperprior",
+    "mbt2018-mean": "MeanScaleHyperprior",
+    "mbt2018": "JointAutoregressiveHierarchicalPriors",
+    "cheng2020-anchor": "Cheng2020Anchor",
+    "cheng2020-attn": "Cheng2020Attention",
+}
+SMALL = {name: (16, 24) if "cheng" not in name else (16, 16) for name in ARCHITECTURES}
+"""Channels N and M of the networks that tests use; those of the zoo take a second to compute."""
+
+
+def reference(name: str, N: int = 0, M: int = 0, seed: int = 0) -> Any:
+    """Return CompressAI's network of an architecture, by default with the channels in `SMALL`."""
+    N, M = (N, M) if N else SMALL[name]
+    made = getattr(import_module("compressai.models"), CLASSES[name])  # which takes seconds
+    torch.manual_seed(seed)
+    net = made(N) if "cheng" in name else made(N, M)
+    with torch.no_grad():
+        x = torch.rand(1, 3, 64, 64)
+        _spread(net.g_a, net.g_a(x), 4)
+        if hasattr(net, "h_a"):
+            y = net.g_a(x)
+            _spread(net.h_a, net.h_a(y.abs()), 4)
+            last = net.entropy_parameters if hasattr(net, "entropy_parameters") else net.h_s
+            biases = [layer.bias for layer in last if getattr(layer, "bias", None) is not None]
+            biases[-1][:M] = torch.linspace(0.2, 4, M)
+        if hasattr(net, "context_prediction"):  # as after a training step
+            net.context_prediction.weight.mul_(net.context_prediction.mask)
+        quantiles = net.entropy_bottleneck.quantiles
+        quantiles += torch.randn_like(quantiles) * torch.tensor([2.0, 0.3, 2.0])
+    net.update()
+    return net.eval()
+
+
+def parameters(net: Any) -> dict[str, Tensor]:
+    """Return the parameters of a network of CompressAI, without its tables."""
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
+def _spread(transform: Any, out: Tensor, std: float) -> None:
+    """Scale the last convolution of a transform, so that its result has about this deviation."""
+    convolutions = [layer for layer in transform if isinstance(layer, torch.nn.Conv2d)]
+    convolutions[-1].weight.mul_(std / out.std())
