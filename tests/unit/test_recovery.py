@@ -16,13 +16,19 @@ import numpy as np
 import pytest
 import torch
 
-from models import checkpoint
+from models import cancellation, checkpoint
 from models.codec import bitstream, codec, rans, recovery, zoo
 from models.codec.autoregressive import ContextCoder
 from models.codec.bitstream import Bitstream
 from models.codec.codec import Codec
 from models.codec.context import _Walk
-from models.errors import BitstreamError, CorruptStream, DesynchronisedStream, Unavailable
+from models.errors import (
+    BitstreamError,
+    Canceled,
+    CorruptStream,
+    DesynchronisedStream,
+    Unavailable,
+)
 from models.image import Pixels
 from tests.support.compressai import mean_scale_hyperprior
 from tests.support.data import psnr
@@ -379,3 +385,21 @@ def test_an_autoregressive_bitstream_of_another_arithmetic_is_decoded() -> None:
     assert np.array_equal(latents.symbols, theirs.symbols.transpose(2, 0, 1))
     with pytest.raises((CorruptStream, DesynchronisedStream)):
         coder.decode(y_string[:-4], rans.encode(z, contexts, coder.z_tables), (64, 64), "float")
+
+
+def test_the_recovery_of_an_autoregressive_bitstream_can_be_canceled() -> None:
+    parameters = reference_parameters(reference("mbt2018"))
+    coder = zoo.from_tensors(zoo.with_tables(parameters), 1, model="mbt2018").latent_coder
+    y_string, z_string, _ = coder.encode(torch.rand(1, 3, 64, 64), "float")
+
+    class OnceStarted(threading.Event):
+        """Set once there is a recovery process."""
+
+        def is_set(self) -> bool:
+            return recovery.PROCESS.pid is not None
+
+    with cancellation.cancelable(OnceStarted()), pytest.raises(Canceled):
+        coder.decode(y_string + bytes(4), z_string, (64, 64), "float")
+    assert recovery.PROCESS.pid is None
+    with pytest.raises(DesynchronisedStream):
+        coder.decode(y_string + bytes(4), z_string, (64, 64), "float")
