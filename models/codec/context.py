@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models import cancellation
-from models.codec import rans
+from models.codec import rans, tables
 
 SIZE, PAD, TAPS = 5, 2, 12
 """Side of the context's kernel, its margin, and the number of taps before its centre."""
@@ -143,6 +143,14 @@ class ContextModel:
         state = self.__dict__ | {"_kernels": {}}
         state.pop("_blocked", None)
         return state
+
+
+def warm_up() -> None:
+    """Compile the kernels, with a small random network, unless they are in numba's cache."""
+    M = max(BLOCKS)
+    layers = nn.Sequential(nn.Conv2d(4 * M, 2 * M, 1))
+    model = ContextModel(nn.Conv2d(M, 2 * M, SIZE), layers, tables.scale_table())
+    model.quantize(torch.zeros(1, M, 1, 1), torch.zeros(1, 2 * M, 1, 1))
 
 
 class _Walk:

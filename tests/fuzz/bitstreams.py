@@ -44,7 +44,7 @@ from models.codec.hyperprior import FactorizedCoder, LatentCoder
 from models.errors import BitstreamError, ChecksumMismatch, PictureTooLarge, WrongWeights
 from models.library import Library
 from tests.fuzz import mutate
-from tests.support.zoo import parameters, reference
+from tests.support import zoo as nets
 from worker.settings import WorkerSettings, prepare_process
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
@@ -127,7 +127,7 @@ class OtherModels(zoo.Imports):
 def other_codecs() -> list[Codec]:
     """Small codecs of all models but the shipped one, with random weights."""
     return [
-        zoo.from_tensors(zoo.with_tables(parameters(reference(name))), 1, model=name)
+        zoo.from_tensors(zoo.with_tables(nets.random(name)), 1, model=name)
         for name in ARCHITECTURES
         if name != DEFAULT
     ]

@@ -14,6 +14,7 @@ from models.codec.context import ContextModel, Positions
 from models.errors import Canceled, CorruptStream, DesynchronisedStream
 from tests.support import zoo
 
+pytestmark = pytest.mark.compressai
 NAMES = ("mbt2018", "cheng2020-anchor")
 
 

@@ -19,7 +19,7 @@ from service.pixel_budget import PixelBudget
 from service.problems import Busy, DeadlineExceeded
 from service.settings import ServiceSettings
 from service.waiter import NOBODY
-from tests.support.zoo import parameters, reference
+from tests.support import zoo as nets
 
 
 def instant(**settings: float) -> InstantDecoder:
@@ -152,7 +152,7 @@ class OneCodec:
 
 
 def test_the_deadline_of_a_slow_model_is_explained_and_ends_the_decode() -> None:
-    tensors = zoo.with_tables(parameters(reference("mbt2018")))
+    tensors = zoo.with_tables(nets.random("mbt2018"))
     library = OneCodec(zoo.from_tensors(tensors, 1, model="mbt2018"))
     b = library.used.encode(torch.rand(1, 3, 1024, 1024), "compressai", "float")
     decoder = InstantDecoder(library, ServiceSettings(request_timeout_s=0.05), PixelBudget(40))  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Imported models of CompressAI's zoo: which decodes a file, and all tiers of their pictures."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ CODEC_PY = Reading("bmshj2018-factorized", "1.2.2 and later")
 
 
 @pytest.fixture(scope="module")
-def nets() -> dict[str, Any]:
+def nets(compressai: ModuleType) -> dict[str, Any]:
     """CompressAI's networks of three models at quality 2."""
     return {name: zoo.reference(name, 128, 192) for name in NAMES}
 
