@@ -29,11 +29,11 @@ def random(name: str, N: int = 0, M: int = 0, seed: int = 0) -> dict[str, Tensor
     """Return random parameters of an architecture, by default with the channels in `SMALL`."""
     N, M = (N, M) if N else SMALL[name]
     torch.manual_seed(seed)
-    net = Network(ARCHITECTURES[name], N, M)
+    net: Any = Network(ARCHITECTURES[name], N, M)
     bottleneck = EntropyBottleneck(N if hasattr(net, "h_a") else M)
     with torch.no_grad():
         x = torch.rand(1, 3, 64, 64)
-        _spread(net.g_a, net.g_a(x), 4)
+        _spread(net.g_a, net.g_a(x), 6)
         if hasattr(net, "h_a"):
             y = net.g_a(x)
             _spread(net.h_a, net.h_a(y.abs()), 4)
@@ -43,8 +43,8 @@ def random(name: str, N: int = 0, M: int = 0, seed: int = 0) -> dict[str, Tensor
         if hasattr(net, "context_prediction"):  # as after a training step of CompressAI
             net.context_prediction.weight.flatten(2)[:, :, TAPS:] = 0
         quantiles = bottleneck.quantiles
-        quantiles += torch.randn_like(quantiles) * torch.tensor([2.0, 0.3, 2.0])
-    tensors = net.state_dict()
+        quantiles.add_(torch.randn_like(quantiles) * torch.tensor([2.0, 0.3, 2.0]))
+    tensors: dict[str, Tensor] = net.state_dict()
     return tensors | {f"{tables.Z}.{k}": v for k, v in bottleneck.state_dict().items()}
 
 

@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -152,13 +153,19 @@ def test_decoding_and_encoding_end_soon_after_they_are_canceled(
     ours, y_tables = model(net)
     filled: list[int] = []
     fill = context._Walk.fill
-    monkeypatch.setattr(context._Walk, "fill", lambda walk, i: (filled.append(i), fill(walk, i)))
+
+    def note(walk: context._Walk, i: int) -> None:
+        filled.append(i)
+        fill(walk, i)
+
+    monkeypatch.setattr(context._Walk, "fill", note)
     monkeypatch.setattr(context, "CHECK", 8)
     y = torch.zeros(1, ours.M, *features.shape[2:])
-    for run in (
+    runs: tuple[Callable[[], Positions], ...] = (
         lambda: ours.decode(y_string, features, y_tables),
         lambda: ours.quantize(y, features),
-    ):
+    )
+    for run in runs:
         filled.clear()
         with torch.inference_mode(), cancellation.cancelable(CanceledLater()):
             with pytest.raises(Canceled):
