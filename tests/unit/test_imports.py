@@ -22,7 +22,8 @@ SERVICE_MAY_USE = (
 """All that the service imports of the worker."""
 NO_TORCH = (
     "models.checkpoint", "models.codec.bitstream", "models.codec.catalogue", "models.errors",
-    "models.geometry", "models.tiers", "service.schemas",
+    "models.geometry", "models.pictures.decode", "models.pictures.process", "models.tiers",
+    "service.schemas",
     "worker.settings", "worker.queue.counters", "worker.queue.estimates", "worker.queue.events",
     "worker.queue.jobs", "worker.queue.object_stores", "worker.queue.outbox",
     "worker.queue.private_redis", "worker.queue.records", "worker.queue.results",
@@ -111,6 +112,11 @@ def test_a_module_imports_only_what_its_place_allows(module: str) -> None:
 
 def test_modules_of_processes_without_a_model_do_not_import_torch() -> None:
     code = f"import sys, {', '.join(NO_TORCH)}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_bitstreams_are_parsed_without_pillow() -> None:
+    code = "import sys, models.codec.bitstream; assert 'PIL' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageCms
 
 from models import image
 from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
-from models.image_boxes import Properties
+from models.pictures.boxes import Properties
 from tests.support.data import DATA
 from tests.support.pictures import Tags, chunk, grey_tags, png, rgb_tags, tiff
 

@@ -9,19 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 
-from models import (
-    image_bmp,
-    image_boxes,
-    image_color,
-    image_formats,
-    image_jpeg,
-    image_jxl,
-    image_png,
-    image_tiff,
-)
 from models.errors import PictureError, UnsupportedPicture
 from models.geometry import check_size
-from models.image_color import Colour
+from models.pictures import bmp, boxes, color, formats, jpeg, jxl, png, tiff
+from models.pictures.color import Colour
 
 _TAG = ExifTags.Base
 MISSING = "the picture is truncated: pixels are missing"
@@ -42,7 +33,7 @@ class Decoded:
 
 
 def decode(data: bytes, format: str, max_pixels: int) -> Decoded:
-    """Decode a file of a format that `image_formats.check` returned. All samples get 8 bits.
+    """Decode a file of a format that `formats.check` returned. All samples get 8 bits.
 
     Raises `UnsupportedPicture`, `PictureTooLarge` (before pixels are decoded), `PictureError`, and
     whatever Pillow raises for a damaged file.
@@ -66,20 +57,20 @@ def decode(data: bytes, format: str, max_pixels: int) -> Decoded:
 
 def _other(data: bytes, format: str, max_pixels: int) -> Decoded:
     """Decode a WebP or PNM file."""
-    source = image_formats.open_file(data, format)
+    source = formats.open_file(data, format)
     check_size(source.height, source.width, max_pixels)
     notes = _load(source)
     return Decoded(source, source.info.get("icc_profile"), _orientation(source), notes)
 
 
 def _png(data: bytes, format: str, max_pixels: int) -> Decoded:
-    png = image_png.parse(data, max_pixels)
-    colour, orientation = png.colour(), image_tiff.orientation(png.exif)
-    transparent = png.transparent()
-    if png.depth == 16 and (colour or transparent):
-        samples, complete = png.samples()
-        alpha = _alpha(samples, png.has_alpha, transparent)
-        channels = samples[..., :-1] if png.has_alpha else samples
+    file = png.parse(data, max_pixels)
+    colour, orientation = file.colour(), tiff.orientation(file.exif)
+    transparent = file.transparent()
+    if file.depth == 16 and (colour or transparent):
+        samples, complete = file.samples()
+        alpha = _alpha(samples, file.has_alpha, transparent)
+        channels = samples[..., :-1] if file.has_alpha else samples
         exact = _exact(colour)
         if exact is None:
             upper = (channels >> 8).astype(np.uint8)
@@ -90,11 +81,11 @@ def _png(data: bytes, format: str, max_pixels: int) -> Decoded:
         if alpha is not None:
             picture.putalpha(alpha)
         return Decoded(picture, colour, orientation, notes)
-    with Image.open(png.file(), formats=["PNG"]) as source:
+    with Image.open(file.file(), formats=["PNG"]) as source:
         notes = _load(source)
         picture = source
         if transparent is not None:
-            picture = _with_transparent_colour(source, png.depth, transparent)
+            picture = _with_transparent_colour(source, file.depth, transparent)
         return Decoded(picture, colour, orientation, notes)
 
 
@@ -127,8 +118,8 @@ def _alpha(
 
 
 def _jpeg(data: bytes, format: str, max_pixels: int) -> Decoded:
-    image_jpeg.check(data)
-    source = image_formats.open_file(data, format)
+    jpeg.check(data)
+    source = formats.open_file(data, format)
     check_size(source.height, source.width, max_pixels)
     decoded = Decoded(source, source.info.get("icc_profile"), _orientation(source))
     try:
@@ -136,23 +127,23 @@ def _jpeg(data: bytes, format: str, max_pixels: int) -> Decoded:
     except OSError as e:
         if "truncated" not in str(e):
             raise
-        decoded.picture, whole = image_jpeg.read_truncated(data)
+        decoded.picture, whole = jpeg.read_truncated(data)
         decoded.notes = () if whole else _missing(decoded.picture)
     return decoded
 
 
 def _tiff(data: bytes, format: str, max_pixels: int) -> Decoded:
-    if image_tiff.is_big_endian_bigtiff(data):
-        data = image_tiff.as_classic(data)
-    image_tiff.check(data, max_pixels)
-    source = image_formats.open_file(data, format)
+    if tiff.is_big_endian_bigtiff(data):
+        data = tiff.as_classic(data)
+    tiff.check(data, max_pixels)
+    source = formats.open_file(data, format)
     if not isinstance(source, TiffImagePlugin.TiffImageFile):
         raise PictureError("the TIFF file is damaged: its header cannot be read")
     check_size(source.height, source.width, max_pixels)
-    orientation = image_tiff.prepare(source, data)
+    orientation = tiff.prepare(source, data)
     profile = source.info.get("icc_profile")
     exact = _exact(profile)
-    lower = image_tiff.lower_bytes(source, data) if exact else None
+    lower = tiff.lower_bytes(source, data) if exact else None
     source.load()
     if exact is None or lower is None:
         return Decoded(source, profile, orientation)
@@ -165,7 +156,7 @@ def _tiff(data: bytes, format: str, max_pixels: int) -> Decoded:
 
 def _gif(data: bytes, format: str, max_pixels: int) -> Decoded:
     """Decode the first frame; the canvas around it is transparent, as in browsers."""
-    source = image_formats.open_file(data, format)
+    source = formats.open_file(data, format)
     check_size(source.height, source.width, max_pixels)
     frame = source.tile[0].extents if source.tile else None
     notes = _load(source)
@@ -177,17 +168,17 @@ def _gif(data: bytes, format: str, max_pixels: int) -> Decoded:
 
 
 def _bmp(data: bytes, format: str, max_pixels: int) -> Decoded:
-    picture = image_bmp.read_fields(data, max_pixels)
+    picture = bmp.read_fields(data, max_pixels)
     if picture is not None:
         return Decoded(picture)
-    source = image_formats.open_file(data, format)
+    source = formats.open_file(data, format)
     check_size(source.height, source.width, max_pixels)
     return Decoded(source, notes=_load(source))
 
 
 def _avif(data: bytes, format: str, max_pixels: int) -> Decoded:
-    properties = image_boxes.properties(data)
-    source = image_formats.open_file(data, format)
+    properties = boxes.properties(data)
+    source = formats.open_file(data, format)
     check_size(source.height, source.width, max_pixels)
     colour = source.info.get("icc_profile") or properties.colour()
     source.load()
@@ -200,15 +191,15 @@ def _heic(data: bytes, format: str, max_pixels: int) -> Decoded:
     """Decode a HEIC file. libheif applies the clean aperture and the orientation."""
     heif = importlib.import_module("pi_heif").open_heif(data)
     check_size(heif.size[1], heif.size[0], max_pixels)
-    colour = heif.info.get("icc_profile") or image_boxes.properties(data).colour()
+    colour = heif.info.get("icc_profile") or boxes.properties(data).colour()
     return Decoded(heif.to_pillow(), colour)
 
 
 def _jxl(data: bytes, format: str, max_pixels: int) -> Decoded:
     """Decode a JPEG XL file. libjxl applies the orientation."""
-    width, height = image_jxl.size(data)
+    width, height = jxl.size(data)
     check_size(height, width, max_pixels)
-    return Decoded(*image_jxl.read(data))
+    return Decoded(*jxl.read(data))
 
 
 _DECODERS: Mapping[str, Callable[[bytes, str, int], Decoded]] = {
@@ -246,7 +237,7 @@ def _missing(picture: Image.Image) -> tuple[str, ...]:
 def _orientation(source: Image.Image) -> int | None:
     """Return the orientation in Exif data. That in XMP is ignored, as in viewers."""
     exif = source.info.get("exif")
-    return image_tiff.orientation(exif) if isinstance(exif, bytes) else None
+    return tiff.orientation(exif) if isinstance(exif, bytes) else None
 
 
 def _sixteen_bits(picture: Image.Image) -> NDArray[np.uint16]:
@@ -268,11 +259,11 @@ def _sixteen_bits(picture: Image.Image) -> NDArray[np.uint16]:
 
 def _exact(colour: Colour | bytes | None) -> Colour | None:
     """Return colours for samples of 16 bits; None for sRGB and for ICC profiles with tables."""
-    return image_color.from_profile(colour) if isinstance(colour, bytes) else colour
+    return color.from_profile(colour) if isinstance(colour, bytes) else colour
 
 
 def _convert(samples: NDArray[np.uint16], colour: Colour) -> Image.Image:
     """Convert grey or RGB samples (H, W, 1 or 3) to sRGB."""
     if samples.shape[-1] == 1:
         samples = np.broadcast_to(samples, (*samples.shape[:2], 3))
-    return Image.fromarray(image_color.to_srgb(samples, colour))
+    return Image.fromarray(color.to_srgb(samples, colour))

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from models import image_color
-from models.image_color import Colour
+from models.pictures import color
+from models.pictures.color import Colour
 
 Box = tuple[bytes, bytes]
 """Type and content."""
@@ -25,7 +25,7 @@ class Properties:
 
     def colour(self) -> Colour | None:
         """Return the colours; None without codes. Raises `UnsupportedPicture` for HDR."""
-        return image_color.from_codes(*self.codes) if self.codes else None
+        return color.from_codes(*self.codes) if self.codes else None
 
     def crop(self, width: int, height: int) -> tuple[int, int, int, int] | None:
         """Return the clean aperture as left, top, right, bottom; None for the whole picture.
