@@ -1,7 +1,8 @@
 """Decode a file of any picture format to a Pillow picture, with its colours and orientation."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 
-from models.errors import PictureError, UnsupportedPicture
+from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
 from models.geometry import check_size
-from models.pictures import bmp, boxes, color, formats, jpeg, jxl, png, tiff
+from models.pictures import bmp, boxes, color, formats, jpeg, jxl, png, tiff, webp
 from models.pictures.color import Colour
 
 _TAG = ExifTags.Base
@@ -56,11 +57,24 @@ def decode(data: bytes, format: str, max_pixels: int) -> Decoded:
 
 
 def _other(data: bytes, format: str, max_pixels: int) -> Decoded:
-    """Decode a WebP or PNM file."""
+    """Decode a file with which Pillow needs no help."""
     source = formats.open_file(data, format)
     check_size(source.height, source.width, max_pixels)
     notes = _load(source)
     return Decoded(source, source.info.get("icc_profile"), _orientation(source), notes)
+
+
+def _webp(data: bytes, format: str, max_pixels: int) -> Decoded:
+    def open_file(file: bytes) -> ImageFile.ImageFile:
+        source = formats.open_file(file, format)
+        check_size(source.height, source.width, max_pixels)
+        return source
+
+    if not webp.has_wrong_size(data):
+        return _other(data, format, max_pixels)
+    picture, whole = webp.read_repaired(data, open_file)
+    notes = () if whole else _missing(picture)
+    return Decoded(picture, picture.info.get("icc_profile"), _orientation(picture), notes)
 
 
 def _png(data: bytes, format: str, max_pixels: int) -> Decoded:
@@ -136,15 +150,16 @@ def _tiff(data: bytes, format: str, max_pixels: int) -> Decoded:
     if tiff.is_big_endian_bigtiff(data):
         data = tiff.as_classic(data)
     tiff.check(data, max_pixels)
-    source = formats.open_file(data, format)
-    if not isinstance(source, TiffImagePlugin.TiffImageFile):
-        raise PictureError("the TIFF file is damaged: its header cannot be read")
-    check_size(source.height, source.width, max_pixels)
-    orientation = tiff.prepare(source, data)
+    missing = tiff.missing_bytes(data, max_pixels)
+    if missing:
+        return _truncated_tiff(data, missing, max_pixels)
+    source, orientation = _open_tiff(data, max_pixels)
     profile = source.info.get("icc_profile")
     exact = _exact(profile)
     lower = tiff.lower_bytes(source, data) if exact else None
     source.load()
+    if tiff.is_grey_alpha_16(source):
+        return _grey_alpha_16(source, profile, orientation)
     if exact is None or lower is None:
         return Decoded(source, profile, orientation)
     samples = np.asarray(source)[..., :3].astype(np.uint16) << 8 | np.asarray(lower)[..., :3]
@@ -152,6 +167,40 @@ def _tiff(data: bytes, format: str, max_pixels: int) -> Decoded:
     if source.mode == "RGBA":
         picture.putalpha(source.getchannel("A"))
     return Decoded(picture, None, orientation)
+
+
+def _open_tiff(data: bytes, max_pixels: int) -> tuple[TiffImagePlugin.TiffImageFile, int | None]:
+    """Open a file; the second value is the orientation if Pillow does not apply it."""
+    source = formats.open_file(data, "TIFF")
+    if not isinstance(source, TiffImagePlugin.TiffImageFile):
+        raise PictureError("the TIFF file is damaged: its header cannot be read")
+    check_size(source.height, source.width, max_pixels)
+    return source, tiff.prepare(source, data)
+
+
+def _truncated_tiff(data: bytes, missing: int, max_pixels: int) -> Decoded:
+    """Decode a file as far as it goes. A strip that is not complete is lost if it is compressed."""
+    (source, orientation), (other, _) = (
+        _open_tiff(data + filler * missing, max_pixels) for filler in (b"\0", b"\xff")
+    )
+    notes = _load(source, "decoder error")
+    if not notes:  # the filler may be behind the last pixel
+        other.load()
+        notes = () if source.tobytes() == other.tobytes() else _missing(source)
+    return Decoded(source, source.info.get("icc_profile"), orientation, notes)
+
+
+def _grey_alpha_16(
+    source: TiffImagePlugin.TiffImageFile, profile: bytes | None, orientation: int | None
+) -> Decoded:
+    grey, alpha = tiff.grey_alpha_16(source)
+    exact = _exact(profile)
+    if exact is None:
+        picture = Image.fromarray((grey[..., 0] >> 8).astype(np.uint8))
+    else:
+        picture, profile = _convert(grey, exact), None
+    picture.putalpha(Image.fromarray((alpha >> 8).astype(np.uint8)))
+    return Decoded(picture, profile, orientation)
 
 
 def _gif(data: bytes, format: str, max_pixels: int) -> Decoded:
@@ -178,10 +227,11 @@ def _bmp(data: bytes, format: str, max_pixels: int) -> Decoded:
 
 def _avif(data: bytes, format: str, max_pixels: int) -> Decoded:
     properties = boxes.properties(data)
-    source = formats.open_file(data, format)
-    check_size(source.height, source.width, max_pixels)
-    colour = source.info.get("icc_profile") or properties.colour()
-    source.load()
+    with _truncation_named(data, format):
+        source = formats.open_file(boxes.with_auxiliary_sizes(data), format)
+        check_size(source.height, source.width, max_pixels)
+        colour = source.info.get("icc_profile") or properties.colour()
+        source.load()
     box = properties.crop(*source.size)
     picture = source.crop(box) if box else source
     return Decoded(picture, colour, _orientation(source))
@@ -189,10 +239,26 @@ def _avif(data: bytes, format: str, max_pixels: int) -> Decoded:
 
 def _heic(data: bytes, format: str, max_pixels: int) -> Decoded:
     """Decode a HEIC file. libheif applies the clean aperture and the orientation."""
-    heif = importlib.import_module("pi_heif").open_heif(data)
-    check_size(heif.size[1], heif.size[0], max_pixels)
-    colour = heif.info.get("icc_profile") or boxes.properties(data).colour()
-    return Decoded(heif.to_pillow(), colour)
+    with _truncation_named(data, format):
+        heif = importlib.import_module("pi_heif").open_heif(data)
+        check_size(heif.size[1], heif.size[0], max_pixels)
+        colour = heif.info.get("icc_profile") or boxes.properties(data).colour()
+        return Decoded(heif.to_pillow(), colour)
+
+
+@contextmanager
+def _truncation_named(data: bytes, format: str) -> Iterator[None]:
+    """Say of a truncated file that it is one. The decoders of its video frames need all bytes."""
+    try:
+        yield
+    except (UnsupportedPicture, PictureTooLarge):
+        raise
+    except Exception as e:
+        if not boxes.is_truncated(data):
+            raise
+        raise PictureError(
+            f"the {format} file is truncated, and no part of such a file can be decoded"
+        ) from e
 
 
 def _jxl(data: bytes, format: str, max_pixels: int) -> Decoded:
@@ -204,6 +270,7 @@ def _jxl(data: bytes, format: str, max_pixels: int) -> Decoded:
 
 _DECODERS: Mapping[str, Callable[[bytes, str, int], Decoded]] = {
     "PNG": _png,
+    "WEBP": _webp,
     "JPEG": _jpeg,
     "TIFF": _tiff,
     "GIF": _gif,
@@ -214,12 +281,15 @@ _DECODERS: Mapping[str, Callable[[bytes, str, int], Decoded]] = {
 }
 
 
-def _load(source: ImageFile.ImageFile) -> tuple[str, ...]:
-    """Decode the pixels and return notes. Pixels that a truncated file lacks stay black."""
+def _load(source: ImageFile.ImageFile, truncated: str = "truncated") -> tuple[str, ...]:
+    """Decode the pixels and return notes. Pixels that a truncated file lacks stay black.
+
+    `truncated` is a part of Pillow's error about truncated files.
+    """
     try:
         source.load()
     except OSError as e:
-        if "truncated" not in str(e) or source._im is None:
+        if truncated not in str(e) or source._im is None:
             raise
         source.tile = []
         return _missing(source)
