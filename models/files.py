@@ -20,7 +20,8 @@ def atomic_write(file: Path, mode: int = 0o666) -> Iterator[Path]:
     If the block raises, `file` stays unchanged and the new file is deleted. The new file has `mode`
     without the bits of the umask; `write_output` keeps the mode of an existing file.
     """
-    part = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")  # not predictable
+    # the name cannot be predicted, and is short even if that of `file` is as long as may be
+    part = file.with_name(f".{secrets.token_hex(8)}.part")
     try:
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode))
         yield part
@@ -58,6 +59,8 @@ def write_output(path: Path, data: bytes, new_mode: int = 0o666) -> None:
             path.write_bytes(data)
             return
         target = Path(os.path.realpath(path))  # a dangling link creates the file it names
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         if before is None:
             with atomic_write(target, new_mode) as part:
                 part.write_bytes(data)

@@ -197,6 +197,19 @@ def test_an_output_that_cannot_be_written_is_named_and_unchanged(tmp_path: Path)
     assert ".part" not in str(e.value)
 
 
+def test_an_output_may_have_the_longest_name_there_is(tmp_path: Path) -> None:
+    write_output(tmp_path / ("a" * 255), b"new")
+    assert (tmp_path / ("a" * 255)).read_bytes() == b"new"
+
+
+def test_an_output_that_is_a_link_to_itself_is_an_error_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError, match="Too many levels of symbolic links: '.*/a'"):
+        write_output(tmp_path / "a", b"new")
+    assert (tmp_path / "a").is_symlink()
+
+
 def test_the_temporary_file_of_a_write_cannot_be_predicted(tmp_path: Path) -> None:
     names = set()
     for _ in range(2):

@@ -443,6 +443,13 @@ def test_broken_files_of_a_known_format_are_reported_as_broken(data: bytes, name
     assert not isinstance(caught.value, UnsupportedPicture)
 
 
+def test_a_form_that_is_sent_as_a_picture_is_told_from_one() -> None:
+    """As curl sends -F with a Content-Type of the user's own."""
+    form = b'--xx\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + file(GREEN)
+    with pytest.raises(UnsupportedPicture, match="it is a form; send the Content-Type"):
+        image.read(form, 10**6)
+
+
 def test_a_lossless_jpeg_is_unsupported() -> None:
     data = file(GREEN, "JPEG").replace(b"\xff\xc0", b"\xff\xc3")
     with pytest.raises(UnsupportedPicture, match="lossless"):
