@@ -313,10 +313,12 @@ def _orientation(source: Image.Image) -> int | None:
 def _sixteen_bits(picture: Image.Image) -> NDArray[np.uint16]:
     """Return the samples of a grey picture of up to 16 bits, stretched to 16 bits.
 
-    Raises `UnsupportedPicture` for more than 16 bits.
+    Raises `UnsupportedPicture` for more than 16 bits, and for negative samples.
     """
     values = np.asarray(picture)
-    if values.min() < 0 or values.max() > 0xFFFF:
+    if values.min() < 0:
+        raise UnsupportedPicture("signed samples are not supported; use 8 or 16 bits unsigned")
+    if values.max() > 0xFFFF:
         raise UnsupportedPicture("samples of more than 16 bits are not supported; use 8 or 16 bits")
     samples: NDArray[np.uint16] = values.astype(np.uint16)
     if isinstance(picture, TiffImagePlugin.TiffImageFile):  # Pillow does this up to 8 bits only

@@ -16,9 +16,9 @@ _FILLER = b"\x5a\xa5\x36\x99" * 16
 """Arbitrary data in place of missing data. It changes the picture only if pixels are missing."""
 _NOT_READ = {0xC3: "lossless", 0xC5: "hierarchical", 0xC6: "hierarchical", 0xC7: "hierarchical",
              0xCB: "lossless", 0xCD: "hierarchical", 0xCE: "hierarchical",
-             0xCF: "hierarchical"}  # fmt: skip
-"""Markers of frames (ITU-T T.81, table B.1) -> process."""
-_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+             0xCF: "hierarchical", 0xF7: "JPEG-LS"}  # fmt: skip
+"""Markers of frames (ITU-T T.81, table B.1; T.87) -> process."""
+_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}
 _MAX_SEGMENTS = 10_000
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xda-\xfe]")
 """A marker in front of a segment. Others stand alone, or are part of a scan's data."""

@@ -18,8 +18,8 @@ TiffImagePlugin.READ_LIBTIFF = True
 """Use libtiff for uncompressed files too: Pillow's own reader reads planes of 16 bits as 8 bits,
 and does not read subsampled YCbCr."""
 _TAG = ExifTags.Base
-for _mark, _photometric, _extra in itertools.product((b"II", b"MM"), (0, 1), (0, 1, 2)):
-    TiffImagePlugin.OPEN_INFO[_mark, _photometric, (1,), 1, (16, 16), (_extra,)] = ("RGBA", "RGBA")
+for _mark, _grey, _extra in itertools.product((b"II", b"MM"), (0, 1), ((0,), (1,), (2,))):
+    TiffImagePlugin.OPEN_INFO[_mark, _grey, (1,), 1, (16, 16), _extra] = ("RGBA", "RGBA")
 """Read grey and alpha of 16 bits, for which Pillow has no mode, as four bytes."""
 _BIGTIFF = 43
 """Version number of TIFF files with 64-bit offsets; other TIFF files have 42."""
@@ -150,8 +150,13 @@ def check(data: bytes, max_pixels: int) -> None:
 def prepare(source: TiffImagePlugin.TiffImageFile, data: bytes) -> int | None:
     """Correct what Pillow reads wrongly in an opened file.
 
-    Returns the orientation if Pillow would ignore it, because it is stored as BYTE.
+    Returns the orientation if Pillow would ignore it, because it is stored as BYTE. Raises
+    `UnsupportedPicture` for samples that Pillow mixes up.
     """
+    if source.tag_v2.get(_TAG.PlanarConfiguration) == 2 and _is_grey_alpha(source):
+        raise UnsupportedPicture(
+            "a TIFF file with grey and alpha in separate planes is not read; interleave them"
+        )
     source.info.pop("xmp", None)  # Pillow would take the orientation from it
     _correct_palette(source)
     directories = Directories(data)
@@ -196,6 +201,10 @@ def is_grey_alpha_16(source: TiffImagePlugin.TiffImageFile) -> bool:
     return source.mode == "RGBA" and source.tag_v2.get(_TAG.BitsPerSample) == (16, 16)
 
 
+def _is_grey_alpha(source: TiffImagePlugin.TiffImageFile) -> bool:
+    return source.mode in {"LA", "La"} or is_grey_alpha_16(source)
+
+
 def grey_alpha_16(
     source: TiffImagePlugin.TiffImageFile,
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
@@ -204,7 +213,10 @@ def grey_alpha_16(
     grey, alpha = samples[..., :1], samples[..., 1]
     if source.tag_v2.get(_TAG.PhotometricInterpretation) == 0:
         grey = ~grey
-    if source.tag_v2.get(_TAG.ExtraSamples) == (1,):
+    extra = source.tag_v2.get(_TAG.ExtraSamples)
+    if extra == (0,):  # no alpha, but samples of an unknown meaning
+        alpha = np.full_like(alpha, 65535)
+    if extra == (1,):
         scale = 65535 / np.maximum(alpha, 1).astype(np.float32)[..., None]
         grey = np.minimum(np.rint(grey * scale), 65535).astype(np.uint16)
     return grey, alpha
