@@ -15,7 +15,7 @@ from redis.client import Pipeline
 
 from models.errors import Quarantined
 from worker.queue import counters, events, outbox
-from worker.queue.records import DecodeRequest, JobState, Status, ended_fields
+from worker.queue.records import DecodeRequest, JobState, Priority, Status, ended_fields
 from worker.queue.rq_queue import DecodeQueue
 from worker.queue.store import RECORD_TTL_S, SUBMITTERS_TTL_S, Store
 from worker.queue.targets import Targets
@@ -72,8 +72,13 @@ class Jobs:
         data: bytes,
         caller: str = "",
         subscription_s: float = SUBSCRIPTION_S,
+        priority: Priority = "interactive",
+        weight: float = 1.0,
     ) -> tuple[JobState, bool]:
         """Queue a job unless it is queued, running or done already.
+
+        It waits in the caller's queue of that priority. Within a priority, callers get drawings in
+        proportion to their weights.
 
         Returns its state, and True if this call queued it. One transaction writes the record, the
         bitstream and the queue entry, so that concurrent calls queue only one job. The caller is
@@ -91,7 +96,9 @@ class Jobs:
                     if state and state.status in {"queued", "running", "succeeded"}:
                         return state, False
                     traceparent = tracing.inject().get("traceparent", "")
-                    state = JobState.queued(decode, logs.request_id.get(), traceparent)
+                    state = JobState.queued(
+                        decode, logs.request_id.get(), traceparent, caller, priority, weight
+                    )
                     pipe.multi()
                     pipe.set(self.store.key("bitstream", decode.digest), data, ex=RECORD_TTL_S)
                     pipe.delete(key, events.key(self.store, decode.id))  # earlier run
