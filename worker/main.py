@@ -95,7 +95,7 @@ def _load(settings: WorkerSettings) -> tuple["WorkerContext", "Deliveries"]:
         grace_s=settings.grace_s,
     )
     context.install(worker)
-    return worker, Deliveries(jobs, objects, settings.max_pixels)
+    return worker, Deliveries(jobs, objects, settings.max_pixels, loaded)
 
 
 def _serve(worker: "WorkerContext", deliveries: "Deliveries", redis_url: str) -> int:

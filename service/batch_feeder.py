@@ -1,0 +1,232 @@
+"""The task of each API process that goes on with batches, under a lease for each."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import TypeVar, TypeVarTuple
+
+import anyio
+import anyio.to_thread
+
+from models.errors import AfterimageError
+from service import admission, batch_listing, batch_progress
+from service.auth import Caller
+from service.batch_items import Beginner, Change, problem
+from service.keys import SCOPES
+from service.problems import Unauthorized
+from service.services import Services
+from worker.queue import estimates
+from worker.queue.batch_records import Active, Batch
+from worker.queue.batches import LEASE_S, Batches, BatchTaken, Lease
+from worker.queue.references import StoreAway
+from worker.queue.store import RedisError
+
+BATCHES_AT_ONCE = 4
+"""Batches with which a process goes on at a time: a slow store then does not stop all others."""
+ITEMS_AT_ONCE = 8
+"""Items of a batch that are begun at a time; most of the time is spent waiting for stores."""
+SLICE = 32
+"""Items of a batch that have been taken and are not begun yet, at most."""
+WINDOW, WINDOW_PER_WORKER, MAX_WINDOW = 64, 16, 512
+"""Items of a batch that are queued or running, at most: workers then find the next one."""
+BACKLOG_SHARE = 0.5
+"""Part of the longest backlog beyond which no items are begun: other requests need the rest."""
+REFUSED = 1000
+"""Items that fail together, because their caller has no key any more."""
+POLL_S = 0.5
+"""Interval at which a process looks for a batch that is due."""
+STEP_S = 1.0
+"""Interval between two looks at a batch."""
+_THREADS = anyio.CapacityLimiter(16)
+"""Threads that use Redis and list stores; separate, so that they do not block requests."""
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+async def run(services: Services) -> None:
+    """Go on with batches until this task is canceled."""
+    await asyncio.gather(*(_run_one(services) for _ in range(BATCHES_AT_ONCE)))
+
+
+async def _run_one(services: Services) -> None:
+    while True:
+        found = False
+        try:
+            found = await go_on(services)
+        except BatchTaken as e:
+            log.warning("%s", e)
+        except RedisError as e:
+            log.warning("batches wait while Redis is down: %s", e)
+        except Exception:
+            log.exception("a batch could not go on; it is tried again")
+        if not found:
+            await anyio.sleep(POLL_S)
+
+
+async def go_on(services: Services) -> bool:
+    """Go on with a batch that is due; False if there is none. Raises `RedisError`, `BatchTaken`."""
+    lease = await _in_thread(Batches(services.store).lease)
+    if lease is None:
+        return False
+    async with _renewed(lease):
+        pause_s = await Feeder(services, lease).run()
+    await _in_thread(lease.due_in, pause_s)
+    return True
+
+
+@contextlib.asynccontextmanager
+async def _renewed(lease: Lease) -> AsyncIterator[None]:
+    """Renew a lease until the block ends."""
+
+    async def renew() -> None:
+        while True:
+            with contextlib.suppress(RedisError, BatchTaken):  # writes in the block notice it
+                await _in_thread(lease.renew)
+            await anyio.sleep(LEASE_S / 3)
+
+    task = asyncio.create_task(renew())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+class Feeder:
+    """Goes on with one batch: lists sources, looks at active items, begins others, ends it."""
+
+    def __init__(self, services: Services, lease: Lease) -> None:
+        self.services, self.lease, self.batches = services, lease, lease.batches
+        self._beginning: dict[int, asyncio.Task[None]] = {}
+        self._free = asyncio.Semaphore(ITEMS_AT_ONCE)
+
+    async def run(self) -> float:
+        """Take steps while items are being begun; returns the seconds until the next step."""
+        try:
+            while True:
+                pause_s = await self._step()
+                if not self._beginning:
+                    return pause_s
+                await asyncio.wait(self._beginning.values(), timeout=STEP_S)
+                for number in [n for n, task in self._beginning.items() if task.done()]:
+                    self._beginning.pop(number).result()
+        finally:
+            for task in self._beginning.values():
+                task.cancel()
+            await asyncio.gather(*self._beginning.values(), return_exceptions=True)
+
+    async def _step(self) -> float:
+        """Take a step; returns the seconds until the next one."""
+        before = await _in_thread(self.batches.get, self.lease.id)
+        if before is None:
+            return STEP_S
+        pause_s = STEP_S if before.listed else await self._list(before)
+        try:
+            caller = self._caller(before)
+        except Unauthorized as e:
+            pause_s = await self._refuse(before, e)
+        else:
+            await self._begin_and_settle(before, caller)
+        after = await _in_thread(self.batches.get, self.lease.id)
+        if after is not None:
+            await _in_thread(self.lease.report, after, before.counts)
+            await _in_thread(self.lease.end)
+        return pause_s
+
+    def _caller(self, batch: Batch) -> Caller:
+        """The caller, as its API key is now. Raises `Unauthorized`."""
+        if self.services.keys is None:
+            return Caller(batch.caller, frozenset(SCOPES))
+        return self.services.keys.named(batch.caller, "decode")
+
+    async def _list(self, batch: Batch) -> float:
+        """List the next sources; returns the seconds until the listing may go on."""
+        objects = self.services.objects
+        try:
+            part = await _in_thread(batch_listing.read, objects, batch)
+        except StoreAway as e:
+            log.warning("batch %s: its sources cannot be listed yet: %s", batch.id, e)
+            return STEP_S
+        except AfterimageError as e:
+            await _in_thread(self.lease.fail_listing, problem(e))
+            return 0.0
+        await _in_thread(self.lease.extend, batch, *part)
+        return 0.0
+
+    async def _refuse(self, batch: Batch, e: Unauthorized) -> float:
+        """Let the items fail that need the caller's key; returns the seconds until the others."""
+        active = await _in_thread(self.lease.active)
+        claimed = await _in_thread(self.lease.claim, REFUSED, REFUSED)
+        active |= dict.fromkeys(claimed, Active())
+        await self._settle(batch, active, [(number, "failed", problem(e)) for number in active])
+        return 0.0 if claimed else STEP_S
+
+    async def _begin_and_settle(self, batch: Batch, caller: Caller) -> None:
+        active = await _in_thread(self.lease.active)
+        if batch.canceled:
+            active = await self._withdraw(batch, caller, active)
+        items = await _in_thread(self.batches.items, batch, active)
+        progress = await _in_thread(
+            batch_progress.look, self.services, batch, caller.name, items, active
+        )
+        await self._settle(batch, active, progress.changes)
+        due = {n: active[n] for n in progress.lost if active[n].at <= time.time()}
+        if not batch.canceled:
+            claimed = await _in_thread(self._claim, batch, caller)
+            due |= dict.fromkeys(claimed, Active())
+        await self._begin(batch, caller, due)
+
+    async def _withdraw(
+        self, batch: Batch, caller: Caller, active: Mapping[int, Active]
+    ) -> dict[int, Active]:
+        """Cancel the active items whose drawing has not begun; returns the others."""
+        begun = {n: known for n, known in active.items() if n not in self._beginning}
+        items = await _in_thread(self.batches.items, batch, begun)
+        changes = await _in_thread(
+            batch_progress.withdraw, self.services, batch, caller, items, begun
+        )
+        await self._settle(batch, active, changes)
+        canceled = {number for number, _, _ in changes}
+        return {number: known for number, known in active.items() if number not in canceled}
+
+    async def _settle(
+        self, batch: Batch, active: Mapping[int, Active], changes: list[Change]
+    ) -> None:
+        await _in_thread(self.lease.settle, changes)
+        await _in_thread(batch_progress.unsubscribe, self.services, batch, active, changes)
+
+    def _claim(self, batch: Batch, caller: Caller) -> list[int]:
+        """Claim waiting items within the limits of the window, the quota and the queue."""
+        services, jobs = self.services, self.services.jobs
+        if not batch.counts["waiting"] or services.store.fullness() >= admission.FULL:
+            return []
+        if estimates.backlog_s(jobs) > BACKLOG_SHARE * services.settings.max_backlog_s:
+            return []
+        room = SLICE - len(self._beginning)
+        free = services.quotas.free_jobs(caller)
+        workers = len(estimates.live_workers(jobs))
+        window = min(WINDOW + WINDOW_PER_WORKER * workers, MAX_WINDOW)
+        return self.lease.claim(room if free is None else min(room, free), window)
+
+    async def _begin(self, batch: Batch, caller: Caller, due: Mapping[int, Active]) -> None:
+        """Start to begin items; `run` waits for them."""
+        new = [number for number in due if number not in self._beginning]
+        items = await _in_thread(self.batches.items, batch, new)
+        beginner = Beginner(self.services, self.lease, batch, caller)
+
+        async def begin(number: int) -> None:
+            async with self._free:
+                change = await beginner.begin(number, items[number], due[number])
+            if change is not None:
+                await _in_thread(self.lease.settle, [change])
+
+        for number in new:
+            self._beginning[number] = asyncio.create_task(begin(number))
+
+
+async def _in_thread(function: Callable[[*Ts], T], *arguments: *Ts) -> T:
+    return await anyio.to_thread.run_sync(function, *arguments, limiter=_THREADS)
