@@ -24,10 +24,12 @@ from worker.queue.jobs import MAX_SUBSCRIPTION_S
 from worker.queue.records import DecodeRequest
 from worker.queue.references import Reference, StoreAway
 from worker.queue.store import RedisError
-from worker.queue.targets import Target
+from worker.queue.targets import Target, TooManyTargets
 
 MAX_PAUSE_S = 60.0
 """Longest pause between two tries to read a source."""
+FULL_PAUSE_S = 2.0
+"""Pause of an item whose decode has as many targets as a caller may have at a time."""
 _TRANSIENT = (StoreAway, Busy, DeadlineExceeded, QueueFull)
 """Errors after which an item is tried again, until the time limit of jobs."""
 
@@ -72,6 +74,10 @@ class Beginner:
             return await self._begin(number, item, known)
         except TooManyRequests:  # the caller's quota of jobs
             return number, "waiting", None
+        except TooManyTargets:  # many items have the same bitstream and seed
+            later = replace(known, at=time.time() + FULL_PAUSE_S)
+            await anyio.to_thread.run_sync(self.lease.note, number, later)
+            return None
         except _TRANSIENT as e:
             return await self._postpone(number, known, e)
         except (RedisError, BatchTaken):

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from models import tiers
@@ -61,8 +61,12 @@ class BatchRequest(BaseModel):
         extra="forbid", json_schema_extra={"examples": [REQUEST, REQUEST_OF_ITEMS]}
     )
 
-    items: Annotated[list[BatchItem], FailFast()] | None = Field(
-        None, min_length=1, max_length=MAX_ITEMS, description="The items, instead of prefixes."
+    items: list[BatchItem] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_ITEMS,
+        fail_fast=True,
+        description="The items, instead of prefixes.",
     )
     source: str | None = Field(
         None,

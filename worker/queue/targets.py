@@ -59,6 +59,10 @@ redis.call('ZADD', KEYS[2], 'XX', redis.call('TIME')[1] + ARGV[3], ARGV[4])
 """
 
 
+class TooManyTargets(ParameterError):
+    """The caller has `MAX_TARGETS` pending targets for one decode."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """An object to write, and what has become of it."""
@@ -105,7 +109,7 @@ class Targets:
         """Add a target, in place of earlier ones of the caller that failed.
 
         Of more than `MAX_TARGETS`, those written first are forgotten. A pending one is due now if
-        the job has succeeded already. Raises `ParameterError` if the caller has `MAX_TARGETS`
+        the job has succeeded already. Raises `TooManyTargets` if the caller has `MAX_TARGETS`
         others that are pending.
         """
         others = [t for t in self.of(job_id, target.caller) if t.field != target.field]
@@ -113,7 +117,7 @@ class Targets:
         written = sorted((t for t in others if t.status == "written"), key=lambda t: t.began)
         excess = len(others) - len(ended) - MAX_TARGETS + 1
         if excess > len(written):
-            raise ParameterError(
+            raise TooManyTargets(
                 f"target: {MAX_TARGETS} targets of yours wait for this decode, the maximum"
             )
         ended += written[: max(excess, 0)]
