@@ -1,5 +1,7 @@
 """Batches over folders: the API in process with its feeder, and jobs that are committed undrawn."""
 
+import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -315,3 +317,27 @@ def test_a_wrong_request_is_refused(
     answer = api.post("/v1/batches", json=request_)
     assert answer.status_code == status and said in answer.json()["detail"], answer.text
     assert Batches(jobs.store).running() == []
+
+
+def test_100_000_items_wait_in_20_mb_of_redis(
+    api: httpx.Client, jobs: Jobs, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names of 36 random digits, which hardly compress; and the memory of this process."""
+    monkeypatch.setattr(batch_feeder, "WINDOW", 0)
+    queue = jobs.store.queue
+    before, names = queue.info("memory")["used_memory"], random.Random(0)
+    items = []
+    for n in range(100_000):
+        name = f"library/{names.getrandbits(128):032x}-{n:06d}"
+        items.append({"source": f"store:in/{name}.msh", "target": f"store:out/{name}.webp"})
+    location = submitted(api, items=items)
+    held = queue.info("memory")["used_memory"] - before
+    keys = [key for key in queue.keys("*batch*") if queue.type(key) != b"zset"]
+    usage = sum(queue.memory_usage(key, samples=0) for key in keys)
+    assert usage / 100_000 < 60 and held < 20e6, (usage, held)
+    began = time.perf_counter()
+    assert counts(state(api, location)) == {"waiting": 100_000}
+    assert time.perf_counter() - began < 1
+    assert not jobs.queue.job_ids
+    assert api.delete(location).status_code == 202
+    until(lambda: counts(state(api, location)) == {"canceled": 100_000}, "the cancellation")
