@@ -11,6 +11,7 @@ from fastapi import Request
 from service import addresses, keys, parameters, prefix, signed_urls
 from service.keys import SCOPES, Key, KeysError, Scope
 from service.problems import Forbidden, Unauthorized
+from worker.queue.records import Priority
 
 CHECK_S = 1.0
 """Seconds between two checks of the key file; a removed key works until the next check."""
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """An authenticated client: its name, its scopes, and the limits set by its key.
+    """An authenticated client: its name, its scopes, and the limits and shares set by its key.
 
     With a signed link (`has_link`) it may see that link's picture, even in a private service.
     """
@@ -29,6 +30,8 @@ class Caller:
     scopes: frozenset[Scope]
     requests_per_minute: int | None = None
     jobs_at_once: int | None = None
+    priority: Priority = "interactive"
+    weight: float = 1.0
     has_link: bool = False
 
 
@@ -62,8 +65,10 @@ class Keys:
                 match = key
         if match is None or match.expired:
             return None
-        limits = (match.requests_per_minute, match.jobs_at_once)
-        return Caller(match.name, frozenset(match.scopes), *limits)
+        return Caller(
+            match.name, frozenset(match.scopes), match.requests_per_minute, match.jobs_at_once,
+            match.priority, match.weight,
+        )  # fmt: skip
 
     def _reload_if_changed(self) -> None:
         """Reload a changed file; if it has become invalid, log that once and keep the old keys."""

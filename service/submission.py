@@ -110,7 +110,7 @@ class Submission:
             await anyio.to_thread.run_sync(self._notify_webhooks, state)
             return finished
         headers["X-Cache"] = "miss"
-        await anyio.to_thread.run_sync(admission.admit, self.services, state)
+        await anyio.to_thread.run_sync(self._admit, state)
         if self.prefer.respond_async or format is None:
             return await self._respond_async(format, headers)
         b, waiter = self.upload.bitstream, self._waiter
@@ -138,8 +138,10 @@ class Submission:
         known = await anyio.to_thread.run_sync(recall.find, jobs, self.decode)
         finished = known is not None and known.status == "succeeded"
         headers["X-Cache"] = "hit" if finished else "miss"
-        check = admission.check_memory if finished else partial(admission.admit, state=known)
-        await anyio.to_thread.run_sync(check, self.services)
+        if finished:
+            await anyio.to_thread.run_sync(admission.check_memory, self.services)
+        else:
+            await anyio.to_thread.run_sync(self._admit, known)
         return await self._respond_async(None, headers)
 
     def _record_written(self, target: PictureTarget, etag: str) -> JobState:
@@ -239,8 +241,9 @@ class Submission:
         try:
             self._register_webhooks()  # before queueing, so that the end of the job is not missed
             state, created = jobs.submit(
-                self.decode, self.upload.data, self.caller.name, subscription_s
-            )
+                self.decode, self.upload.data, self.caller.name, subscription_s,
+                self.caller.priority, self.caller.weight,
+            )  # fmt: skip
         except (ParameterError, Quarantined):
             jobs.targets.withdraw(self.decode.id, self.caller.name)
             raise
@@ -252,6 +255,10 @@ class Submission:
         if eta_s is not None:
             jobs.save_eta(state.id, eta_s)
         return state, created, eta_s
+
+    def _admit(self, state: JobState | None) -> None:
+        """Raise `QueueFull` or `Busy` unless the job may be queued."""
+        admission.admit(self.services, state, self.caller.name, self.caller.priority)
 
     def _add_submitter(self) -> None:
         """In a private service, let the caller see the decode."""

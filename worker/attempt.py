@@ -75,6 +75,7 @@ class Attempt:
             fields = {
                 "status": "running", "started": time.time(), "step": 0, "owner": owner,
                 "attempts": state.attempts + 1, "fence": state.fence + 1,
+                "worker": estimates.WORKER_NAME,
             }  # fmt: skip
             pipe.hset(jobs.key(job_id), mapping=fields)  # type: ignore[arg-type]
             pipe.srem(jobs.waiting, job_id)
@@ -145,10 +146,10 @@ class Attempt:
 
         def succeed(job_id: str, state: JobState, pipe: Pipeline) -> None:
             if state.status == "queued":  # a running job's hash is deleted by RQ itself
-                self.jobs.queue.discard(job_id, pipe)
+                self.jobs.line.queue_of(state).discard(job_id, pipe)
             pipe.hincrby(self.jobs.key(job_id), "commits", 1)
             self.jobs.finish(pipe, state, "succeeded")
-            self.jobs.reset_crashes(state.decode.digest, pipe)
+            self.jobs.quarantine.reset(state.decode.digest, pipe)
 
         store, fence = self.jobs.store, self.state.fence
         self._write(lambda *_: None, _UNFINISHED)
@@ -199,14 +200,14 @@ class Attempt:
             if not subscribed:
                 self.jobs.finish(pipe, state, "canceled")
             elif put_back:
-                self.jobs.put_back(job_id, pipe)
+                self.jobs.put_back(state, pipe)
 
         self._write(cancel)
         return not subscribed
 
     def put_back(self) -> None:
         """Queue the job again, at the front, without counting this attempt. Raises `LeaseLost`."""
-        self._write(lambda id, state, pipe: self.jobs.put_back(id, pipe, state.attempts - 1))
+        self._write(lambda _, state, pipe: self.jobs.put_back(state, pipe, state.attempts - 1))
 
     def record_crash(self) -> None:
         """Count a crash of this worker, which is about to exit. Raises `LeaseLost`."""

@@ -14,11 +14,12 @@ import heapq
 import json
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from worker.queue.jobs import LEASE_S, Jobs
-from worker.queue.records import JobState
+from worker.queue.line import Place
+from worker.queue.records import JobState, Priority
 from worker.queue.store import RECORD_TTL_S
 
 WORKER_NAME = f"{socket.gethostname()}-{os.getpid()}"
@@ -141,10 +142,10 @@ def _parse(value: bytes) -> tuple[RegressionSums, float]:
     return RegressionSums(*sums), time
 
 
-def eta_s(jobs: Jobs, state: JobState, position: int | None = None) -> float | None:
+def eta_s(jobs: Jobs, state: JobState, ahead: Sequence[str] | None = None) -> float | None:
     """Seconds until the job is done; None for an ended job or while there is no cost model.
 
-    `position` is the result of `jobs.position(state)`, if the caller has it already.
+    `ahead` is the result of `jobs.ahead(state)`, if the caller has it already.
     """
     cost = cost_model(jobs)
     if cost is None or state.status not in {"queued", "running"}:
@@ -153,15 +154,16 @@ def eta_s(jobs: Jobs, state: JobState, position: int | None = None) -> float | N
     if state.status == "running":
         batch_s = _remaining_by_owner(jobs, cost).get(state.owner)
         return batch_s or duration * (1 - state.step / max(state.total, 1))
-    count = jobs.position(state) if position is None else position
-    ahead = jobs.queue.get_job_ids(0, count) if count else []
-    return _wait_s(jobs, cost, ahead) + duration
+    ahead = jobs.ahead(state) if ahead is None else ahead
+    return _wait_s(jobs, cost, ahead or ()) + duration
 
 
-def backlog_s(jobs: Jobs) -> float:
-    """Seconds until a worker would begin a new job; 0 while there is no cost model."""
+def backlog_s(jobs: Jobs, caller: str = "", priority: Priority = "interactive") -> float:
+    """Seconds until a worker would begin a new job of the caller; 0 while there is no cost model."""
     cost = cost_model(jobs)
-    return 0.0 if cost is None else _wait_s(jobs, cost, jobs.queue.job_ids)
+    if cost is None:
+        return 0.0
+    return _wait_s(jobs, cost, jobs.line.ahead(Place("", priority, caller)) or ())
 
 
 def _wait_s(jobs: Jobs, cost: CostModel, ahead: Iterable[str]) -> float:
@@ -195,6 +197,11 @@ def _remaining(jobs: Jobs, cost: CostModel, job_ids: Iterable[str]) -> list[floa
             pipe.hmget(jobs.key(job_id), "work", "step", "total")
         rows = [[float(value or 0) for value in row] for row in pipe.execute()]
     return [cost.seconds(work) * (1 - step / max(total, 1)) for work, step, total in rows]
+
+
+def worker_key(jobs: Jobs, name: str = WORKER_NAME) -> str:
+    """Key of a worker's record, a hash."""
+    return jobs.store.key("worker", name)
 
 
 def _workers(jobs: Jobs) -> str:
