@@ -17,7 +17,7 @@ from typing import cast
 from redis.client import Pipeline
 
 from models.errors import AfterimageError
-from worker.queue import counters, estimates, events
+from worker.queue import counters, estimates, events, workers
 from worker.queue.jobs import Jobs
 from worker.queue.records import JobState, Status
 from worker.queue.store import RECORD_TTL_S, RedisError
@@ -75,7 +75,7 @@ class Attempt:
             fields = {
                 "status": "running", "started": time.time(), "step": 0, "owner": owner,
                 "attempts": state.attempts + 1, "fence": state.fence + 1,
-                "worker": estimates.WORKER_NAME,
+                "worker": workers.WORKER_NAME,
             }  # fmt: skip
             pipe.hset(jobs.key(job_id), mapping=fields)  # type: ignore[arg-type]
             pipe.srem(jobs.waiting, job_id)
@@ -178,7 +178,7 @@ class Attempt:
         """Record the seconds that the picture took, for predictions and metrics."""
         jobs, work = self.jobs, self.state.decode.work
         estimates.record_duration(jobs, seconds, work)
-        counters.add_model_time(jobs.store, estimates.WORKER_NAME, seconds, work)
+        counters.add_model_time(jobs.store, workers.WORKER_NAME, seconds, work)
         state = jobs.record(self.id) or self.state  # the ETA may be saved after the attempt began
         counters.add_eta_ratio(jobs.store, time.time() - state.created, state.eta_s)
 

@@ -21,7 +21,7 @@ from rq.serializers import JSONSerializer
 
 from worker import tasks
 from worker.context import WorkerContext
-from worker.queue import estimates, urls
+from worker.queue import urls, workers
 from worker.queue.line import Line
 from worker.queue.rq_queue import TASK
 from worker.queue.store import CONNECT_TIMEOUT_S, RedisError
@@ -116,7 +116,7 @@ class DecodeWorker(SimpleWorker):
 
     def __init__(self, context: WorkerContext, connection: Redis) -> None:
         super().__init__(
-            [LineQueue(context.jobs.line, connection, estimates.worker_key(context.jobs))],
+            [LineQueue(context.jobs.line, connection, workers.key(context.jobs))],
             connection=connection,
             worker_ttl=WORKER_TTL_S,
             job_class=DecodeJob,

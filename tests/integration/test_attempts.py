@@ -27,7 +27,7 @@ from worker import context, tasks
 from worker.attempt import Attempt, LeaseLost
 from worker.context import WorkerContext
 from worker.heartbeat import Heartbeat
-from worker.queue import counters, estimates
+from worker.queue import counters, estimates, workers
 from worker.queue.jobs import LEASE_S, MAX_ATTEMPTS, Jobs
 from worker.queue.quarantine import MAX_CRASHES, QUARANTINED
 from worker.queue.records import JobState
@@ -273,7 +273,7 @@ def test_the_log_has_the_reason_of_every_job_without_a_picture(
 
 def test_jobs_of_one_batch_have_the_same_eta(jobs: Jobs, small_msh: bytes) -> None:
     ids = [submit(jobs, small_msh, seed) for seed in range(3)]
-    estimates.mark_alive(jobs)
+    workers.mark_alive(jobs)
     estimates.record_duration(jobs, 2.0, decode_of(small_msh, FAST).work)  # 2 s each
     for job_id, owner in zip(ids, ("batch", "batch", "other"), strict=True):
         jobs.queue.remove(job_id)  # as RQ does
