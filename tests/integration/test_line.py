@@ -10,7 +10,7 @@ from rq.job import Job
 from models.tiers import Settings
 from tests.support.jobs import FAST
 from worker.attempt import Attempt
-from worker.queue import estimates, workers
+from worker.queue import estimates, line, workers
 from worker.queue.jobs import Jobs
 from worker.queue.line import Place
 from worker.queue.records import DecodeRequest, JobState, Priority
@@ -130,14 +130,17 @@ def test_a_caller_that_leaves_and_returns_gets_no_more_than_its_share(jobs: Jobs
     assert drawn["steady"] == pytest.approx(20, abs=1)
 
 
-def test_the_predicted_order_is_the_order_in_which_jobs_are_taken(jobs: Jobs) -> None:
+def test_the_predicted_order_is_the_order_in_which_jobs_are_taken(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With several callers, weights, sizes and priorities, more jobs than are read at once, and
     callers that have been served before."""
+    monkeypatch.setattr(line, "CHUNK", 3)
     callers: list[tuple[str, Priority, float, Settings]] = [
         ("a", "interactive", 1.0, FAST), ("b", "interactive", 2.5, LONG), ("", "interactive", 1, FAST),
         ("c", "batch", 1.0, LONG), ("d", "batch", 0.3, FAST),
     ]  # fmt: skip
-    for seed in range(40):
+    for seed in range(16):
         for name, priority, weight, settings in callers:
             submit(jobs, name, seed, priority, weight, settings)
     for _ in range(31):
