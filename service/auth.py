@@ -95,9 +95,20 @@ def _file_version(path: Path) -> tuple[int, ...] | None:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-def anonymous(request: Request) -> Caller:
-    """The caller on a service without API keys: has all scopes; its address is its name."""
-    return Caller(client_address(request), frozenset(SCOPES))
+def anonymous(request: Request, scope: Scope) -> Caller:
+    """The caller on a service without API keys, whose address is its name.
+
+    It has all scopes; only on this machine it has `operate`. Raises `Forbidden` without `scope`.
+    """
+    local = request.client is not None and addresses.is_loopback(request.client.host)
+    scopes = frozenset(SCOPES) if local else frozenset(SCOPES) - {"operate"}
+    if scope not in scopes:
+        message = (
+            "without API keys, only clients on the service's own machine may operate the queue; "
+            "set AFTERIMAGE_API_KEYS, and use a key with the scope operate"
+        )
+        raise Forbidden(message)
+    return Caller(client_address(request), scopes)
 
 
 def link_holder(request: Request, secret: bytes | None) -> Caller | None:
