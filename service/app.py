@@ -22,7 +22,18 @@ from service import (
 from service.auth import Keys
 from service.origins import OriginMiddleware
 from service.requests import RequestMiddleware
-from service.routes import batches, decodes, encodes, health, info, links, page, pictures, progress
+from service.routes import (
+    batches,
+    decodes,
+    encodes,
+    health,
+    info,
+    links,
+    page,
+    pictures,
+    progress,
+    queue,
+)
 from service.routes import metrics as metrics_page
 from service.settings import ServiceSettings
 from worker.queue import object_config, object_stores, results, store
@@ -68,7 +79,9 @@ def create_app(settings: ServiceSettings | None = None, host: str = "") -> FastA
     )
     problems.install(app)
     reference.install(app)
-    for module in (decodes, pictures, progress, batches, links, encodes, info, health, page):
+    for module in (
+        decodes, pictures, progress, batches, links, encodes, queue, info, health, page
+    ):  # fmt: skip
         app.include_router(module.router)
     app.mount("/web", page.files)
     if not settings.metrics_port:

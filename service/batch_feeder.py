@@ -13,11 +13,11 @@ import anyio.to_thread
 from models.errors import AfterimageError
 from service import admission, batch_listing, batch_progress
 from service.auth import Caller
-from service.batch_items import Beginner, Change, problem
+from service.batch_items import Beginner, Change, priority_of, problem
 from service.keys import SCOPES
 from service.problems import Unauthorized
 from service.services import Services
-from worker.queue import estimates
+from worker.queue import estimates, workers
 from worker.queue.batch_records import Active, Batch
 from worker.queue.batches import LEASE_S, Batches, BatchTaken, Lease
 from worker.queue.references import StoreAway
@@ -32,7 +32,9 @@ SLICE = 32
 WINDOW, WINDOW_PER_WORKER, MAX_WINDOW = 64, 16, 512
 """Items of a batch that are queued or running, at most: workers then find the next one."""
 BACKLOG_SHARE = 0.5
-"""Part of the longest backlog beyond which no items are begun: other requests need the rest."""
+"""Part of the longest backlog beyond which only `FEW` items are active: other requests need the
+rest, and a batch its share of the drawings."""
+FEW = 8
 REFUSED = 1000
 """Items that fail together, because their caller has no key any more."""
 POLL_S = 0.5
@@ -204,12 +206,12 @@ class Feeder:
         services, jobs = self.services, self.services.jobs
         if not batch.counts["waiting"] or services.store.fullness() >= admission.FULL:
             return []
-        if estimates.backlog_s(jobs) > BACKLOG_SHARE * services.settings.max_backlog_s:
-            return []
         room = SLICE - len(self._beginning)
         free = services.quotas.free_jobs(caller)
-        workers = len(estimates.live_workers(jobs))
-        window = min(WINDOW + WINDOW_PER_WORKER * workers, MAX_WINDOW)
+        window = min(WINDOW + WINDOW_PER_WORKER * len(workers.live(jobs)), MAX_WINDOW)
+        backlog_s = estimates.backlog_s(jobs, caller.name, priority_of(batch, caller))
+        if backlog_s > BACKLOG_SHARE * services.settings.max_backlog_s:
+            window = min(window, FEW)
         return self.lease.claim(room if free is None else min(room, free), window)
 
     async def _begin(self, batch: Batch, caller: Caller, due: Mapping[int, Active]) -> None:

@@ -21,7 +21,7 @@ from worker.queue import recall
 from worker.queue.batch_records import Active, Batch, Item, ItemStatus
 from worker.queue.batches import BatchTaken, Lease
 from worker.queue.jobs import MAX_SUBSCRIPTION_S
-from worker.queue.records import DecodeRequest
+from worker.queue.records import DecodeRequest, Priority
 from worker.queue.references import Reference, StoreAway
 from worker.queue.store import RedisError
 from worker.queue.targets import Target, TooManyTargets
@@ -54,6 +54,11 @@ def target_of(batch: Batch, item: Item) -> PictureTarget:
     reference = Reference.parse(item.target, "target")
     format = batch.spec.format or object_writes.format_of(reference)
     return PictureTarget(reference, format, batch.spec.realism)
+
+
+def priority_of(batch: Batch, caller: Caller) -> Priority:
+    """The priority of a batch: at most that of its caller's key."""
+    return "batch" if caller.priority == "batch" else batch.spec.priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +137,8 @@ class Beginner:
         wanted = Target(name, str(target.reference), target.format, realism=target.realism)
         jobs.targets.add(decode.id, wanted)
         try:
-            jobs.submit(decode, data, name, 0, priority=self.batch.spec.priority)
+            priority = priority_of(self.batch, self.caller)
+            jobs.submit(decode, data, name, 0, priority, self.caller.weight)
         except (ParameterError, Quarantined):
             jobs.targets.drop(decode.id, wanted)
             raise

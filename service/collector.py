@@ -12,7 +12,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from worker.queue import counters, estimates
+from worker.queue import counters, workers
 from worker.queue.jobs import Jobs
 from worker.queue.store import RedisError
 
@@ -64,7 +64,7 @@ def _queue(jobs: Jobs) -> Iterator[Metric]:
         age,
     )
     yield GaugeMetricFamily("afterimage_jobs_running", "Jobs being run by workers.", running)
-    workers = len(estimates.live_workers(jobs))
+    workers = len(workers.names(jobs))
     yield GaugeMetricFamily("afterimage_workers", "Live workers, busy or idle.", workers)
     memory = "Used fraction of the maxmemory of the queue's Redis; 0 without maxmemory."
     yield GaugeMetricFamily("afterimage_queue_memory_ratio", memory, jobs.store.fullness())

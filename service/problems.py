@@ -60,6 +60,12 @@ class ModelNotFound(RequestError):
     kind = "model-not-found"
 
 
+class WorkerNotFound(RequestError):
+    """There is no live worker of this name."""
+
+    kind = "worker-not-found"
+
+
 class NotAcceptable(RequestError):
     """No format in `Accept` is available."""
 
@@ -165,6 +171,7 @@ STATUS: dict[type[errors.AfterimageError], int] = {
     JobNotFound: 404,
     BatchNotFound: 404,
     ModelNotFound: 404,
+    WorkerNotFound: 404,
     references.StoreNotFound: 404,
     references.ObjectNotFound: 404,
     NotAcceptable: 406,

@@ -110,7 +110,9 @@ class Quotas:
         unfinished = self._unfinished(caller)
         if self._try_add(caller, job_id, limit):
             return
-        times = (estimates.eta_s(self.jobs, state) for state in unfinished)
+        running = [state for state in unfinished if state.status == "running"]
+        first = sorted((s for s in unfinished if s.status == "queued"), key=lambda s: s.created)[:1]
+        times = (estimates.eta_s(self.jobs, state) for state in (*running, *first))
         wait_s = max(math.ceil(min((t for t in times if t is not None), default=RETRY_S)), 1)
         headers = {**_headers("jobs", str(limit), 0, wait_s), "Retry-After": str(wait_s)}
         metrics.rate_limited()

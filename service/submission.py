@@ -1,5 +1,6 @@
 """Submit a diffusion decode: queue a job, and respond with a picture or 202."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from service.waiter import Waiter
 from worker.queue import estimates, outbox, recall
 from worker.queue.jobs import MAX_SUBSCRIPTION_S
 from worker.queue.records import ENDED, DecodeRequest, JobState
+from worker.queue.store import RedisError
 from worker.queue.targets import Target
 from worker.webhooks.settings import check_url
 
@@ -93,8 +95,8 @@ class Submission:
 
     async def respond(self) -> Response:
         """Return the finished picture if it is cached; otherwise queue the job and return the
-        draft, or 202 with `Prefer: respond-async` or a target. If it raises `NotAcceptable`, no job
-        is queued.
+        draft, or 202 with `Prefer: respond-async` or a target. With `Prefer: wait`, return the
+        finished picture if it is ready in time. If it raises `NotAcceptable`, no job is queued.
         """
         location = prefix.public(f"/v1/decodes/{self.decode.id}")
         headers = {"Location": location, "Link": f'<{location}/image>; rel="upgrade"'}
@@ -110,12 +112,18 @@ class Submission:
             await anyio.to_thread.run_sync(self._notify_webhooks, state)
             return finished
         headers["X-Cache"] = "miss"
-        await anyio.to_thread.run_sync(admission.admit, self.services, state)
+        await anyio.to_thread.run_sync(self._admit, state)
         if self.prefer.respond_async or format is None:
             return await self._respond_async(format, headers)
         b, waiter = self.upload.bitstream, self._waiter
         draft = await drafts.draft(self.services, self.decode, b, format, waiter)
-        await self._submit()  # after decoding, so that a corrupt bitstream is never queued
+        state, _ = await self._submit()  # after decoding: a corrupt bitstream is never queued
+        if self.prefer.wait_s:
+            headers["Preference-Applied"] = f"wait={self.prefer.wait_s}"
+            with contextlib.suppress(RedisError):  # the draft is there all the same
+                finished = await self._wait(state.id, format, headers)
+                if finished is not None:
+                    return finished
         headers |= self.upload.server_timing(draft)
         return image_response.picture(
             self.services, self.request, draft.data, format, None, headers
@@ -138,8 +146,10 @@ class Submission:
         known = await anyio.to_thread.run_sync(recall.find, jobs, self.decode)
         finished = known is not None and known.status == "succeeded"
         headers["X-Cache"] = "hit" if finished else "miss"
-        check = admission.check_memory if finished else partial(admission.admit, state=known)
-        await anyio.to_thread.run_sync(check, self.services)
+        if finished:
+            await anyio.to_thread.run_sync(admission.check_memory, self.services)
+        else:
+            await anyio.to_thread.run_sync(self._admit, known)
         return await self._respond_async(None, headers)
 
     def _record_written(self, target: PictureTarget, etag: str) -> JobState:
@@ -184,23 +194,32 @@ class Submission:
         await self.services.instant.check(self.upload.bitstream, self._waiter)
         state, eta_s = await self._submit()
         if self.prefer.wait_s:
-            began = time.perf_counter()
-            await watching.wait_until_ended(
-                self.services, self.request, state.id, self.prefer.wait_s, self.caller.name
-            )
-            self.request.state.waited_s = time.perf_counter() - began
-            find = partial(watching.find_seen, self.services, state.id, self.caller)
-            state = await anyio.to_thread.run_sync(find)
-            eta_s = None
             applied = {"Preference-Applied": f"wait={self.prefer.wait_s}"}
-            finished = await self._finished(state, format, {**headers, **applied})
+            finished = await self._wait(state.id, format, {**headers, **applied})
             if finished is not None:
                 return finished
+            state, eta_s = await self._seen(state.id), None
         response = await watching.pending_response(self.services, state, self.caller, eta_s)
         response.headers.update(headers)
         if self.prefer.applied:
             response.headers["Preference-Applied"] = self.prefer.applied
         return response
+
+    async def _wait(
+        self, job_id: str, format: OutputFormat | None, headers: dict[str, str]
+    ) -> Response | None:
+        """Wait at most `Prefer: wait` for the end of the job; the response as `_finished`."""
+        seconds, began = self.prefer.wait_s or 0, time.perf_counter()
+        await watching.wait_until_ended(
+            self.services, self.request, job_id, seconds, self.caller.name
+        )
+        self.request.state.waited_s = time.perf_counter() - began
+        return await self._finished(await self._seen(job_id), format, headers)
+
+    async def _seen(self, job_id: str) -> JobState:
+        """The state of the job as the caller sees it."""
+        find = partial(watching.find_seen, self.services, job_id, self.caller)
+        return await anyio.to_thread.run_sync(find)
 
     async def _finished(
         self, state: JobState | None, format: OutputFormat | None, headers: dict[str, str]
@@ -239,8 +258,9 @@ class Submission:
         try:
             self._register_webhooks()  # before queueing, so that the end of the job is not missed
             state, created = jobs.submit(
-                self.decode, self.upload.data, self.caller.name, subscription_s
-            )
+                self.decode, self.upload.data, self.caller.name, subscription_s,
+                self.caller.priority, self.caller.weight,
+            )  # fmt: skip
         except (ParameterError, Quarantined):
             jobs.targets.withdraw(self.decode.id, self.caller.name)
             raise
@@ -252,6 +272,10 @@ class Submission:
         if eta_s is not None:
             jobs.save_eta(state.id, eta_s)
         return state, created, eta_s
+
+    def _admit(self, state: JobState | None) -> None:
+        """Raise `QueueFull` or `Busy` unless the job may be queued."""
+        admission.admit(self.services, state, self.caller.name, self.caller.priority)
 
     def _add_submitter(self) -> None:
         """In a private service, let the caller see the decode."""

@@ -99,9 +99,10 @@ def view(
 ) -> schemas.Decode:
     """Return the caller's view of a job; `eta_s` is computed unless it is given."""
     state, owned = _seen(services, state, caller)
-    position = services.jobs.position(state)
+    ahead = services.jobs.ahead(state)
     if eta_s is None:
-        eta_s = estimates.eta_s(services.jobs, state, position)
+        eta_s = estimates.eta_s(services.jobs, state, ahead)
+    position = None if ahead is None else len(ahead)
     return schemas.Decode.of(state, position, eta_s, owned)
 
 

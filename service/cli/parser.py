@@ -46,6 +46,29 @@ TEXTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         "Print a line of JSON for each bitstream: its file, and its header or what is wrong.",
         ("afterimage inspect coded/*.msh", "afterimage inspect - < photo.msh"),
     ),
+    "afterimage queue": (
+        "Show what waits and runs at a service, its workers, and quarantined bitstreams.",
+        (
+            "afterimage queue --watch",
+            "AFTERIMAGE_API_KEY=ai_… afterimage queue --url https://pictures.example",
+        ),
+    ),
+    "afterimage queue cancel": (
+        "Cancel a decode for all its callers. A running one stops at its next step.",
+        ("afterimage queue cancel 3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e",),
+    ),
+    "afterimage queue retry": (
+        "Queue a decode again that failed, was canceled, or whose picture has expired.",
+        ("afterimage queue retry 3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e",),
+    ),
+    "afterimage queue release": (
+        "Accept a bitstream again that was quarantined because workers crashed on it.",
+        (f"afterimage queue release {'e3b0c442' * 8}",),
+    ),
+    "afterimage queue drain": (
+        "Let a worker finish its job and take no other until it is restarted.",
+        ("afterimage queue drain gpu-1-42",),
+    ),
     "afterimage keys": (
         "Create API keys.",
         ("afterimage keys new gallery --file keys.toml",),
@@ -55,6 +78,7 @@ TEXTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         (
             "afterimage keys new gallery --file keys.toml",
             "afterimage keys new press --scopes decode,encode --requests-per-minute 60",
+            "afterimage keys new library --priority batch --weight 2",
         ),
     ),
     "afterimage weights": (

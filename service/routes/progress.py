@@ -175,9 +175,11 @@ async def retry(
             raise JobNotFound(
                 f"the bitstream of decode {id} has expired; submit the bitstream again"
             )
-        admission.admit(services, state)
+        admission.admit(services, state, caller.name, caller.priority)
         services.quotas.job(caller, id)
-        state, _ = services.jobs.submit(state.decode, data, caller.name)
+        state, _ = services.jobs.submit(
+            state.decode, data, caller.name, priority=caller.priority, weight=caller.weight
+        )
         return watching.view(services, state, caller.name)
 
     response.headers["Location"] = prefix.public(f"/v1/decodes/{id}")

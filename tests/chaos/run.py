@@ -174,7 +174,7 @@ class Chaos(threading.Thread):
         """SIGTERM or SIGKILL a worker; never SIGKILL for the second crash of a bitstream."""
         alive = [w for w in self.own.workers if w.process.poll() is None]
         running = [self.own.jobs.record(name) for name in self.own.jobs.running]
-        marked = [s for s in running if s and self.own.jobs.crash_count(s.decode.digest)]
+        marked = [s for s in running if s and self.own.jobs.quarantine.count(s.decode.digest)]
         victim: Worker = self.rng.choice(alive)
         if marked or self.rng.random() < 0.25:
             victim.process.terminate()

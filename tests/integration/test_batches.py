@@ -137,7 +137,7 @@ def test_the_queue_holds_a_bounded_number_of_items(
         {"source": "store:in/0.msh", "target": f"store:out/{n}.png", "seed": n} for n in range(40)
     ]
     location = submitted(api, items=items)
-    until(lambda: len(drawer.jobs.queue.job_ids) == 7, "the window is full")
+    until(lambda: len(drawer.queued()) == 7, "the window is full")
     assert counts(state(api, location)) == {"waiting": 33, "queued": 7}
     document = ended(api, location, drawer)
     assert counts(document) == {"succeeded": 40}
@@ -201,7 +201,7 @@ def test_an_item_whose_drawing_fails_keeps_the_reason(
     api: httpx.Client, drawer: Drawer, sources: Path
 ) -> None:
     location = submitted(api, items=list(numbered(2)), on_existing="replace")
-    until(lambda: drawer.jobs.queue.job_ids, "the decode is queued")
+    until(lambda: drawer.queued(), "the decode is queued")
     attempt = drawer.begin()
     assert attempt is not None
     until(lambda: counts(state(api, location)) == {"running": 2}, "the items are running")
@@ -221,14 +221,14 @@ def test_canceling_stops_what_has_not_begun(
     monkeypatch.setattr(batch_feeder, "WINDOW", 4)
     items = [{**item, "seed": n} for n, item in enumerate(numbered(10))]
     location = submitted(api, items=items)
-    until(lambda: len(drawer.jobs.queue.job_ids) == 4, "the window is full")
+    until(lambda: len(drawer.queued()) == 4, "the window is full")
     attempt = drawer.begin()
-    other = drawer.jobs.queue.job_ids[0]
+    other = drawer.queued()[0]
     assert attempt is not None
     drawer.jobs.subscribe(other, "someone", 60)  # who wants the same picture
     assert api.delete(location).status_code == 202
     until(lambda: counts(state(api, location)) == {"running": 1, "canceled": 9}, "the cancellation")
-    assert drawer.jobs.queue.job_ids == [other]
+    assert drawer.queued() == [other]
     assert drawer.jobs.has_subscribers(attempt.id)
     drawer.finish(attempt)
     until(lambda: state(api, location)["status"] == "canceled", "the end")
@@ -338,6 +338,6 @@ def test_100_000_items_wait_in_20_mb_of_redis(
     began = time.perf_counter()
     assert counts(state(api, location)) == {"waiting": 100_000}
     assert time.perf_counter() - began < 1
-    assert not jobs.queue.job_ids
+    assert not jobs.line.job_ids()
     assert api.delete(location).status_code == 202
     until(lambda: counts(state(api, location)) == {"canceled": 100_000}, "the cancellation")

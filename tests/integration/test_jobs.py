@@ -114,7 +114,7 @@ def test_concurrent_submissions_queue_one_job(jobs: Jobs, small_msh: bytes) -> N
 def test_every_key_of_a_job_expires(jobs: Jobs, small_msh: bytes) -> None:
     jobs.submit(decode_of(small_msh), small_msh)
     keys = jobs.store.queue.keys("afterimage:*")
-    assert len(keys) == 5
+    assert len(keys) == 8
     assert all(jobs.store.queue.ttl(k) > 0 for k in keys)
 
 
@@ -249,7 +249,7 @@ def test_a_submission_during_a_withdrawal_keeps_the_job(
     assert jobs.withdraw(d.id, "first")
     state = jobs.get(d.id)
     assert state is not None and state.status == "queued"
-    assert jobs.queue.job_ids == [d.id]
+    assert jobs.line.job_ids() == {d.id}
 
 
 @pytest.mark.weights

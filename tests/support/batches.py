@@ -12,6 +12,7 @@ from worker.attempt import Attempt
 from worker.deliveries import Deliveries
 from worker.queue.jobs import Jobs
 from worker.queue.object_stores import ObjectStores
+from worker.queue.records import PRIORITIES
 
 PNG = b"\x89PNG\r\n\x1a\n of a batch"
 """What `Drawer` commits as the picture of every job."""
@@ -44,13 +45,19 @@ class Drawer:
         self.deepest = 0
         """Largest number of queued jobs that was seen."""
 
+    def queued(self) -> list[str]:
+        """The ids of the queued jobs, in order."""
+        line = self.jobs.line
+        ids = [id for priority in PRIORITIES for id in line.next(1000, priority)]
+        self.deepest = max(self.deepest, len(ids))
+        return ids
+
     def begin(self) -> Attempt | None:
         """Take the next queued job."""
-        ids = self.jobs.queue.job_ids
-        self.deepest = max(self.deepest, len(ids))
-        if not ids or not self.jobs.queue.take(ids[0]):
+        state = self.jobs.record(ids[0]) if (ids := self.queued()) else None
+        if state is None or not self.jobs.line.claim(state):
             return None
-        return Attempt.begin(self.jobs, ids[0])
+        return Attempt.begin(self.jobs, state.id)
 
     def finish(self, attempt: Attempt) -> None:
         """Commit the picture of a job, and write the targets that are due."""

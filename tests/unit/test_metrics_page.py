@@ -16,7 +16,7 @@ from service.requests import RequestMiddleware
 from service.routes import metrics as metrics_page
 from tests.support.service import free_port
 from worker.attempt import Attempt
-from worker.queue import counters, estimates
+from worker.queue import counters, workers
 from worker.queue.jobs import Jobs
 from worker.queue.records import DecodeRequest
 from worker.queue.store import Store, connect
@@ -156,7 +156,7 @@ def test_the_queue_is_read_at_every_scrape(store: Store) -> None:
     assert value(empty, "afterimage_queue_depth") == 0
     assert value(empty, "afterimage_queue_oldest_age_seconds") == 0
     assert value(empty, "afterimage_workers") == 0
-    estimates.mark_alive(jobs)
+    workers.mark_alive(jobs)
     for seed in range(3):
         jobs.submit(decode(seed), b"bitstream")
     store.queue.hset(jobs.key(decode(1).id), "created", str(time.time() - 100))
