@@ -1,6 +1,7 @@
 """Batches over a real S3 server with faults, and over stores whose access changes."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -175,64 +176,46 @@ def test_a_prefix_of_an_s3_store_is_listed_in_parts_despite_faults(
 
 
 def test_rights_and_quotas_hold_when_an_item_runs(
-    settings: ServiceSettings, store: Store, small_msh: bytes, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    settings: ServiceSettings, store: Store, small_msh: bytes, tmp_path: Path
+) -> None:
     keys = Path(guarded_settings(tmp_path)["AFTERIMAGE_API_KEYS"])
     file = folder_stores(tmp_path)
     for n in range(6):
         (tmp_path / f"in/{n}.msh").write_bytes(small_msh)
-    guarded = settings.model_copy(update={"api_keys": keys, "stores": file})
+    changes = {"api_keys": keys, "stores": file, "prefix": "guarded"}  # not those of `app`
+    guarded, store = settings.model_copy(update=changes), replace(store, prefix="guarded")
     drawer = Drawer(Jobs(store), object_stores.connect(guarded))
-    body = {
-        "items": [
-            {"source": f"store:in/{n}.msh", "target": f"store:out/{n}.png", "seed": n}
-            for n in range(6)
-        ],
-        "steps": 1,
-    }
-    headers = {name: {"Authorization": f"Bearer {TOKENS[name]}"} for name in TOKENS}
+    items = [
+        {"source": f"store:in/{n}.msh", "target": f"store:out/{n}.png", "seed": n} for n in range(6)
+    ]
+    mine, other = ({"Authorization": f"Bearer {TOKENS[name]}"} for name in ("single", "both"))
     with weights.loaded_once(), run_app(guarded) as api:
-        first = api.post("/v1/batches", json=body, headers=headers["single"])
-        location = first.headers["location"]
-        assert api.get(location, headers=headers["both"]).status_code == 404
-        assert api.delete(location, headers=headers["both"]).status_code == 404
-        assert api.post(f"{location}/retry", headers=headers["both"]).status_code == 404
-        assert api.get(f"{location}/events", headers=headers["both"]).status_code == 404
-        for n in range(3):  # the key may have one job at a time
+        body = {"items": items, "steps": 1}
+        location = api.post("/v1/batches", json=body, headers=mine).headers["location"]
+        for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/retry"), ("GET", "/events")):
+            assert api.request(method, location + path, headers=other).status_code == 404
+        for done in range(3):  # the key may have one job at a time
             until(lambda: drawer.queued(), "an item is queued")
-            until(lambda n=n: counts(see()) == expected(n), f"{n} items are done")  # type: ignore[misc]
-
-            def see() -> dict[str, object]:
-                return api.get(location, headers=headers["single"]).json()  # type: ignore[no-any-return]
-
             assert len(drawer.queued()) == 1
+            assert counts(api.get(location, headers=mine).json()) == {
+                "waiting": 5 - done, "queued": 1, **({"succeeded": done} if done else {})
+            }  # fmt: skip
             drawer.work()
     text = file.read_text()
     file.write_text(text.replace("write = true", "write = false"))
     with weights.loaded_once(), run_app(guarded) as api:
-
-        def done() -> bool:
-            drawer.work()
-            return bool(api.get(location, headers=headers["single"]).json()["status"] == "ended")
-
-        until(done, "the batch ends")
-        document = api.get(location, headers=headers["single"]).json()
+        api.headers.update(mine)
+        document = ended(api, location, drawer)
         assert {kind for _, kind, _ in failures(document)} == {"store-forbidden"}
+        failed = len(failures(document))
+        assert failed >= 2 and counts(document) == {"succeeded": 6 - failed, "failed": failed}
         file.write_text(text)
-    with weights.loaded_once(), run_app(guarded) as api:
-        keys.write_text(keys.read_text().replace('name = "single"', 'name = "other"'))
-        until(lambda: api.get(location, headers=headers["single"]).status_code == 404, "a new key")
-        batch = Batches(store).running()
-        assert batch == []
-        stored = Batches(store).get(location.rpartition("/")[2])
-        assert stored is not None and Batches(store).retry(stored)
-        until(lambda: not Batches(store).running(), "the batch ends")
-        stored = Batches(store).get(stored.id)
-        assert stored is not None and stored.counts["failed"] == len(failures(document))
-        problems = Batches(store).failed(stored.id, -1, 100).values()
+        keys.write_text(keys.read_text().replace('name = "single"', 'name = "renamed"'))
+        until(lambda: api.get(location).status_code == 404, "the key is read again")
+        batches, id = Batches(store), location.rpartition("/")[2]
+        batch = batches.get(id)
+        assert batch is not None and batches.retry(batch)
+        until(lambda: not batches.running(), "the batch ends")
+        problems = batches.failed(id, -1, 100).values()
         assert {p["type"] for p in problems} == {"urn:afterimage:problem:unauthorized"}
-
-
-def expected(done: int) -> dict[str, int]:
-    return {"waiting": 5 - done, "queued": 1} | ({"succeeded": done} if done else {})
+        assert len(problems) == failed and len(drawer.drawn) == 6 - failed

@@ -277,6 +277,26 @@ def test_the_end_of_a_batch_is_an_event_and_a_webhook(
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 
+def test_metrics_count_items_by_status(
+    api: httpx.Client, drawer: Drawer, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_feeder, "WINDOW", 2)
+    (sources / "0.msh").unlink()
+    location = submitted(api, items=[{**item, "seed": n} for n, item in enumerate(numbered(10))])
+    until(lambda: len(drawer.queued()) == 2, "the window is full")
+    drawer.work()
+    until(lambda: counts(state(api, location)).get("succeeded") == 1, "the first one is done")
+    page = api.get("/metrics").text
+    assert 'afterimage_batch_items{status="succeeded"} 1.0' in page
+    assert 'afterimage_batch_items{status="failed"} 1.0' in page
+    assert 'afterimage_batch_items_ended_total{status="failed"} 1.0' in page
+    assert "afterimage_batches_running 1.0" in page
+    ended(api, location, drawer)
+    page = api.get("/metrics").text
+    assert 'afterimage_batch_items_ended_total{status="succeeded"} 9.0' in page
+    assert "afterimage_batch_stalled_seconds 0.0" in page
+
+
 def test_the_same_idempotency_key_adds_one_batch(
     api: httpx.Client, drawer: Drawer, sources: Path
 ) -> None:
