@@ -21,7 +21,8 @@ def admit(
 ) -> None:
     """Raise `QueueFull` or `Busy` unless one more job of the caller may be queued.
 
-    Only the jobs that workers would take before it count. A request for a job whose `state` is queued or running is always admitted.
+    Only the jobs that workers would take before it count. A request for a job whose `state` is
+    queued or running is always admitted.
     """
     if state is not None and state.status not in ENDED:
         return

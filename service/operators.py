@@ -1,5 +1,4 @@
-"""What operators see of the queue, and what they may do with other callers' jobs and with workers.
-"""
+"""What operators see of the queue, and what they may do with other callers' jobs and with workers."""
 
 import time
 

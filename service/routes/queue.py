@@ -36,9 +36,7 @@ async def queue(
 )
 async def cancel_job(services: ServicesDep, caller: OperateCaller, id: JobId) -> schemas.Decode:
     """Cancel a decode, whoever waits for it. A running one stops at its next step."""
-    return await anyio.to_thread.run_sync(
-        lambda: _view(services, operators.cancel(services, id))
-    )
+    return await anyio.to_thread.run_sync(lambda: _view(services, operators.cancel(services, id)))
 
 
 @router.post(

@@ -24,6 +24,7 @@ from tests.support.api import run_app
 from tests.support.data import DATA, psnr
 from tests.support.waiting import until
 from worker.attempt import Attempt
+from worker.queue import order
 from worker.queue.jobs import Jobs
 from worker.queue.store import Store
 
@@ -344,8 +345,8 @@ def test_a_caller_may_follow_only_so_many_jobs_at_once(
 def finish_first(store: Store, end: Callable[[Attempt], None]) -> None:
     """Play the worker: begin an attempt at the next job, and end it."""
     jobs = Jobs(store)
-    until(lambda: jobs.line.next(1, "interactive"), "a job is queued")
-    (job_id,) = jobs.line.next(1, "interactive")
+    until(lambda: order.first(jobs.line, 1, "interactive"), "a job is queued")
+    (job_id,) = order.first(jobs.line, 1, "interactive")
     state = jobs.record(job_id)
     assert state is not None and jobs.line.claim(state)
     attempt = Attempt.begin(jobs, job_id)

@@ -10,9 +10,9 @@ from rq.job import Job
 from models.tiers import Settings
 from tests.support.jobs import FAST
 from worker.attempt import Attempt
-from worker.queue import estimates, line, workers
+from worker.queue import estimates, order, workers
 from worker.queue.jobs import Jobs
-from worker.queue.line import Place
+from worker.queue.order import Place
 from worker.queue.records import DecodeRequest, JobState, Priority
 from worker.queue.store import Store
 from worker.rq_worker import LineQueue
@@ -135,7 +135,7 @@ def test_the_predicted_order_is_the_order_in_which_jobs_are_taken(
 ) -> None:
     """With several callers, weights, sizes and priorities, more jobs than are read at once, and
     callers that have been served before."""
-    monkeypatch.setattr(line, "CHUNK", 3)
+    monkeypatch.setattr(order, "CHUNK", 3)
     callers: list[tuple[str, Priority, float, Settings]] = [
         ("a", "interactive", 1.0, FAST), ("b", "interactive", 2.5, LONG), ("", "interactive", 1, FAST),
         ("c", "batch", 1.0, LONG), ("d", "batch", 0.3, FAST),
@@ -166,7 +166,7 @@ def test_backlog_and_eta_count_only_what_is_drawn_before(jobs: Jobs) -> None:
     assert estimates.backlog_s(jobs, "other", "batch") == pytest.approx(38)  # one in 20
     other = submit(jobs, "other", 0)
     assert estimates.eta_s(jobs, state(jobs, other)) == pytest.approx(4)
-    assert len(jobs.line.ahead(Place("", "interactive", "other")) or ()) == 3
+    assert len(order.ahead(jobs.line, Place("", "interactive", "other")) or ()) == 3
 
 
 def test_a_job_that_is_put_back_is_next(jobs: Jobs) -> None:

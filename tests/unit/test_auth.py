@@ -200,7 +200,7 @@ def test_a_file_that_becomes_invalid_keeps_the_previous_keys_and_is_logged_once(
         (table(name="a b"), "keys.0.name: String should match"),
         (
             table(scopes='["decode", "all"]'),
-            "keys.0.scopes.1: Input should be 'decode' or 'encode'",
+            "keys.0.scopes.1: Input should be 'decode', 'encode' or 'operate'",
         ),
         (table(scopes="[]"), "keys.0.scopes: List should have at least 1 item"),
         (table(TOKEN, "a", '["decode"]', "jobs_at_once = 0"), "keys.0.jobs_at_once: Input should"),

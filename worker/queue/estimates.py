@@ -15,9 +15,9 @@ import json
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-from worker.queue import workers
+from worker.queue import order, workers
 from worker.queue.jobs import Jobs
-from worker.queue.line import Place
+from worker.queue.order import Place
 from worker.queue.records import JobState, Priority
 from worker.queue.store import RECORD_TTL_S
 from worker.queue.workers import WORKER_NAME
@@ -140,7 +140,7 @@ def backlog_s(jobs: Jobs, caller: str = "", priority: Priority = "interactive") 
     cost = cost_model(jobs)
     if cost is None:
         return 0.0
-    return _wait_s(jobs, cost, jobs.line.ahead(Place("", priority, caller)) or ())
+    return _wait_s(jobs, cost, order.ahead(jobs.line, Place("", priority, caller)) or ())
 
 
 def _wait_s(jobs: Jobs, cost: CostModel, ahead: Iterable[str]) -> float:

@@ -14,8 +14,9 @@ import redis
 from redis.client import Pipeline
 
 from models.errors import Quarantined
-from worker.queue import counters, events, outbox
-from worker.queue.line import Line, Place
+from worker.queue import counters, events, order, outbox
+from worker.queue.line import Line
+from worker.queue.order import Place
 from worker.queue.quarantine import QUARANTINED, Quarantine
 from worker.queue.records import DecodeRequest, JobState, Priority, Status, ended_fields
 from worker.queue.store import RECORD_TTL_S, SUBMITTERS_TTL_S, Store
@@ -212,7 +213,7 @@ class Jobs:
     def claim_similar(self, state: JobState, count: int) -> list[str]:
         """Take up to `count` jobs of the same shape, settings and priority that are soon due."""
         claimed: list[str] = []
-        for job_id in self.line.next(BATCH_LOOKAHEAD, state.priority):
+        for job_id in order.first(self.line, BATCH_LOOKAHEAD, state.priority):
             if len(claimed) == count:
                 break
             other = self.record(job_id)
@@ -245,7 +246,7 @@ class Jobs:
 
     def ahead(self, state: JobState) -> list[str] | None:
         """The jobs that workers will take before this one; None unless it is queued."""
-        return self.line.ahead(Place.of(state)) if state.status == "queued" else None
+        return order.ahead(self.line, Place.of(state)) if state.status == "queued" else None
 
     def reap(self) -> None:
         """Put jobs whose worker missed its heartbeats back at the front of the queue.

@@ -6,10 +6,8 @@ any wait. Within a priority, callers get megapixel-steps in proportion to their 
 (`worker.queue.line_scripts`).
 """
 
-import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 
 from redis import Redis
 from redis.client import Pipeline
@@ -22,8 +20,6 @@ from worker.queue.store import RECORD_TTL_S, Store
 
 BATCH_EVERY = 20
 """At least one in so many jobs is a batch job while batch jobs wait: 5 %."""
-CHUNK = 32
-"""Number of a caller's jobs that are first read from Redis to predict the order; then it doubles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +30,6 @@ class Waiting:
     caller: str
     tag: float  # its first job's: the smallest is next
     since: float  # when its first job became the first, seconds since the epoch
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A job in the line. An empty `id` stands for a job that is not queued yet."""
-
-    id: str
-    priority: Priority
-    caller: str
-
-    @classmethod
-    def of(cls, state: JobState) -> "Place":
-        """The place of a queued job."""
-        return cls(state.id, state.priority, state.caller)
 
 
 class Line:
@@ -142,65 +124,7 @@ class Line:
                     pipe.lrange(self.queue(priority, w.caller).key, 0, -1)
             return {value.decode() for values in pipe.execute() for value in values}
 
-    def next(self, count: int, priority: Priority) -> list[str]:
-        """The first jobs of a priority, in the order in which workers take them."""
-        return list(islice(self._ordered(priority, None), count))
-
-    def ahead(self, place: Place) -> list[str] | None:
-        """The jobs that workers will take before this one, in order; None if it does not wait.
-
-        This is the order if no other job comes. For a place without id: if it were queued now.
-        """
-        if place.id and self.queue(place.priority, place.caller).position(place.id) is None:
-            return None
-        ids: list[str] = []
-        for job_id in self._both(place):
-            if job_id == place.id:
-                break
-            ids.append(job_id)
-        return ids
-
-    def _both(self, place: Place) -> Iterator[str]:
-        """The jobs of both priorities in order, as `TAKE` chooses between them."""
-        extra = None if place.id else place
-        lines = {p: self._ordered(p, extra if place.priority == p else None) for p in PRIORITIES}
-        heads = {p: next(line, None) for p, line in lines.items()}
-        passed = int(self.store.queue.hget(self._keys[0], "passed") or 0)
-        while True:
-            urgent, patient = heads["interactive"], heads["batch"]
-            is_batch = patient is not None and (urgent is None or passed >= BATCH_EVERY - 1)
-            job_id = patient if is_batch else urgent
-            if job_id is None:
-                return
-            yield job_id
-            passed = 0 if is_batch else passed + (patient is not None)
-            chosen: Priority = "batch" if is_batch else "interactive"
-            heads[chosen] = next(lines[chosen], None)
-
-    def _ordered(self, priority: Priority, extra: Place | None) -> Iterator[str]:
-        """The jobs of a priority in order; `extra` is put at the end of its caller's queue."""
-        tags = {w.caller: w.tag for w in self.waiting(priority)}
-        if extra is not None and extra.caller not in tags:
-            left = self.store.queue.zscore(f"{self._keys[0]}:left:{priority}", extra.caller)
-            tags[extra.caller] = max(self._virtual(priority), float(left or 0.0))  # type: ignore[arg-type]
-        first = self._costs({self.queue(priority, caller).key: (0, CHUNK) for caller in tags})
-        streams = [
-            _tagged(tag, caller, self._read(self.queue(priority, caller).key, first),
-                    extra is not None and extra.caller == caller)
-            for caller, tag in tags.items()
-        ]  # fmt: skip
-        for _, _, job_id in heapq.merge(*streams, key=lambda entry: entry[:2]):
-            yield job_id
-
-    def _read(self, key: str, first: Mapping[str, list[tuple[str, float]]]) -> Iterator[tuple[str, float]]:
-        """The ids of a queue and what each costs its caller; reads more from Redis as needed."""
-        jobs, start, size = first[key], 0, CHUNK
-        while jobs:
-            yield from jobs
-            start, size = start + len(jobs), 2 * size
-            jobs = self._costs({key: (start, size)})[key] if start >= CHUNK else []
-
-    def _costs(self, parts: Mapping[str, tuple[int, int]]) -> dict[str, list[tuple[str, float]]]:
+    def costs(self, parts: Mapping[str, tuple[int, int]]) -> dict[str, list[tuple[str, float]]]:
         """List key and its (start, size) -> ids, and what each costs its caller."""
         with self.store.queue.pipeline(transaction=False) as pipe:
             for key, (start, size) in parts.items():
@@ -214,6 +138,15 @@ class Line:
             for key, ids in zip(parts, lists, strict=True)
         }
 
+    def start_tag(self, priority: Priority, caller: str) -> float:
+        """The tag that the first job of a caller gets who begins to wait now."""
+        left = self.store.queue.zscore(f"{self._keys[0]}:left:{priority}", caller)
+        return max(self._virtual(priority), float(left or 0.0))  # type: ignore[arg-type]
+
+    def passed(self) -> int:
+        """Interactive jobs taken since the last batch job, while batch jobs waited."""
+        return int(self.store.queue.hget(self._keys[0], "passed") or 0)  # type: ignore[arg-type]
+
     def _virtual(self, priority: Priority) -> float:
         return float(self.store.queue.hget(self._keys[0], priority) or 0.0)  # type: ignore[arg-type]
 
@@ -221,18 +154,6 @@ class Line:
     def _keys(self) -> tuple[str, str]:
         """The keys of the scripts."""
         return self.store.key("line"), self.base.key
-
-
-def _tagged(
-    tag: float, caller: str, jobs: Iterator[tuple[str, float]], with_extra: bool
-) -> Iterator[tuple[float, bytes, str]]:
-    """The jobs of a caller with their tags; callers with equal tags are sorted as Redis does."""
-    name = caller.encode()
-    for job_id, cost in jobs:
-        yield tag, name, job_id
-        tag += cost
-    if with_extra:
-        yield tag, name, ""
 
 
 def _cost(work: bytes | None, weight: bytes | None) -> float:
