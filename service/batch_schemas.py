@@ -77,7 +77,7 @@ class BatchRequest(BaseModel):
         None,
         description="A prefix: pictures get the names of the sources, with the format's suffix.",
     )
-    suffix: str = Field(".msh", min_length=2, max_length=32, pattern=r"^\.[A-Za-z0-9._-]+$")
+    suffix: str = Field(".msh", min_length=2, max_length=32, pattern="^[A-Za-z0-9._-]+$")
     tier: str = Field("perceptual", json_schema_extra={"enum": [*tiers.TIERS]})
     seed: int = Field(0, ge=0, le=tiers.MAX_SEED)
     steps: int | None = Field(None, ge=1, le=tiers.MAX_STEPS)
