@@ -52,9 +52,8 @@ def _add_url(command: argparse.ArgumentParser, default: str) -> None:
 def _show(args: argparse.Namespace) -> int:
     while True:
         view = _request(args.url, "GET", "")
-        text = (
-            json.dumps(view, ensure_ascii=False) if args.json else "\n".join(queue_text.lines(view))
-        )
+        lines = [json.dumps(view, ensure_ascii=False)] if args.json else queue_text.lines(view)
+        text = "\n".join(lines)
         say(f"{CLEAR}{text}" if args.watch and sys.stdout.isatty() else text)
         if not args.watch:
             return 0

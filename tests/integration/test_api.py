@@ -22,6 +22,7 @@ from service.settings import ServiceSettings
 from tests.support import weights
 from tests.support.api import run_app
 from tests.support.data import DATA, psnr
+from tests.support.jobs import take
 from tests.support.waiting import until
 from worker.attempt import Attempt
 from worker.queue import order
@@ -347,8 +348,7 @@ def finish_first(store: Store, end: Callable[[Attempt], None]) -> None:
     jobs = Jobs(store)
     until(lambda: order.first(jobs.line, 1, "interactive"), "a job is queued")
     (job_id,) = order.first(jobs.line, 1, "interactive")
-    state = jobs.record(job_id)
-    assert state is not None and jobs.line.claim(state)
+    take(jobs, job_id)
     attempt = Attempt.begin(jobs, job_id)
     assert attempt is not None
     end(attempt)
