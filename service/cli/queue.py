@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from typing import Any
+from urllib.parse import quote
 
 from models.errors import AfterimageError
 from service.cli import queue_text
@@ -62,7 +63,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _act(args: argparse.Namespace) -> int:
     _, _, method, path = ACTIONS[args.action]
-    answer = _request(args.url, method, path.format(args.subject))
+    answer = _request(args.url, method, path.format(quote(args.subject, safe="")))
     done = {
         "cancel": "{id} is {status}",
         "retry": "{id} is {status}",
