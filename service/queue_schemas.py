@@ -42,8 +42,17 @@ class RunningJob(BaseModel):
         )  # fmt: skip
 
 
+_WORKER: JsonDict = {
+    "name": "gpu-1-42", "device": "cuda", "age_s": 86400.0, "megapixel_steps_per_s": 21.5,
+    "drained": False,
+}  # fmt: skip
+_QUARANTINED: JsonDict = {"digest": "e3b0c442" * 8, "until": "2026-01-01T12:00:00Z"}
+
+
 class QueueWorker(BaseModel):
     """A live worker."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_WORKER]})
 
     name: str
     device: str
@@ -54,6 +63,8 @@ class QueueWorker(BaseModel):
 
 class QuarantinedBitstream(BaseModel):
     """A bitstream that is refused because workers crashed on it."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_QUARANTINED]})
 
     digest: str
     until: datetime
@@ -75,11 +86,8 @@ _EXAMPLE: JsonDict = {
         "tier": "perceptual", "worker": "gpu-1-42", "step": 2, "total": 4, "eta_s": 1.4,
         "width": 768, "height": 512,
     }],
-    "workers": [{
-        "name": "gpu-1-42", "device": "cuda", "age_s": 86400.0, "megapixel_steps_per_s": 21.5,
-        "drained": False,
-    }],
-    "quarantined": [{"digest": "e3b0c442" * 8, "until": "2026-01-01T12:00:00Z"}],
+    "workers": [_WORKER],
+    "quarantined": [_QUARANTINED],
 }  # fmt: skip
 
 

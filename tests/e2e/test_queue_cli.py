@@ -13,7 +13,7 @@ from tests.support.waiting import until
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
-SLOW = {"tier": "ddim-10", "steps": 400}
+SLOW: dict[str, str | int] = {"tier": "ddim-10", "steps": 400}
 
 
 def submit(client: httpx.Client, data: bytes, seed: int) -> str:
