@@ -51,7 +51,8 @@ def require(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable[Call
     """Return a dependency that authenticates the caller and checks its scope.
 
     `or_link` also accepts a signed link, for GET and HEAD. A service without API keys
-    allows every client everything, except to operate the queue. The dependency raises `Unauthorized`, `Forbidden`.
+    allows every client everything, except to operate the queue. The dependency raises
+    `Unauthorized`, `Forbidden`.
     """
 
     async def caller(

@@ -1,59 +1,13 @@
-"""What operators see of the queue, and what they may do with other callers' jobs and with workers."""
+"""What operators may do with the queue, whoever queued a job."""
 
 import time
 
 from service import queue_schemas as schemas
+from service import queue_view
 from service.problems import Conflict, JobNotFound, WorkerNotFound
 from service.services import Services
-from worker.queue import counters, estimates, workers
+from worker.queue import workers
 from worker.queue.records import ENDED, JobState
-
-MAX_CALLERS = 100
-"""Largest number of waiting callers in the view."""
-
-
-def view(services: Services) -> schemas.Queue:
-    """Everything that waits and runs now."""
-    jobs, now = services.jobs, services.jobs.now()
-    depths = sorted(jobs.line.depths().items(), key=lambda entry: -entry[1])
-    states = [state for job_id in jobs.running if (state := jobs.record(job_id))]
-    return schemas.Queue(
-        interactive=sum(count for w, count in depths if w.priority == "interactive"),
-        batch=sum(count for w, count in depths if w.priority == "batch"),
-        waiting=[
-            schemas.WaitingCaller(
-                priority=w.priority, caller=w.caller, jobs=count,
-                unserved_s=round(max(now - w.since, 0.0), 1) if w.since else 0.0,
-            )
-            for w, count in depths[:MAX_CALLERS]
-        ],
-        running=[
-            schemas.RunningJob.of(state, estimates.eta_s(jobs, state))
-            for state in states
-            if state.status == "running"
-        ],
-        workers=_workers(services, now),
-        quarantined=[
-            schemas.QuarantinedBitstream.of(digest, until)
-            for digest, until in jobs.quarantine.all().items()
-        ],
-    )  # fmt: skip
-
-
-def _workers(services: Services, now: float) -> list[schemas.QueueWorker]:
-    measured = counters.read(services.store).model_time
-
-    def rate(name: str) -> float | None:
-        seconds, steps = measured.get(name, (0.0, 0.0))
-        return round(steps / seconds, 3) if seconds else None
-
-    return [
-        schemas.QueueWorker(
-            name=w.name, device=w.device, age_s=round(max(now - w.started, 0.0), 1),
-            megapixel_steps_per_s=rate(w.name), drained=w.drained,
-        )
-        for w in workers.live(services.jobs)
-    ]  # fmt: skip
 
 
 def cancel(services: Services, job_id: str) -> JobState:
@@ -100,7 +54,7 @@ def drain(services: Services, name: str) -> schemas.QueueWorker:
     """Let a worker finish its job and take no other. Raises `WorkerNotFound`."""
     if not workers.drain(services.jobs, name):
         raise WorkerNotFound(f"there is no live worker {name}; `afterimage queue` lists them")
-    found = [w for w in _workers(services, services.jobs.now()) if w.name == name]
+    found = [w for w in queue_view.live_workers(services, services.jobs.now()) if w.name == name]
     return found[0]
 
 

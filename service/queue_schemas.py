@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 from worker.queue.records import JobState, Priority
 
@@ -41,8 +42,17 @@ class RunningJob(BaseModel):
         )  # fmt: skip
 
 
+_WORKER: JsonDict = {
+    "name": "gpu-1-42", "device": "cuda", "age_s": 86400.0, "megapixel_steps_per_s": 21.5,
+    "drained": False,
+}  # fmt: skip
+_QUARANTINED: JsonDict = {"digest": "e3b0c442" * 8, "until": "2026-01-01T12:00:00Z"}
+
+
 class QueueWorker(BaseModel):
     """A live worker."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_WORKER]})
 
     name: str
     device: str
@@ -54,6 +64,8 @@ class QueueWorker(BaseModel):
 class QuarantinedBitstream(BaseModel):
     """A bitstream that is refused because workers crashed on it."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [_QUARANTINED]})
+
     digest: str
     until: datetime
 
@@ -63,53 +75,26 @@ class QuarantinedBitstream(BaseModel):
         return cls(digest=digest, until=datetime.fromtimestamp(int(until), UTC))
 
 
+_EXAMPLE: JsonDict = {
+    "interactive": 2, "batch": 1200,
+    "waiting": [
+        {"priority": "batch", "caller": "library", "jobs": 1200, "unserved_s": 9.5},
+        {"priority": "interactive", "caller": "app", "jobs": 2, "unserved_s": 0.4},
+    ],
+    "running": [{
+        "id": "3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e", "caller": "app", "priority": "interactive",
+        "tier": "perceptual", "worker": "gpu-1-42", "step": 2, "total": 4, "eta_s": 1.4,
+        "width": 768, "height": 512,
+    }],
+    "workers": [_WORKER],
+    "quarantined": [_QUARANTINED],
+}  # fmt: skip
+
+
 class Queue(BaseModel):
     """Everything that waits and runs."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "interactive": 2,
-                    "batch": 1200,
-                    "waiting": [
-                        {"priority": "batch", "caller": "library", "jobs": 1200, "unserved_s": 9.5},
-                        {"priority": "interactive", "caller": "app", "jobs": 2, "unserved_s": 0.4},
-                    ],
-                    "running": [
-                        {
-                            "id": "3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e",
-                            "caller": "app",
-                            "priority": "interactive",
-                            "tier": "perceptual",
-                            "worker": "gpu-1-42",
-                            "step": 2,
-                            "total": 4,
-                            "eta_s": 1.4,
-                            "width": 768,
-                            "height": 512,
-                        }
-                    ],
-                    "workers": [
-                        {
-                            "name": "gpu-1-42",
-                            "device": "cuda",
-                            "age_s": 86400.0,
-                            "megapixel_steps_per_s": 21.5,
-                            "drained": False,
-                        }
-                    ],
-                    "quarantined": [
-                        {
-                            "digest": "e3b0c44298fc1c149afbf4c8996fb924"
-                            "27ae41e4649b934ca495991b7852b855",
-                            "until": "2026-01-01T12:00:00Z",
-                        }
-                    ],
-                }
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
     interactive: int  # jobs that wait
     batch: int

@@ -30,7 +30,7 @@ from service.auth import Caller
 from service.instant import PictureFile
 from service.negotiate import Preferences
 from service.object_writes import PictureTarget
-from service.problems import KeyReused, NotAcceptable
+from service.problems import NotAcceptable
 from service.services import Services
 from service.waiter import Waiter
 from worker.queue import estimates, outbox, recall
@@ -39,9 +39,6 @@ from worker.queue.records import ENDED, DecodeRequest, JobState
 from worker.queue.store import RedisError
 from worker.queue.targets import Target
 from worker.webhooks.settings import check_url
-
-IDEMPOTENCY_TTL_S = 24 * 3600
-"""How long an `Idempotency-Key` is remembered."""
 
 RESOLVERS_PER_CALLER = 2
 """Webhook hosts of one caller that are resolved at once. So a slow name server delays only the
@@ -326,15 +323,3 @@ def build_decode(
             "choose fewer steps or a smaller picture"
         )
     return decode
-
-
-def check_idempotency_key(services: Services, caller: str, key: str, job_id: str) -> None:
-    """Check an `Idempotency-Key`, and store its job unless the queue's memory is nearly full.
-
-    Raises `KeyReused` if the key belongs to another job.
-    """
-    name = services.store.key("idempotency", caller, key)
-    if services.store.fullness() < admission.FULL:
-        services.store.queue.set(name, job_id, nx=True, ex=IDEMPOTENCY_TTL_S)
-    if services.store.queue.get(name) not in {None, job_id.encode()}:
-        raise KeyReused(f"Idempotency-Key {key!r} belongs to another request; choose a new key")

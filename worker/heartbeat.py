@@ -74,7 +74,7 @@ class Heartbeat(threading.Thread):
         try:
             for attempt in self.attempts:
                 attempt.renew_lease()
-            workers.mark_alive(self.jobs, {"device": self.device})
+            workers.mark_alive(self.jobs, self.device)
             now = self.jobs.now()
         except RedisError:
             self._pause_reaping()  # other workers cannot send heartbeats either

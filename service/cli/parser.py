@@ -76,10 +76,7 @@ TEXTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     ),
     "afterimage queue": (
         "Show what waits and runs at a service, its workers, and quarantined bitstreams.",
-        (
-            "afterimage queue --watch",
-            "AFTERIMAGE_API_KEY=ai_… afterimage queue --url https://pictures.example",
-        ),
+        ("afterimage queue --watch", "afterimage queue --url https://pictures.example"),
     ),
     "afterimage queue cancel": (
         "Cancel a decode for all its callers. A running one stops at its next step.",
@@ -90,7 +87,7 @@ TEXTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("afterimage queue retry 3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e",),
     ),
     "afterimage queue release": (
-        "Accept a bitstream again that was quarantined because workers crashed on it.",
+        "Accept a quarantined bitstream again, on which workers crashed.",
         (f"afterimage queue release {'e3b0c442' * 8}",),
     ),
     "afterimage queue drain": (

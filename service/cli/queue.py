@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from typing import Any
+from urllib.parse import quote
 
 from models.errors import AfterimageError
 from service.cli import queue_text
@@ -52,9 +53,8 @@ def _add_url(command: argparse.ArgumentParser, default: str) -> None:
 def _show(args: argparse.Namespace) -> int:
     while True:
         view = _request(args.url, "GET", "")
-        text = (
-            json.dumps(view, ensure_ascii=False) if args.json else "\n".join(queue_text.lines(view))
-        )
+        lines = [json.dumps(view, ensure_ascii=False)] if args.json else queue_text.lines(view)
+        text = "\n".join(lines)
         say(f"{CLEAR}{text}" if args.watch and sys.stdout.isatty() else text)
         if not args.watch:
             return 0
@@ -63,7 +63,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _act(args: argparse.Namespace) -> int:
     _, _, method, path = ACTIONS[args.action]
-    answer = _request(args.url, method, path.format(args.subject))
+    answer = _request(args.url, method, path.format(quote(args.subject, safe="")))
     done = {
         "cancel": "{id} is {status}",
         "retry": "{id} is {status}",

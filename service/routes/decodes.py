@@ -10,7 +10,15 @@ from models import errors, tiers
 from models.codec import bitstream
 from models.errors import ParameterError
 from models.image import MEDIA_TYPES
-from service import image_response, negotiate, object_writes, problems, schemas, submission
+from service import (
+    idempotency,
+    image_response,
+    negotiate,
+    object_writes,
+    problems,
+    schemas,
+    submission,
+)
 from service.deps import (
     ONLY_KNOWN,
     AcceptHeader,
@@ -183,7 +191,7 @@ async def decode(
     request.state.job_id = job.id
     if idempotency_key is not None:
         await anyio.to_thread.run_sync(
-            submission.check_idempotency_key, services, caller.name, idempotency_key, job.id
+            idempotency.check_key, services, caller.name, idempotency_key, job.id
         )
     return await Submission(
         services, request, upload, job, params, accept, prefer, caller, target

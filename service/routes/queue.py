@@ -6,7 +6,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Path, Response
 
 from models.errors import ParameterError, Quarantined
-from service import operators, problems, queue_schemas, schemas, watching
+from service import operators, problems, queue_schemas, queue_view, schemas, watching
 from service.deps import ONLY_KNOWN, JobId, OperateCaller, ServicesDep
 from service.problems import Conflict, JobNotFound, WorkerNotFound
 from service.services import Services
@@ -26,7 +26,7 @@ async def queue(
 ) -> queue_schemas.Queue:
     """Waiting jobs by priority and caller, running jobs, workers, and quarantined bitstreams."""
     response.headers["Cache-Control"] = "no-store"
-    return await anyio.to_thread.run_sync(operators.view, services)
+    return await anyio.to_thread.run_sync(queue_view.view, services)
 
 
 @router.delete(

@@ -229,10 +229,10 @@ def flooded(own: Rig, client: httpx.Client, report: Report) -> None:
         return statistics.quantiles(spent, n=100, method="inclusive")[98]
 
     try:
-        until(lambda: not own.jobs.running and not own.jobs.queue.job_ids, "an empty queue", 120)
+        until(lambda: not own.jobs.running and not own.jobs.line.job_ids(), "an empty queue", 120)
     except TimeoutError:
-        left = {*own.jobs.running, *own.jobs.queue.job_ids}
-        report.tell(f"left behind: {own.jobs.running}, {own.jobs.queue.job_ids}", False)
+        left = {*own.jobs.running, *own.jobs.line.job_ids()}
+        report.tell(f"left behind: {own.jobs.running}, {own.jobs.line.job_ids()}", False)
         report.tell(f"their records: {[own.jobs.record(name) for name in left]}", False)
         for worker in own.workers:
             if worker.process.poll() is None:

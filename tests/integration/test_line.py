@@ -15,7 +15,7 @@ from worker.queue.jobs import Jobs
 from worker.queue.order import Place
 from worker.queue.records import DecodeRequest, JobState, Priority
 from worker.queue.store import Store
-from worker.rq_worker import LineQueue
+from worker.rq_jobs import LineQueue
 
 pytestmark = pytest.mark.redis
 
@@ -137,8 +137,8 @@ def test_the_predicted_order_is_the_order_in_which_jobs_are_taken(
     callers that have been served before."""
     monkeypatch.setattr(order, "CHUNK", 3)
     callers: list[tuple[str, Priority, float, Settings]] = [
-        ("a", "interactive", 1.0, FAST), ("b", "interactive", 2.5, LONG), ("", "interactive", 1, FAST),
-        ("c", "batch", 1.0, LONG), ("d", "batch", 0.3, FAST),
+        ("a", "interactive", 1.0, FAST), ("b", "interactive", 2.5, LONG),
+        ("", "interactive", 1.0, FAST), ("c", "batch", 1.0, LONG), ("d", "batch", 0.3, FAST),
     ]  # fmt: skip
     for seed in range(16):
         for name, priority, weight, settings in callers:
@@ -212,7 +212,7 @@ def test_jobs_that_a_former_version_queued_are_drawn(jobs: Jobs) -> None:
     old = submit(jobs, "", 0)
     jobs.store.queue.hdel(jobs.key(old), "caller", "priority", "weight")
     keys = jobs.store.queue.keys(f"{jobs.store.prefix}:line*")
-    jobs.store.queue.delete(*keys)  # type: ignore[misc]
+    jobs.store.queue.delete(*keys)
     for seed in range(3):
         submit(jobs, "many", seed)
     assert jobs.position(state(jobs, old)) == 0
@@ -235,11 +235,11 @@ def test_a_queued_job_moves_to_a_caller_who_gets_it_sooner(jobs: Jobs) -> None:
 
 
 def test_a_drained_worker_takes_no_job(jobs: Jobs) -> None:
-    workers.mark_alive(jobs, {"device": "cpu"})
+    workers.mark_alive(jobs, "cpu")
     submit(jobs, "a", 0)
     assert not workers.drain(jobs, "unknown")
     assert workers.drain(jobs, workers.WORKER_NAME)
-    workers.mark_alive(jobs, {"device": "cpu"})  # heartbeats do not end it
+    workers.mark_alive(jobs, "cpu")  # heartbeats do not end it
     (worker,) = workers.live(jobs)
     assert (worker.drained, worker.device) == (True, "cpu")
     assert take(jobs) is None

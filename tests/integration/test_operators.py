@@ -1,4 +1,4 @@
-"""`/v1/queue`: what operators see and may do. The API is in this process; the test plays workers."""
+"""`/v1/queue`: what operators see and may do. The API is in this process, without workers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from service import keys
 from service.settings import ServiceSettings
 from tests.support import weights
 from tests.support.api import run_app
-from tests.support.jobs import decode_of
+from tests.support.jobs import decode_of, take
 from worker.attempt import Attempt
 from worker.queue import counters, estimates, workers
 from worker.queue.jobs import Jobs
@@ -75,8 +75,7 @@ def post(api: httpx.Client, caller: str, data: bytes, seed: int = 0) -> str:
 
 def begin(jobs: Jobs, job_id: str) -> Attempt:
     """Take a job and begin an attempt at it, as a worker does."""
-    state = jobs.record(job_id)
-    assert state is not None and jobs.line.claim(state)
+    take(jobs, job_id)
     attempt = Attempt.begin(jobs, job_id)
     assert attempt is not None
     return attempt
@@ -91,7 +90,7 @@ def state(jobs: Jobs, job_id: str) -> JobState:
 def test_the_view_shows_what_waits_what_runs_and_the_workers(
     api: httpx.Client, jobs: Jobs, small_msh: bytes
 ) -> None:
-    workers.mark_alive(jobs, {"device": "cpu"})
+    workers.mark_alive(jobs, "cpu")
     running = post(api, "app", small_msh)
     attempt = begin(jobs, running)
     attempt.poll(1)
@@ -176,7 +175,7 @@ def test_an_operator_releases_a_quarantined_bitstream(
         begin(jobs, post(api, "app", small_msh, seed)).record_crash()
     (entry,) = api.get("/v1/queue", headers=key("ops")).json()["quarantined"]
     assert entry["digest"] == digest
-    query = {"tier": "perceptual", "seed": 7}
+    query: dict[str, str | int] = {"tier": "perceptual", "seed": 7}
     refused = api.post("/v1/decodes", params=query, content=small_msh, headers=key("app"))
     assert refused.status_code == 422
     path = f"/v1/queue/quarantine/{digest}"

@@ -136,7 +136,7 @@ def eta_s(jobs: Jobs, state: JobState, ahead: Sequence[str] | None = None) -> fl
 
 
 def backlog_s(jobs: Jobs, caller: str = "", priority: Priority = "interactive") -> float:
-    """Seconds until a worker would begin a new job of the caller; 0 while there is no cost model."""
+    """Seconds until a worker would begin a new job of the caller; 0 without a cost model."""
     cost = cost_model(jobs)
     if cost is None:
         return 0.0

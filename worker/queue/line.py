@@ -141,14 +141,14 @@ class Line:
     def start_tag(self, priority: Priority, caller: str) -> float:
         """The tag that the first job of a caller gets who begins to wait now."""
         left = self.store.queue.zscore(f"{self._keys[0]}:left:{priority}", caller)
-        return max(self._virtual(priority), float(left or 0.0))  # type: ignore[arg-type]
+        return max(self._virtual(priority), float(left or 0.0))
 
     def passed(self) -> int:
         """Interactive jobs taken since the last batch job, while batch jobs waited."""
-        return int(self.store.queue.hget(self._keys[0], "passed") or 0)  # type: ignore[arg-type]
+        return int(self.store.queue.hget(self._keys[0], "passed") or 0)
 
     def _virtual(self, priority: Priority) -> float:
-        return float(self.store.queue.hget(self._keys[0], priority) or 0.0)  # type: ignore[arg-type]
+        return float(self.store.queue.hget(self._keys[0], priority) or 0.0)
 
     @property
     def _keys(self) -> tuple[str, str]:

@@ -8,7 +8,13 @@ jobs in a row.
 
 KEYS[1] is the hash `line`: virtual time by priority, and `passed`, the number of interactive jobs
 taken since the last batch job while batch jobs waited. KEYS[2] is the list of the RQ queue of
-interactive jobs without a caller; the other lists and the sorted sets have names derived from these.
+interactive jobs without a caller. The names of the other keys are derived from these:
+
+    line:PRIORITY         sorted set: caller whose jobs wait -> tag of its first job
+    line:left:PRIORITY    sorted set: caller whose jobs do not wait -> tag of its next job, if that
+                          is later than the virtual time
+    line:since:PRIORITY   sorted set: caller -> time since which its first job has been the first
+    line:bell             list of tokens, on which idle workers wait
 """
 
 _COMMON = """

@@ -1,7 +1,7 @@
 """Predicts the order in which workers take the waiting jobs, if no other job comes.
 
-It is computed as the script `TAKE` in `worker.queue.line_scripts` chooses, from the callers' tags and
-the work of their jobs, and reads only as many jobs as are asked for.
+It follows from the callers' tags and the work of their jobs, as in the script `TAKE` in
+`worker.queue.line_scripts`. Only as many jobs are read from Redis as are asked for.
 """
 
 import heapq

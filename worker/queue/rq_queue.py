@@ -17,7 +17,10 @@ FAILURE_TTL_S = 60
 
 
 class DecodeQueue(Queue):
-    """A FIFO queue of the ids of one caller's jobs. Methods that take a pipeline become part of its transaction."""
+    """A FIFO queue of the ids of one caller's jobs.
+
+    Methods that take a pipeline become part of its transaction.
+    """
 
     def __init__(self, name: str, connection: Redis, timeout_s: int) -> None:
         super().__init__(name, connection=connection, serializer=JSONSerializer)

@@ -7,7 +7,7 @@ Times are the Redis server's.
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from worker.queue.jobs import LEASE_S, Jobs
@@ -27,16 +27,15 @@ class Worker:
     drained: bool  # it takes no further jobs
 
 
-def mark_alive(jobs: Jobs, about: Mapping[str, str | float] | None = None) -> None:
-    """Record a heartbeat of this worker; `about` are fields of its record."""
+def mark_alive(jobs: Jobs, device: str = "") -> None:
+    """Record a heartbeat of this worker."""
     now = jobs.now()
     with jobs.store.queue.pipeline() as pipe:
         pipe.zadd(_workers(jobs), {WORKER_NAME: now})
         pipe.zremrangebyscore(_workers(jobs), 0, now - RECORD_TTL_S)
         pipe.expire(_workers(jobs), RECORD_TTL_S)
-        if about:
-            pipe.hset(key(jobs), mapping=dict(about))
-        pipe.hsetnx(key(jobs), "started", now)  # type: ignore[arg-type]
+        pipe.hset(key(jobs), "device", device)
+        pipe.hsetnx(key(jobs), "started", now)
         pipe.expire(key(jobs), RECORD_TTL_S)
         pipe.execute()
 
@@ -74,7 +73,7 @@ def drain(jobs: Jobs, name: str) -> bool:
     """Let a live worker take no further jobs, until it is restarted; False if there is none."""
     if name not in names(jobs):
         return False
-    jobs.store.queue.hset(key(jobs, name), "drained", 1)  # type: ignore[arg-type]
+    jobs.store.queue.hset(key(jobs, name), "drained", 1)
     return True
 
 
