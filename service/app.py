@@ -11,7 +11,7 @@ from fastapi_offline import FastAPIOffline
 
 from service import (
     __version__,
-    batch_feeder,
+    batch_task,
     metrics,
     openapi,
     origins,
@@ -114,7 +114,7 @@ def _lifespan(
         loaded = await anyio.to_thread.run_sync(services.load, settings, connected, objects, keys)
         app.state.services = loaded
         port, host = settings.metrics_port, settings.metrics_host
-        feeder = asyncio.create_task(batch_feeder.run(loaded)) if objects.configs else None
+        feeder = asyncio.create_task(batch_task.run(loaded)) if objects.configs else None
         stop_metrics = metrics.serve(port, loaded.jobs, host) if port else None
         yield
         if feeder is not None:

@@ -1,10 +1,9 @@
-"""The task of each API process that goes on with batches, under a lease for each."""
+"""Goes on with a batch under a lease: lists sources, begins items, records what has ended."""
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar, TypeVarTuple
 
 import anyio
@@ -18,13 +17,10 @@ from service.keys import SCOPES
 from service.problems import Unauthorized
 from service.services import Services
 from worker.queue import estimates, workers
+from worker.queue.batch_leases import Lease
 from worker.queue.batch_records import Active, Batch
-from worker.queue.batches import LEASE_S, Batches, BatchTaken, Lease
 from worker.queue.references import StoreAway
-from worker.queue.store import RedisError
 
-BATCHES_AT_ONCE = 4
-"""Batches with which a process goes on at a time: a slow store then does not stop all others."""
 ITEMS_AT_ONCE = 8
 """Items of a batch that are begun at a time; most of the time is spent waiting for stores."""
 SLICE = 32
@@ -37,8 +33,6 @@ rest, and a batch its share of the drawings."""
 FEW = 8
 REFUSED = 1000
 """Items that fail together, because their caller has no key any more."""
-POLL_S = 0.5
-"""Interval at which a process looks for a batch that is due."""
 STEP_S = 1.0
 """Interval between two looks at a batch."""
 _THREADS = anyio.CapacityLimiter(16)
@@ -49,57 +43,8 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
-async def run(services: Services) -> None:
-    """Go on with batches until this task is canceled."""
-    await asyncio.gather(*(_run_one(services) for _ in range(BATCHES_AT_ONCE)))
-
-
-async def _run_one(services: Services) -> None:
-    while True:
-        found = False
-        try:
-            found = await go_on(services)
-        except BatchTaken as e:
-            log.warning("%s", e)
-        except RedisError as e:
-            log.warning("batches wait while Redis is down: %s", e)
-        except Exception:
-            log.exception("a batch could not go on; it is tried again")
-        if not found:
-            await anyio.sleep(POLL_S)
-
-
-async def go_on(services: Services) -> bool:
-    """Go on with a batch that is due; False if there is none. Raises `RedisError`, `BatchTaken`."""
-    lease = await _in_thread(Batches(services.store).lease)
-    if lease is None:
-        return False
-    async with _renewed(lease):
-        pause_s = await Feeder(services, lease).run()
-    await _in_thread(lease.due_in, pause_s)
-    return True
-
-
-@contextlib.asynccontextmanager
-async def _renewed(lease: Lease) -> AsyncIterator[None]:
-    """Renew a lease until the block ends."""
-
-    async def renew() -> None:
-        while True:
-            with contextlib.suppress(RedisError, BatchTaken):  # writes in the block notice it
-                await _in_thread(lease.renew)
-            await anyio.sleep(LEASE_S / 3)
-
-    task = asyncio.create_task(renew())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
 class Feeder:
-    """Goes on with one batch: lists sources, looks at active items, begins others, ends it."""
+    """Goes on with one batch."""
 
     def __init__(self, services: Services, lease: Lease) -> None:
         self.services, self.lease, self.batches = services, lease, lease.batches
@@ -123,7 +68,7 @@ class Feeder:
 
     async def _step(self) -> float:
         """Take a step; returns the seconds until the next one."""
-        before = await _in_thread(self.batches.get, self.lease.id)
+        before = await in_thread(self.batches.get, self.lease.id)
         if before is None:
             return STEP_S
         pause_s = STEP_S if before.listed else await self._list(before)
@@ -133,10 +78,10 @@ class Feeder:
             pause_s = await self._refuse(before, e)
         else:
             await self._begin_and_settle(before, caller)
-        after = await _in_thread(self.batches.get, self.lease.id)
+        after = await in_thread(self.batches.get, self.lease.id)
         if after is not None:
-            await _in_thread(self.lease.report, after, before.counts)
-            await _in_thread(self.lease.end)
+            await in_thread(self.lease.report, after, before.counts)
+            await in_thread(self.lease.end)
         return pause_s
 
     def _caller(self, batch: Batch) -> Caller:
@@ -149,36 +94,36 @@ class Feeder:
         """List the next sources; returns the seconds until the listing may go on."""
         objects = self.services.objects
         try:
-            part = await _in_thread(batch_listing.read, objects, batch)
+            part = await in_thread(batch_listing.read, objects, batch)
         except StoreAway as e:
             log.warning("batch %s: its sources cannot be listed yet: %s", batch.id, e)
             return STEP_S
         except AfterimageError as e:
-            await _in_thread(self.lease.fail_listing, problem(e))
+            await in_thread(self.lease.fail_listing, problem(e))
             return 0.0
-        await _in_thread(self.lease.extend, batch, *part)
+        await in_thread(self.lease.extend, batch, *part)
         return 0.0
 
     async def _refuse(self, batch: Batch, e: Unauthorized) -> float:
         """Let the items fail that need the caller's key; returns the seconds until the others."""
-        active = await _in_thread(self.lease.active)
-        claimed = await _in_thread(self.lease.claim, REFUSED, REFUSED)
+        active = await in_thread(self.lease.active)
+        claimed = await in_thread(self.lease.claim, REFUSED, REFUSED)
         active |= dict.fromkeys(claimed, Active())
         await self._settle(batch, active, [(number, "failed", problem(e)) for number in active])
         return 0.0 if claimed else STEP_S
 
     async def _begin_and_settle(self, batch: Batch, caller: Caller) -> None:
-        active = await _in_thread(self.lease.active)
+        active = await in_thread(self.lease.active)
         if batch.canceled:
             active = await self._withdraw(batch, caller, active)
-        items = await _in_thread(self.batches.items, batch, active)
-        progress = await _in_thread(
+        items = await in_thread(self.batches.items, batch, active)
+        progress = await in_thread(
             batch_progress.look, self.services, batch, caller.name, items, active
         )
         await self._settle(batch, active, progress.changes)
         due = {n: active[n] for n in progress.lost if active[n].at <= time.time()}
         if not batch.canceled:
-            claimed = await _in_thread(self._claim, batch, caller)
+            claimed = await in_thread(self._claim, batch, caller)
             due |= dict.fromkeys(claimed, Active())
         await self._begin(batch, caller, due)
 
@@ -187,8 +132,8 @@ class Feeder:
     ) -> dict[int, Active]:
         """Cancel the active items whose drawing has not begun; returns the others."""
         begun = {n: known for n, known in active.items() if n not in self._beginning}
-        items = await _in_thread(self.batches.items, batch, begun)
-        changes = await _in_thread(
+        items = await in_thread(self.batches.items, batch, begun)
+        changes = await in_thread(
             batch_progress.withdraw, self.services, batch, caller, items, begun
         )
         await self._settle(batch, active, changes)
@@ -198,8 +143,8 @@ class Feeder:
     async def _settle(
         self, batch: Batch, active: Mapping[int, Active], changes: list[Change]
     ) -> None:
-        await _in_thread(self.lease.settle, changes)
-        await _in_thread(batch_progress.unsubscribe, self.services, batch, active, changes)
+        await in_thread(self.lease.settle, changes)
+        await in_thread(batch_progress.unsubscribe, self.services, batch, active, changes)
 
     def _claim(self, batch: Batch, caller: Caller) -> list[int]:
         """Claim waiting items within the limits of the window, the quota and the queue."""
@@ -217,18 +162,19 @@ class Feeder:
     async def _begin(self, batch: Batch, caller: Caller, due: Mapping[int, Active]) -> None:
         """Start to begin items; `run` waits for them."""
         new = [number for number in due if number not in self._beginning]
-        items = await _in_thread(self.batches.items, batch, new)
+        items = await in_thread(self.batches.items, batch, new)
         beginner = Beginner(self.services, self.lease, batch, caller)
 
         async def begin(number: int) -> None:
             async with self._free:
                 change = await beginner.begin(number, items[number], due[number])
             if change is not None:
-                await _in_thread(self.lease.settle, [change])
+                await in_thread(self.lease.settle, [change])
 
         for number in new:
             self._beginning[number] = asyncio.create_task(begin(number))
 
 
-async def _in_thread(function: Callable[[*Ts], T], *arguments: *Ts) -> T:
+async def in_thread(function: Callable[[*Ts], T], *arguments: *Ts) -> T:
+    """Run a function of Redis or of a store."""
     return await anyio.to_thread.run_sync(function, *arguments, limiter=_THREADS)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from worker.queue.batch_leases import ITEMS
 from worker.queue.batch_records import STATES
-from worker.queue.batches import ITEMS, Batches
+from worker.queue.batches import Batches
 from worker.queue.counters import Counters
 from worker.queue.store import Store
 

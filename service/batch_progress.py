@@ -9,7 +9,8 @@ from service.auth import Caller
 from service.batch_items import Change, problem, subscriber, target_of
 from service.services import Services
 from worker.queue.batch_records import Active, Batch, Item
-from worker.queue.jobs import MAX_SUBSCRIPTION_S, QUARANTINED
+from worker.queue.jobs import MAX_SUBSCRIPTION_S
+from worker.queue.quarantine import QUARANTINED
 from worker.queue.targets import Target
 
 
@@ -63,24 +64,26 @@ def _change(
     number: int, job: tuple[bytes | None, bytes | None], value: bytes | None
 ) -> Change | None:
     """The change of an item, given its job's status and error, and its target; None if lost."""
-    target = Target.loads(value) if value else None
+    target = None if value is None else Target.loads(value)
     if target is not None and target.status == "written":
         return number, "succeeded", None
     if target is not None and target.status == "failed":
-        kind = f"urn:afterimage:problem:{target.kind or 'store-refused'}"
+        kind = f"urn:afterimage:problem:{target.kind}"
         return number, "failed", {"type": kind, "detail": target.error[:500]}
     status, error = ((field or b"").decode() for field in job)
-    match status:
-        case "failed":
-            kind_of: type[AfterimageError] = Quarantined if error == QUARANTINED else DecodeFailed
-            return number, "failed", problem(kind_of(error))
-        case "canceled":
-            return number, "failed", problem(Canceled("the decode was canceled; retry the batch"))
-        case "queued":
-            return number, "queued", None
-        case "running" | "succeeded" if status == "running" or target is not None:
-            return number, "running", None
+    if status in {"failed", "canceled"}:
+        return number, "failed", _problem_of_job(status, error)
+    if status == "queued":
+        return number, "queued", None
+    if status == "running" or (status == "succeeded" and target is not None):
+        return number, "running", None
     return None
+
+
+def _problem_of_job(status: str, error: str) -> dict[str, str]:
+    if status == "canceled":
+        return problem(Canceled("the decode was canceled; retry the batch"))
+    return problem(Quarantined(error) if error == QUARANTINED else DecodeFailed(error))
 
 
 def withdraw(

@@ -1,20 +1,15 @@
 """Checks requests for batches, and adds the batches to the queue."""
 
-import hashlib
-import uuid
-
 import anyio.to_thread
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from models import tiers
 from models.errors import ParameterError
-from service import admission, batch_listing, object_writes, parameters
+from service import admission, batch_listing, idempotency, object_writes, parameters
 from service.auth import Caller
-from service.batch_schemas import BatchRequest
-from service.problems import KeyReused
+from service.batch_request_schemas import BatchRequest
 from service.services import Services
-from service.submission import IDEMPOTENCY_TTL_S
 from worker.queue.batch_records import Item, Spec
 from worker.queue.batches import Batches
 from worker.queue.references import Reference
@@ -49,7 +44,7 @@ async def submit(
     def create() -> str:
         items = [] if request.items is None else _items(services, caller, request)
         admission.check_memory(services)
-        id = uuid.uuid4().hex if key is None else _id_of_key(services, caller, key, data)
+        id = idempotency.batch_id(services, caller.name, key, data)
         Batches(services.store).create(caller.name, spec, items, id)
         return id
 
@@ -57,18 +52,6 @@ async def submit(
     if request.items is None:
         _check_prefixes(services, caller, spec)
     return await anyio.to_thread.run_sync(create, limiter=_THREADS)
-
-
-def _id_of_key(services: Services, caller: Caller, key: str, data: bytes) -> str:
-    """The id of the batch that belongs to an `Idempotency-Key`. Raises `KeyReused`."""
-    queue, name = services.store.queue, services.store.key("idempotency-batch", caller.name, key)
-    digest = hashlib.sha256(data).hexdigest()
-    queue.set(name, f"{uuid.uuid4().hex} {digest}", nx=True, ex=IDEMPOTENCY_TTL_S)
-    value: bytes = queue.get(name) or b""  # type: ignore[assignment]
-    id, _, known = value.decode().partition(" ")
-    if known != digest:
-        raise KeyReused(f"Idempotency-Key {key!r} belongs to another request; choose a new key")
-    return id
 
 
 def _spec(request: BatchRequest) -> Spec:

@@ -9,7 +9,14 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from models.errors import ParameterError
-from service import batch_requests, batch_schemas, batch_watching, prefix, problems, watching
+from service import (
+    batch_request_schemas,
+    batch_requests,
+    batch_watching,
+    prefix,
+    problems,
+    watching,
+)
 from service.batch_schemas import Batch
 from service.deps import ONLY_KNOWN, DecodeCaller, RequestBody, ServicesDep
 from service.problems import BatchNotFound, Conflict, KeyReused, QueueFull
@@ -37,8 +44,8 @@ _BODY = {
             "application/json": {
                 "schema": {"$ref": "#/components/schemas/BatchRequest"},
                 "examples": {
-                    "prefixes": {"value": batch_schemas.REQUEST},
-                    "items": {"value": batch_schemas.REQUEST_OF_ITEMS},
+                    "prefixes": {"value": batch_request_schemas.REQUEST},
+                    "items": {"value": batch_request_schemas.REQUEST_OF_ITEMS},
                 },
             }
         },

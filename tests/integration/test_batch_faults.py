@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service import batch_feeder
+from service import batch_feeder, batch_task
 from service.settings import ServiceSettings
 from tests.support import weights
 from tests.support.api import run_app
@@ -54,7 +54,7 @@ def settings(
         patch.setattr(object_stores, "REQUEST_S", 2)
         patch.setattr(object_stores, "RETRIES", 0)
         patch.setattr(batch_feeder, "STEP_S", 0.05)
-        patch.setattr(batch_feeder, "POLL_S", 0.05)
+        patch.setattr(batch_task, "POLL_S", 0.05)
         patch.setattr("service.batch_items.MAX_PAUSE_S", 0.2)
         patch.setattr("worker.deliveries.MAX_BACKOFF_S", 0.0)
         yield ServiceSettings(

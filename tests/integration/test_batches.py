@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service import batch_feeder
+from service import batch_feeder, batch_task
 from service.settings import ServiceSettings
 from tests.support import weights
 from tests.support.api import run_app
@@ -40,7 +40,7 @@ def settings(
     root = tmp_path_factory.mktemp("stores")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_feeder, "STEP_S", 0.02)
-        patch.setattr(batch_feeder, "POLL_S", 0.02)
+        patch.setattr(batch_task, "POLL_S", 0.02)
         patch.setattr("service.batch_items.FULL_PAUSE_S", 0.02)
         yield ServiceSettings(
             REDIS_URL=redis_urls[0], CACHE_REDIS_URL=redis_urls[1], stores=folder_stores(root)
@@ -99,7 +99,12 @@ def test_every_item_is_one_ordinary_decode(
         assert (sources.parent / f"out/{number}.png").read_bytes() == PNG
     seeds = {drawer.jobs.record(id).decode.seed for id in drawer.drawn}  # type: ignore[union-attr]
     assert seeds == {0, 1, 2, 3, 4}
-    asked = {"tier": "ddim-10", "steps": 1, "seed": 3, "source": "store:in/0.msh"}
+    asked: dict[str, str | int] = {
+        "tier": "ddim-10",
+        "steps": 1,
+        "seed": 3,
+        "source": "store:in/0.msh",
+    }
     assert api.post("/v1/decodes", params=asked).headers["x-cache"] == "hit"
     again = ended(api, submitted(api, items=items, tier="ddim-10", on_existing="replace"), drawer)
     assert counts(again) == {"succeeded": 10} and len(drawer.drawn) == 5
@@ -353,7 +358,7 @@ def test_100_000_items_wait_in_20_mb_of_redis(
     location = submitted(api, items=items)
     held = queue.info("memory")["used_memory"] - before
     keys = [key for key in queue.keys("*batch*") if queue.type(key) != b"zset"]
-    usage = sum(queue.memory_usage(key, samples=0) for key in keys)
+    usage = sum(queue.memory_usage(key, samples=0) or 0 for key in keys)
     assert usage / 100_000 < 60 and held < 20e6, (usage, held)
     began = time.perf_counter()
     assert counts(state(api, location)) == {"waiting": 100_000}

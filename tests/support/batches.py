@@ -10,6 +10,7 @@ import httpx
 from tests.support.waiting import until
 from worker.attempt import Attempt
 from worker.deliveries import Deliveries
+from worker.queue import order
 from worker.queue.jobs import Jobs
 from worker.queue.object_stores import ObjectStores
 from worker.queue.records import PRIORITIES
@@ -48,7 +49,7 @@ class Drawer:
     def queued(self) -> list[str]:
         """The ids of the queued jobs, in order."""
         line = self.jobs.line
-        ids = [id for priority in PRIORITIES for id in line.next(1000, priority)]
+        ids = [id for priority in PRIORITIES for id in order.first(line, 1000, priority)]
         self.deepest = max(self.deepest, len(ids))
         return ids
 

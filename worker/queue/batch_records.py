@@ -117,5 +117,4 @@ class Batch:
     def eta_s(self) -> float | None:
         """Seconds until the last item ends, at the present rate; None if that is unknown."""
         rate = self.rates()[1]
-        known = rate > 0 and self.listed and not self.ended
-        return self.unfinished / rate if known else None
+        return self.unfinished / rate if rate > 0 and self.listed and not self.ended else None
