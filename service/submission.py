@@ -118,7 +118,7 @@ class Submission:
         if self.prefer.wait_s:
             headers["Preference-Applied"] = f"wait={self.prefer.wait_s}"
             with contextlib.suppress(RedisError):  # the draft is there all the same
-                finished = await self._wait(state.id, format, headers)
+                finished = await self._finished(await self._wait(state.id), format, headers)
                 if finished is not None:
                     return finished
         headers |= self.upload.server_timing(draft)
@@ -191,30 +191,24 @@ class Submission:
         await self.services.instant.check(self.upload.bitstream, self._waiter)
         state, eta_s = await self._submit()
         if self.prefer.wait_s:
+            state, eta_s = await self._wait(state.id), None
             applied = {"Preference-Applied": f"wait={self.prefer.wait_s}"}
-            finished = await self._wait(state.id, format, {**headers, **applied})
+            finished = await self._finished(state, format, {**headers, **applied})
             if finished is not None:
                 return finished
-            state, eta_s = await self._seen(state.id), None
         response = await watching.pending_response(self.services, state, self.caller, eta_s)
         response.headers.update(headers)
         if self.prefer.applied:
             response.headers["Preference-Applied"] = self.prefer.applied
         return response
 
-    async def _wait(
-        self, job_id: str, format: OutputFormat | None, headers: dict[str, str]
-    ) -> Response | None:
-        """Wait at most `Prefer: wait` for the end of the job; the response as `_finished`."""
+    async def _wait(self, job_id: str) -> JobState:
+        """Wait at most `Prefer: wait` for the end of the job; its state as the caller sees it."""
         seconds, began = self.prefer.wait_s or 0, time.perf_counter()
         await watching.wait_until_ended(
             self.services, self.request, job_id, seconds, self.caller.name
         )
         self.request.state.waited_s = time.perf_counter() - began
-        return await self._finished(await self._seen(job_id), format, headers)
-
-    async def _seen(self, job_id: str) -> JobState:
-        """The state of the job as the caller sees it."""
         find = partial(watching.find_seen, self.services, job_id, self.caller)
         return await anyio.to_thread.run_sync(find)
 

@@ -175,6 +175,8 @@ async def decode(
     digest of the request's content, so repeating the request does not queue a second job. Once the
     job has succeeded, the response is the finished picture.
 
+    With `Prefer: wait=N` the response is the finished picture if it is ready within N seconds.
+
     With `target`, the picture is written to an object store, and the decode has succeeded once it
     is there. A target that holds the picture already is not written again.
     """

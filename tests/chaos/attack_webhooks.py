@@ -10,10 +10,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 
+from tests.support.attacks import Attack, Target
+from tests.support.service import WEBHOOK_SECRET
 from tests.support.waiting import until
 
 RECEIVERS = "127.0.0.4"
@@ -67,6 +70,20 @@ def slow_receivers(url: str, bitstream: bytes, seed: int = 2911) -> Figures:
         webhook_s = time.monotonic() - began if in_time else float("inf")
         livez += [_livez(victim) for _ in range(5)]
         return Figures(webhook_s, max(livez), sum(len(held) for _, held in slow))
+
+
+def attack(target: Target) -> str:
+    """Slow receivers; the attack fails if another caller's webhook is late."""
+    with (Path(__file__).parents[1] / "data/kodim23.msh").open("rb") as file:
+        figures = slow_receivers(f"http://127.0.0.1:{target.port}", file.read())
+    if not figures.holds:
+        raise RuntimeError(str(figures))
+    return str(figures)
+
+
+ATTACKS = {
+    "slow-receivers": Attack(attack, {**SETTINGS, "AFTERIMAGE_WEBHOOK_SECRET": WEBHOOK_SECRET})
+}
 
 
 def _client(url: str, address: str) -> httpx.Client:

@@ -8,7 +8,7 @@ import pytest
 from rq.job import Job
 
 from models.tiers import Settings
-from tests.support.jobs import FAST
+from tests.support.jobs import FAST, expire_lease
 from worker.attempt import Attempt
 from worker.queue import estimates, order, workers
 from worker.queue.jobs import Jobs
@@ -183,6 +183,20 @@ def test_a_job_that_is_put_back_is_next(jobs: Jobs) -> None:
     again = take(jobs)
     assert again is not None and again.id == first.id
     assert (again.caller, again.priority) == (first.caller, first.priority)
+
+
+def test_a_caller_whose_job_is_put_back_gets_no_other_job_for_it(jobs: Jobs) -> None:
+    for seed in range(12):
+        submit(jobs, "a", seed)
+        submit(jobs, "b", seed)
+    first = take(jobs)
+    assert first is not None
+    for job_id in jobs.claim_similar(first, 9):  # in order: as many of both
+        assert Attempt.begin(jobs, job_id, "batch") is not None
+        expire_lease(jobs, job_id)
+    jobs.reap()
+    drawn = Counter(taken.caller for _ in range(10) if (taken := take(jobs)))
+    assert drawn["a"] == pytest.approx(5, abs=1)
 
 
 def test_a_job_that_was_lost_returns_to_its_callers_queue(jobs: Jobs) -> None:

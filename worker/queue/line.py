@@ -16,8 +16,10 @@ from rq.job import Job
 from worker.queue.line_scripts import CLAIM, JOIN, TAKE
 from worker.queue.records import PRIORITIES, JobState, Priority
 from worker.queue.rq_queue import DecodeQueue
-from worker.queue.store import RECORD_TTL_S, Store
+from worker.queue.store import Store
 
+LINE_TTL_S = 7 * 24 * 3600
+"""How long the order is kept without any new or taken job: longer than the records of the jobs."""
 BATCH_EVERY = 20
 """At least one in so many jobs is a batch job while batch jobs wait: 5 %."""
 
@@ -54,10 +56,13 @@ class Line:
         return self.queue(state.priority, state.caller)
 
     def add(self, state: JobState, pipe: Pipeline, at_front: bool = False) -> None:
-        """Put a job into its caller's queue; at the front, it is one of the next jobs."""
+        """Put a job into its caller's queue.
+
+        At the front belongs a job that was taken and not drawn; its caller gets back what it cost.
+        """
         self.queue_of(state).add(state.id, pipe, at_front)
-        arguments = state.priority, state.caller, int(at_front), RECORD_TTL_S
-        pipe.eval(JOIN, 2, *self._keys, *map(str, arguments))
+        taken = self.store.key("job", state.id) if at_front else ""
+        pipe.eval(JOIN, 2, *self._keys, state.priority, state.caller, taken, str(LINE_TTL_S))
 
     def take(self, connection: Redis, worker: str) -> tuple[str, str] | bytes | None:
         """Take the next job: the key of its list and its id.
@@ -65,7 +70,7 @@ class Line:
         None if no job waits; `b"drained"` if this worker may not take jobs. `worker` is the key of
         the worker's record.
         """
-        arguments = self.store.key("job", ""), BATCH_EVERY, RECORD_TTL_S, worker
+        arguments = self.store.key("job", ""), BATCH_EVERY, LINE_TTL_S, worker
         reply = self._take(self._keys, arguments, client=connection)
         return (reply[0].decode(), reply[1].decode()) if isinstance(reply, list) else reply
 

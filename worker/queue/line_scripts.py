@@ -40,14 +40,17 @@ local function renew(priority, ttl)
     redis.call('expire', line .. kind .. priority, ttl)
   end
 end
-local function join(priority, caller, front)
+local function cost(job)
+  local fields = redis.call('hmget', job, 'work', 'weight')
+  return (tonumber(fields[1] or '') or 1) / (tonumber(fields[2] or '') or 1)
+end
+local function join(priority, caller, refund)
   local tag, now = score(line .. ':' .. priority, caller), virtual(priority)
   if not tag or redis.call('llen', list(priority, caller)) <= 1 then
     tag = math.max(now, tag or now, score(line .. ':left:' .. priority, caller) or now)
     redis.call('zadd', line .. ':since:' .. priority, time(), caller)
   end
-  if front then tag = math.min(tag, now) end
-  redis.call('zadd', line .. ':' .. priority, tag, caller)
+  redis.call('zadd', line .. ':' .. priority, tag - refund, caller)
   redis.call('zrem', line .. ':left:' .. priority, caller)
 end
 local function leave(priority, caller, tag)
@@ -59,9 +62,7 @@ local function leave(priority, caller, tag)
   end
 end
 local function charge(priority, caller, tag, job)
-  local fields = redis.call('hmget', job, 'work', 'weight')
-  local work, weight = tonumber(fields[1] or ''), tonumber(fields[2] or '')
-  tag = tag + (work or 1) / (weight or 1)
+  tag = tag + cost(job)
   if redis.call('exists', list(priority, caller)) == 0 then
     leave(priority, caller, tag)
   else
@@ -79,8 +80,8 @@ end
 JOIN = (
     _COMMON
     + """
-local priority, caller, front, ttl = unpack(ARGV)
-join(priority, caller, front == '1')
+local priority, caller, taken, ttl = unpack(ARGV)
+join(priority, caller, taken == '' and 0 or cost(taken))
 renew(priority, ttl)
 local bell = line .. ':bell'
 redis.call('lpush', bell, '1')
@@ -90,7 +91,8 @@ redis.call('expire', bell, 60)
 )
 """After a push to a caller's list: let the caller wait, and wake a worker.
 
-ARGV: priority, caller, 1 if the job was put at the front, seconds until the keys expire.
+ARGV: priority, caller, key of the job's record if it was put back at the front (its caller gets
+back what it cost) or an empty string, seconds until the keys expire.
 """
 
 TAKE = (
@@ -108,7 +110,7 @@ local function first(priority)
   end
 end
 if redis.call('exists', base) == 1 and not score(line .. ':interactive', '') then
-  join('interactive', '')
+  join('interactive', '', 0)
 end
 local priority = 'interactive'
 local caller, tag = first('interactive')

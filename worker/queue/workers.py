@@ -73,7 +73,10 @@ def drain(jobs: Jobs, name: str) -> bool:
     """Let a live worker take no further jobs, until it is restarted; False if there is none."""
     if name not in names(jobs):
         return False
-    jobs.store.queue.hset(key(jobs, name), "drained", 1)
+    with jobs.store.queue.pipeline() as pipe:
+        pipe.hset(key(jobs, name), "drained", 1)
+        pipe.expire(key(jobs, name), RECORD_TTL_S)
+        pipe.execute()
     return True
 
 
