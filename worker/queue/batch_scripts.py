@@ -10,10 +10,9 @@ local now = time[1] + time[2] / 1e6
 while true do
   local id = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, 1)[1]
   if not id then return nil end
-  local record = ARGV[3] .. id
-  if redis.call('EXISTS', record) == 1 then
+  if redis.call('EXISTS', ARGV[3] .. id) == 1 then
+    redis.call('HSET', ARGV[3] .. id, 'lease', ARGV[1])
     redis.call('ZADD', KEYS[1], now + ARGV[2], id)
-    redis.call('HSET', record, 'lease', ARGV[1])
     return id
   end
   redis.call('ZREM', KEYS[1], id)
@@ -41,27 +40,23 @@ CLAIM = (
     + """
 local states = redis.call('GET', KEYS[2]) or ''
 local room = math.min(ARGV[2], ARGV[3] - redis.call('HLEN', KEYS[3]))
-local claimed, from = {}, 1
-while #claimed < room do
-  local at = string.find(states, 'w', from, true)
-  if not at then break end
+local claimed, at = {}, string.find(states, 'w', 1, true)
+while at and #claimed < room do
   redis.call('SETRANGE', KEYS[2], at - 1, 'q')
   redis.call('HSET', KEYS[3], at - 1, '{}')
   claimed[#claimed + 1] = at - 1
-  from = at + 1
+  at = string.find(states, 'w', at + 1, true)
 end
 return claimed
 """
 )
-"""Make waiting items active; returns their numbers. More ARGV: how many, largest number of active
-items."""
+"""Make waiting items active; returns their numbers. More ARGV: how many, most active ones."""
 
 NOTE = (
     _LEASED
     + """
 if redis.call('HEXISTS', KEYS[3], ARGV[2]) == 0 then return 0 end
-redis.call('HSET', KEYS[3], ARGV[2], ARGV[3])
-return 1
+return 1 + redis.call('HSET', KEYS[3], ARGV[2], ARGV[3])
 """
 )
 """Store what is known of an item; 0 if it is not active any more. More ARGV: number, value."""
@@ -71,7 +66,7 @@ SETTLE = (
     + """
 local names = {s = 'succeeded', k = 'skipped', f = 'failed', c = 'canceled'}
 for _, change in ipairs(cjson.decode(ARGV[2])) do
-  local number, state, problem = change[1], change[2], change[3]
+  local number, state, problem = unpack(change)
   local former = redis.call('GETRANGE', KEYS[2], number, number)
   if former == 'q' or former == 'r' then
     redis.call('SETRANGE', KEYS[2], number, state)
