@@ -43,8 +43,10 @@ test: $(READY) browser ## run all tests, in three processes; lists the slowest
 	@$(TESTS) $(BIN)/pytest -n 3 --durations=25
 
 browser: $(READY) ## install Chromium for the tests of the page: Debian's as root, else Playwright's
-	-@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
-		{ test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qq -y chromium >/dev/null; } || \
+	-@command -v chromium-headless-shell >/dev/null || \
+		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+		apt-get install -qq -y chromium-headless-shell >/dev/null; } || \
+		command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 		$(BIN)/playwright install chromium
 
 check: $(READY) ## lint, formatting and types

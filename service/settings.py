@@ -67,7 +67,9 @@ class ServiceSettings(WorkerSettings):
         0, ge=0, le=65535, description="separate port for `/metrics`; 0: the port of the API"
     )
     max_backlog_s: float = Field(
-        900, gt=0, description="seconds of queued work beyond which jobs are refused (503)"
+        900,
+        gt=0,
+        description="seconds for which a new job may have to wait; beyond, it is refused (503)",
     )
     instant_cache_bytes: int = Field(
         64 * 2**20, ge=0, description="memory for instant pictures per API process"
@@ -128,7 +130,8 @@ class ServiceSettings(WorkerSettings):
     def _keys_are_not_empty(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Refuse an empty variable or file: treated as unset, it would open the service to all."""
         empty = any(k.upper() == "AFTERIMAGE_API_KEYS" and not v for k, v in os.environ.items())
-        if values.get("api_keys", "" if empty else None) == "":
+        keys = values.get("api_keys", "" if empty else None)
+        if isinstance(keys, str) and not keys.strip():
             raise ValueError(
                 "AFTERIMAGE_API_KEYS is empty; name the file of API keys, or unset the variable to "
                 "run without keys"

@@ -30,6 +30,7 @@ LIMITS = {
     "AFTERIMAGE_MAX_MEGAPIXEL_STEPS": "300",
     "AFTERIMAGE_MAX_BYTES": "4000000",
     "AFTERIMAGE_BODIES_BYTES": "1",
+    "AFTERIMAGE_WAITS_AT_ONCE": "150",
 }
 """Of the services that tests share."""
 

@@ -37,11 +37,11 @@ def main() -> int:
     tracing.setup("afterimage-worker")
     settings = WorkerSettings()
     if not settings.redis_url:
-        return _complain("set REDIS_URL: a worker needs a queue", 2)
+        return logs.complain("set REDIS_URL: a worker needs a queue", 2)
     try:
         prepare_process(settings)
     except (AfterimageError, OSError) as e:
-        return _complain(f"the worker cannot start: {e}", 1)
+        return logs.complain(f"the worker cannot start: {e}", 1)
     os.nice(settings.nice)
     with without_garbage_collection():
         from worker.queue.store import RedisError
@@ -49,7 +49,7 @@ def main() -> int:
         try:
             worker, deliveries = _load(settings)
         except (RedisError, AfterimageError) as e:
-            return _complain(f"the worker cannot start: {e}", 1)
+            return logs.complain(f"the worker cannot start: {e}", 1)
         worker.library.warm_up()
     return _serve(worker, deliveries, settings.redis_url)
 
@@ -57,11 +57,6 @@ def main() -> int:
 def _exit(_number: int, _frame: FrameType | None) -> NoReturn:
     """Exit at once, without an exception that the interrupted code could catch: no job runs yet."""
     os._exit(0)
-
-
-def _complain(text: str, status: int) -> int:
-    print(text, file=sys.stderr)  # noqa: T201
-    return status
 
 
 def _load(settings: WorkerSettings) -> tuple["WorkerContext", "Deliveries"]:
@@ -81,6 +76,7 @@ def _load(settings: WorkerSettings) -> tuple["WorkerContext", "Deliveries"]:
 
     loaded = library.load(settings.threads, folder=settings.weights_dir)
     jobs = Jobs(connected, settings.job_timeout_s)
+    device = loaded.diffusion.device.type
     stores = f"{settings.prefix} {settings.redis_url}"  # queues may share a folder
     spools = settings.cache_dir / "spool"
     Spool.remove_expired(spools)
@@ -88,14 +84,14 @@ def _load(settings: WorkerSettings) -> tuple["WorkerContext", "Deliveries"]:
     worker = context.WorkerContext(
         jobs=jobs,
         library=loaded,
-        heartbeat=Heartbeat(jobs, spool, settings.cache_dir / "alive"),
+        heartbeat=Heartbeat(jobs, spool, settings.cache_dir / "alive", device),
         spool=spool,
         max_pixels=settings.max_pixels,
-        batch=settings.batch or (CUDA_BATCH if loaded.diffusion.device.type == "cuda" else 1),
+        batch=settings.batch or (CUDA_BATCH if device == "cuda" else 1),
         grace_s=settings.grace_s,
     )
     context.install(worker)
-    return worker, Deliveries(jobs, objects, settings.max_pixels)
+    return worker, Deliveries(jobs, objects, settings.max_pixels, loaded)
 
 
 def _serve(worker: "WorkerContext", deliveries: "Deliveries", redis_url: str) -> int:

@@ -37,14 +37,6 @@ LARGE_SEED = 2**53 + 1
 
 
 @pytest.fixture(scope="module")
-def api(redis_urls: tuple[str, str]) -> Iterator[httpx.Client]:
-    queue, cache = redis_urls
-    settings = ServiceSettings(REDIS_URL=queue, CACHE_REDIS_URL=cache, max_pixels=2_000_000)
-    with weights.loaded_once(), run_app(settings) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def guarded(
     redis_urls: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx.Client]:
@@ -147,7 +139,7 @@ def test_without_respond_async_an_unacceptable_picture_is_refused_before_it_is_q
     for tier in ("instant", "perceptual"):
         answer = api.post(f"/v1/decodes?tier={tier}", content=small_msh, headers=JSON)
         assert answer.status_code == 406
-    assert not list(Jobs(store).queue.get_job_ids())
+    assert not Jobs(store).line.job_ids()
 
 
 def test_an_error_is_reported_whatever_the_client_accepts(api: httpx.Client) -> None:

@@ -4,7 +4,8 @@ import shutil
 
 from playwright.sync_api import Browser, Playwright
 
-INSTALLED = ("chromium", "google-chrome")
+INSTALLED = ("chromium-headless-shell", "chromium", "google-chrome")
+"""Commands, the lightest first."""
 
 
 def launch(playwright: Playwright) -> Browser:
