@@ -17,9 +17,9 @@ ANALYTICS = frozenset({
     "__s", "_branch_match_id", "_ga", "_gl", "_hsenc", "_hsmi", "_kx", "_openstat", "dclid", "epik",
     "fbclid", "gad_source", "gbraid", "gclid", "gclsrc", "hsctatracking", "igsh", "igshid",
     "irclickid", "li_fat_id", "mc_cid", "mc_eid", "mibextid", "mkt_tok", "msclkid", "oly_anon_id",
-    "oly_enc_id", "rb_clickid", "rdt_cid", "ref", "ref_src", "ref_url", "s_cid", "s_kwcid", "sc_cid",
-    "si", "spm", "srsltid", "trk", "ttclid", "twclid", "vero_conv", "vero_id", "wbraid", "wickedid",
-    "yclid", "ysclid",
+    "oly_enc_id", "rb_clickid", "rdt_cid", "ref", "ref_src", "ref_url", "s_cid", "s_kwcid",
+    "sc_cid", "si", "spm", "srsltid", "trk", "ttclid", "twclid", "vero_conv", "vero_id", "wbraid",
+    "wickedid", "yclid", "ysclid",
 })  # fmt: skip
 """Parameters that messengers, newsletters and advertisements add to links for analytics."""
 ANALYTICS_PREFIXES = ("utm_", "hsa_", "mtm_", "pk_", "matomo_", "fb_", "ml_", "__hs")
