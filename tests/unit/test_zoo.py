@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models import checkpoint, library
-from models.codec import bitstream, catalogue, codec, interchange, state_dicts, zoo
+from models.codec import bitstream, catalogue, codec, interchange, published, state_dicts, zoo
 from models.codec.bitstream import Bitstream
 from models.codec.codec import Codec
 from models.diffusion import decoder
@@ -463,8 +463,6 @@ def test_an_exported_checkpoint_is_imported_with_the_same_id(tmp_path: Path, fol
 def test_a_checkpoint_of_the_zoo_is_downloaded_and_imported(
     tmp_path: Path, file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compressai.zoo import image as published
-
     digest = sha256(file.read_bytes()).hexdigest()[:8]
     for name, message in ((digest, ""), ("0" * 8, "hash"), ("f" * 8, "No such file")):
         stored = tmp_path / f"mbt2018-mean-ms-ssim-5-{name}.pth.tar"
