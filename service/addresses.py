@@ -25,6 +25,12 @@ def plain(host: str) -> str:
     return parse(host) or host[:MAX_LENGTH]
 
 
+def is_loopback(host: str) -> bool:
+    """Whether an address is that of this machine itself; False for other text."""
+    address = parse(host)
+    return address is not None and ipaddress.ip_address(address).is_loopback
+
+
 @lru_cache(4096)
 def network(host: str) -> str:
     """Return the network that counts as one client: an IPv4 address, or the /64 of an IPv6 address.

@@ -6,7 +6,7 @@ from service import metrics
 from service.problems import Busy, QueueFull
 from service.services import Services
 from worker.queue import estimates
-from worker.queue.records import ENDED, JobState
+from worker.queue.records import ENDED, JobState, Priority
 
 FULL = 0.8
 """Used fraction of the queue's memory from which on new jobs are refused; jobs that were accepted
@@ -16,19 +16,25 @@ FULL_RETRY_S = 600
 when jobs end."""
 
 
-def admit(services: Services, state: JobState | None) -> None:
-    """Raise `QueueFull` or `Busy` unless one more job may be queued.
+def admit(
+    services: Services, state: JobState | None, caller: str, priority: Priority = "interactive"
+) -> None:
+    """Raise `QueueFull` or `Busy` unless one more job of the caller may be queued.
 
-    A request for a job whose `state` is queued or running is always admitted.
+    Only the jobs that workers would take before it count. A request for a job whose `state` is
+    queued or running is always admitted.
     """
     if state is not None and state.status not in ENDED:
         return
     check_memory(services)
-    backlog, limit = estimates.backlog_s(services.jobs), services.settings.max_backlog_s
+    backlog = estimates.backlog_s(services.jobs, caller, priority)
+    limit = services.settings.max_backlog_s
     if backlog > limit:
         metrics.shed("backlog")
         retry = {"Retry-After": str(math.ceil(backlog - limit))}
-        message = f"{backlog:.0f} s of work are queued; the limit is {limit:.0f} s; try again later"
+        message = (
+            f"a new job would wait for {backlog:.0f} s; the limit is {limit:.0f} s; try again later"
+        )
         raise Busy(message, retry)
 
 

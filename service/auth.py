@@ -11,6 +11,7 @@ from fastapi import Request
 from service import addresses, keys, parameters, prefix, signed_urls
 from service.keys import SCOPES, Key, KeysError, Scope
 from service.problems import Forbidden, Unauthorized
+from worker.queue.records import Priority
 
 CHECK_S = 1.0
 """Seconds between two checks of the key file; a removed key works until the next check."""
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """An authenticated client: its name, its scopes, and the limits set by its key.
+    """An authenticated client: its name, its scopes, and the limits and shares set by its key.
 
     With a signed link (`has_link`) it may see that link's picture, even in a private service.
     """
@@ -29,6 +30,8 @@ class Caller:
     scopes: frozenset[Scope]
     requests_per_minute: int | None = None
     jobs_at_once: int | None = None
+    priority: Priority = "interactive"
+    weight: float = 1.0
     has_link: bool = False
 
 
@@ -62,8 +65,18 @@ class Keys:
                 match = key
         if match is None or match.expired:
             return None
-        limits = (match.requests_per_minute, match.jobs_at_once)
-        return Caller(match.name, frozenset(match.scopes), *limits)
+        return _caller(match)
+
+    def named(self, name: str, scope: Scope) -> Caller:
+        """Return the caller of this name, for work that goes on after its request.
+
+        Raises `Unauthorized` unless it has a key with this scope that has not expired.
+        """
+        self._reload_if_changed()
+        for key in self._keys:
+            if key.name == name and not key.expired and scope in key.scopes:
+                return _caller(key)
+        raise Unauthorized(f"{name} has no valid API key with the scope {scope} any more")
 
     def _reload_if_changed(self) -> None:
         """Reload a changed file; if it has become invalid, log that once and keep the old keys."""
@@ -81,6 +94,13 @@ class Keys:
             log.error("the file of API keys is invalid, so the previous keys stay in use: %s", e)
 
 
+def _caller(key: Key) -> Caller:
+    return Caller(
+        key.name, frozenset(key.scopes), key.requests_per_minute, key.jobs_at_once, key.priority,
+        key.weight,
+    )  # fmt: skip
+
+
 def _file_version(path: Path) -> tuple[int, ...] | None:
     """Modification time, size and inode of a file; None if it is missing."""
     try:
@@ -90,9 +110,20 @@ def _file_version(path: Path) -> tuple[int, ...] | None:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-def anonymous(request: Request) -> Caller:
-    """The caller on a service without API keys: has all scopes; its address is its name."""
-    return Caller(client_address(request), frozenset(SCOPES))
+def anonymous(request: Request, scope: Scope) -> Caller:
+    """The caller on a service without API keys, whose address is its name.
+
+    It has all scopes; only on this machine it has `operate`. Raises `Forbidden` without `scope`.
+    """
+    local = request.client is not None and addresses.is_loopback(request.client.host)
+    scopes = frozenset(SCOPES) if local else frozenset(SCOPES) - {"operate"}
+    if scope not in scopes:
+        message = (
+            "without API keys, only clients on the service's own machine may operate the queue; "
+            "set AFTERIMAGE_API_KEYS, and use a key with the scope operate"
+        )
+        raise Forbidden(message)
+    return Caller(client_address(request), scopes)
 
 
 def link_holder(request: Request, secret: bytes | None) -> Caller | None:

@@ -23,6 +23,7 @@ from httpx_sse import ServerSentEvent, aconnect_sse
 
 from models.errors import AfterimageError, Canceled
 from models.image import MEDIA_TYPES, OutputFormat
+from service.client_batches import AsyncBatches, Batches
 
 Kind = Literal["draft", "queued", "started", "progress", "preview", "final"]
 
@@ -120,6 +121,7 @@ class AsyncClient:
         self.http = http or _default_http()
         self.http.base_url = _checked(httpx.URL(url))
         self.http.headers.update(headers)
+        self.batches = AsyncBatches(self.send, self._retry)
 
     async def __aenter__(self) -> Self:
         return self
@@ -146,7 +148,7 @@ class AsyncClient:
         """
         params = {"tier": tier, **{k: v for k, v in settings.items() if v is not None}}
         accept = {"Accept": MEDIA_TYPES[format]}
-        response = await self._send(
+        response = await self.send(
             "POST", "/v1/decodes", params=params, content=data, headers=accept
         )
         location = self._path(response.headers.get("location", ""))
@@ -172,7 +174,7 @@ class AsyncClient:
         Warns (`UserWarning`) if the file is truncated and was encoded as far as it goes.
         """
         params = {"quality": quality, "format": format}
-        response = await self._send(
+        response = await self.send(
             "POST", "/v1/encodes", params=params, content=picture, **self._encode_options
         )
         if text := response.headers.get("x-afterimage-warning"):
@@ -181,12 +183,12 @@ class AsyncClient:
 
     async def inspect(self, data: bytes) -> dict[str, Any]:
         """The fields of a bitstream's header. Raises `ApiError`."""
-        header: dict[str, Any] = (await self._send("POST", "/v1/inspect", content=data)).json()
+        header: dict[str, Any] = (await self.send("POST", "/v1/inspect", content=data)).json()
         return header
 
     async def cancel(self, location: str) -> None:
         """Cancel the decode at `location` for this caller. Raises `ApiError` if it has ended."""
-        await self._send("DELETE", self._path(location))
+        await self.send("DELETE", self._path(location))
 
     async def _follow(self, location: str, previews: bool) -> AsyncGenerator[Update, None]:
         """Yield a decode's events as updates until it has succeeded; reconnects on errors."""
@@ -239,7 +241,7 @@ class AsyncClient:
             if not previews:
                 return None
             with contextlib.suppress(ApiError):  # expired, or over the quota: others follow
-                picture = (await self._send("GET", self._path(data["image"]))).content
+                picture = (await self.send("GET", self._path(data["image"]))).content
         kind: Kind = event.event  # type: ignore[assignment]
         return Update(kind, picture, data.get("step", 0), data.get("total", 0))
 
@@ -247,7 +249,7 @@ class AsyncClient:
         """Return `reference`, a path from the service, relative to the path of the base URL."""
         return reference.removeprefix(self.http.base_url.path.rstrip("/"))
 
-    async def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
+    async def send(self, method: str, path: str, **request: Any) -> httpx.Response:
         """Send a request once. Raises `ApiError` unless the response is a success."""
         response = await self.http.request(method, path, **request)
         if not response.is_success:
@@ -259,7 +261,7 @@ class AsyncClient:
         failures = 0
         while True:
             try:
-                return await self._send(method, path, **request)
+                return await self.send(method, path, **request)
             except (httpx.TransportError, ApiError) as e:
                 failures += 1
                 await _wait_before_retry(e, failures)
@@ -276,6 +278,7 @@ class Client:
                 self._portal.wrap_async_context_manager(client)
             )
             self._stack = stack.pop_all()
+        self.batches = Batches(self._client.batches, self._portal)
         self._open = True
 
     def __enter__(self) -> Self:

@@ -12,12 +12,15 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from worker.queue import counters, estimates
+from service import batch_metrics
+from worker.queue import counters, workers
 from worker.queue.jobs import Jobs
+from worker.queue.line import Waiting
+from worker.queue.records import PRIORITIES
 from worker.queue.store import RedisError
 
 _HEAD = 16
-"""Number of jobs at the front of the queue among which the oldest is looked for. Jobs that were
+"""Number of jobs at the front of each queue among which the oldest is looked for. Jobs that were
 queued again are at the front too, so the first job need not be the oldest."""
 
 
@@ -39,7 +42,9 @@ class QueueCollector(Collector):
         families: list[Metric] = []
         up = 0.0
         with contextlib.suppress(RedisError):
-            families = [*_queue(self.jobs), *_counters(counters.read(self.jobs.store))]
+            sums = counters.read(self.jobs.store)
+            families = [*_queue(self.jobs), *_counters(sums)]
+            families += batch_metrics.families(self.jobs.store, sums)
             self.jobs.store.cache.ping()
             up = 1.0
         text = "Whether both Redis stores, queue and cache, respond (1) or not (0)."
@@ -50,24 +55,48 @@ class QueueCollector(Collector):
 def _queue(jobs: Jobs) -> Iterator[Metric]:
     with jobs.store.queue.pipeline(transaction=False) as pipe:
         pipe.scard(jobs.waiting)  # includes jobs that a worker took before it crashed
-        pipe.lrange(jobs.queue.key, 0, _HEAD - 1)
-        depth, head = pipe.execute()
-        for job in head:
+        depth = pipe.execute()[0]
+        depths = jobs.line.depths()
+        for waiting in depths:
+            if waiting.priority == "interactive":
+                pipe.lrange(jobs.line.queue("interactive", waiting.caller).key, 0, _HEAD - 1)
+        for job in [job for head in pipe.execute() for job in head]:
             pipe.hget(jobs.key(job.decode()), "created")
         created = [float(value) for value in pipe.execute() if value]
     age = max(time.time() - min(created), 0.0) if created else 0.0
-    running = len(jobs.running)
+    running, live = len(jobs.running), len(workers.names(jobs))
     yield GaugeMetricFamily("afterimage_queue_depth", "Jobs waiting for a worker.", depth)
     yield GaugeMetricFamily(
         "afterimage_queue_oldest_age_seconds",
-        "Seconds since the oldest waiting job was queued.",
+        "Seconds since the oldest waiting interactive job was queued.",
         age,
     )
+    yield from _priorities(depths, jobs.now())
     yield GaugeMetricFamily("afterimage_jobs_running", "Jobs being run by workers.", running)
-    workers = len(estimates.live_workers(jobs))
-    yield GaugeMetricFamily("afterimage_workers", "Live workers, busy or idle.", workers)
+    yield GaugeMetricFamily("afterimage_workers", "Live workers, busy or idle.", live)
     memory = "Used fraction of the maxmemory of the queue's Redis; 0 without maxmemory."
     yield GaugeMetricFamily("afterimage_queue_memory_ratio", memory, jobs.store.fullness())
+
+
+def _priorities(depths: Mapping[Waiting, int], now: float) -> Iterator[Metric]:
+    """Metrics of the waiting callers, by priority."""
+    label = ("priority",)
+    count = GaugeMetricFamily("afterimage_queue_jobs", "Jobs in the queues.", labels=label)
+    callers = GaugeMetricFamily(
+        "afterimage_queue_callers", "Callers whose jobs wait for a worker.", labels=label
+    )
+    unserved = GaugeMetricFamily(
+        "afterimage_queue_unserved_seconds",
+        "Longest time for which no worker has taken a job of a waiting caller.",
+        labels=label,
+    )
+    for priority in PRIORITIES:
+        waiting = {w: jobs for w, jobs in depths.items() if w.priority == priority}
+        count.add_metric([priority], sum(waiting.values()))
+        callers.add_metric([priority], len(waiting))
+        since = min((w.since for w in waiting if w.since), default=now)
+        unserved.add_metric([priority], max(now - since, 0.0))
+    yield from (count, callers, unserved)
 
 
 def _counters(sums: counters.Counters) -> Iterator[Metric]:

@@ -51,7 +51,8 @@ def require(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable[Call
     """Return a dependency that authenticates the caller and checks its scope.
 
     `or_link` also accepts a signed link, for GET and HEAD. A service without API keys
-    allows every client everything. The dependency raises `Unauthorized`, `Forbidden`.
+    allows every client everything, except to operate the queue. The dependency raises
+    `Unauthorized`, `Forbidden`.
     """
 
     async def caller(
@@ -61,7 +62,7 @@ def require(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable[Call
         header: Annotated[str | None, Security(_API_KEY_HEADER)],
     ) -> Caller:
         if services.keys is None:
-            return auth.anonymous(request)
+            return auth.anonymous(request, scope)
         token = bearer.credentials if bearer else header
         if or_link and not token:
             holder = auth.link_holder(request, services.link_secret)
@@ -133,6 +134,7 @@ ONLY_KNOWN_ON_LINKS = Depends(parameters.only_known(on_link=True))
 RequestBody = Annotated[bytes, Depends(request_body)]
 DecodeCaller = Annotated[Caller, Depends(within_quota("decode"))]
 EncodeCaller = Annotated[Caller, Depends(within_quota("encode"))]
+OperateCaller = Annotated[Caller, Depends(within_quota("operate"))]
 ImageCaller = Annotated[Caller, Depends(within_quota("decode", or_link=True))]
 """A caller with the scope `decode`, or with a signed link to the picture."""
 AcceptHeader = Annotated[str, Depends(accept_header)]

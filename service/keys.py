@@ -6,9 +6,11 @@ table:
     [[keys]]
     name = "gallery"
     sha256 = "…"                 # hex digest of the key
-    scopes = ["decode"]          # decode, encode or both
-    requests_per_minute = 60     # optional, like the next two
+    scopes = ["decode"]          # decode, encode, operate: one or more
+    requests_per_minute = 60     # optional, like all that follow
     jobs_at_once = 4
+    priority = "batch"           # interactive (default) or batch: after all interactive jobs
+    weight = 2                   # share of the drawings among callers that wait (default: 1)
     expires = 2027-01-31         # the last day on which the key is valid, UTC
 """
 
@@ -21,9 +23,12 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.errors import AfterimageError
+from worker.queue.records import Priority
 
-Scope = Literal["decode", "encode"]
+Scope = Literal["decode", "encode", "operate"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
+"""Limits of a key's weight."""
 
 
 class KeysError(AfterimageError):
@@ -40,6 +45,8 @@ class Key(BaseModel):
     scopes: list[Scope] = Field(min_length=1)
     requests_per_minute: int | None = Field(None, ge=1)
     jobs_at_once: int | None = Field(None, ge=1)
+    priority: Priority = "interactive"
+    weight: float = Field(1.0, ge=MIN_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)
     expires: date | None = None
 
     @property

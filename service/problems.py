@@ -48,10 +48,22 @@ class JobNotFound(RequestError):
     kind = "job-not-found"
 
 
+class BatchNotFound(RequestError):
+    """There is no batch of this caller with this id."""
+
+    kind = "batch-not-found"
+
+
 class ModelNotFound(RequestError):
     """There is no model card for these weights."""
 
     kind = "model-not-found"
+
+
+class WorkerNotFound(RequestError):
+    """There is no live worker of this name."""
+
+    kind = "worker-not-found"
 
 
 class NotAcceptable(RequestError):
@@ -61,7 +73,7 @@ class NotAcceptable(RequestError):
 
 
 class Conflict(RequestError):
-    """The operation is not possible in the current state of the decode."""
+    """The operation is not possible in the current state of the decode or batch."""
 
     kind = "conflict"
 
@@ -157,7 +169,9 @@ STATUS: dict[type[errors.AfterimageError], int] = {
     Forbidden: 403,
     references.StoreForbidden: 403,
     JobNotFound: 404,
+    BatchNotFound: 404,
     ModelNotFound: 404,
+    WorkerNotFound: 404,
     references.StoreNotFound: 404,
     references.ObjectNotFound: 404,
     NotAcceptable: 406,

@@ -110,12 +110,19 @@ class Quotas:
         unfinished = self._unfinished(caller)
         if self._try_add(caller, job_id, limit):
             return
-        times = (estimates.eta_s(self.jobs, state) for state in unfinished)
+        running = [state for state in unfinished if state.status == "running"]
+        first = sorted((s for s in unfinished if s.status == "queued"), key=lambda s: s.created)[:1]
+        times = (estimates.eta_s(self.jobs, state) for state in (*running, *first))
         wait_s = max(math.ceil(min((t for t in times if t is not None), default=RETRY_S)), 1)
         headers = {**_headers("jobs", str(limit), 0, wait_s), "Retry-After": str(wait_s)}
         metrics.rate_limited()
         message = f"{limit} of your jobs have not ended, which is the quota; wait for one of them"
         raise TooManyRequests(message, headers)
+
+    def free_jobs(self, caller: Caller) -> int | None:
+        """How many more jobs the caller may have now; None without a limit."""
+        limit = caller.jobs_at_once or self.jobs_at_once
+        return None if limit is None else max(limit - len(self._unfinished(caller)), 0)
 
     def release_job(self, caller: Caller, job_id: str) -> None:
         """Stop counting a job that the caller has withdrawn. Jobs that end are removed by `job`."""

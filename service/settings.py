@@ -67,7 +67,9 @@ class ServiceSettings(WorkerSettings):
         0, ge=0, le=65535, description="separate port for `/metrics`; 0: the port of the API"
     )
     max_backlog_s: float = Field(
-        900, gt=0, description="seconds of queued work beyond which jobs are refused (503)"
+        900,
+        gt=0,
+        description="seconds for which a new job may have to wait; beyond, it is refused (503)",
     )
     instant_cache_bytes: int = Field(
         64 * 2**20, ge=0, description="memory for instant pictures per API process"

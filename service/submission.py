@@ -1,5 +1,6 @@
 """Submit a diffusion decode: queue a job, and respond with a picture or 202."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,17 +30,15 @@ from service.auth import Caller
 from service.instant import PictureFile
 from service.negotiate import Preferences
 from service.object_writes import PictureTarget
-from service.problems import KeyReused, NotAcceptable
+from service.problems import NotAcceptable
 from service.services import Services
 from service.waiter import Waiter
 from worker.queue import estimates, outbox, recall
 from worker.queue.jobs import MAX_SUBSCRIPTION_S
 from worker.queue.records import ENDED, DecodeRequest, JobState
+from worker.queue.store import RedisError
 from worker.queue.targets import Target
 from worker.webhooks.settings import check_url
-
-IDEMPOTENCY_TTL_S = 24 * 3600
-"""How long an `Idempotency-Key` is remembered."""
 
 RESOLVERS_PER_CALLER = 2
 """Webhook hosts of one caller that are resolved at once. So a slow name server delays only the
@@ -93,8 +92,8 @@ class Submission:
 
     async def respond(self) -> Response:
         """Return the finished picture if it is cached; otherwise queue the job and return the
-        draft, or 202 with `Prefer: respond-async` or a target. If it raises `NotAcceptable`, no job
-        is queued.
+        draft, or 202 with `Prefer: respond-async` or a target. With `Prefer: wait`, return the
+        finished picture if it is ready in time. If it raises `NotAcceptable`, no job is queued.
         """
         location = prefix.public(f"/v1/decodes/{self.decode.id}")
         headers = {"Location": location, "Link": f'<{location}/image>; rel="upgrade"'}
@@ -104,18 +103,24 @@ class Submission:
         state = await anyio.to_thread.run_sync(recall.find, self.services.jobs, self.decode)
         finished = await self._finished(state, format, {**headers, "X-Cache": "hit"})
         metrics.cache("picture", finished is not None)
-        await self._check_webhooks()
+        await check_webhooks(self.services, self.caller, self.params.webhooks)
         if state is not None and finished is not None:
             await anyio.to_thread.run_sync(self._add_submitter)
             await anyio.to_thread.run_sync(self._notify_webhooks, state)
             return finished
         headers["X-Cache"] = "miss"
-        await anyio.to_thread.run_sync(admission.admit, self.services, state)
+        await anyio.to_thread.run_sync(self._admit, state)
         if self.prefer.respond_async or format is None:
             return await self._respond_async(format, headers)
         b, waiter = self.upload.bitstream, self._waiter
         draft = await drafts.draft(self.services, self.decode, b, format, waiter)
-        await self._submit()  # after decoding, so that a corrupt bitstream is never queued
+        state, _ = await self._submit()  # after decoding: a corrupt bitstream is never queued
+        if self.prefer.wait_s:
+            headers["Preference-Applied"] = f"wait={self.prefer.wait_s}"
+            with contextlib.suppress(RedisError):  # the draft is there all the same
+                finished = await self._finished(await self._wait(state.id), format, headers)
+                if finished is not None:
+                    return finished
         headers |= self.upload.server_timing(draft)
         return image_response.picture(
             self.services, self.request, draft.data, format, None, headers
@@ -128,7 +133,7 @@ class Submission:
         the write, and return 202."""
         jobs = self.services.jobs
         negotiate.check_size(target.format, self.decode.width, self.decode.height)
-        await self._check_webhooks()
+        await check_webhooks(self.services, self.caller, self.params.webhooks)
         etag = await object_writes.holds(self.services, target, self.caller.name, self.decode.id)
         if etag is not None:
             state = await anyio.to_thread.run_sync(self._record_written, target, etag)
@@ -138,8 +143,10 @@ class Submission:
         known = await anyio.to_thread.run_sync(recall.find, jobs, self.decode)
         finished = known is not None and known.status == "succeeded"
         headers["X-Cache"] = "hit" if finished else "miss"
-        check = admission.check_memory if finished else partial(admission.admit, state=known)
-        await anyio.to_thread.run_sync(check, self.services)
+        if finished:
+            await anyio.to_thread.run_sync(admission.check_memory, self.services)
+        else:
+            await anyio.to_thread.run_sync(self._admit, known)
         return await self._respond_async(None, headers)
 
     def _record_written(self, target: PictureTarget, etag: str) -> JobState:
@@ -184,14 +191,7 @@ class Submission:
         await self.services.instant.check(self.upload.bitstream, self._waiter)
         state, eta_s = await self._submit()
         if self.prefer.wait_s:
-            began = time.perf_counter()
-            await watching.wait_until_ended(
-                self.services, self.request, state.id, self.prefer.wait_s, self.caller.name
-            )
-            self.request.state.waited_s = time.perf_counter() - began
-            find = partial(watching.find_seen, self.services, state.id, self.caller)
-            state = await anyio.to_thread.run_sync(find)
-            eta_s = None
+            state, eta_s = await self._wait(state.id), None
             applied = {"Preference-Applied": f"wait={self.prefer.wait_s}"}
             finished = await self._finished(state, format, {**headers, **applied})
             if finished is not None:
@@ -201,6 +201,16 @@ class Submission:
         if self.prefer.applied:
             response.headers["Preference-Applied"] = self.prefer.applied
         return response
+
+    async def _wait(self, job_id: str) -> JobState:
+        """Wait at most `Prefer: wait` for the end of the job; its state as the caller sees it."""
+        seconds, began = self.prefer.wait_s or 0, time.perf_counter()
+        await watching.wait_until_ended(
+            self.services, self.request, job_id, seconds, self.caller.name
+        )
+        self.request.state.waited_s = time.perf_counter() - began
+        find = partial(watching.find_seen, self.services, job_id, self.caller)
+        return await anyio.to_thread.run_sync(find)
 
     async def _finished(
         self, state: JobState | None, format: OutputFormat | None, headers: dict[str, str]
@@ -239,8 +249,9 @@ class Submission:
         try:
             self._register_webhooks()  # before queueing, so that the end of the job is not missed
             state, created = jobs.submit(
-                self.decode, self.upload.data, self.caller.name, subscription_s
-            )
+                self.decode, self.upload.data, self.caller.name, subscription_s,
+                self.caller.priority, self.caller.weight,
+            )  # fmt: skip
         except (ParameterError, Quarantined):
             jobs.targets.withdraw(self.decode.id, self.caller.name)
             raise
@@ -253,19 +264,14 @@ class Submission:
             jobs.save_eta(state.id, eta_s)
         return state, created, eta_s
 
+    def _admit(self, state: JobState | None) -> None:
+        """Raise `QueueFull` or `Busy` unless the job may be queued."""
+        admission.admit(self.services, state, self.caller.name, self.caller.priority)
+
     def _add_submitter(self) -> None:
         """In a private service, let the caller see the decode."""
         if self.services.settings.private:
             self.services.jobs.add_submitter(self.decode.id, self.caller.name)
-
-    async def _check_webhooks(self) -> None:
-        """Raise `ParameterError` unless webhooks may be sent to all URLs of the request."""
-        share = _RESOLVERS.setdefault(self.caller.name, anyio.CapacityLimiter(RESOLVERS_PER_CALLER))
-        for url in self.params.webhooks:
-            async with share:
-                await anyio.to_thread.run_sync(
-                    check_url, url, self.services.webhooks, limiter=_RESOLVER_THREADS
-                )
 
     def _register_webhooks(self) -> None:
         for url in self.params.webhooks:
@@ -278,6 +284,16 @@ class Submission:
         admission.check_memory(self.services)
         self._register_webhooks()
         outbox.job_ended(self.services.store, state.id, *outbox.event(state))
+
+
+async def check_webhooks(services: Services, caller: Caller, urls: Sequence[str]) -> None:
+    """Raise `ParameterError` unless webhooks may be sent to all of these URLs."""
+    share = _RESOLVERS.setdefault(caller.name, anyio.CapacityLimiter(RESOLVERS_PER_CALLER))
+    for url in urls:
+        async with share:
+            await anyio.to_thread.run_sync(
+                check_url, url, services.webhooks, limiter=_RESOLVER_THREADS
+            )
 
 
 def build_decode(
@@ -301,15 +317,3 @@ def build_decode(
             "choose fewer steps or a smaller picture"
         )
     return decode
-
-
-def check_idempotency_key(services: Services, caller: str, key: str, job_id: str) -> None:
-    """Check an `Idempotency-Key`, and store its job unless the queue's memory is nearly full.
-
-    Raises `KeyReused` if the key belongs to another job.
-    """
-    name = services.store.key("idempotency", caller, key)
-    if services.store.fullness() < admission.FULL:
-        services.store.queue.set(name, job_id, nx=True, ex=IDEMPOTENCY_TTL_S)
-    if services.store.queue.get(name) not in {None, job_id.encode()}:
-        raise KeyReused(f"Idempotency-Key {key!r} belongs to another request; choose a new key")

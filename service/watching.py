@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from service import schemas
 from service.auth import Caller
-from service.problems import Conflict, JobNotFound, PictureGone
+from service.problems import RETRY_S, Conflict, JobNotFound, PictureGone, TooManyRequests
 from service.services import Services
 from worker.queue import estimates, targets
 from worker.queue import events as job_events
@@ -85,14 +85,24 @@ def check_kept(state: JobState) -> None:
         raise PictureGone(f"the picture of decode {state.id} has expired; {hint}")
 
 
+def check_waits(services: Services, allowed: bool) -> None:
+    """Raise `TooManyRequests` unless another event stream of the caller is `allowed`."""
+    if not allowed:
+        most = services.settings.waits_at_once
+        message = f"you have {most} event streams and waiting requests, which is the limit"
+        retry = {"Retry-After": str(RETRY_S)}
+        raise TooManyRequests(f"{message}; close some of them", retry)
+
+
 def view(
     services: Services, state: JobState, caller: str, eta_s: float | None = None
 ) -> schemas.Decode:
     """Return the caller's view of a job; `eta_s` is computed unless it is given."""
     state, owned = _seen(services, state, caller)
-    position = services.jobs.position(state)
+    ahead = services.jobs.ahead(state)
     if eta_s is None:
-        eta_s = estimates.eta_s(services.jobs, state, position)
+        eta_s = estimates.eta_s(services.jobs, state, ahead)
+    position = None if ahead is None else len(ahead)
     return schemas.Decode.of(state, position, eta_s, owned)
 
 

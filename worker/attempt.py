@@ -17,7 +17,7 @@ from typing import cast
 from redis.client import Pipeline
 
 from models.errors import AfterimageError
-from worker.queue import counters, estimates, events
+from worker.queue import counters, estimates, events, workers
 from worker.queue.jobs import Jobs
 from worker.queue.records import JobState, Status
 from worker.queue.store import RECORD_TTL_S, RedisError
@@ -75,6 +75,7 @@ class Attempt:
             fields = {
                 "status": "running", "started": time.time(), "step": 0, "owner": owner,
                 "attempts": state.attempts + 1, "fence": state.fence + 1,
+                "worker": workers.WORKER_NAME,
             }  # fmt: skip
             pipe.hset(jobs.key(job_id), mapping=fields)  # type: ignore[arg-type]
             pipe.srem(jobs.waiting, job_id)
@@ -145,10 +146,10 @@ class Attempt:
 
         def succeed(job_id: str, state: JobState, pipe: Pipeline) -> None:
             if state.status == "queued":  # a running job's hash is deleted by RQ itself
-                self.jobs.queue.discard(job_id, pipe)
+                self.jobs.line.queue_of(state).discard(job_id, pipe)
             pipe.hincrby(self.jobs.key(job_id), "commits", 1)
             self.jobs.finish(pipe, state, "succeeded")
-            self.jobs.reset_crashes(state.decode.digest, pipe)
+            self.jobs.quarantine.reset(state.decode.digest, pipe)
 
         store, fence = self.jobs.store, self.state.fence
         self._write(lambda *_: None, _UNFINISHED)
@@ -177,7 +178,7 @@ class Attempt:
         """Record the seconds that the picture took, for predictions and metrics."""
         jobs, work = self.jobs, self.state.decode.work
         estimates.record_duration(jobs, seconds, work)
-        counters.add_model_time(jobs.store, estimates.WORKER_NAME, seconds, work)
+        counters.add_model_time(jobs.store, workers.WORKER_NAME, seconds, work)
         state = jobs.record(self.id) or self.state  # the ETA may be saved after the attempt began
         counters.add_eta_ratio(jobs.store, time.time() - state.created, state.eta_s)
 
@@ -199,14 +200,14 @@ class Attempt:
             if not subscribed:
                 self.jobs.finish(pipe, state, "canceled")
             elif put_back:
-                self.jobs.put_back(job_id, pipe)
+                self.jobs.put_back(state, pipe)
 
         self._write(cancel)
         return not subscribed
 
     def put_back(self) -> None:
         """Queue the job again, at the front, without counting this attempt. Raises `LeaseLost`."""
-        self._write(lambda id, state, pipe: self.jobs.put_back(id, pipe, state.attempts - 1))
+        self._write(lambda _, state, pipe: self.jobs.put_back(state, pipe, state.attempts - 1))
 
     def record_crash(self) -> None:
         """Count a crash of this worker, which is about to exit. Raises `LeaseLost`."""

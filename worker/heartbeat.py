@@ -10,7 +10,7 @@ from pathlib import Path
 
 from models import folders
 from worker.attempt import Attempt
-from worker.queue import estimates
+from worker.queue import workers
 from worker.queue.jobs import HEARTBEAT_S, LEASE_S, Jobs
 from worker.queue.store import RedisError
 from worker.spool import Spool
@@ -27,10 +27,10 @@ class Heartbeat(threading.Thread):
     must take its job.
     """
 
-    def __init__(self, jobs: Jobs, spool: Spool, folder: Path) -> None:
+    def __init__(self, jobs: Jobs, spool: Spool, folder: Path, device: str = "") -> None:
         super().__init__(name="heartbeat", daemon=True)
-        self.jobs, self.spool = jobs, spool
-        self.file = folder / estimates.WORKER_NAME
+        self.jobs, self.spool, self.device = jobs, spool, device
+        self.file = folder / workers.WORKER_NAME
         """Touched with each heartbeat, even if Redis is down: a liveness file for health checks."""
         self.attempts: Sequence[Attempt] = ()
         """The attempts whose leases are renewed."""
@@ -50,7 +50,7 @@ class Heartbeat(threading.Thread):
             self._guarded(self._commit_spooled)
             if self.stopped.wait(HEARTBEAT_S):
                 break
-        self._guarded(lambda: estimates.mark_stopped(self.jobs))
+        self._guarded(lambda: workers.mark_stopped(self.jobs))
         self._guarded(self.file.unlink)
 
     def _guarded(self, action: Callable[[], None]) -> None:
@@ -74,7 +74,7 @@ class Heartbeat(threading.Thread):
         try:
             for attempt in self.attempts:
                 attempt.renew_lease()
-            estimates.mark_alive(self.jobs)
+            workers.mark_alive(self.jobs, self.device)
             now = self.jobs.now()
         except RedisError:
             self._pause_reaping()  # other workers cannot send heartbeats either

@@ -76,6 +76,7 @@ def _load(settings: WorkerSettings) -> tuple["WorkerContext", "Deliveries"]:
 
     loaded = library.load(settings.threads, folder=settings.weights_dir)
     jobs = Jobs(connected, settings.job_timeout_s)
+    device = loaded.diffusion.device.type
     stores = f"{settings.prefix} {settings.redis_url}"  # queues may share a folder
     spools = settings.cache_dir / "spool"
     Spool.remove_expired(spools)
@@ -83,14 +84,14 @@ def _load(settings: WorkerSettings) -> tuple["WorkerContext", "Deliveries"]:
     worker = context.WorkerContext(
         jobs=jobs,
         library=loaded,
-        heartbeat=Heartbeat(jobs, spool, settings.cache_dir / "alive"),
+        heartbeat=Heartbeat(jobs, spool, settings.cache_dir / "alive", device),
         spool=spool,
         max_pixels=settings.max_pixels,
-        batch=settings.batch or (CUDA_BATCH if loaded.diffusion.device.type == "cuda" else 1),
+        batch=settings.batch or (CUDA_BATCH if device == "cuda" else 1),
         grace_s=settings.grace_s,
     )
     context.install(worker)
-    return worker, Deliveries(jobs, objects, settings.max_pixels)
+    return worker, Deliveries(jobs, objects, settings.max_pixels, loaded)
 
 
 def _serve(worker: "WorkerContext", deliveries: "Deliveries", redis_url: str) -> int:

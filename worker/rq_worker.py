@@ -9,7 +9,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
 
 from redis import Redis
@@ -18,44 +17,20 @@ from rq.exceptions import StopRequested
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from worker import tasks
 from worker.context import WorkerContext
-from worker.queue import urls
-from worker.queue.rq_queue import TASK
+from worker.queue import urls, workers
 from worker.queue.store import CONNECT_TIMEOUT_S, RedisError
+from worker.rq_jobs import DecodeJob, LineQueue
 
 log = logging.getLogger("afterimage.worker")
 
 WORKER_TTL_S = 30
-"""Expiry of RQ's record of an idle worker. RQ's blocking reads of the queue last 15 s less."""
+"""Expiry of RQ's record of an idle worker."""
 SAME_SIGNAL_S = 2.0
 """Signals within this time after the first one do not count as a second signal."""
 RETRY_S = 1.0
 """Pause before another try to reach the queue."""
 SHUTDOWN_SIGNALS = signal.SIGTERM, signal.SIGINT
-
-
-class DecodeJob(Job):
-    """A job that runs only `enhance` and no callbacks, whatever functions its Redis hash names."""
-
-    @property
-    def func(self) -> Callable[[str], None]:
-        """The task; raises `ValueError` for a job that names another function."""
-        if self.func_name != TASK:
-            raise ValueError(f"the job names the function {self.func_name}; only {TASK} is allowed")
-        return tasks.enhance
-
-    @property
-    def success_callback(self) -> None:
-        return None
-
-    @property
-    def failure_callback(self) -> None:
-        return None
-
-    @property
-    def stopped_callback(self) -> None:
-        return None
 
 
 class DecodeWorker(SimpleWorker):
@@ -70,10 +45,11 @@ class DecodeWorker(SimpleWorker):
 
     def __init__(self, context: WorkerContext, connection: Redis) -> None:
         super().__init__(
-            [context.jobs.queue.name],
+            [LineQueue(context.jobs.line, connection, workers.key(context.jobs))],
             connection=connection,
             worker_ttl=WORKER_TTL_S,
             job_class=DecodeJob,
+            queue_class=LineQueue,
             serializer=JSONSerializer,
         )
         self.context = context

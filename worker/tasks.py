@@ -24,7 +24,7 @@ from worker.attempt import Attempt, LeaseLost
 from worker.context import RETRY_S, ShutdownRequested, WorkerContext
 from worker.drawing import DeviceLost, Drawing, OutOfMemory, encode, is_out_of_memory
 from worker.queue import estimates
-from worker.queue.jobs import MAX_CRASHES, QUARANTINED
+from worker.queue.quarantine import MAX_CRASHES, QUARANTINED
 from worker.queue.records import DecodeRequest, JobState
 from worker.queue.store import RedisError
 from worker.telemetry import logs, tracing
@@ -49,7 +49,7 @@ def enhance(job_id: str) -> None:
     if not jobs.has_subscribers(job_id):
         worker.deferred.append(partial(jobs.cancel_unless_subscribed, job_id))
         return
-    crashes = jobs.crash_count(state.decode.digest)
+    crashes = jobs.quarantine.count(state.decode.digest)
     if crashes >= MAX_CRASHES:
         jobs.fail_queued(job_id, QUARANTINED)
         return
@@ -217,7 +217,7 @@ def _finish(
     """
     reason = drawing.dropped.get(attempt.id)
     if isinstance(reason, LeaseLost):
-        worker.deferred.append(partial(worker.jobs.forgive_worker, attempt.state))
+        worker.deferred.append(partial(worker.jobs.quarantine.forgive, attempt.state))
         return False
     if picture is None or (reason and not _has_subscribers(worker, attempt)):
         worker.deferred.append(attempt.cancel)
@@ -261,7 +261,7 @@ def _commit(worker: WorkerContext, attempt: Attempt, png: bytes) -> bool:
         attempt.commit(png)
     except LeaseLost as e:
         log.info("job %s: its picture is dropped: %s", attempt.id, e)
-        worker.deferred.append(partial(worker.jobs.forgive_worker, attempt.state))
+        worker.deferred.append(partial(worker.jobs.quarantine.forgive, attempt.state))
         return False
     log.info("job %s: succeeded after %d steps", attempt.id, attempt.state.total)
     return True

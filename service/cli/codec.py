@@ -69,7 +69,8 @@ def add(commands: Any) -> None:
     )
     options.add_inputs(decode)
     options.add_output(decode)
-    _add_diffusion(decode)
+    _add_tier(decode)
+    add_sampler(decode)
     decode.add_argument(
         "--url",
         help="decode at this service, such as http://127.0.0.1:8000, with the API key in "
@@ -82,7 +83,7 @@ def add(commands: Any) -> None:
     inspect.set_defaults(run=_inspect)
 
 
-def _add_diffusion(decode: argparse.ArgumentParser) -> None:
+def _add_tier(decode: argparse.ArgumentParser) -> None:
     decode.add_argument(
         "--tier",
         choices=tuple(TIERS),
@@ -90,6 +91,10 @@ def _add_diffusion(decode: argparse.ArgumentParser) -> None:
         help="instant: the codec's picture; perceptual: the most natural picture; others: random "
         "pictures that the bitstream may stand for (default: instant)",
     )
+
+
+def add_sampler(decode: argparse.ArgumentParser) -> None:
+    """Add the options of a diffusion picture besides the tier: seed, sampler settings, realism."""
     decode.add_argument(
         "--seed",
         type=int,

@@ -11,7 +11,8 @@ import tomlkit
 
 from models.files import locked, write_output
 from service.cli.terminal import say
-from service.keys import SCOPES, KeysError, digest, parse, read_text
+from service.keys import MAX_WEIGHT, MIN_WEIGHT, SCOPES, KeysError, digest, parse, read_text
+from worker.queue.records import PRIORITIES
 
 
 def add(commands: Any) -> None:
@@ -41,6 +42,18 @@ def add(commands: Any) -> None:
         type=int,
         metavar="N",
         help="largest number of unfinished jobs, 1 or more (default: the service's limit)",
+    )
+    new.add_argument(
+        "--priority",
+        choices=PRIORITIES,
+        help="batch: workers take interactive jobs of other keys first (default: interactive)",
+    )
+    new.add_argument(
+        "--weight",
+        type=float,
+        metavar="W",
+        help=f"share of the drawings, {MIN_WEIGHT} to {MAX_WEIGHT:g}: a key with 2 gets twice as "
+        "many as one with 1 while jobs of both wait (default: 1)",
     )
     new.add_argument(
         "--expires",
@@ -76,6 +89,8 @@ def _entry(args: argparse.Namespace, sha256: str) -> str:
         "scopes": args.scopes.split(","),
         "requests_per_minute": args.requests_per_minute,
         "jobs_at_once": args.jobs_at_once,
+        "priority": args.priority,
+        "weight": args.weight,
         "expires": args.expires,
     }
     key = {name: value for name, value in fields.items() if value is not None}

@@ -10,7 +10,15 @@ from models import errors, tiers
 from models.codec import bitstream
 from models.errors import ParameterError
 from models.image import MEDIA_TYPES
-from service import image_response, negotiate, object_writes, problems, schemas, submission
+from service import (
+    idempotency,
+    image_response,
+    negotiate,
+    object_writes,
+    problems,
+    schemas,
+    submission,
+)
 from service.deps import (
     ONLY_KNOWN,
     AcceptHeader,
@@ -167,6 +175,8 @@ async def decode(
     digest of the request's content, so repeating the request does not queue a second job. Once the
     job has succeeded, the response is the finished picture.
 
+    With `Prefer: wait=N` the response is the finished picture if it is ready within N seconds.
+
     With `target`, the picture is written to an object store, and the decode has succeeded once it
     is there. A target that holds the picture already is not written again.
     """
@@ -183,7 +193,7 @@ async def decode(
     request.state.job_id = job.id
     if idempotency_key is not None:
         await anyio.to_thread.run_sync(
-            submission.check_idempotency_key, services, caller.name, idempotency_key, job.id
+            idempotency.check_key, services, caller.name, idempotency_key, job.id
         )
     return await Submission(
         services, request, upload, job, params, accept, prefer, caller, target

@@ -19,7 +19,6 @@ from service.problems import (
     JobNotFound,
     PictureGone,
     QueueFull,
-    TooManyRequests,
 )
 from worker.queue.records import ENDED, JobState
 from worker.queue.store import RedisError
@@ -71,11 +70,7 @@ async def _kept_state(
     `TooManyRequests` if the caller has too many streams.
     """
     with services.waits.one(caller.name) as allowed:
-        if not allowed:
-            most = services.settings.waits_at_once
-            message = f"you have {most} event streams and waiting requests, which is the limit"
-            retry = {"Retry-After": str(problems.RETRY_S)}
-            raise TooManyRequests(f"{message}; close some of them", retry)
+        watching.check_waits(services, allowed)
         state = await watching.load_and_renew(services, id, caller, seen=True)
         watching.check_kept(state)
         yield state
@@ -180,9 +175,11 @@ async def retry(
             raise JobNotFound(
                 f"the bitstream of decode {id} has expired; submit the bitstream again"
             )
-        admission.admit(services, state)
+        admission.admit(services, state, caller.name, caller.priority)
         services.quotas.job(caller, id)
-        state, _ = services.jobs.submit(state.decode, data, caller.name)
+        state, _ = services.jobs.submit(
+            state.decode, data, caller.name, priority=caller.priority, weight=caller.weight
+        )
         return watching.view(services, state, caller.name)
 
     response.headers["Location"] = prefix.public(f"/v1/decodes/{id}")

@@ -174,7 +174,7 @@ class Chaos(threading.Thread):
         """SIGTERM or SIGKILL a worker; never SIGKILL for the second crash of a bitstream."""
         alive = [w for w in self.own.workers if w.process.poll() is None]
         running = [self.own.jobs.record(name) for name in self.own.jobs.running]
-        marked = [s for s in running if s and self.own.jobs.crash_count(s.decode.digest)]
+        marked = [s for s in running if s and self.own.jobs.quarantine.count(s.decode.digest)]
         victim: Worker = self.rng.choice(alive)
         if marked or self.rng.random() < 0.25:
             victim.process.terminate()
@@ -229,10 +229,10 @@ def flooded(own: Rig, client: httpx.Client, report: Report) -> None:
         return statistics.quantiles(spent, n=100, method="inclusive")[98]
 
     try:
-        until(lambda: not own.jobs.running and not own.jobs.queue.job_ids, "an empty queue", 120)
+        until(lambda: not own.jobs.running and not own.jobs.line.job_ids(), "an empty queue", 120)
     except TimeoutError:
-        left = {*own.jobs.running, *own.jobs.queue.job_ids}
-        report.tell(f"left behind: {own.jobs.running}, {own.jobs.queue.job_ids}", False)
+        left = {*own.jobs.running, *own.jobs.line.job_ids()}
+        report.tell(f"left behind: {own.jobs.running}, {own.jobs.line.job_ids()}", False)
         report.tell(f"their records: {[own.jobs.record(name) for name in left]}", False)
         for worker in own.workers:
             if worker.process.poll() is None:

@@ -17,7 +17,7 @@ from tests.support.forked import Forked, worker_main
 from tests.support.jobs import FAST, expire_lease
 from tests.support.rig import Rig, Worker, rig
 from tests.support.waiting import until
-from worker.queue.jobs import QUARANTINED
+from worker.queue.quarantine import QUARANTINED
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 

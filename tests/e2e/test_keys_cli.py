@@ -47,6 +47,7 @@ def test_a_key_is_printed_once_with_an_entry_for_the_key_file(
 
 def test_every_option_is_a_field_of_the_key(capsys: pytest.CaptureFixture[str]) -> None:
     options = "new press@home --scopes decode,encode --requests-per-minute 60 --jobs-at-once 4"
+    options += " --priority batch --weight 2.5"
     assert run(*shlex.split(options), "--expires", "2099-12-31") == 0
     token, table = printed(capsys)
     (entry,) = tomllib.loads(table)["keys"]
@@ -56,6 +57,8 @@ def test_every_option_is_a_field_of_the_key(capsys: pytest.CaptureFixture[str]) 
         "scopes": ["decode", "encode"],
         "requests_per_minute": 60,
         "jobs_at_once": 4,
+        "priority": "batch",
+        "weight": 2.5,
         "expires": date(2099, 12, 31),
     }
 

@@ -21,8 +21,10 @@ HERE = Path(__file__).parent
 NEED_MORE = {
     "PUT /v1/decodes/{id}",  # its id is a digest of the rest
     "DELETE /v1/decodes/{id}", "GET /v1/decodes/{id}/preview",  # they need a running job
+    "POST /v1/batches", "GET /v1/batches/{id}", "DELETE /v1/batches/{id}",  # they need stores
+    "GET /v1/batches/{id}/events", "POST /v1/batches/{id}/retry",
 }  # fmt: skip
-"""Operations at which random requests rarely succeed; `test_decodes.py` tests them."""
+"""Operations at which random requests rarely succeed; tested in `test_decodes`, `test_batches`."""
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import re
 import struct
 import time
 import urllib.parse
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +22,12 @@ from service.settings import ServiceSettings
 from tests.support import weights
 from tests.support.api import run_app
 from tests.support.data import DATA, psnr
+from tests.support.jobs import take
+from tests.support.waiting import until
+from worker.attempt import Attempt
+from worker.queue import order
+from worker.queue.jobs import Jobs
+from worker.queue.store import Store
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
@@ -328,6 +335,49 @@ def test_a_caller_may_follow_only_so_many_jobs_at_once(
         assert "canceled" in api.get(f"{location}/events").text
 
 
+def finish_first(store: Store, end: Callable[[Attempt], None]) -> None:
+    """Play the worker: begin an attempt at the next job, and end it."""
+    jobs = Jobs(store)
+    until(lambda: order.first(jobs.line, 1, "interactive"), "a job is queued")
+    (job_id,) = order.first(jobs.line, 1, "interactive")
+    take(jobs, job_id)
+    attempt = Attempt.begin(jobs, job_id)
+    assert attempt is not None
+    end(attempt)
+
+
+def test_a_client_that_prefers_to_wait_gets_the_finished_picture_else_the_draft(
+    api: httpx.Client, store: Store, small_msh: bytes, small: image.Pixels
+) -> None:
+    """`Prefer: wait` without `respond-async`."""
+    png = image.write(small, "png")
+
+    def post(seed: int, seconds: int) -> httpx.Response:
+        return api.post(
+            "/v1/decodes", params={"tier": "perceptual", "seed": seed}, content=small_msh,
+            headers={"Prefer": f"wait={seconds}"},
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(post, 40, 30)
+        finish_first(store, lambda attempt: attempt.commit(png))
+        drawn = waiting.result()
+        waiting = pool.submit(post, 41, 30)
+        finish_first(store, lambda attempt: attempt.fail("broken"))
+        failed = waiting.result()
+    began = time.monotonic()
+    late = post(42, 1)
+    assert 1 <= time.monotonic() - began < 10
+    assert (drawn.status_code, drawn.headers["x-afterimage-tier"]) == (200, "perceptual")
+    assert (drawn.content, drawn.headers["preference-applied"]) == (png, "wait=30")
+    for answer, seconds in ((failed, 30), (late, 1)):
+        assert (answer.status_code, answer.headers["x-afterimage-tier"]) == (200, "instant")
+        assert answer.headers["preference-applied"] == f"wait={seconds}"
+        assert answer.headers["location"].startswith("/v1/decodes/")
+    assert late.content == failed.content != png
+    assert api.get(late.headers["location"]).json()["status"] == "queued"
+
+
 def test_openapi_has_examples_and_describes_every_problem(api: httpx.Client) -> None:
     schema = api.get("/openapi.json").json()
     assert schema["openapi"].startswith("3.1")
@@ -343,7 +393,8 @@ def test_openapi_has_examples_and_describes_every_problem(api: httpx.Client) -> 
                     if int(status) >= 400:
                         assert kind == PROBLEM
                         assert all(e["status"] == int(status) for e in shown)
-            if method in {"post", "put"} and operation["operationId"] not in {"retry", "share"}:
+            without_body = {"retry", "share", "retry_job", "drain_worker"}
+            if method in {"post", "put"} and operation["operationId"] not in without_body:
                 assert "application/octet-stream" in operation["requestBody"]["content"] or (
                     "image/png" in operation["requestBody"]["content"]
                 )

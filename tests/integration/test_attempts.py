@@ -27,8 +27,9 @@ from worker import context, tasks
 from worker.attempt import Attempt, LeaseLost
 from worker.context import WorkerContext
 from worker.heartbeat import Heartbeat
-from worker.queue import counters, estimates
-from worker.queue.jobs import LEASE_S, MAX_ATTEMPTS, MAX_CRASHES, QUARANTINED, Jobs
+from worker.queue import counters, estimates, workers
+from worker.queue.jobs import LEASE_S, MAX_ATTEMPTS, Jobs
+from worker.queue.quarantine import MAX_CRASHES, QUARANTINED
 from worker.queue.records import JobState
 from worker.queue.store import RECORD_TTL_S, Store
 from worker.spool import Spool
@@ -221,11 +222,11 @@ def test_an_attempt_may_commit_after_its_lease_until_another_begins(
     late = begin(jobs, small_msh)
     expire_lease(jobs, late)
     jobs.reap()
-    assert jobs.crash_count(late.state.decode.digest) == 1
+    assert jobs.quarantine.count(late.state.decode.digest) == 1
     late.commit(b"late")
     assert state(jobs, late.id).status == "succeeded"
     assert jobs.queue.job_ids == []
-    assert jobs.crash_count(late.state.decode.digest) == 0
+    assert jobs.quarantine.count(late.state.decode.digest) == 0
 
 
 def test_a_new_submission_has_a_higher_fence_than_former_attempts(
@@ -272,7 +273,7 @@ def test_the_log_has_the_reason_of_every_job_without_a_picture(
 
 def test_jobs_of_one_batch_have_the_same_eta(jobs: Jobs, small_msh: bytes) -> None:
     ids = [submit(jobs, small_msh, seed) for seed in range(3)]
-    estimates.mark_alive(jobs)
+    workers.mark_alive(jobs)
     estimates.record_duration(jobs, 2.0, decode_of(small_msh, FAST).work)  # 2 s each
     for job_id, owner in zip(ids, ("batch", "batch", "other"), strict=True):
         jobs.queue.remove(job_id)  # as RQ does
@@ -377,13 +378,13 @@ def test_durations_of_long_dead_workers_are_removed(jobs: Jobs) -> None:
 def test_a_success_resets_the_crashes_of_a_bitstream(jobs: Jobs, small_msh: bytes) -> None:
     job_id = submit(jobs, small_msh)
     for end in (Attempt.record_crash, lambda attempt: attempt.commit(b"png")):
-        assert jobs.crash_count(decode_of(small_msh, FAST).digest) == (
+        assert jobs.quarantine.count(decode_of(small_msh, FAST).digest) == (
             end is not Attempt.record_crash
         )
         attempt = Attempt.begin(jobs, job_id)
         assert attempt is not None
         end(attempt)
-    assert jobs.crash_count(decode_of(small_msh, FAST).digest) == 0
+    assert jobs.quarantine.count(decode_of(small_msh, FAST).digest) == 0
 
 
 def test_a_job_fails_after_its_workers_lost_too_many_leases(jobs: Jobs, small_msh: bytes) -> None:
@@ -394,7 +395,7 @@ def test_a_job_fails_after_its_workers_lost_too_many_leases(jobs: Jobs, small_ms
         assert attempt is not None
         expire_lease(jobs, attempt)
         jobs.reap()
-        jobs.forgive_worker(attempt.state)
+        jobs.quarantine.forgive(attempt.state)
     assert (state(jobs, job_id).status, state(jobs, job_id).attempts) == ("failed", MAX_ATTEMPTS)
 
 
@@ -733,7 +734,7 @@ def test_out_of_memory_with_the_smallest_tiles_stops_the_worker_and_keeps_the_jo
     assert worker.stopping
     assert len(sizes) > 2
     assert (state(jobs, job_id).status, jobs.queue.job_ids) == ("queued", [job_id])
-    assert jobs.crash_count(decode_of(large, FAST).digest) == 1
+    assert jobs.quarantine.count(decode_of(large, FAST).digest) == 1
 
 
 @pytest.mark.weights

@@ -19,6 +19,7 @@ from rq.serializers import JSONSerializer
 from models import image
 from models.tiers import TIERS, Settings
 from tests.support.jobs import decode_of
+from tests.support.waiting import until
 from worker.attempt import Attempt, LeaseLost
 from worker.heartbeat import Heartbeat
 from worker.queue import events
@@ -114,7 +115,7 @@ def test_concurrent_submissions_queue_one_job(jobs: Jobs, small_msh: bytes) -> N
 def test_every_key_of_a_job_expires(jobs: Jobs, small_msh: bytes) -> None:
     jobs.submit(decode_of(small_msh), small_msh)
     keys = jobs.store.queue.keys("afterimage:*")
-    assert len(keys) == 5
+    assert len(keys) == 8
     assert all(jobs.store.queue.ttl(k) > 0 for k in keys)
 
 
@@ -249,7 +250,7 @@ def test_a_submission_during_a_withdrawal_keeps_the_job(
     assert jobs.withdraw(d.id, "first")
     state = jobs.get(d.id)
     assert state is not None and state.status == "queued"
-    assert jobs.queue.job_ids == [d.id]
+    assert jobs.line.job_ids() == {d.id}
 
 
 @pytest.mark.weights
@@ -273,6 +274,28 @@ def test_a_worker_draws_the_picture_and_reports_progress(
     assert jobs.submit(d, small_msh)[1]
     assert ended(jobs, d.id).status == "succeeded"
     assert jobs.store.picture(d.id) == png
+
+
+@pytest.mark.weights
+def test_a_worker_draws_the_job_of_another_caller_after_the_drawing_that_it_has_begun(
+    worker: subprocess.Popen[bytes], jobs: Jobs, small_msh: bytes
+) -> None:
+    many = [decode_of(small_msh, seed=seed) for seed in range(12)]
+    for d in many:
+        jobs.submit(d, small_msh, "many")
+    until(lambda: jobs.running, "the worker begins", 60)
+    patient, other = decode_of(small_msh, seed=100), decode_of(small_msh, seed=101)
+    jobs.submit(patient, small_msh, "library", priority="batch")
+    jobs.submit(other, small_msh, "other")
+    queued_at = time.time()
+    seen = ended(jobs, other.id)
+    assert seen.status == "succeeded"
+    states = [ended(jobs, d.id) for d in many]
+    assert {state.status for state in states} == {"succeeded"}
+    between = [state for state in states if queued_at < state.started < seen.started]
+    assert len(between) <= 1  # it may have been taken just before
+    assert sum(state.started > seen.started for state in states) >= 9
+    assert ended(jobs, patient.id).started > max(state.started for state in states)
 
 
 @pytest.mark.weights

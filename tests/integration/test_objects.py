@@ -19,7 +19,7 @@ from service.settings import ServiceSettings
 from tests.support import weights
 from tests.support.api import run_app
 from tests.support.api_keys import TOKENS, guarded_settings
-from tests.support.jobs import decode_of
+from tests.support.jobs import decode_of, take
 from tests.support.object_server import BUCKET, KEY_ID, SECRET, FaultProxy, s3_server
 from tests.support.waiting import until
 from worker import context, deliveries, tasks
@@ -155,8 +155,8 @@ def writer(worker: WorkerContext, objects: ObjectStores) -> Deliveries:
 
 def draw(worker: WorkerContext) -> None:
     """Run all queued jobs, and write their results."""
-    for job_id in worker.jobs.queue.job_ids:
-        worker.jobs.queue.remove(job_id)
+    for job_id in worker.jobs.line.job_ids():
+        take(worker.jobs, job_id)
         tasks.enhance(job_id)
         worker.run_deferred()
     assert worker.jobs.store.results is not None
@@ -252,7 +252,7 @@ def test_a_target_that_holds_the_picture_is_a_hit_without_work(
     )
     assert api.get(again.headers["location"]).json()["status"] == "succeeded"
     assert "PUT" not in proxy.seen
-    assert not worker.jobs.queue.job_ids and not writer.deliver_one()
+    assert not worker.jobs.line.job_ids() and not writer.deliver_one()
     other = send(api, source=source, target=target, seed=9)
     assert (other.status_code, other.headers["x-cache"]) == (202, "miss")
 
@@ -280,7 +280,7 @@ def test_targets_of_two_callers_are_written_and_each_sees_only_its_own(
         assert (late.status_code, late.headers["x-cache"]) == (202, "hit")
         assert api.get(location, headers=third).json()["status"] == "running"
         assert api.get(location, headers=first).json()["status"] == "succeeded"
-        assert not worker.jobs.queue.job_ids
+        assert not worker.jobs.line.job_ids()
         write_all(writer)
         seen = [api.get(location, headers=h).json() for h in (first, second, third)]
         targets = [[t["target"] for t in document["targets"]] for document in seen]
@@ -313,7 +313,7 @@ def test_a_failed_target_of_one_caller_does_not_fail_the_decode_of_another(
     assert api.post(f"{location}/retry").json()["status"] == "running"
     write_all(writer)
     assert api.get(location).json()["status"] == "succeeded"
-    assert not worker.jobs.queue.job_ids
+    assert not worker.jobs.line.job_ids()
 
 
 @pytest.mark.parametrize("fault", [403, 503, "slow"])
@@ -447,7 +447,7 @@ def test_a_wrong_source_or_target_is_refused(
     for tier in ("instant", "perceptual"):
         query = {"source": "store:in/a.msh", **params, "tier": tier}
         assert said in detail(api.post("/v1/decodes", params=query), status, kind)
-    assert not jobs.queue.job_ids
+    assert not jobs.line.job_ids()
 
 
 def test_a_body_besides_a_source_is_refused(

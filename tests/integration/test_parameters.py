@@ -139,7 +139,7 @@ def test_without_respond_async_an_unacceptable_picture_is_refused_before_it_is_q
     for tier in ("instant", "perceptual"):
         answer = api.post(f"/v1/decodes?tier={tier}", content=small_msh, headers=JSON)
         assert answer.status_code == 406
-    assert not list(Jobs(store).queue.get_job_ids())
+    assert not Jobs(store).line.job_ids()
 
 
 def test_an_error_is_reported_whatever_the_client_accepts(api: httpx.Client) -> None:

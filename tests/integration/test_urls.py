@@ -23,7 +23,7 @@ from tests.support.listening import closing, listening
 from tests.support.service import free_port
 from tests.support.waiting import until
 from worker.attempt import Attempt
-from worker.queue import estimates, private_redis, urls
+from worker.queue import estimates, private_redis, urls, workers
 from worker.queue.jobs import Jobs
 from worker.queue.store import Store, connect, streams
 from worker.queue.urls import NoRedis
@@ -68,7 +68,7 @@ def run_job(store: Store, data: bytes) -> None:
     attempt = Attempt.begin(jobs, job_id)
     assert attempt is not None
     attempt.renew_lease()
-    estimates.mark_alive(jobs)
+    workers.mark_alive(jobs)
     assert attempt.poll(1).subscribed
     attempt.commit(b"picture")
     attempt.record_duration(1.0)

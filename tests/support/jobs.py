@@ -20,6 +20,12 @@ def decode_of(
                   b.quality, b.width, b.height)  # fmt: skip
 
 
+def take(jobs: Jobs, job_id: str) -> None:
+    """Take a job from its queue, as a worker does before it begins an attempt."""
+    state = jobs.record(job_id)
+    assert state is not None and jobs.line.claim(state)
+
+
 def expire_lease(jobs: Jobs, job_id: str) -> None:
     """Let the lease of a killed worker expire at once, by backdating its last heartbeat."""
     last = jobs.now() - LEASE_S - 1

@@ -16,7 +16,7 @@ from service.requests import RequestMiddleware
 from service.routes import metrics as metrics_page
 from tests.support.service import free_port
 from worker.attempt import Attempt
-from worker.queue import counters, estimates
+from worker.queue import counters, workers
 from worker.queue.jobs import Jobs
 from worker.queue.records import DecodeRequest
 from worker.queue.store import Store, connect
@@ -89,6 +89,9 @@ def test_every_metric_has_a_name_a_type_and_a_help_text(store: Store) -> None:
         "redis_up": "gauge",
         "queue_depth": "gauge",
         "queue_oldest_age_seconds": "gauge",
+        "queue_jobs": "gauge",
+        "queue_callers": "gauge",
+        "queue_unserved_seconds": "gauge",
         "jobs_running": "gauge",
         "workers": "gauge",
         "queue_memory_ratio": "gauge",
@@ -96,6 +99,10 @@ def test_every_metric_has_a_name_a_type_and_a_help_text(store: Store) -> None:
         "leases_lost": "counter",
         "results_lost": "counter",
         "targets": "counter",
+        "batch_items": "gauge",
+        "batch_items_ended": "counter",
+        "batches_running": "gauge",
+        "batch_stalled_seconds": "gauge",
         "eta_error_ratio": "histogram",
         "model_seconds": "counter",
         "megapixel_steps": "counter",
@@ -156,7 +163,7 @@ def test_the_queue_is_read_at_every_scrape(store: Store) -> None:
     assert value(empty, "afterimage_queue_depth") == 0
     assert value(empty, "afterimage_queue_oldest_age_seconds") == 0
     assert value(empty, "afterimage_workers") == 0
-    estimates.mark_alive(jobs)
+    workers.mark_alive(jobs)
     for seed in range(3):
         jobs.submit(decode(seed), b"bitstream")
     store.queue.hset(jobs.key(decode(1).id), "created", str(time.time() - 100))
@@ -174,6 +181,25 @@ def test_the_queue_is_read_at_every_scrape(store: Store) -> None:
     finally:
         store.queue.config_set("maxmemory", before)
     assert half == pytest.approx(0.5, abs=0.1)
+
+
+def test_waiting_jobs_and_callers_are_counted_by_priority(store: Store) -> None:
+    jobs = Jobs(store)
+    for seed in range(3):
+        jobs.submit(decode(seed), b"bitstream", "app")
+        jobs.submit(decode(seed + 3), b"bitstream", f"library-{seed}", priority="batch")
+    store.queue.zadd(f"{store.prefix}:line:since:batch", {"library-1": time.time() - 100})
+    store.queue.hset(jobs.key(decode(3).id), "created", str(time.time() - 9000))
+    families = scrape(store)
+    for name, interactive, batch in (
+        ("jobs", 3, 3),
+        ("callers", 1, 3),
+        ("unserved_seconds", 0, 100),
+    ):
+        for priority, expected in (("interactive", interactive), ("batch", batch)):
+            found = value(families, f"afterimage_queue_{name}", priority=priority)
+            assert found == pytest.approx(expected, abs=5)
+    assert value(families, "afterimage_queue_oldest_age_seconds") < 100  # of interactive jobs
 
 
 def test_a_queued_job_without_a_record_is_still_counted(store: Store) -> None:

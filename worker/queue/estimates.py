@@ -6,23 +6,22 @@ so each job has the weight 1/w. The predicted total of all jobs then equals thei
 which matters most for waiting times. (Weights of 1/seconds² favour fast jobs: where durations
 scattered by a third, the predicted totals were a fifth too small.)
 
-The hash `sums` holds each worker's regression sums and the time of its last job. The sorted set
-`workers` holds the live workers: name -> time of the last heartbeat. Times are the Redis server's.
+The hash `sums` holds each worker's regression sums and the time of its last job, on the Redis
+server's clock.
 """
 
 import heapq
 import json
-import os
-import socket
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-from worker.queue.jobs import LEASE_S, Jobs
-from worker.queue.records import JobState
+from worker.queue import order, workers
+from worker.queue.jobs import Jobs
+from worker.queue.order import Place
+from worker.queue.records import JobState, Priority
 from worker.queue.store import RECORD_TTL_S
+from worker.queue.workers import WORKER_NAME
 
-WORKER_NAME = f"{socket.gethostname()}-{os.getpid()}"
-"""Name of this process among the workers."""
 MAX_DEAD_WORKERS = 16
 """Number of dead workers whose sums are kept, to predict while no worker is alive."""
 DECAY = 0.9
@@ -82,28 +81,6 @@ class RegressionSums:
         return CostModel(0.0, self.ws / self.ww)
 
 
-def mark_alive(jobs: Jobs) -> None:
-    """Record a heartbeat of this worker."""
-    now = jobs.now()
-    with jobs.store.queue.pipeline() as pipe:
-        pipe.zadd(_workers(jobs), {WORKER_NAME: now})
-        pipe.zremrangebyscore(_workers(jobs), 0, now - RECORD_TTL_S)
-        pipe.expire(_workers(jobs), RECORD_TTL_S)
-        pipe.execute()
-
-
-def mark_stopped(jobs: Jobs) -> None:
-    """Remove this worker from the live workers."""
-    jobs.store.queue.zrem(_workers(jobs), WORKER_NAME)
-
-
-def live_workers(jobs: Jobs) -> list[bytes]:
-    """Names of the workers that sent a heartbeat in the last `LEASE_S` seconds."""
-    since = jobs.now() - LEASE_S
-    names: list[bytes] = jobs.store.queue.zrangebyscore(_workers(jobs), since, "+inf")  # type: ignore[assignment]
-    return names
-
-
 def record_duration(
     jobs: Jobs, seconds: float, megapixel_steps: float, name: str = WORKER_NAME
 ) -> None:
@@ -113,7 +90,8 @@ def record_duration(
     former = stored.pop(name.encode(), None)
     sums = _parse(former)[0] if former else RegressionSums()
     sums = sums.plus(RegressionSums.of(seconds, megapixel_steps), DECAY)
-    dead = sorted(set(stored) - set(live_workers(jobs)), key=lambda name: _parse(stored[name])[1])
+    live = {worker.encode() for worker in workers.names(jobs)}
+    dead = sorted(set(stored) - live, key=lambda name: _parse(stored[name])[1])
     with queue.pipeline() as pipe:
         if len(dead) > MAX_DEAD_WORKERS:
             pipe.hdel(key, *dead[:-MAX_DEAD_WORKERS])
@@ -128,7 +106,7 @@ def cost_model(jobs: Jobs) -> CostModel | None:
     If no live worker has finished a job, the jobs of dead workers are used.
     """
     stored: dict[bytes, bytes] = jobs.store.queue.hgetall(_sums_key(jobs))  # type: ignore[assignment]
-    live = [stored[name] for name in live_workers(jobs) if name in stored]
+    live = [stored[name.encode()] for name in workers.names(jobs) if name.encode() in stored]
     total = RegressionSums()
     for value in live or stored.values():
         total = total.plus(_parse(value)[0])
@@ -141,10 +119,10 @@ def _parse(value: bytes) -> tuple[RegressionSums, float]:
     return RegressionSums(*sums), time
 
 
-def eta_s(jobs: Jobs, state: JobState, position: int | None = None) -> float | None:
+def eta_s(jobs: Jobs, state: JobState, ahead: Sequence[str] | None = None) -> float | None:
     """Seconds until the job is done; None for an ended job or while there is no cost model.
 
-    `position` is the result of `jobs.position(state)`, if the caller has it already.
+    `ahead` is the result of `jobs.ahead(state)`, if the caller has it already.
     """
     cost = cost_model(jobs)
     if cost is None or state.status not in {"queued", "running"}:
@@ -153,38 +131,50 @@ def eta_s(jobs: Jobs, state: JobState, position: int | None = None) -> float | N
     if state.status == "running":
         batch_s = _remaining_by_owner(jobs, cost).get(state.owner)
         return batch_s or duration * (1 - state.step / max(state.total, 1))
-    count = jobs.position(state) if position is None else position
-    ahead = jobs.queue.get_job_ids(0, count) if count else []
-    return _wait_s(jobs, cost, ahead) + duration
+    ahead = jobs.ahead(state) if ahead is None else ahead
+    return _wait_s(jobs, cost, ahead or ()) + duration
 
 
-def backlog_s(jobs: Jobs) -> float:
-    """Seconds until a worker would begin a new job; 0 while there is no cost model."""
+def backlog_s(jobs: Jobs, caller: str = "", priority: Priority = "interactive") -> float:
+    """Seconds until a worker would begin a new job of the caller; 0 without a cost model."""
     cost = cost_model(jobs)
-    return 0.0 if cost is None else _wait_s(jobs, cost, jobs.queue.job_ids)
+    if cost is None:
+        return 0.0
+    return _wait_s(jobs, cost, order.ahead(jobs.line, Place("", priority, caller)) or ())
 
 
 def _wait_s(jobs: Jobs, cost: CostModel, ahead: Iterable[str]) -> float:
-    """Seconds until a worker is free after the running jobs and the queued jobs `ahead`."""
-    workers = len(live_workers(jobs)) or 1
-    busy = sorted(_remaining_by_owner(jobs, cost).values(), reverse=True)[:workers]
-    free_in = busy + [0.0] * (workers - len(busy))
+    """Seconds until a worker is free after the running jobs and the queued jobs `ahead`.
+
+    Drained workers do not count.
+    """
+    live = workers.live(jobs)
+    drained = {worker.name for worker in live if worker.drained}
+    count = len(live) - len(drained) or 1
+    busy = sorted(_remaining_by_owner(jobs, cost, drained).values(), reverse=True)[:count]
+    free_in = busy + [0.0] * (count - len(busy))
     heapq.heapify(free_in)
     for seconds in _remaining(jobs, cost, jobs.subscribed(ahead)):
         heapq.heapreplace(free_in, free_in[0] + seconds)
     return free_in[0]
 
 
-def _remaining_by_owner(jobs: Jobs, cost: CostModel) -> dict[str, float]:
-    """Owner -> remaining seconds of the running jobs that it draws as one batch."""
+def _remaining_by_owner(
+    jobs: Jobs, cost: CostModel, without: Container[str] = ()
+) -> dict[str, float]:
+    """Owner -> remaining seconds of the running jobs that it draws as one batch.
+
+    `without` are names of workers whose jobs are left out.
+    """
     running = jobs.running
     with jobs.store.queue.pipeline(transaction=False) as pipe:
         for job_id in running:
-            pipe.hget(jobs.key(job_id), "owner")
-        owners = [(value or b"").decode() for value in pipe.execute()]
+            pipe.hmget(jobs.key(job_id), "owner", "worker")
+        rows = [[(value or b"").decode() for value in row] for row in pipe.execute()]
     totals: dict[str, float] = {}
-    for owner, seconds in zip(owners, _remaining(jobs, cost, running), strict=True):
-        totals[owner] = totals.get(owner, 0.0) + seconds
+    for (owner, worker), seconds in zip(rows, _remaining(jobs, cost, running), strict=True):
+        if worker not in without:
+            totals[owner] = totals.get(owner, 0.0) + seconds
     return totals
 
 
@@ -195,10 +185,6 @@ def _remaining(jobs: Jobs, cost: CostModel, job_ids: Iterable[str]) -> list[floa
             pipe.hmget(jobs.key(job_id), "work", "step", "total")
         rows = [[float(value or 0) for value in row] for row in pipe.execute()]
     return [cost.seconds(work) * (1 - step / max(total, 1)) for work, step, total in rows]
-
-
-def _workers(jobs: Jobs) -> str:
-    return jobs.store.key("workers")
 
 
 def _sums_key(jobs: Jobs) -> str:

@@ -14,9 +14,11 @@ import redis
 from redis.client import Pipeline
 
 from models.errors import Quarantined
-from worker.queue import counters, events, outbox
-from worker.queue.records import DecodeRequest, JobState, Status, ended_fields
-from worker.queue.rq_queue import DecodeQueue
+from worker.queue import counters, events, order, outbox
+from worker.queue.line import Line
+from worker.queue.order import Place
+from worker.queue.quarantine import QUARANTINED, Quarantine
+from worker.queue.records import DecodeRequest, JobState, Priority, Status, ended_fields
 from worker.queue.store import RECORD_TTL_S, SUBMITTERS_TTL_S, Store
 from worker.queue.targets import Targets
 from worker.telemetry import logs, tracing
@@ -27,14 +29,6 @@ LEASE_S = 10
 """How long a worker keeps its job without a heartbeat: three missed heartbeats."""
 HEARTBEAT_S = 3
 """Interval of a worker's heartbeats."""
-MAX_CRASHES = 2
-"""Number of workers that may crash on one bitstream before it is quarantined."""
-CRASHES_TTL_S = 24 * 3600
-"""How long crashes on a bitstream are remembered after the latest one."""
-QUARANTINED = (
-    f"{MAX_CRASHES} workers crashed while they decoded this bitstream; it is refused for "
-    f"{CRASHES_TTL_S // 3600} hours"
-)
 MAX_ATTEMPTS = 5
 """Number of attempts after which a job fails if its workers lost their leases without a crash."""
 TOO_MANY_ATTEMPTS = (
@@ -58,12 +52,14 @@ Change = Callable[[str, JobState | None, Pipeline], None]
 
 
 class Jobs:
-    """Job records and the RQ queue, in the queue store."""
+    """Job records and the RQ queues, in the queue store."""
 
     def __init__(self, store: Store, timeout_s: int = 3600) -> None:
         self.store = store
         self.timeout_s = timeout_s
-        self.queue = DecodeQueue(f"{store.prefix}-decodes", store.queue, timeout_s)
+        self.line = Line(store, timeout_s)
+        self.queue = self.line.base
+        self.quarantine = Quarantine(store)
         self.targets = Targets(store)
 
     def submit(
@@ -72,14 +68,20 @@ class Jobs:
         data: bytes,
         caller: str = "",
         subscription_s: float = SUBSCRIPTION_S,
+        priority: Priority = "interactive",
+        weight: float = 1.0,
     ) -> tuple[JobState, bool]:
         """Queue a job unless it is queued, running or done already.
+
+        It waits in the caller's queue of that priority; a job that is queued already is moved there
+        if it will be drawn earlier. Within a priority, callers get drawings in proportion to their
+        weights.
 
         Returns its state, and True if this call queued it. One transaction writes the record, the
         bitstream and the queue entry, so that concurrent calls queue only one job. The caller is
         subscribed in any case. Raises `Quarantined`.
         """
-        if self.crash_count(decode.digest) >= MAX_CRASHES:
+        if self.quarantine.holds(decode.digest):
             raise Quarantined(QUARANTINED)
         key = self.key(decode.id)
         self.subscribe(decode.id, caller, subscription_s)  # first: keeps a running job running
@@ -88,21 +90,40 @@ class Jobs:
                 try:
                     pipe.watch(key)  # type: ignore[no-untyped-call]
                     state = self.get(decode.id)
-                    if state and state.status in {"queued", "running", "succeeded"}:
+                    new = JobState.queued(
+                        decode, logs.request_id.get(), tracing.inject().get("traceparent", ""),
+                        caller, priority, weight,
+                    )  # fmt: skip
+                    if state and state.status == "queued":
+                        return self._move_forward(state, new, pipe), False
+                    if state and state.status in {"running", "succeeded"}:
                         return state, False
-                    traceparent = tracing.inject().get("traceparent", "")
-                    state = JobState.queued(decode, logs.request_id.get(), traceparent)
                     pipe.multi()
                     pipe.set(self.store.key("bitstream", decode.digest), data, ex=RECORD_TTL_S)
                     pipe.delete(key, events.key(self.store, decode.id))  # earlier run
-                    pipe.hset(key, mapping=state.new_record())
+                    pipe.hset(key, mapping=new.new_record())
                     pipe.expire(key, RECORD_TTL_S)
-                    self.enqueue(decode.id, pipe)
+                    self.enqueue(new, pipe)
                     events.append(self.store, pipe, decode.id, "queued")
                     pipe.execute()
-                    return state, True
+                    return new, True
                 except redis.WatchError:
                     continue
+
+    def _move_forward(self, state: JobState, new: JobState, pipe: Pipeline) -> JobState:
+        """Move a queued job to the queue of a caller that submitted it again, if it will be drawn
+        earlier there; return its state. Raises `WatchError` if a worker took it meanwhile."""
+        queue = self.line.queue_of(state)
+        pipe.watch(queue.key)  # type: ignore[no-untyped-call]
+        if not self.line.is_earlier(new, state):
+            return state
+        place = {"caller": new.caller, "priority": new.priority, "weight": new.weight}
+        pipe.multi()
+        queue.discard(state.id, pipe)
+        pipe.hset(self.key(state.id), mapping=place)  # type: ignore[arg-type]
+        self.enqueue(new, pipe)
+        pipe.execute()
+        return replace(state, **place)  # type: ignore[arg-type]
 
     def get(self, job_id: str) -> JobState | None:
         """The job's state; None without a record.
@@ -167,7 +188,7 @@ class Jobs:
 
         def cancel(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
             if state and state.status == "queued" and not self.has_subscribers(job_id):
-                self.queue.discard(job_id, pipe)
+                self.line.queue_of(state).discard(job_id, pipe)
                 self.finish(pipe, state, "canceled")
 
         while not self.has_subscribers(job_id) and not self.change(
@@ -183,16 +204,16 @@ class Jobs:
             if state is None or state.status != "queued":
                 return
             if self.has_subscribers(job_id):
-                self.put_back(job_id, pipe)
+                self.put_back(state, pipe)
             else:
                 self.finish(pipe, state, "canceled")
 
         self._retry(job_id, cancel)
 
     def claim_similar(self, state: JobState, count: int) -> list[str]:
-        """Take up to `count` jobs of the same shape and settings from the head of the queue."""
+        """Take up to `count` jobs of the same shape, settings and priority that are soon due."""
         claimed: list[str] = []
-        for job_id in self.queue.get_job_ids(0, BATCH_LOOKAHEAD):
+        for job_id in order.first(self.line, BATCH_LOOKAHEAD, state.priority):
             if len(claimed) == count:
                 break
             other = self.record(job_id)
@@ -200,9 +221,9 @@ class Jobs:
                 continue
             if other.decode.shape != state.decode.shape or not self.has_subscribers(job_id):
                 continue
-            if self.crash_count(other.decode.digest):  # may crash this worker too: runs alone
+            if self.quarantine.count(other.decode.digest):  # may crash this worker too: runs alone
                 continue
-            if self.queue.take(job_id):
+            if self.line.claim(other):
                 claimed.append(job_id)
         return claimed
 
@@ -219,8 +240,13 @@ class Jobs:
             return [job_id for job_id, count in zip(ids, pipe.execute(), strict=True) if count]
 
     def position(self, state: JobState) -> int | None:
-        """Number of jobs ahead in the queue; None unless the job is queued."""
-        return self.queue.position(state.id) if state.status == "queued" else None
+        """Number of jobs that workers will take before this one; None unless it is queued."""
+        ahead = self.ahead(state)
+        return None if ahead is None else len(ahead)
+
+    def ahead(self, state: JobState) -> list[str] | None:
+        """The jobs that workers will take before this one; None unless it is queued."""
+        return order.ahead(self.line, Place.of(state)) if state.status == "queued" else None
 
     def reap(self) -> None:
         """Put jobs whose worker missed its heartbeats back at the front of the queue.
@@ -244,60 +270,44 @@ class Jobs:
 
     def record_crash(self, state: JobState, pipe: Pipeline) -> None:
         """Count a crash of the job's worker, and put the job back or fail it, as part of `pipe`."""
-        crashes = self._crashes(state.decode.digest)
-        counted = self.store.queue.sismember(crashes, state.owner)
-        count = self.crash_count(state.decode.digest) + (not counted)
-        pipe.sadd(crashes, state.owner)
-        pipe.expire(crashes, CRASHES_TTL_S)
-        if count >= MAX_CRASHES:
+        if self.quarantine.add(state, pipe):
             self.finish(pipe, state, "failed", QUARANTINED)
         elif state.attempts >= MAX_ATTEMPTS:
             self.finish(pipe, state, "failed", TOO_MANY_ATTEMPTS)
         else:
-            self.put_back(state.id, pipe)
+            self.put_back(state, pipe)
 
-    def crash_count(self, digest: str) -> int:
-        """Workers that crashed on a bitstream in the last `CRASHES_TTL_S` seconds."""
-        return int(self.store.queue.scard(self._crashes(digest)))
-
-    def forgive_worker(self, state: JobState) -> None:
-        """Uncount the crash of an attempt: its worker is alive, and only lost its connection."""
-        self.store.queue.srem(self._crashes(state.decode.digest), state.owner)
-
-    def reset_crashes(self, digest: str, pipe: Pipeline) -> None:
-        """Forget all crashes on a bitstream, because a picture was drawn from it."""
-        pipe.delete(self._crashes(digest))
-
-    def put_back(self, job_id: str, pipe: Pipeline, attempts: int | None = None) -> None:
+    def put_back(self, state: JobState, pipe: Pipeline, attempts: int | None = None) -> None:
         """Queue a running job again, at the front; `attempts` replaces its number of attempts."""
         fields: dict[str, str | int] = {"status": "queued", "step": 0}
         if attempts is not None:
             fields["attempts"] = attempts
-        pipe.hset(self.key(job_id), mapping=fields)  # type: ignore[arg-type]
-        pipe.zrem(self.leases, job_id)
-        self.enqueue(job_id, pipe, at_front=True)
-        events.append(self.store, pipe, job_id, "queued")
+        pipe.hset(self.key(state.id), mapping=fields)  # type: ignore[arg-type]
+        pipe.zrem(self.leases, state.id)
+        self.enqueue(state, pipe, at_front=True)
+        events.append(self.store, pipe, state.id, "queued")
 
     def missing(self) -> set[str]:
-        """Jobs with status `queued` that are not in the queue.
+        """Jobs with status `queued` that are in no queue.
 
         A worker took them and crashed before it began an attempt, or is about to begin one.
         """
         waiting = self.store.queue.smembers(self.waiting)
-        queued = {value.encode() for value in self.queue.job_ids}
-        return {value.decode() for value in waiting - queued}  # type: ignore[union-attr]
+        return {value.decode() for value in waiting} - self.line.job_ids()  # type: ignore[union-attr]
 
     def requeue(self, job_ids: set[str]) -> None:
-        """Put missing jobs back at the front of the queue."""
+        """Put missing jobs back at the front of their callers' queues."""
 
         def restore(job_id: str, state: JobState | None, pipe: Pipeline) -> None:
             if state is None or state.status != "queued":
                 pipe.srem(self.waiting, job_id)
-            elif self.queue.position(job_id) is None:  # no other worker restored it already
-                self.enqueue(job_id, pipe, at_front=True)
+            elif not self.line.contains(state):  # no other worker restored it already
+                self.enqueue(state, pipe, at_front=True)
 
         for job_id in job_ids:
-            self.change(job_id, self.queue.key, restore)
+            known = self.record(job_id)
+            queue = self.line.queue_of(known) if known else self.queue
+            self.change(job_id, queue.key, restore)
 
     def fail_queued(self, job_id: str, error: str) -> None:
         """Fail a job that is queued; clients see `error`."""
@@ -350,11 +360,11 @@ class Jobs:
         while not self.change(job_id, self.subscribers(job_id), change):
             pass
 
-    def enqueue(self, job_id: str, pipe: Pipeline, at_front: bool = False) -> None:
-        """Add a job to the queue, as part of the transaction `pipe`."""
-        pipe.sadd(self.waiting, job_id)
+    def enqueue(self, state: JobState, pipe: Pipeline, at_front: bool = False) -> None:
+        """Add a job to its caller's queue, as part of the transaction `pipe`."""
+        pipe.sadd(self.waiting, state.id)
         pipe.expire(self.waiting, RECORD_TTL_S)
-        self.queue.add(job_id, pipe, at_front)
+        self.line.add(state, pipe, at_front)
 
     def now(self) -> float:
         """Time on the Redis server's clock, which all workers share: seconds since the epoch."""
@@ -383,10 +393,6 @@ class Jobs:
     def _submitters(self, job_id: str) -> str:
         """Key of the set of callers that submitted the job; only private services fill it."""
         return self.store.key("submitters", job_id)
-
-    def _crashes(self, digest: str) -> str:
-        """Key of the set of owners of attempts that crashed on a bitstream."""
-        return self.store.key("deaths", digest)
 
     def key(self, job_id: str) -> str:
         """Key of the job's record, a hash."""

@@ -5,12 +5,15 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from models import geometry
 from models.tiers import Settings
 
 Status = Literal["queued", "running", "succeeded", "failed", "canceled", "expired"]
+Priority = Literal["interactive", "batch"]
+"""Workers take interactive jobs first."""
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 ENDED: frozenset[Status] = frozenset({"succeeded", "failed", "canceled", "expired"})
 
 
@@ -68,6 +71,10 @@ class JobState:
     owner: str = ""  # id of the batch to which that attempt belongs
     request_id: str = ""  # id of the HTTP request that queued the job
     traceparent: str = ""  # trace context of that request
+    caller: str = ""  # the caller in whose queue the job waits
+    priority: Priority = "interactive"
+    weight: float = 1.0  # share of the drawings that this caller gets
+    worker: str = ""  # name of the worker of the latest attempt
 
     @classmethod
     def of(cls, job_id: str, row: Mapping[bytes, bytes]) -> "JobState | None":
@@ -92,11 +99,21 @@ class JobState:
             eta_s=float(fields.get("eta_s", 0)),
             request_id=fields.get("request_id", ""),
             traceparent=fields.get("traceparent", ""),
+            caller=fields.get("caller", ""),
+            priority=fields.get("priority", "interactive"),  # type: ignore[arg-type]
+            weight=float(fields.get("weight", 1)),
+            worker=fields.get("worker", ""),
         )
 
     @classmethod
     def queued(
-        cls, decode: DecodeRequest, request_id: str = "", traceparent: str = ""
+        cls,
+        decode: DecodeRequest,
+        request_id: str = "",
+        traceparent: str = "",
+        caller: str = "",
+        priority: Priority = "interactive",
+        weight: float = 1.0,
     ) -> "JobState":
         """The state of a new job."""
         return cls(
@@ -113,6 +130,9 @@ class JobState:
             fence=int(time.time() * 1e3),  # above the fences of any former record of this job
             request_id=request_id,
             traceparent=traceparent,
+            caller=caller,
+            priority=priority,
+            weight=weight,
         )
 
     def new_record(self) -> dict[Any, Any]:
@@ -131,6 +151,9 @@ class JobState:
             "work": self.decode.work,
             "request_id": self.request_id,
             "traceparent": self.traceparent,
+            "caller": self.caller,
+            "priority": self.priority,
+            "weight": self.weight,
         }
 
 

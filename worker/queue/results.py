@@ -114,9 +114,12 @@ class Results:
         return Reference(self._folder.store, f"{self._folder.key}/{job_id}.png")
 
 
-def metadata(decode: DecodeRequest, format: OutputFormat) -> Mapping[str, str]:
+def metadata(
+    decode: DecodeRequest, format: OutputFormat, realism: float = 1.0
+) -> Mapping[str, str]:
     """What is stored beside a picture: from what, and how, it was made."""
     return {
+        **({} if realism == 1 else {"realism": str(realism)}),
         "decode": decode.id, "format": format, "bitstream": decode.digest, "tier": decode.tier,
         "seed": str(decode.seed), "codec": decode.codec, "decoder": decode.decoder,
     }  # fmt: skip

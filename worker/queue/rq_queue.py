@@ -1,4 +1,4 @@
-"""RQ's queue of decode jobs; the only module that touches the Redis keys that RQ owns.
+"""RQ's queues of decode jobs.
 
 RQ keeps a list of job ids per queue, and a hash per job that names the function to call. What the
 project itself knows about a job is in `worker.queue.jobs`, under keys of its own.
@@ -17,7 +17,10 @@ FAILURE_TTL_S = 60
 
 
 class DecodeQueue(Queue):
-    """A FIFO queue of job ids. Methods that take a pipeline become part of its transaction."""
+    """A FIFO queue of the ids of one caller's jobs.
+
+    Methods that take a pipeline become part of its transaction.
+    """
 
     def __init__(self, name: str, connection: Redis, timeout_s: int) -> None:
         super().__init__(name, connection=connection, serializer=JSONSerializer)
@@ -42,13 +45,6 @@ class DecodeQueue(Queue):
         """Remove a job from the queue and delete RQ's hash of it."""
         pipe.lrem(self.key, 0, job_id)
         pipe.delete(Job.key_for(job_id))
-
-    def take(self, job_id: str) -> bool:
-        """Remove a job from the queue in order to run it; False if another worker took it first."""
-        if not self.connection.lrem(self.key, 1, job_id):
-            return False
-        self.connection.delete(Job.key_for(job_id))
-        return True
 
     def position(self, job_id: str) -> int | None:
         """Number of jobs ahead in the queue; None for a job that is not in it."""
