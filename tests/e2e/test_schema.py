@@ -21,8 +21,11 @@ HERE = Path(__file__).parent
 NEED_MORE = {
     "PUT /v1/decodes/{id}",  # its id is a digest of the rest
     "DELETE /v1/decodes/{id}", "GET /v1/decodes/{id}/preview",  # they need a running job
+    "DELETE /v1/queue/jobs/{id}", "POST /v1/queue/jobs/{id}/retry",  # a job in the right state
+    "DELETE /v1/queue/quarantine/{digest}", "POST /v1/queue/workers/{name}/drain",  # names of them
 }  # fmt: skip
-"""Operations at which random requests rarely succeed; `test_decodes.py` tests them."""
+"""Operations at which random requests rarely succeed; `test_decodes.py` and `test_operators.py` test
+them."""
 
 
 @pytest.fixture(scope="module")
