@@ -24,8 +24,8 @@ NEED_MORE = {
     "DELETE /v1/queue/jobs/{id}", "POST /v1/queue/jobs/{id}/retry",  # a job in the right state
     "DELETE /v1/queue/quarantine/{digest}", "POST /v1/queue/workers/{name}/drain",  # names of them
 }  # fmt: skip
-"""Operations at which random requests rarely succeed; `test_decodes.py` and `test_operators.py` test
-them."""
+"""Operations at which random requests rarely succeed; `test_decodes.py` and `test_operators.py`
+test them."""
 
 
 @pytest.fixture(scope="module")
