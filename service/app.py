@@ -1,5 +1,6 @@
 """The ASGI application: `create_app()`."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
@@ -8,11 +9,31 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
-from service import __version__, metrics, openapi, origins, problems, reference, services
+from service import (
+    __version__,
+    batch_task,
+    metrics,
+    openapi,
+    origins,
+    problems,
+    reference,
+    services,
+)
 from service.auth import Keys
 from service.origins import OriginMiddleware
 from service.requests import RequestMiddleware
-from service.routes import decodes, encodes, health, info, links, page, pictures, progress, queue
+from service.routes import (
+    batches,
+    decodes,
+    encodes,
+    health,
+    info,
+    links,
+    page,
+    pictures,
+    progress,
+    queue,
+)
 from service.routes import metrics as metrics_page
 from service.settings import ServiceSettings
 from worker.queue import object_config, object_stores, results, store
@@ -58,7 +79,9 @@ def create_app(settings: ServiceSettings | None = None, host: str = "") -> FastA
     )
     problems.install(app)
     reference.install(app)
-    for module in (decodes, pictures, progress, links, encodes, queue, info, health, page):
+    for module in (
+        decodes, pictures, progress, batches, links, encodes, queue, info, health, page
+    ):  # fmt: skip
         app.include_router(module.router)
     app.mount("/web", page.files)
     if not settings.metrics_port:
@@ -91,8 +114,12 @@ def _lifespan(
         loaded = await anyio.to_thread.run_sync(services.load, settings, connected, objects, keys)
         app.state.services = loaded
         port, host = settings.metrics_port, settings.metrics_host
+        feeder = asyncio.create_task(batch_task.run(loaded)) if objects.configs else None
         stop_metrics = metrics.serve(port, loaded.jobs, host) if port else None
         yield
+        if feeder is not None:
+            feeder.cancel()
+            await asyncio.gather(feeder, return_exceptions=True)
         if stop_metrics is not None:
             await anyio.to_thread.run_sync(stop_metrics)
         await anyio.to_thread.run_sync(loaded.close)

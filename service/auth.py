@@ -65,10 +65,18 @@ class Keys:
                 match = key
         if match is None or match.expired:
             return None
-        return Caller(
-            match.name, frozenset(match.scopes), match.requests_per_minute, match.jobs_at_once,
-            match.priority, match.weight,
-        )  # fmt: skip
+        return _caller(match)
+
+    def named(self, name: str, scope: Scope) -> Caller:
+        """Return the caller of this name, for work that goes on after its request.
+
+        Raises `Unauthorized` unless it has a key with this scope that has not expired.
+        """
+        self._reload_if_changed()
+        for key in self._keys:
+            if key.name == name and not key.expired and scope in key.scopes:
+                return _caller(key)
+        raise Unauthorized(f"{name} has no valid API key with the scope {scope} any more")
 
     def _reload_if_changed(self) -> None:
         """Reload a changed file; if it has become invalid, log that once and keep the old keys."""
@@ -84,6 +92,13 @@ class Keys:
             self._keys = keys.read(self._path)
         except KeysError as e:
             log.error("the file of API keys is invalid, so the previous keys stay in use: %s", e)
+
+
+def _caller(key: Key) -> Caller:
+    return Caller(
+        key.name, frozenset(key.scopes), key.requests_per_minute, key.jobs_at_once, key.priority,
+        key.weight,
+    )  # fmt: skip
 
 
 def _file_version(path: Path) -> tuple[int, ...] | None:

@@ -23,6 +23,7 @@ from httpx_sse import ServerSentEvent, aconnect_sse
 
 from models.errors import AfterimageError, Canceled
 from models.image import MEDIA_TYPES, OutputFormat
+from service.client_batches import AsyncBatches, Batches
 
 Kind = Literal["draft", "queued", "started", "progress", "preview", "final"]
 
@@ -120,6 +121,7 @@ class AsyncClient:
         self.http = http or _default_http()
         self.http.base_url = _checked(httpx.URL(url))
         self.http.headers.update(headers)
+        self.batches = AsyncBatches(self.send, self._retry)
 
     async def __aenter__(self) -> Self:
         return self
@@ -276,6 +278,7 @@ class Client:
                 self._portal.wrap_async_context_manager(client)
             )
             self._stack = stack.pop_all()
+        self.batches = Batches(self._client.batches, self._portal)
         self._open = True
 
     def __enter__(self) -> Self:

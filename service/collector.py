@@ -12,6 +12,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
+from service import batch_metrics
 from worker.queue import counters, workers
 from worker.queue.jobs import Jobs
 from worker.queue.line import Waiting
@@ -41,7 +42,9 @@ class QueueCollector(Collector):
         families: list[Metric] = []
         up = 0.0
         with contextlib.suppress(RedisError):
-            families = [*_queue(self.jobs), *_counters(counters.read(self.jobs.store))]
+            sums = counters.read(self.jobs.store)
+            families = [*_queue(self.jobs), *_counters(sums)]
+            families += batch_metrics.families(self.jobs.store, sums)
             self.jobs.store.cache.ping()
             up = 1.0
         text = "Whether both Redis stores, queue and cache, respond (1) or not (0)."

@@ -1,14 +1,13 @@
 """The parameters `source` and `target`: a request's input and output in object stores."""
 
 from collections.abc import AsyncGenerator
-from pathlib import PurePosixPath
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
 
 from models.errors import ParameterError
-from models.image import SUFFIXES, OutputFormat
-from service import sources, uploads
+from models.image import OutputFormat
+from service import object_writes, sources, uploads
 from service.auth import Caller
 from service.deps import DecodeCaller, EncodeCaller, ServicesDep
 from service.object_writes import PictureTarget
@@ -78,14 +77,7 @@ async def picture_target(
             raise ParameterError("format: only with target; other responses follow Accept")
         return None
     reference = _writable(services, caller, target)
-    chosen = format or SUFFIXES.get(PurePosixPath(reference.key).suffix.lower())
-    if chosen is None:
-        suffixes = ", ".join(SUFFIXES)
-        raise ParameterError(
-            f"target: the key {reference.key[-100:]!r} ends with none of {suffixes}; use one of "
-            "them, or set format"
-        )
-    return PictureTarget(reference, chosen)
+    return PictureTarget(reference, format or object_writes.format_of(reference))
 
 
 async def bitstream_target(

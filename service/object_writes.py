@@ -2,13 +2,15 @@
 
 import contextlib
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import anyio
 import anyio.to_thread
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
-from models.image import OutputFormat
+from models.errors import ParameterError
+from models.image import SUFFIXES, OutputFormat
 from service.services import Services
 from service.target_schemas import Written
 from worker.queue.references import Reference, StoreAway, StoreRefused
@@ -21,10 +23,26 @@ _THREADS = anyio.CapacityLimiter(16)
 
 @dataclass(frozen=True, slots=True)
 class PictureTarget:
-    """Where a picture is to be written, and in which format."""
+    """Where a picture is to be written, in which format, and how realistic."""
 
     reference: Reference
     format: OutputFormat
+    realism: float = 1.0
+
+
+def format_of(target: Reference, parameter: str = "target") -> OutputFormat:
+    """The format that the suffix of a target names.
+
+    Raises `ParameterError`, which names the `parameter`.
+    """
+    format = SUFFIXES.get(PurePosixPath(target.key).suffix.lower())
+    if format is None:
+        suffixes = ", ".join(SUFFIXES)
+        raise ParameterError(
+            f"{parameter}: the key {target.key[-100:]!r} ends with none of {suffixes}; use one of "
+            "them, or set format"
+        )
+    return format
 
 
 async def written_response(
@@ -40,6 +58,14 @@ async def written_response(
     etag = await anyio.to_thread.run_sync(services.objects.write, *arguments, limiter=_THREADS)
     document = Written(target=str(reference), media_type=media_type, bytes=len(data), etag=etag)
     return JSONResponse(document.model_dump(mode="json"), 200, headers)
+
+
+async def exists(services: Services, reference: Reference) -> bool:
+    """Whether there is an object. Raises `StoreError`."""
+    found = await anyio.to_thread.run_sync(
+        services.objects.head, reference, limiter=_THREADS, abandon_on_cancel=True
+    )
+    return found is not None
 
 
 async def holds(services: Services, target: PictureTarget, caller: str, job_id: str) -> str | None:
@@ -58,10 +84,12 @@ async def holds(services: Services, target: PictureTarget, caller: str, job_id: 
         written = {
             t.etag
             for t in services.jobs.targets.of(job_id, caller)
-            if (t.reference, t.format) == (str(target.reference), target.format)
+            if (t.reference, t.format, t.realism)
+            == (str(target.reference), target.format, target.realism)
         } - {""}
-        same = found.attributes.get("decode") == job_id
-        same = same and found.attributes.get("format") == target.format
+        about = found.attributes
+        same = about.get("decode") == job_id and about.get("format") == target.format
+        same = same and about.get("realism", "1.0") == str(target.realism)
         return found.etag if same or found.etag in written else None
 
     with anyio.move_on_after(HEAD_S):

@@ -6,6 +6,7 @@ from fastapi import FastAPI
 
 from models.errors import ParameterError
 from service import problems, schemas
+from service.batch_request_schemas import BatchRequest
 
 LINKED_OPERATIONS = ("status", "follow", "picture", "withdraw", "retry")
 """Ids of the operations on a decode, which responses with a decode link to."""
@@ -28,6 +29,8 @@ def _complete(document: dict[str, Any], keyed: bool) -> None:
     template = "#/components/schemas/{model}"
     problem = schemas.Problem.model_json_schema(ref_template=template)
     components["schemas"] |= problem.pop("$defs") | {"Problem": problem}
+    batch = BatchRequest.model_json_schema(ref_template=template)
+    components["schemas"] |= batch.pop("$defs") | {"BatchRequest": batch}
     for unused in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(unused, None)
     if not keyed:

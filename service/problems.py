@@ -48,6 +48,12 @@ class JobNotFound(RequestError):
     kind = "job-not-found"
 
 
+class BatchNotFound(RequestError):
+    """There is no batch of this caller with this id."""
+
+    kind = "batch-not-found"
+
+
 class ModelNotFound(RequestError):
     """There is no model card for these weights."""
 
@@ -67,7 +73,7 @@ class NotAcceptable(RequestError):
 
 
 class Conflict(RequestError):
-    """The operation is not possible in the current state of the decode."""
+    """The operation is not possible in the current state of the decode or batch."""
 
     kind = "conflict"
 
@@ -163,6 +169,7 @@ STATUS: dict[type[errors.AfterimageError], int] = {
     Forbidden: 403,
     references.StoreForbidden: 403,
     JobNotFound: 404,
+    BatchNotFound: 404,
     ModelNotFound: 404,
     WorkerNotFound: 404,
     references.StoreNotFound: 404,

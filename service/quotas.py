@@ -119,6 +119,11 @@ class Quotas:
         message = f"{limit} of your jobs have not ended, which is the quota; wait for one of them"
         raise TooManyRequests(message, headers)
 
+    def free_jobs(self, caller: Caller) -> int | None:
+        """How many more jobs the caller may have now; None without a limit."""
+        limit = caller.jobs_at_once or self.jobs_at_once
+        return None if limit is None else max(limit - len(self._unfinished(caller)), 0)
+
     def release_job(self, caller: Caller, job_id: str) -> None:
         """Stop counting a job that the caller has withdrawn. Jobs that end are removed by `job`."""
         self.jobs.store.queue.zrem(self._key(caller), job_id)

@@ -15,7 +15,7 @@ from worker.queue.references import Reference
 
 
 async def read(
-    request: Request,
+    request: Request | None,
     services: Services,
     caller: Caller,
     text: str,
@@ -24,8 +24,9 @@ async def read(
 ) -> bytes:
     """Read an object within the limits of a body; `check` gets its first part and `max_pixels`.
 
-    Raises `ParameterError`, `UnexpectedBody`, `BodyTooLarge` before or while reading,
-    `DeadlineExceeded`, `StoreError`, and what `check` raises.
+    `request` is the one that names the object, if any; it may have no body. Raises
+    `ParameterError`, `UnexpectedBody`, `BodyTooLarge` before or while reading, `DeadlineExceeded`,
+    `StoreError`, and what `check` raises.
     """
     reference = Reference.parse(text, "source")
     services.objects.check(reference, caller.name, "read")
@@ -34,9 +35,8 @@ async def read(
     data = bytearray()
     try:
         with anyio.fail_after(seconds):
-            async for part in request.stream():
-                if part:
-                    raise UnexpectedBody("the request has a source and a body; send only one")
+            if request is not None:
+                await _check_empty(request)
             size, parts = await services.objects.open(reference)
             if size > limit:
                 raise BodyTooLarge(too_large)
@@ -51,6 +51,12 @@ async def read(
         message = f"only {len(data)} bytes of {reference} were read within {seconds:g} s"
         raise DeadlineExceeded(f"{message}; try again later") from None
     return bytes(data)
+
+
+async def _check_empty(request: Request) -> None:
+    async for part in request.stream():
+        if part:
+            raise UnexpectedBody("the request has a source and a body; send only one")
 
 
 def check_header(part: bytes, max_pixels: int) -> None:

@@ -103,7 +103,7 @@ class Submission:
         state = await anyio.to_thread.run_sync(recall.find, self.services.jobs, self.decode)
         finished = await self._finished(state, format, {**headers, "X-Cache": "hit"})
         metrics.cache("picture", finished is not None)
-        await self._check_webhooks()
+        await check_webhooks(self.services, self.caller, self.params.webhooks)
         if state is not None and finished is not None:
             await anyio.to_thread.run_sync(self._add_submitter)
             await anyio.to_thread.run_sync(self._notify_webhooks, state)
@@ -133,7 +133,7 @@ class Submission:
         the write, and return 202."""
         jobs = self.services.jobs
         negotiate.check_size(target.format, self.decode.width, self.decode.height)
-        await self._check_webhooks()
+        await check_webhooks(self.services, self.caller, self.params.webhooks)
         etag = await object_writes.holds(self.services, target, self.caller.name, self.decode.id)
         if etag is not None:
             state = await anyio.to_thread.run_sync(self._record_written, target, etag)
@@ -273,15 +273,6 @@ class Submission:
         if self.services.settings.private:
             self.services.jobs.add_submitter(self.decode.id, self.caller.name)
 
-    async def _check_webhooks(self) -> None:
-        """Raise `ParameterError` unless webhooks may be sent to all URLs of the request."""
-        share = _RESOLVERS.setdefault(self.caller.name, anyio.CapacityLimiter(RESOLVERS_PER_CALLER))
-        for url in self.params.webhooks:
-            async with share:
-                await anyio.to_thread.run_sync(
-                    check_url, url, self.services.webhooks, limiter=_RESOLVER_THREADS
-                )
-
     def _register_webhooks(self) -> None:
         for url in self.params.webhooks:
             outbox.register(self.services.store, self.decode.id, self.caller.name, url)
@@ -293,6 +284,16 @@ class Submission:
         admission.check_memory(self.services)
         self._register_webhooks()
         outbox.job_ended(self.services.store, state.id, *outbox.event(state))
+
+
+async def check_webhooks(services: Services, caller: Caller, urls: Sequence[str]) -> None:
+    """Raise `ParameterError` unless webhooks may be sent to all of these URLs."""
+    share = _RESOLVERS.setdefault(caller.name, anyio.CapacityLimiter(RESOLVERS_PER_CALLER))
+    for url in urls:
+        async with share:
+            await anyio.to_thread.run_sync(
+                check_url, url, services.webhooks, limiter=_RESOLVER_THREADS
+            )
 
 
 def build_decode(

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from service import schemas
 from service.auth import Caller
-from service.problems import Conflict, JobNotFound, PictureGone
+from service.problems import RETRY_S, Conflict, JobNotFound, PictureGone, TooManyRequests
 from service.services import Services
 from worker.queue import estimates, targets
 from worker.queue import events as job_events
@@ -83,6 +83,15 @@ def check_kept(state: JobState) -> None:
     if state.status == "expired":
         hint = f"POST /v1/decodes/{state.id}/retry to make it again"
         raise PictureGone(f"the picture of decode {state.id} has expired; {hint}")
+
+
+def check_waits(services: Services, allowed: bool) -> None:
+    """Raise `TooManyRequests` unless another event stream of the caller is `allowed`."""
+    if not allowed:
+        most = services.settings.waits_at_once
+        message = f"you have {most} event streams and waiting requests, which is the limit"
+        retry = {"Retry-After": str(RETRY_S)}
+        raise TooManyRequests(f"{message}; close some of them", retry)
 
 
 def view(

@@ -10,9 +10,10 @@ import time
 from dataclasses import replace
 
 from models import image
-from models.errors import AfterimageError
-from models.image import MEDIA_TYPES, OutputFormat
-from models.library import provenance
+from models.codec import bitstream
+from models.errors import AfterimageError, WrongWeights
+from models.image import MEDIA_TYPES
+from models.library import Library, provenance
 from worker.queue.jobs import Jobs
 from worker.queue.object_stores import ObjectStores
 from worker.queue.records import DecodeRequest, JobState
@@ -38,8 +39,14 @@ RETRY_S = 1.0
 class Deliveries:
     """Writes the targets that are due, in `THREADS` threads."""
 
-    def __init__(self, jobs: Jobs, objects: ObjectStores, max_pixels: int) -> None:
-        self.jobs, self.objects, self.max_pixels = jobs, objects, max_pixels
+    def __init__(
+        self,
+        jobs: Jobs,
+        objects: ObjectStores,
+        max_pixels: int,
+        library: Library | None = None,  # needed for a realism below 1
+    ) -> None:
+        self.jobs, self.objects, self.max_pixels, self.library = jobs, objects, max_pixels, library
         self._stopped = threading.Event()
         self._paused: dict[str, tuple[int, float]] = {}
         """Store that failed -> failures in a row, and when it may be tried again (monotonic)."""
@@ -99,7 +106,7 @@ class Deliveries:
         except StoreAway as e:
             self._try_again(state, replace(target, tries=tries), ref, e)
         except AfterimageError as e:
-            self._fail(state, target, str(e))
+            self._fail(state, target, e)
         else:
             self._paused.pop(ref.store, None)
             self.jobs.targets.settle(state, replace(target, status="written", etag=etag))
@@ -107,15 +114,31 @@ class Deliveries:
 
     def _write(self, decode: DecodeRequest, target: Target, ref: Reference, png: bytes) -> str:
         self.objects.check(ref, target.caller, "write")  # the file of stores may have changed
-        data = self._convert(decode, png, target.format)
-        about = metadata(decode, target.format)
+        data = self._convert(decode, png, target)
+        about = metadata(decode, target.format, target.realism)
         return self.objects.write(ref, data, MEDIA_TYPES[target.format], about)
 
-    def _convert(self, decode: DecodeRequest, png: bytes, format: OutputFormat) -> bytes:
-        if format == "png":
+    def _convert(self, decode: DecodeRequest, png: bytes, target: Target) -> bytes:
+        if target.format == "png" and target.realism == 1:
             return png
-        text = provenance(decode.tier, decode.settings, decode.seed, decode.codec, decode.decoder)
-        return image.write(image.read(png, self.max_pixels), format, text)
+        pixels = image.read(png, self.max_pixels)
+        if target.realism != 1:
+            pixels = self._mixed(decode, pixels, target.realism)
+        ids = decode.codec, decode.decoder
+        text = provenance(decode.tier, decode.settings, decode.seed, *ids, target.realism)
+        return image.write(pixels, target.format, text)
+
+    def _mixed(self, decode: DecodeRequest, pixels: image.Pixels, realism: float) -> image.Pixels:
+        """Mix a finished picture with the instant one."""
+        data = self.jobs.store.bitstream(decode.digest)
+        if data is None or self.library is None:
+            raise AfterimageError("the bitstream has expired; send it again")
+        b = bitstream.parse(data, self.max_pixels)
+        if self.library.codec_id(b) != decode.codec:
+            raise WrongWeights(
+                f"the worker lacks the codec {decode.codec}; send the bitstream again"
+            )
+        return self.library.at_realism(b, pixels, realism)
 
     def _try_again(self, state: JobState, target: Target, ref: Reference, e: StoreAway) -> None:
         """Postpone a target whose store failed; after the job's time limit, fail it."""
@@ -124,10 +147,11 @@ class Deliveries:
         self._paused[ref.store] = failures, time.monotonic() + pause_s
         elapsed = time.time() - target.began
         if elapsed > self.jobs.timeout_s:
-            self._fail(state, target, f"{e}; gave up after {elapsed:.0f} s")
+            self._fail(state, target, StoreAway(f"{e}; gave up after {elapsed:.0f} s"))
         else:
             self.jobs.targets.postpone(state.id, target, pause_s)
 
-    def _fail(self, state: JobState, target: Target, error: str) -> None:
-        log.warning("job %s: its target %s failed: %s", state.id, target.reference, error)
-        self.jobs.targets.settle(state, replace(target, status="failed", error=error))
+    def _fail(self, state: JobState, target: Target, e: AfterimageError) -> None:
+        log.warning("job %s: its target %s failed: %s", state.id, target.reference, e)
+        failed = replace(target, status="failed", error=str(e), kind=e.kind)
+        self.jobs.targets.settle(state, failed)

@@ -1,7 +1,6 @@
 """`afterimage encode`, `decode` and `inspect`."""
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,7 @@ from service.cli.files import (
     read_picture,
     reason,
 )
-from service.cli.terminal import complain, note, say
+from service.cli.terminal import complain, note, say_json
 from service.settings import ServiceSettings
 from worker.settings import without_garbage_collection
 
@@ -70,7 +69,8 @@ def add(commands: Any) -> None:
     )
     options.add_inputs(decode)
     options.add_output(decode)
-    _add_diffusion(decode)
+    _add_tier(decode)
+    add_sampler(decode)
     decode.add_argument(
         "--url",
         help="decode at this service, such as http://127.0.0.1:8000, with the API key in "
@@ -83,7 +83,7 @@ def add(commands: Any) -> None:
     inspect.set_defaults(run=_inspect)
 
 
-def _add_diffusion(decode: argparse.ArgumentParser) -> None:
+def _add_tier(decode: argparse.ArgumentParser) -> None:
     decode.add_argument(
         "--tier",
         choices=tuple(TIERS),
@@ -91,6 +91,10 @@ def _add_diffusion(decode: argparse.ArgumentParser) -> None:
         help="instant: the codec's picture; perceptual: the most natural picture; others: random "
         "pictures that the bitstream may stand for (default: instant)",
     )
+
+
+def add_sampler(decode: argparse.ArgumentParser) -> None:
+    """Add the options of a diffusion picture besides the tier: seed, sampler settings, realism."""
     decode.add_argument(
         "--seed",
         type=int,
@@ -262,5 +266,5 @@ def _inspect(args: argparse.Namespace) -> int:
             ]
             read = installed[0] if installed else b
             line |= Inspection.of(read, len(data), bool(installed)).model_dump(mode="json")
-        say(json.dumps(line, ensure_ascii=False))
+        say_json(line)
     return 1 if failures else 0

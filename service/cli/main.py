@@ -1,4 +1,4 @@
-"""The `afterimage` command: serve, worker, encode, decode, inspect, queue, keys and weights."""
+"""The `afterimage` command; its parts are modules of `service.cli`."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from models.errors import AfterimageError
 from service import __version__
-from service.cli import codec, keys, queue, serve, weights
+from service.cli import batch, codec, keys, queue, serve, weights
 from service.cli.parser import Parser
 from service.cli.terminal import complain, discard_stdout
 from service.settings import ServiceSettings
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser("afterimage")
     parser.add_argument("--version", action="version", version=f"afterimage {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (serve, codec, queue, keys, weights):
+    for module in (serve, codec, batch, queue, keys, weights):
         module.add(commands)
     return parser
 

@@ -46,6 +46,34 @@ TEXTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         "Print a line of JSON for each bitstream: its file, and its header or what is wrong.",
         ("afterimage inspect coded/*.msh", "afterimage inspect - < photo.msh"),
     ),
+    "afterimage batch": (
+        "Decode many bitstreams at a service, from object stores to object stores.",
+        ("afterimage batch submit store:in/a/ store:out/b/ --format webp --watch",),
+    ),
+    "afterimage batch submit": (
+        "Submit a batch: all objects below a prefix, or the items of a file of JSON lines.",
+        (
+            "afterimage batch submit store:in/a/ store:out/b/ --format webp --watch",
+            "afterimage batch submit --items items.jsonl --tier ddim-10 --on-existing replace",
+            """echo '{"source": "store:in/a.msh", "target": "store:out/a.png", "seed": 7}' |
+      afterimage batch submit --items -""",
+        ),
+    ),
+    "afterimage batch status": (
+        "Show the state of a batch; with --failed, a line of JSON for each failed item.",
+        (
+            "afterimage batch status 7c1d0a6e2f9b4c5d8e3f1a2b3c4d5e6f --watch",
+            "afterimage batch status 7c1d0a6e2f9b4c5d8e3f1a2b3c4d5e6f --failed",
+        ),
+    ),
+    "afterimage batch cancel": (
+        "Cancel the items of a batch that have not begun.",
+        ("afterimage batch cancel 7c1d0a6e2f9b4c5d8e3f1a2b3c4d5e6f",),
+    ),
+    "afterimage batch retry": (
+        "Take the failed items of a batch again.",
+        ("afterimage batch retry 7c1d0a6e2f9b4c5d8e3f1a2b3c4d5e6f --watch",),
+    ),
     "afterimage queue": (
         "Show what waits and runs at a service, its workers, and quarantined bitstreams.",
         ("afterimage queue --watch", "afterimage queue --url https://pictures.example"),

@@ -19,7 +19,6 @@ from service.problems import (
     JobNotFound,
     PictureGone,
     QueueFull,
-    TooManyRequests,
 )
 from worker.queue.records import ENDED, JobState
 from worker.queue.store import RedisError
@@ -71,11 +70,7 @@ async def _kept_state(
     `TooManyRequests` if the caller has too many streams.
     """
     with services.waits.one(caller.name) as allowed:
-        if not allowed:
-            most = services.settings.waits_at_once
-            message = f"you have {most} event streams and waiting requests, which is the limit"
-            retry = {"Retry-After": str(problems.RETRY_S)}
-            raise TooManyRequests(f"{message}; close some of them", retry)
+        watching.check_waits(services, allowed)
         state = await watching.load_and_renew(services, id, caller, seen=True)
         watching.check_kept(state)
         yield state

@@ -21,11 +21,13 @@ HERE = Path(__file__).parent
 NEED_MORE = {
     "PUT /v1/decodes/{id}",  # its id is a digest of the rest
     "DELETE /v1/decodes/{id}", "GET /v1/decodes/{id}/preview",  # they need a running job
-    "DELETE /v1/queue/jobs/{id}", "POST /v1/queue/jobs/{id}/retry",  # a job in the right state
-    "DELETE /v1/queue/quarantine/{digest}", "POST /v1/queue/workers/{name}/drain",  # names of them
+    "POST /v1/batches", "GET /v1/batches/{id}", "DELETE /v1/batches/{id}",  # they need stores
+    "GET /v1/batches/{id}/events", "POST /v1/batches/{id}/retry",
+    "GET /v1/queue", "DELETE /v1/queue/jobs/{id}", "POST /v1/queue/jobs/{id}/retry",  # another key
+    "DELETE /v1/queue/quarantine/{digest}", "POST /v1/queue/workers/{name}/drain",
 }  # fmt: skip
-"""Operations at which random requests rarely succeed; `test_decodes.py` and `test_operators.py`
-test them."""
+"""Operations at which random requests rarely succeed; tested in `test_decodes`, `test_batches`,
+`test_operators`."""
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ scopes = [{scopes}]
 {more}
 """
 TOKENS = {name: f"ai_{name * 10}" for name in ("both", "decoder", "hasty", "single")}
-"""By name of the key; `both` may decode, encode and operate the queue, without limits."""
+"""By name of the key; `both` may decode and encode, without limits."""
 LIMITS = {"hasty": "requests_per_minute = 3", "single": "jobs_at_once = 1"}
 
 
@@ -23,7 +23,7 @@ def guarded_settings(folder: Path) -> dict[str, str]:
         TABLE.format(
             name=name,
             digest=keys.digest(token),
-            scopes='"decode", "encode", "operate"' if name == "both" else '"decode"',
+            scopes='"decode", "encode"' if name == "both" else '"decode"',
             more=LIMITS.get(name, ""),
         )
         for name, token in TOKENS.items()

@@ -51,6 +51,8 @@ class FaultProxy:
 
     def __init__(self, upstream: int, slow_s: float) -> None:
         self.faults: deque[int | str] = deque()
+        self.broken: dict[str, int | str] = {}
+        """Part of a path -> the fault of every request whose path contains it."""
         self.seen: list[str] = []
         """The method of each request."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, upstream, slow_s))
@@ -75,6 +77,7 @@ def _handler(proxy: FaultProxy, upstream: int, slow_s: float) -> type[BaseHTTPRe
         def forward(self) -> None:
             proxy.seen.append(self.command)
             fault = proxy.faults.popleft() if proxy.faults else ""
+            fault = next((f for part, f in proxy.broken.items() if part in self.path), fault)
             length = int(self.headers.get("Content-Length") or 0)
             if fault == "cut":
                 self.rfile.read(min(length, 100))

@@ -9,7 +9,10 @@ from redis.client import Pipeline
 from worker.queue.records import JobState, Status
 from worker.queue.store import RECORD_TTL_S, Store
 
-Kind = Literal["queued", "started", "progress", "preview", "completed", "failed", "canceled"]
+Kind = Literal[
+    "queued", "started", "progress", "preview", "completed", "failed", "canceled", "ended"
+]
+"""The last is that of a batch, `worker.queue.batches`."""
 END_OF: dict[Status, Kind] = {
     "succeeded": "completed", "failed": "failed", "canceled": "canceled"
 }  # fmt: skip

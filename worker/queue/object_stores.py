@@ -106,6 +106,23 @@ class ObjectStores:
 
         return found.meta["size"], parts()
 
+    def list(self, prefix: Reference, after: str) -> Iterator[str]:
+        """The keys below a prefix that follow `after`, as they are read from the store.
+
+        They are in ascending order, except those of folders. Raises `StoreError`.
+        """
+        import obstore
+
+        with _translated(prefix):
+            pages = obstore.list(
+                self._opened[prefix.store],
+                prefix.key or None,
+                offset=after or None,
+                chunk_size=1000,
+            )
+            for page in pages:
+                yield from (found["path"] for found in page)
+
     def write(self, ref: Reference, data: bytes, media_type: str, about: Mapping[str, str]) -> str:
         """Write an object in one request, and return its ETag. Raises `StoreError`.
 

@@ -82,3 +82,16 @@ class Reference:
                 "whole key, without a slash at its beginning or end"
             )
         return cls(match[1], key)
+
+
+def parse_prefix(text: str, parameter: str) -> Reference:
+    """Parse `store:NAME/PREFIX/`, or `store:NAME/` for all of a store; the key ends with a slash.
+
+    Raises `ParameterError`, which names the `parameter`.
+    """
+    if not text.endswith("/"):
+        raise ParameterError(
+            f"{parameter} is {text[:100]!r}; end a prefix with a slash: store:NAME/PREFIX/"
+        )
+    name = Reference.parse(f"{text}name", parameter)
+    return Reference(name.store, name.key.removesuffix("name"))

@@ -59,6 +59,10 @@ redis.call('ZADD', KEYS[2], 'XX', redis.call('TIME')[1] + ARGV[3], ARGV[4])
 """
 
 
+class TooManyTargets(ParameterError):
+    """The caller has `MAX_TARGETS` pending targets for one decode."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """An object to write, and what has become of it."""
@@ -69,6 +73,8 @@ class Target:
     status: Literal["pending", "written", "failed"] = "pending"
     etag: str = ""
     error: str = ""  # shown to the caller
+    kind: str = ""  # the problem type of that error
+    realism: float = 1.0
     began: float = 0.0  # time of the first try, seconds since the epoch; 0 before
     tries: int = 0
 
@@ -81,6 +87,11 @@ class Target:
         """The value of that field."""
         return json.dumps(asdict(self))
 
+    @classmethod
+    def loads(cls, value: bytes) -> "Target":
+        """Parse the value of that field."""
+        return cls(**json.loads(value))
+
 
 @dataclass(frozen=True, slots=True)
 class Targets:
@@ -91,23 +102,27 @@ class Targets:
     def of(self, job_id: str, caller: str | None = None) -> list[Target]:
         """The targets of a job, of one caller or of all."""
         row: dict[bytes, bytes] = self.store.queue.hgetall(self.key(job_id))  # type: ignore[assignment]
-        found = [Target(**json.loads(value)) for _, value in sorted(row.items())]
+        found = [Target.loads(value) for _, value in sorted(row.items())]
         return [t for t in found if caller is None or t.caller == caller]
 
     def add(self, job_id: str, target: Target) -> None:
         """Add a target, in place of earlier ones of the caller that failed.
 
-        A pending one is due now if the job has succeeded already. Raises `ParameterError` if the
-        caller has `MAX_TARGETS` others.
+        Of more than `MAX_TARGETS`, those written first are forgotten. A pending one is due now if
+        the job has succeeded already. Raises `TooManyTargets` if the caller has `MAX_TARGETS`
+        others that are pending.
         """
         others = [t for t in self.of(job_id, target.caller) if t.field != target.field]
-        failed = [t for t in others if t.status == "failed"]
-        if len(others) - len(failed) >= MAX_TARGETS:
-            raise ParameterError(
-                f"target: you have {MAX_TARGETS} targets for this decode already, the maximum"
+        ended = [t for t in others if t.status == "failed"]
+        written = sorted((t for t in others if t.status == "written"), key=lambda t: t.began)
+        excess = len(others) - len(ended) - MAX_TARGETS + 1
+        if excess > len(written):
+            raise TooManyTargets(
+                f"target: {MAX_TARGETS} targets of yours wait for this decode, the maximum"
             )
-        if failed:
-            self.store.queue.hdel(self.key(job_id), *(t.field for t in failed))
+        ended += written[: max(excess, 0)]
+        if ended:
+            self.store.queue.hdel(self.key(job_id), *(t.field for t in ended))
         self._run(_ADD + _DUE, self.store.queue, job_id, target.field, target.dumps())
 
     def job_succeeded(self, job_id: str, pipe: Pipeline) -> None:
@@ -118,7 +133,7 @@ class Targets:
         """Make the caller's failed targets pending again."""
         for target in self.of(job_id, caller):
             if target.status == "failed":
-                fresh = Target(caller, target.reference, target.format)
+                fresh = Target(caller, target.reference, target.format, realism=target.realism)
                 self._run(_ADD + _DUE, self.store.queue, job_id, fresh.field, fresh.dumps())
 
     def forget(self, job_id: str, pipe: Pipeline) -> None:
@@ -128,9 +143,13 @@ class Targets:
     def withdraw(self, job_id: str, caller: str) -> None:
         """Drop the targets of a caller that are not written yet."""
         for target in self.of(job_id, caller):
-            if target.status == "pending":
-                self.store.queue.hdel(self.key(job_id), target.field)
-                self.store.queue.zrem(self.due, f"{job_id} {target.field}")
+            self.drop(job_id, target)
+
+    def drop(self, job_id: str, target: Target) -> None:
+        """Drop a target unless it has been written or has failed."""
+        if target.status == "pending":
+            self.store.queue.hdel(self.key(job_id), target.field)
+            self.store.queue.zrem(self.due, f"{job_id} {target.field}")
 
     def wait(self) -> None:
         """Return once a write has become due, or after `WAKE_S`."""
@@ -144,7 +163,7 @@ class Targets:
                 return None
             job_id, _, name = member.decode().partition(" ")
             value: bytes | None = self.store.queue.hget(self.key(job_id), name)  # type: ignore[assignment]
-            target = Target(**json.loads(value)) if value else None
+            target = Target.loads(value) if value else None
             if target is not None and target.status == "pending":
                 return job_id, target
             self.store.queue.zrem(self.due, member)  # withdrawn, or expired
