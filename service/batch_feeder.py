@@ -80,7 +80,7 @@ class Feeder:
             await self._begin_and_settle(before, caller)
         after = await in_thread(self.batches.get, self.lease.id)
         if after is not None:
-            await in_thread(self.lease.report, after, before.counts)
+            await in_thread(self.lease.report, after)
             await in_thread(self.lease.end)
         return pause_s
 
