@@ -10,6 +10,8 @@ def advice(data: bytes) -> str | None:
     start = data[:256].lstrip(b"\xef\xbb\xbf \t\r\n")
     if start[:5].lower() == b"data:":
         return "it is a data URL; send the decoded bytes of the file"
+    if start[:2] == b"--" and b"content-disposition:" in data[:1024].lower():
+        return "it is a form; send the Content-Type of the form, or the bytes of the file alone"
     if start[:1] in {b"{", b"["}:
         return "it is JSON; send the bytes of the file as the body, or in a form"
     if _BASE64.fullmatch(start.replace(b"\r\n", b"").replace(b"\n", b"")):

@@ -11,7 +11,7 @@ from models.codec.bitstream import Bitstream, Format, Metric
 from models.errors import PictureTooLarge, Unavailable
 from models.image import Picture, Pixels
 from models.library import Library
-from models.picture_process import Limits, PictureReaders, memory_limit
+from models.pictures.process import Limits, PictureReaders, memory_limit
 from service import metrics
 from service.lines import SMALL, Deadline, Line
 from service.pixel_budget import PixelBudget

@@ -130,7 +130,8 @@ class ServiceSettings(WorkerSettings):
     def _keys_are_not_empty(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Refuse an empty variable or file: treated as unset, it would open the service to all."""
         empty = any(k.upper() == "AFTERIMAGE_API_KEYS" and not v for k, v in os.environ.items())
-        if values.get("api_keys", "" if empty else None) == "":
+        keys = values.get("api_keys", "" if empty else None)
+        if isinstance(keys, str) and not keys.strip():
             raise ValueError(
                 "AFTERIMAGE_API_KEYS is empty; name the file of API keys, or unset the variable to "
                 "run without keys"

@@ -37,11 +37,11 @@ def main() -> int:
     tracing.setup("afterimage-worker")
     settings = WorkerSettings()
     if not settings.redis_url:
-        return _complain("set REDIS_URL: a worker needs a queue", 2)
+        return logs.complain("set REDIS_URL: a worker needs a queue", 2)
     try:
         prepare_process(settings)
     except (AfterimageError, OSError) as e:
-        return _complain(f"the worker cannot start: {e}", 1)
+        return logs.complain(f"the worker cannot start: {e}", 1)
     os.nice(settings.nice)
     with without_garbage_collection():
         from worker.queue.store import RedisError
@@ -49,7 +49,7 @@ def main() -> int:
         try:
             worker, deliveries = _load(settings)
         except (RedisError, AfterimageError) as e:
-            return _complain(f"the worker cannot start: {e}", 1)
+            return logs.complain(f"the worker cannot start: {e}", 1)
         worker.library.warm_up()
     return _serve(worker, deliveries, settings.redis_url)
 
@@ -57,11 +57,6 @@ def main() -> int:
 def _exit(_number: int, _frame: FrameType | None) -> NoReturn:
     """Exit at once, without an exception that the interrupted code could catch: no job runs yet."""
     os._exit(0)
-
-
-def _complain(text: str, status: int) -> int:
-    print(text, file=sys.stderr)  # noqa: T201
-    return status
 
 
 def _load(settings: WorkerSettings) -> tuple["WorkerContext", "Deliveries"]:

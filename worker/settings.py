@@ -38,7 +38,10 @@ def secrets_dir() -> Path | None:
 
 
 class EnvironmentSettings(BaseSettings):
-    """Settings from variables and files of secrets. An empty variable or file counts as unset."""
+    """Settings from variables and files of secrets.
+
+    White space around a value is no part of it; an empty variable or file counts as unset.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=_PREFIX,
@@ -50,8 +53,9 @@ class EnvironmentSettings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_empty_files(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if value != ""}
+    def _stripped(cls, values: dict[str, Any]) -> dict[str, Any]:
+        stripped = {n: v.strip() if isinstance(v, str) else v for n, v in values.items()}
+        return {name: value for name, value in stripped.items() if value != ""}
 
 
 def listed(wanted: str) -> WrapValidator:
@@ -191,7 +195,7 @@ def _unset_empty_variables() -> None:
     CUDA_VISIBLE_DEVICES has a meaning.
     """
     for name, value in list(os.environ.items()):
-        if not value and name.startswith(_MAY_BE_EMPTY):
+        if not value.strip() and name.startswith(_MAY_BE_EMPTY):
             del os.environ[name]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from models import folders
 from models.errors import AfterimageError
 from models.files import atomic_write
-from models.image_png import SIGNATURE
+from models.pictures import signatures
 from worker.attempt import Attempt, LeaseLost
 from worker.queue.jobs import Jobs
 from worker.queue.records import DecodeRequest
@@ -103,6 +103,6 @@ def _read(file: Path, decode: DecodeRequest) -> bytes:
             raise NotSpooled(f"{file} is not a file that only this user may change")
         png = source.read(limit + 1)
     size = struct.pack(">4sII", b"IHDR", decode.width, decode.height)
-    if len(png) > limit or png[:8] != SIGNATURE or png[12:24] != size:
+    if len(png) > limit or png[:8] != signatures.PNG or png[12:24] != size:
         raise NotSpooled(f"{file} is not a PNG of {decode.width}×{decode.height} pixels")
     return png

@@ -12,7 +12,6 @@ of all other bytes of the file u32; then the y string and the z string.
 """
 
 import hashlib
-import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from models.errors import (
     UnsupportedCodec,
 )
 from models.geometry import MAX_PIXELS, STRIDE_Y, STRIDE_Z, check_size, padded
+from models.pictures import signatures
 
 Format = Literal["msh", "compressai"]
 Profile = Literal["float", "exact"]
@@ -75,16 +75,6 @@ _LAYOUTS: tuple[_Layout, ...] = (
 """The newest first. In which a model id has another meaning, it is another reading of the file."""
 _DEPTH_AT = _COMPRESSAI.size
 """Position of the bit depth. In files without one it holds 0: the first byte of z's rows, u32."""
-_PICTURES = (
-    ("PNG", re.compile(rb"\x89PNG")),
-    ("JPEG", re.compile(rb"\xff\xd8\xff")),
-    ("WebP", re.compile(rb"RIFF.{4}WEBP", re.DOTALL)),
-    ("GIF", re.compile(rb"GIF8[79]a")),
-    ("AVIF", re.compile(rb".{4}ftyp(.{4}){0,15}?avi[fs]", re.DOTALL)),
-    ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]")),
-    ("BMP", re.compile(rb"BM")),
-)
-"""Picture formats by their first bytes, to tell a picture from a bitstream."""
 
 
 class Reading(NamedTuple):
@@ -155,8 +145,10 @@ def parse(data: bytes, max_pixels: int = MAX_PIXELS) -> Bitstream:
 
 
 def picture_format(data: bytes) -> str | None:
-    """Return the format of a picture file, by its first bytes; None if it is no picture."""
-    return next((name for name, start in _PICTURES if start.match(data)), None)
+    """Return the format of a picture file that may be encoded; None for other files."""
+    name = signatures.name_of(data)
+    readable = name in signatures.FORMATS or name in signatures.OPTIONAL
+    return signatures.usual_name(name) if name and readable else None
 
 
 def serialize(b: Bitstream) -> bytes:
@@ -240,7 +232,9 @@ def _readings(data: bytes) -> list[Reading]:
         layouts = tuple(w for w in _LAYOUTS if w.has_depth == has_depth)
     meanings = [Reading(w.models[data[0]], w.versions) for w in layouts if data[0] < len(w.models)]
     if not meanings:
-        reason = text_bodies.advice(data) or f"it begins with {data[:4].hex()}"
+        name = signatures.name_of(data)
+        known = f"its format is {signatures.usual_name(name)}" if name else ""
+        reason = text_bodies.advice(data) or known or f"it begins with {data[:4].hex()}"
         raise UnsupportedCodec(f"neither an .msh file nor one of CompressAI: {reason}")
     supported = [r for r in meanings if r.model in ARCHITECTURES]
     if not supported:

@@ -1,21 +1,17 @@
 """List, install and remove weights: the shipped ones, and those in the user's weights folder."""
 
-import contextlib
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models import checkpoint, folders
+from models import checkpoint, files, folders
 from models.checkpoint import Entry
 from models.codec.architectures import DEFAULT
 from models.codec.bitstream import Metric
 from models.errors import WrongWeights
-from models.files import atomic_write
 
 if TYPE_CHECKING:  # torch takes seconds to load, and weights are listed without it
     from torch import Tensor
@@ -110,8 +106,9 @@ def install(
     }
     entry = Entry(**(fields | dict(row)))  # type: ignore[arg-type]
     folders.private(folder, 0o755)
-    with _locked(folder):
-        _replace(folder / entry.file, data)
+    with files.locked(folder):
+        with files.atomic_write(folder / entry.file) as part:
+            part.write_bytes(data)
         others = [e for e in _entries(folder) if not _same(e, entry, replaces)]
         _write(folder, [*others, entry])
     return entry
@@ -119,7 +116,7 @@ def install(
 
 def remove(row: Installed) -> None:
     """Remove an entry from its manifest, and delete its file."""
-    with _locked(row.folder):
+    with files.locked(row.folder):
         _write(row.folder, [e for e in _entries(row.folder) if e != row.entry])
         (row.folder / row.entry.file).unlink(missing_ok=True)
 
@@ -136,12 +133,8 @@ def _write(folder: Path, entries: Sequence[Entry]) -> None:
     rows = ({k: v for k, v in asdict(e).items() if v} for e in entries)
     texts = ("\n".join(f"{k} = {_toml(v)}" for k, v in row.items()) for row in rows)
     blocks = [f"[[weights]]\n{text}\n" for text in texts] or ["weights = []\n"]
-    _replace(folder / MANIFEST, "\n".join(blocks).encode())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    with atomic_write(path) as part:
-        part.write_bytes(data)
+    with files.atomic_write(folder / MANIFEST) as part:
+        part.write_text("\n".join(blocks), "utf-8")
 
 
 def _toml(value: str | int) -> str:
@@ -149,17 +142,3 @@ def _toml(value: str | int) -> str:
         return str(value)
     # a JSON string is a valid TOML string if all its characters are printable
     return json.dumps("".join(c if c.isprintable() else "?" for c in value), ensure_ascii=False)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock the folder, so that one process at a time reads and replaces its manifest.
-
-    The folder itself is locked: a lock file would stay behind in the user's folder.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

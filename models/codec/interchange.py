@@ -6,19 +6,17 @@ import re
 import socket
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import TypeGuard
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from models.checkpoint import Entry
-from models.codec import architectures, catalogue, published, state_dicts, zoo
+from models.codec import architectures, catalogue, checkpoint_files, published, state_dicts, zoo
 from models.codec.architectures import ARCHITECTURES
 from models.codec.bitstream import Metric
 from models.errors import ParameterError, WeightsError
@@ -32,16 +30,15 @@ _CONSTANTS = ("_reparam.pedestal", ".bound", ".target", ".scale_bound", "_predic
 """Suffixes of buffers that are the same in every checkpoint, and are not imported."""
 _WRAPPERS = ("state_dict", "net", "model", "network", "model_state_dict", "net_state_dict")
 """Keys under which training scripts save a state dict, beside the optimiser's and others."""
-_NESTING = 2
+_NESTING = 3
 """Most wrappers around a state dict."""
-_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
-"""Prefixes of all names: of `DataParallel`, `torch.compile`, Lightning, and a net in a net."""
+_PRIOR = re.compile(r"(.*?)entropy_bottleneck\.")
+"""A tensor of the prior, which every model has, behind the prefix of all names of its net: of
+`DataParallel`, `torch.compile`, Lightning, or another net."""
 _SHOWN = 4
 """Most keys of a mapping that an error names."""
 _INNER = re.compile(r"(?<=\.)(?:module|_orig_mod)\.")
 """The same within a name, where only a part of the net was wrapped."""
-_CLASS_IN_FILE = re.compile(r"GLOBAL ([\w.]+)")
-"""Part of torch's error about an object that could be restored only by running code."""
 _OLD_NAME = re.compile(r"^(entropy_bottleneck)\._(matri|bias|factor)(?:x|ces\.|es\.|s\.)?(\d)$")
 _NEW_NAME = {"matri": "matrices", "bias": "biases", "factor": "factors"}
 """Parameters of the prior of z: names in older CompressAI versions -> current names."""
@@ -100,15 +97,16 @@ def read(file: Path) -> dict[str, Tensor]:
     """Read the state dict in a checkpoint file, as training scripts write it.
 
     It may be in wrappers, and its names may have prefixes or be of older CompressAI versions: the
-    names returned are today's. No code in the file is run. Raises `WeightsError` if the file is not
-    a checkpoint, `OSError` if it cannot be opened.
+    names returned are today's. Numbers beside the tensors are dropped. No code in the file is run.
+    Raises `WeightsError` if the file is not a checkpoint, `OSError` if it cannot be opened.
     """
-    state = _load(file)
+    state = checkpoint_files.load_checkpoint(file)
     if not isinstance(state, Mapping):
         raise WeightsError(f"the file holds a {type(state).__name__}; a state dict is needed")
-    found = _find(state)
     tensors = {}
-    for name, value in found.items():
+    for name, value in _find(state).items():
+        if isinstance(value, int | float | str | None):
+            continue
         if not _is_plain(value):
             raise WeightsError(f"{name!r} is not a plain tensor; a state dict of tensors is needed")
         tensors[name] = value
@@ -118,69 +116,59 @@ def read(file: Path) -> dict[str, Tensor]:
 def _find(state: Mapping[object, object]) -> dict[str, object]:
     """Return the one mapping in `state` that has the names of a model. Raises as `read`."""
     known = {name for model in ARCHITECTURES for name in state_dicts.parameters(model, 2, 2)}
-    scores = [(len(known & names.keys()), path, names) for path, names in _mappings(state)]
-    best = max(score for score, _, _ in scores)
+
+    def score(names: Mapping[str, object]) -> int:
+        return len(known & names.keys())
+
+    found = list(_mappings(state, _WRAPPERS))
+    best = max(score(names) for _, names in found)
+    if not best:
+        found = list(_mappings(state))
+        best = max(score(names) for _, names in found)
     if not best:
         raise WeightsError(
             "no state dict of a supported model, which has tensors like g_a.0.weight: the file "
-            f"holds {_keys(state)}. A state dict is found at the top level or under "
-            f"{', '.join(_WRAPPERS)}"
+            f"holds {_keys(state)}"
         )
-    (path, found), *others = [(path, names) for score, path, names in scores if score == best]
+    (path, names), *others = [(path, names) for path, names in found if score(names) == best]
     if others:
         raise WeightsError(
             f"more than one state dict of a model: at {path or '/'} and at {others[0][0]}; "
             "save the one that is to be imported"
         )
-    return found
-
-
-def _load(file: Path) -> object:
-    """Read the contents of a checkpoint file. Raises as `read` does."""
-    file.open("rb").close()  # raises an OSError that names the file
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with warnings.catch_warnings():  # about the file's pickle protocol
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as e:  # `torch.load` raises many kinds of errors for damaged files
-        reason = f": {_first_line(e)}" if isinstance(e, RuntimeError | SafetensorError) else ""
-        if match := _CLASS_IN_FILE.search(str(e)):
-            reason = f": the file also needs {match[1]}, but no code in a file is run"
-        raise WeightsError(
-            "not a safetensors file or a PyTorch checkpoint of tensors only; write one with "
-            f"torch.save(model.state_dict(), FILE){reason}"
-        ) from e
+    return names
 
 
 def _mappings(
-    state: Mapping[object, object], path: str = "", nesting: int = _NESTING
+    state: Mapping[object, object],
+    wrappers: Sequence[str] = (),
+    path: str = "",
+    nesting: int = _NESTING,
 ) -> Iterator[tuple[str, dict[str, object]]]:
-    """Yield path and contents, with current names, of `state` and each mapping in its wrappers."""
-    yield path, _with_current_names(state)
-    for wrapper in _WRAPPERS if nesting else ():
-        inner = state.get(wrapper)
-        if isinstance(inner, Mapping):
-            yield from _mappings(inner, f"{path}/{wrapper}", nesting - 1)
+    """Yield path and contents, with current names, of `state` and each mapping in `wrappers`.
+
+    Without `wrappers`, in all its items.
+    """
+    yield from _nets(state, path)
+    for name, inner in state.items() if nesting else ():
+        if isinstance(inner, Mapping) and (not wrappers or name in wrappers):
+            yield from _mappings(inner, wrappers, f"{path}/{name!s:.60}", nesting - 1)
 
 
-def _with_current_names(state: Mapping[object, object]) -> dict[str, object]:
-    """Return `state` without the prefixes that all names share, and with current names."""
+def _nets(state: Mapping[object, object], path: str) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield path and contents, with current names, of each net in a state dict.
+
+    The names of a net may have a prefix, beside names of other modules, such as those of a loss.
+    """
     names = [str(name) for name in state]
-    while names and (prefix := _shared_prefix(names)):
-        names = [n.removeprefix(prefix) for n in names]
-    names = [_current_name(n) for n in names]
-    if len(set(names)) < len(names):  # two nets in one state dict
-        names = [str(name) for name in state]
-    return dict(zip(names, state.values(), strict=True))
-
-
-def _shared_prefix(names: Sequence[str]) -> str:
-    """Return the one of `_PREFIXES` with which all names begin; empty if there is none."""
-    return next((p for p in _PREFIXES if all(n.startswith(p) for n in names)), "")
+    prefixes = dict.fromkeys(found[1] for name in names if (found := _PRIOR.match(name)))
+    for prefix in prefixes or [""]:
+        net = {
+            _current_name(name.removeprefix(prefix)): value
+            for name, value in zip(names, state.values(), strict=True)
+            if name.startswith(prefix)
+        }
+        yield f"{path}/{prefix}".rstrip("/.") if prefix else path, net
 
 
 def _keys(state: Mapping[object, object], nesting: int = _NESTING) -> str:

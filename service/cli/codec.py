@@ -1,7 +1,6 @@
 """`afterimage encode`, `decode` and `inspect`."""
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,7 @@ from service.cli.files import (
     read_picture,
     reason,
 )
-from service.cli.terminal import complain, note, say
+from service.cli.terminal import complain, note, say_json
 from service.settings import ServiceSettings
 from worker.settings import without_garbage_collection
 
@@ -267,5 +266,5 @@ def _inspect(args: argparse.Namespace) -> int:
             ]
             read = installed[0] if installed else b
             line |= Inspection.of(read, len(data), bool(installed)).model_dump(mode="json")
-        say(json.dumps(line, ensure_ascii=False))
+        say_json(line)
     return 1 if failures else 0

@@ -1,7 +1,9 @@
 """Inputs and outputs of `afterimage encode`, `decode` and `inspect`; `-` is stdin and stdout."""
 
 import contextlib
+import errno
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +28,8 @@ def output_paths(inputs: Sequence[Path], output: str, suffix: str) -> dict[Path,
     files in it get the input's name with `suffix`. Raises `AfterimageError` if an input cannot be
     read, two inputs share an output, or an input would be overwritten.
     """
+    if not output:
+        raise AfterimageError("--output is empty; name a file or a folder")
     path = Path(output)
     for source in inputs:
         _check_input(source)
@@ -69,7 +73,7 @@ def _check_targets(targets: dict[Path, Path]) -> None:
                 f"{other} and {source} would both be written to {target}; "
                 "write them to different folders"
             )
-        if source != STDIO and source.resolve() == target.resolve():
+        if source != STDIO and os.path.realpath(source) == os.path.realpath(target):
             raise AfterimageError(
                 f"{source} is an input and would be overwritten; choose another output"
             )
@@ -166,6 +170,9 @@ def write(target: Path, data: bytes) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as e:
+        raise NotADirectoryError(errno.ENOTDIR, f"{target.parent} is not a folder") from e
     write_output(target, data)
     note(f"{target}: {len(data):,} bytes")

@@ -28,7 +28,7 @@ from service.requests import HEADERS_TOO_LARGE, MAX_HEADER_BYTES, MAX_HEADER_LIN
 SLICE, FIRST_SLICE = 2**12, 2**14
 """Bytes of a chunked body, and of what may begin with a head, that are parsed at a time, so that
 trailers beyond the limit are noticed before all are parsed."""
-SMALL_CHUNKS, CHUNK_BYTES = 256, 64
+SMALL_CHUNKS, CHUNK_BYTES = 1024, 64
 """Chunks of any size that a body may have, and the mean size that is required of more: each chunk
 costs as much time as a header line."""
 MAX_FORWARDED = 1024
@@ -43,7 +43,8 @@ _END_OF_HEAD = re.compile(rb"\n\r?\n")
 class Parser(h11.Connection):
     """H11's parser with limits of the lines of heads and trailers, and of the number of chunks.
 
-    H11 itself limits bytes only, and only of what is incomplete.
+    H11 itself limits bytes only, and only of what is incomplete. Empty lines before a request are
+    skipped, and the connection is closed after a request that has two lengths (RFC 9112, 2.2, 6.1).
     """
 
     _chunks = _chunked_bytes = 0
@@ -57,12 +58,15 @@ class Parser(h11.Connection):
     def _extract_next_receive_event(self) -> Any:
         reader = self._reader
         if self.their_state is h11.IDLE:
+            self._skip_empty_lines()
             self._check_lines()
             self._chunks = self._chunked_bytes = 0
         elif isinstance(reader, ChunkedReader) and reader._reading_trailer:
             self._check_lines()
         event = super()._extract_next_receive_event()
-        if event is h11.NEED_DATA and isinstance(reader, ChunkedReader):
+        if type(event) is h11.Request:
+            self._check_request(event)
+        elif event is h11.NEED_DATA and isinstance(reader, ChunkedReader):
             if len(self._receive_buffer) > SLICE and not reader._reading_trailer:
                 raise h11.RemoteProtocolError(f"a chunk's extension exceeds {SLICE} bytes")
         elif type(event) is h11.Data and isinstance(reader, ChunkedReader):
@@ -74,6 +78,21 @@ class Parser(h11.Connection):
                     f"send chunks of {CHUNK_BYTES} bytes or more"
                 )
         return event
+
+    def _skip_empty_lines(self) -> None:
+        received = self._receive_buffer._data
+        if received.startswith((b"\r", b"\n")):
+            self._receive_buffer.maybe_extract_at_most(
+                len(received) - len(received.lstrip(b"\r\n"))
+            )
+
+    def _check_request(self, request: h11.Request) -> None:
+        """Raise `RemoteProtocolError` for a version of HTTP other than 1.x."""
+        if not request.http_version.startswith(b"1."):
+            version = request.http_version.decode()
+            raise h11.RemoteProtocolError(f"use HTTP/1.1, not {version}", error_status_hint=505)
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in request.headers}:
+            self._cstate.process_keep_alive_disabled()
 
     def _check_lines(self) -> None:
         """Raise `RemoteProtocolError` if the lines in the buffer exceed a limit."""

@@ -1,17 +1,15 @@
 """`afterimage keys new`: create an API key."""
 
 import argparse
-import fcntl
-import os
 import secrets
 import sys
-import tempfile
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import tomlkit
 
+from models.files import locked, write_output
 from service.cli.terminal import say
 from service.keys import MAX_WEIGHT, MIN_WEIGHT, SCOPES, KeysError, digest, parse, read_text
 from worker.queue.records import PRIORITIES
@@ -102,30 +100,12 @@ def _entry(args: argparse.Namespace, sha256: str) -> str:
 def _append(path: Path, entry: str) -> None:
     """Append an entry to a key file; comments and layout of the file are kept.
 
-    The file is replaced atomically: readers see the old or the new content. A lock on its folder
-    makes concurrent writers wait; unlike a lock file it leaves nothing behind. Raises `KeysError`
-    if the file is not a valid key file, which is then unchanged.
+    The file is replaced atomically: readers see the old or the new content. A new file can be read
+    by its owner only. Concurrent writers wait for each other. Raises `KeysError` if the file is not
+    a valid key file, which is then unchanged.
     """
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+    with locked(path.parent):
         content = read_text(path).rstrip() if path.exists() else ""
         text = f"{content}\n\n{entry}".lstrip()
         parse(text, path)
-        _replace(path, text)
-    finally:
-        os.close(folder)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file atomically. A new file has mode 0600; others keep mode and owner, so that the
-    service can still read them."""
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as private:
-        part = Path(private) / path.name
-        part.touch(0o600)
-        part.write_text(text, "utf-8")
-        if path.exists():
-            old = path.stat()
-            os.chown(part, old.st_uid, old.st_gid)
-            part.chmod(old.st_mode & 0o777)
-        part.replace(path)
+        write_output(path, text.encode(), 0o600)

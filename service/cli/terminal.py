@@ -1,5 +1,6 @@
 """Output of the commands: lines on stdout, errors on stderr."""
 
+import json
 import os
 import sys
 
@@ -14,6 +15,20 @@ def note(text: str) -> None:
 def say(text: str) -> None:
     """Print a line to stdout and flush it."""
     print(text, flush=True)  # noqa: T201
+
+
+def say_json(value: object) -> None:
+    """Print a value to stdout as a line of JSON.
+
+    Characters that the terminal cannot show, such as bytes of a file name that are not UTF-8, are
+    escaped.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    say(text)
 
 
 def complain(text: str) -> int:

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
 
-from models import image_decode
 from models.codec import bitstream
 from models.codec.architectures import DEFAULT, ModelName
 from models.codec.bitstream import Format, Metric
@@ -17,6 +16,7 @@ from models.errors import (
     UnsupportedPicture,
     WrongWeights,
 )
+from models.pictures import decode
 from service import object_writes, problems, schemas
 from service.deps import ONLY_KNOWN, DecodeCaller, EncodeCaller, RequestBody, ServicesDep
 from service.drafts import read_bitstream
@@ -34,7 +34,7 @@ _HEADERS = {
     "X-Afterimage-Warning": {
         "description": "What is wrong with the photograph; absent if nothing is.",
         "schema": {"type": "string"},
-        "example": image_decode.MISSING,
+        "example": decode.MISSING,
     },
 }
 

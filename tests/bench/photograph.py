@@ -20,7 +20,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from models import image
-from models.picture_process import Limits, PictureReaders, memory_limit
+from models.pictures.process import Limits, PictureReaders, memory_limit
 from tests.bench import machine
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"

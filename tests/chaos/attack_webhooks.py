@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from tests.support.attacks import Attack, Target
+from tests.support.listening import listening
 from tests.support.service import WEBHOOK_SECRET
 from tests.support.waiting import until
 
@@ -56,20 +57,21 @@ def slow_receivers(url: str, bitstream: bytes, seed: int = 2911) -> Figures:
     """Register 40 webhooks of one caller whose receivers hang; then measure another caller's."""
     with contextlib.ExitStack() as stack:
         attacker, victim = (stack.enter_context(_client(url, a)) for a in (ATTACKER, VICTIM))
-        slow = [stack.enter_context(_hanging()) for _ in range(URLS)]
+        held: list[socket.socket] = []
+        slow = [stack.enter_context(listening(held.append, RECEIVERS)) for _ in range(URLS)]
         port, arrived = stack.enter_context(_receiver())
         _decode(attacker, bitstream, seed, [])  # from now on the picture is cached
         for request in range(REQUESTS):
-            urls = [f"http://{RECEIVERS}:{port}/{request}" for port, _ in slow]
+            urls = [f"http://{RECEIVERS}:{port}/{request}" for port in slow]
             _decode(attacker, bitstream, seed, urls)
-        until(lambda: any(held for _, held in slow), "a delivery begins", PATIENCE_S)
+        until(lambda: held, "a delivery begins", PATIENCE_S)
         livez = [_livez(victim) for _ in range(5)]
         _decode(victim, bitstream, seed, [f"http://{RECEIVERS}:{port}/"])
         began = time.monotonic()
         in_time = arrived.wait(PATIENCE_S)
         webhook_s = time.monotonic() - began if in_time else float("inf")
         livez += [_livez(victim) for _ in range(5)]
-        return Figures(webhook_s, max(livez), sum(len(held) for _, held in slow))
+        return Figures(webhook_s, max(livez), len(held))
 
 
 def attack(target: Target) -> str:
@@ -108,26 +110,6 @@ def _livez(client: httpx.Client) -> float:
     began = time.monotonic()
     client.get("/livez").raise_for_status()
     return time.monotonic() - began
-
-
-@contextlib.contextmanager
-def _hanging() -> Iterator[tuple[int, list[socket.socket]]]:
-    """Accept connections and say nothing; yields the port and the connections."""
-    with contextlib.ExitStack() as held, socket.create_server((RECEIVERS, 0)) as server:
-        connections: list[socket.socket] = []
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):  # the socket was shut down
-                while True:
-                    connections.append(held.enter_context(server.accept()[0]))
-
-        thread = threading.Thread(target=accept)
-        thread.start()
-        try:
-            yield server.getsockname()[1], connections
-        finally:
-            server.shutdown(socket.SHUT_RDWR)
-            thread.join()
 
 
 @contextlib.contextmanager

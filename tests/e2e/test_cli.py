@@ -153,6 +153,32 @@ def test_inspect_prints_a_json_line_for_each_input_and_names_it(tmp_path: Path) 
     assert missing == {"file": "missing.msh", "error": "No such file or directory"}
 
 
+def test_inspect_escapes_what_is_not_utf_8_in_the_name_of_a_file(tmp_path: Path) -> None:
+    for name in (b"\xff.msh", "ü.msh".encode()):
+        Path(tmp_path, os.fsdecode(name)).write_bytes(b"bad")
+    done = run_process("inspect", os.fsdecode(b"\xff.msh"), "ü.msh", cwd=tmp_path)
+    assert done.returncode == 1
+    first, second = done.stdout.splitlines()
+    assert json.loads(first)["file"] == os.fsdecode(b"\xff.msh")
+    assert '"ü.msh"' in second or json.loads(second)["file"] == "ü.msh"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("", "--output is empty"),
+        ("file/a.png", "file is not a folder"),
+        ("loop", "Too many levels"),
+    ],
+)
+def test_an_impossible_output_is_an_error(tmp_path: Path, output: str, message: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    refused(afterimage("encode", PHOTO, "-o", output, cwd=tmp_path), message)
+    assert not (tmp_path / PHOTO.with_suffix(".msh").name).exists()
+
+
 @pytest.mark.slow
 def test_a_hyphen_is_stdin_and_stdout(tmp_path: Path, small: image.Pixels) -> None:
     """Real processes, because their stdout is the subject."""

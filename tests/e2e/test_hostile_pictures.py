@@ -25,7 +25,7 @@ def readers(pid: int) -> list[int]:
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in (task / "children").read_text().split():
             with contextlib.suppress(FileNotFoundError):
-                if b"models.picture_process" in Path(f"/proc/{child}/cmdline").read_bytes():
+                if b"models.pictures.process" in Path(f"/proc/{child}/cmdline").read_bytes():
                     found.append(int(child))
     return found
 

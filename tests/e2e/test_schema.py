@@ -24,7 +24,7 @@ NEED_MORE = {
     "POST /v1/batches", "GET /v1/batches/{id}", "DELETE /v1/batches/{id}",  # they need stores
     "GET /v1/batches/{id}/events", "POST /v1/batches/{id}/retry",
 }  # fmt: skip
-"""Operations at which random requests rarely succeed; other files test them."""
+"""Operations at which random requests rarely succeed; tested in `test_decodes`, `test_batches`."""
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import re
 import struct
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,14 +33,6 @@ pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
 PROBLEM = "application/problem+json"
 FILES = {"application/x-npy", "application/octet-stream"}
-
-
-@pytest.fixture(scope="module")
-def api(redis_urls: tuple[str, str]) -> Iterator[httpx.Client]:
-    queue, cache = redis_urls
-    settings = ServiceSettings(REDIS_URL=queue, CACHE_REDIS_URL=cache, max_pixels=1_000_000)
-    with weights.loaded_once(), run_app(settings) as client:
-        yield client
 
 
 def pixels(answer: httpx.Response) -> image.Pixels:

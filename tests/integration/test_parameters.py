@@ -37,14 +37,6 @@ LARGE_SEED = 2**53 + 1
 
 
 @pytest.fixture(scope="module")
-def api(redis_urls: tuple[str, str]) -> Iterator[httpx.Client]:
-    queue, cache = redis_urls
-    settings = ServiceSettings(REDIS_URL=queue, CACHE_REDIS_URL=cache, max_pixels=2_000_000)
-    with weights.loaded_once(), run_app(settings) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def guarded(
     redis_urls: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx.Client]:

@@ -19,6 +19,7 @@ from rq import SimpleWorker
 from models.codec import bitstream
 from models.tiers import Settings
 from tests.support.jobs import decode_of
+from tests.support.listening import closing, listening
 from tests.support.service import free_port
 from tests.support.waiting import until
 from worker.attempt import Attempt
@@ -120,16 +121,11 @@ def tls_in_front(port: int, folder: Path) -> Iterator[tuple[int, Path]]:
                 pump(near, far)
                 back.join()
 
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                plain, _ = listener.accept()
-                threading.Thread(target=forward, args=(plain,), daemon=True).start()
+    def start(plain: socket.socket) -> None:
+        threading.Thread(target=forward, args=(plain,), daemon=True).start()
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=serve, daemon=True).start()
-        yield listener.getsockname()[1], folder / "ca.pem"
-        listener.shutdown(socket.SHUT_RDWR)
+    with listening(start) as secure:
+        yield secure, folder / "ca.pem"
 
 
 def test_tls_verifies_the_servers_certificate(tmp_path: Path, small_msh: bytes) -> None:
@@ -148,27 +144,14 @@ def test_tls_verifies_the_servers_certificate(tmp_path: Path, small_msh: bytes) 
 @pytest.mark.parametrize("connect", [urls.client, urls.asynchronous])
 def test_an_unreachable_sentinel_is_tried_once(connect: Callable[..., Any]) -> None:
     """redis-py would retry ten times, which delays the next Sentinel by half a minute."""
-    attempts: list[int] = []
-
-    def refuse(number: int, listener: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection = listener.accept()[0]
-                attempts.append(number)  # before the client notices that it is closed
-                connection.close()
-
-    with socket.create_server(("127.0.0.1", 0)) as a, socket.create_server(("127.0.0.1", 0)) as b:
-        for number, listener in enumerate((a, b)):
-            threading.Thread(target=refuse, args=(number, listener), daemon=True).start()
-        hosts = ",".join(f"127.0.0.1:{s.getsockname()[1]}" for s in (a, b))
+    with closing("127.0.0.2") as (first, tried), closing("127.0.0.3") as (second, tried_next):
+        hosts = f"127.0.0.2:{first},127.0.0.3:{second}"
         connected = connect(f"redis+sentinel://{hosts}/queue", socket_connect_timeout=2)
         with pytest.raises(redis.ConnectionError):
             reply = connected.ping()
             if inspect.iscoroutine(reply):
                 asyncio.run(reply)
-        assert attempts == [0, 1]
-        for listener in (a, b):
-            listener.shutdown(socket.SHUT_RDWR)
+        assert tried + tried_next == ["127.0.0.2", "127.0.0.3"]
 
 
 def test_the_documented_rights_of_a_redis_user_are_sufficient(

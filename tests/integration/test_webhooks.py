@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from models.errors import ParameterError
 from models.tiers import Settings
+from tests.support.listening import closing
 from tests.support.name_server import NameServer
 from tests.support.waiting import until
 from worker.queue import outbox
@@ -598,28 +598,6 @@ def test_a_name_that_becomes_private_after_submission_gets_no_request(
     assert "public addresses only" in dead_letters(store)[0]["error"]
 
 
-@contextlib.contextmanager
-def listening(address: str, port: int = 0) -> Iterator[tuple[int, list[str]]]:
-    """Accept and close connections; yields the port, and the addresses that were connected to."""
-    came: list[str] = []
-    with socket.create_server((address, port)) as server:
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):  # the socket was shut down
-                while True:
-                    connection = server.accept()[0]
-                    came.append(address)  # before the client notices that it is closed
-                    connection.close()
-
-        thread = threading.Thread(target=accept)
-        thread.start()
-        try:
-            yield server.getsockname()[1], came
-        finally:
-            server.shutdown(socket.SHUT_RDWR)
-            thread.join()
-
-
 def test_a_name_server_that_changes_its_answers_leads_no_request_to_a_private_address(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -630,8 +608,8 @@ def test_a_name_server_that_changes_its_answers_leads_no_request_to_a_private_ad
     monkeypatch.setattr(url_guard, "is_public", lambda a: a == "127.0.0.2" or is_public(a))
     answers = itertools.chain(["127.0.0.2", "127.0.0.2"], itertools.repeat("127.0.0.1"))
     with (
-        listening("127.0.0.1") as (port, private),
-        listening("127.0.0.2", port) as (_, public),
+        closing("127.0.0.1") as (port, private),
+        closing("127.0.0.2", port) as (_, public),
         NameServer(answers).serving() as names,
     ):
         chosen = WebhookSettings(webhook_secret=SECRET, webhook_retries_s=(0, 0))

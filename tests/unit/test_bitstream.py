@@ -162,6 +162,12 @@ def test_pictures_are_recognised_in_all_their_variants(head: bytes) -> None:
         bitstream.parse(head + bytes(40))
 
 
+@pytest.mark.parametrize(("head", "name"), [(b"\x1f\x8b\x08", "gzip"), (b"PK\3\4", "ZIP")])
+def test_the_error_for_a_file_of_another_known_format_names_it(head: bytes, name: str) -> None:
+    with pytest.raises(UnsupportedCodec, match=f"its format is {name}"):
+        bitstream.parse(head + bytes(40))
+
+
 def test_other_file_formats_are_unsupported() -> None:
     with pytest.raises(UnsupportedCodec, match="begins with c8c8c8c8"):
         bitstream.parse(bytes([200]) * 50)

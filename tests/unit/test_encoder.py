@@ -13,7 +13,7 @@ from models import image
 from models.codec.bitstream import Bitstream
 from models.errors import PictureError
 from models.image import Picture
-from models.picture_process import Limits
+from models.pictures.process import Limits
 from service.encoder import Encoded, Encoder
 from service.pixel_budget import PixelBudget
 from service.problems import Busy, DeadlineExceeded

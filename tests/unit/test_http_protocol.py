@@ -113,6 +113,43 @@ def test_an_offer_to_upgrade_is_ignored_and_the_body_is_read(
     assert not [record for record in caplog.records if record.name == "uvicorn.error"]
 
 
+def test_a_small_body_may_come_in_chunks_of_one_byte(port: int) -> None:
+    head = (
+        b"POST /echo HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    sent, body = exchange(port, head + b"1\r\nX\r\n" * 1000 + b"0\r\n\r\n")
+    assert sent.startswith(b"HTTP/1.1 200")
+    assert json.loads(body)["body"] == "X" * 1000
+
+
+@pytest.mark.parametrize("empty", [b"\r\n", b"\n", b"\r\n\r\n"])
+def test_empty_lines_before_a_request_are_skipped(port: int, empty: bytes) -> None:
+    """Some clients send one behind a body (RFC 9112, 2.2)."""
+    sent = post(), empty, post("Connection: close")
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        for part in sent:
+            client.sendall(part)
+            time.sleep(0.05)
+        answers = b"".join(iter(lambda: client.recv(65536), b""))
+    assert answers.count(b"HTTP/1.1 200") == 2
+
+
+def test_a_connection_is_closed_after_a_request_with_two_lengths(port: int) -> None:
+    """Servers that believe different lengths would find different requests behind it."""
+    chunked = b"a\r\n0123456789\r\n0\r\n\r\n"
+    head, body = exchange(port, post("Transfer-Encoding: chunked", body=chunked) + post())
+    assert head.startswith(b"HTTP/1.1 200")
+    assert b"connection: close" in head.lower()
+    assert json.loads(body)["body"] == "0123456789"
+
+
+@pytest.mark.parametrize("line", ["PRI * HTTP/2.0", "GET /url/a HTTP/3.0", "GET /url/a HTTP/0.9"])
+def test_another_version_of_http_is_refused(port: int, line: str) -> None:
+    head, body = exchange(port, f"{line}\r\nHost: a\r\n\r\nSM\r\n\r\n".encode())
+    assert head.startswith(b"HTTP/1.1 505 ")
+    assert "use HTTP/1.1, not " in json.loads(body)["detail"]
+
+
 @pytest.mark.parametrize(
     ("target", "path", "url"),
     [

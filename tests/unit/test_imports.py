@@ -22,7 +22,8 @@ SERVICE_MAY_USE = (
 """All that the service imports of the worker."""
 NO_TORCH = (
     "models.checkpoint", "models.codec.bitstream", "models.codec.catalogue", "models.errors",
-    "models.geometry", "models.tiers", "service.schemas",
+    "models.geometry", "models.pictures.decode", "models.pictures.process", "models.tiers",
+    "service.schemas",
     "worker.settings", "worker.queue.counters", "worker.queue.estimates", "worker.queue.events",
     "worker.queue.jobs", "worker.queue.object_stores", "worker.queue.outbox",
     "worker.queue.private_redis", "worker.queue.records", "worker.queue.results",
@@ -114,8 +115,17 @@ def test_modules_of_processes_without_a_model_do_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_the_api_and_the_worker_need_no_compressai() -> None:
-    code = "import sys, service.app, worker.tasks; assert 'compressai' not in sys.modules"
+@pytest.mark.parametrize("module", TREES)
+def test_no_module_needs_compressai(module: str) -> None:
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            assert not [a for a in node.names if a.name.partition(".")[0] == "compressai"]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.module.partition(".")[0] != "compressai"
+
+
+def test_bitstreams_are_parsed_without_pillow() -> None:
+    code = "import sys, models.codec.bitstream; assert 'PIL' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

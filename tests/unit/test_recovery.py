@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from models import checkpoint
 from models.codec import bitstream, codec, rans, recovery, zoo
@@ -305,30 +304,41 @@ def test_a_process_that_hangs_is_ended(
     assert process.pid is None
 
 
-def test_a_forked_process_leaves_the_recovery_process_to_its_parent() -> None:
+def fork_with_a_recovery_process() -> int:
+    """Use a recovery process, fork, and use it again in the parent; 0 if both are right."""
+    process = recovery.PROCESS
+    small = "key", nn.Sequential(nn.Conv2d(2, 2, 1)), torch.zeros(1, 2, 1, 1), "one thread"
+    process.evaluate(*small)
+    assert process._child is not None
+    pid, pipe = process.pid, Path(f"/proc/self/fd/{process._child.connection.fileno()}")
+    process._lock.acquire()
+    if not (child := os.fork()):
+        os._exit(process.pid is not None or pipe.exists() or process._lock.locked())
+    _, status = os.waitpid(child, 0)
+    process._lock.release()
+    process.evaluate(*small)
+    return status or process.pid != pid
+
+
+def die_with_a_recovery_process() -> int:
+    """Print the id of a recovery process, and die by SIGKILL."""
+    net = nn.Sequential(nn.Conv2d(2, 2, 1))
+    recovery.PROCESS.evaluate("key", net, torch.zeros(1, 2, 1, 1), "one thread")
+    print(recovery.PROCESS.pid, flush=True)  # noqa: T201
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+def test_a_forked_process_leaves_the_recovery_process_to_its_parent(tmp_path: Path) -> None:
     """It closes its copy of the pipe, and does not inherit a lock that a thread held."""
-    script = (
-        "import os, torch; from models.codec import recovery; p = recovery.PROCESS;"
-        "args = 'key', torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1)), torch.zeros(1, 2, 1, 1);"
-        "p.evaluate(*args, 'one thread'); pipe = f'/proc/self/fd/{p._child.connection.fileno()}';"
-        "p._lock.acquire(); child = os.fork();"
-        "child or os._exit(p.pid is not None or os.path.exists(pipe) or p._lock.locked());"
-        "print(os.waitpid(child, 0)[1], end=' '); p._lock.release(); pid = p.pid;"
-        "p.evaluate(*args, 'one thread'); print(p.pid == pid)"
-    )
-    done = subprocess.run([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, text=True)
-    assert done.stdout == "0 True\n"
+    log = tmp_path / "log"
+    assert Forked(fork_with_a_recovery_process, os.environ, log).wait(60) == 0, log.read_text()
 
 
-def test_the_process_ends_with_its_parent() -> None:
-    script = (
-        "import os, torch; from models.codec import recovery;"
-        "net = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1));"
-        "recovery.PROCESS.evaluate('key', net, torch.zeros(1, 2, 1, 1), 'one thread');"
-        "print(recovery.PROCESS.pid, flush=True); os.kill(os.getpid(), 9)"
-    )
-    done = subprocess.run([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, text=True)
-    status = Path(f"/proc/{int(done.stdout)}/stat")
+def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert Forked(die_with_a_recovery_process, os.environ, log).wait(60) == -signal.SIGKILL
+    status = Path(f"/proc/{int(log.read_text())}/stat")
     deadline = time.monotonic() + 20
     while status.exists() and status.read_text().split()[2] != "Z":
         assert time.monotonic() < deadline

@@ -50,13 +50,26 @@ def variables(settings: type[worker_settings.EnvironmentSettings]) -> set[str]:
 ALL = variables(ServiceSettings) | variables(WebhookSettings)
 
 
+@pytest.mark.parametrize("empty", ["", " ", "\n"])
 @pytest.mark.parametrize("variable", sorted(ALL - {"AFTERIMAGE_API_KEYS"}))
-def test_an_empty_variable_is_unset(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_is_unset(
+    variable: str, empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ALL:
         monkeypatch.delenv(name, raising=False)
     unset = ServiceSettings(), WebhookSettings()
-    monkeypatch.setenv(variable, "")
+    monkeypatch.setenv(variable, empty)
     assert (ServiceSettings(), WebhookSettings()) == unset
+
+
+def test_white_space_around_a_value_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Secrets that orchestrators read from files often end with a line break."""
+    monkeypatch.setenv("AFTERIMAGE_LINK_SECRET", "l" * 32 + "\n")
+    monkeypatch.setenv("AFTERIMAGE_WEIGHTS_DIR", " /weights ")
+    settings = ServiceSettings()
+    assert settings.link_secret is not None
+    assert settings.link_secret.get_secret_value() == "l" * 32
+    assert settings.weights_dir == Path("/weights")
 
 
 def test_an_empty_variable_does_not_hide_a_secret_file_and_an_empty_file_is_unset(
@@ -74,9 +87,9 @@ def test_empty_api_keys_are_refused_and_do_not_open_the_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = "AFTERIMAGE_API_KEYS is empty; .* unset the variable"
-    for name in ("AFTERIMAGE_API_KEYS", "afterimage_api_keys"):
+    for name, empty in (("AFTERIMAGE_API_KEYS", " "), ("afterimage_api_keys", "")):
         with monkeypatch.context() as patch:
-            patch.setenv(name, "")
+            patch.setenv(name, empty)
             with pytest.raises(ValidationError, match=wanted) as e:
                 ServiceSettings()
             assert "\n" not in faults(e.value)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 from models.errors import AfterimageError
 from models.image import MEDIA_TYPES, OutputFormat
-from models.image_png import SIGNATURE
+from models.pictures import signatures
 from worker.queue import object_stores
 from worker.queue.object_config import StoresError
 from worker.queue.object_stores import ObjectStores
@@ -61,7 +61,7 @@ class Results:
             log.warning("job %s: its stored result cannot be read: %s", job_id, e)
             return None
         self._paused_until = 0.0
-        if not png.startswith(SIGNATURE):
+        if not png.startswith(signatures.PNG):
             log.warning("job %s: its stored result is no PNG file and is ignored", job_id)
             return None
         return png

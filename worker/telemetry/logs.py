@@ -138,3 +138,9 @@ class Text(logging.Formatter):
 def _escaped(c: str) -> str:
     """A control character as an escape sequence, so that a message cannot forge lines."""
     return c.encode("unicode_escape").decode()
+
+
+def complain(text: str, status: int) -> int:
+    """Print to stderr why a process cannot start; returns its exit status."""
+    print(text, file=sys.stderr)  # noqa: T201
+    return status

@@ -3,7 +3,6 @@
 import logging
 import random
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -214,11 +213,11 @@ def main() -> int:
         logs.setup()
         settings, webhooks = WorkerSettings(), WebhookSettings()
         if not settings.redis_url or not webhooks.secrets:
-            return _complain("set REDIS_URL and AFTERIMAGE_WEBHOOK_SECRET to send webhooks", 2)
+            return logs.complain("set REDIS_URL and AFTERIMAGE_WEBHOOK_SECRET to send webhooks", 2)
         connected = connect(settings)
         connected.ping()
     except (ValidationError, SettingsError, AfterimageError, RedisError) as e:
-        return _complain(f"webhooks cannot be sent: {e}", 1)
+        return logs.complain(f"webhooks cannot be sent: {e}", 1)
     stop = _stop_on_signals()
     log.info("sending webhooks of the queue with prefix %s", settings.prefix)
     deliver_forever(connected, webhooks, stop)
@@ -240,8 +239,3 @@ def _stop_on_signals() -> threading.Event:
 
     threading.Thread(target=wait, daemon=True).start()
     return stop
-
-
-def _complain(text: str, status: int) -> int:
-    print(text, file=sys.stderr)  # noqa: T201
-    return status

@@ -7,8 +7,9 @@ from typing import Any
 from PIL import Image
 
 from models.errors import PictureError
+from models.pictures.boxes import boxes
+from models.pictures.signatures import JXL_CONTAINER
 
-_CONTAINER = b"\0\0\0\x0cJXL \r\n\x87\n"
 _RATIOS = {1: (1, 1), 2: (12, 10), 3: (4, 3), 4: (3, 2), 5: (16, 9), 6: (5, 4), 7: (2, 1)}
 """Ratio in SizeHeader (ISO/IEC 18181-1) -> width and height."""
 
@@ -19,7 +20,7 @@ def size(data: bytes) -> tuple[int, int]:
     The plugin decodes a file as soon as it opens it, so the size must be checked before. Raises
     `PictureError` if there is no codestream.
     """
-    stream = _codestream(data) if data.startswith(_CONTAINER) else data[:64]
+    stream = _codestream(data) if data.startswith(JXL_CONTAINER) else data[:64]
     if stream[:2] != b"\xff\x0a":
         raise PictureError("the JPEG XL file is damaged: it has no codestream")
     bits, at = int.from_bytes(stream[2:64], "little"), 0
@@ -44,19 +45,11 @@ def size(data: bytes) -> tuple[int, int]:
 
 def _codestream(data: bytes) -> bytes:
     """Return the first bytes of the codestream in a container; empty if there is none."""
-    at = 0
-    for _ in range(1000):
-        length, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        start = at + 8
-        if length == 1:
-            length, start = int.from_bytes(data[start : start + 8], "big"), start + 8
+    for name, content in boxes(data):
         if name == b"jxlc":
-            return data[start : start + 64]
+            return content[:64]
         if name == b"jxlp":
-            return data[start + 4 : start + 68]
-        if length < 8:
-            break
-        at += length
+            return content[4:68]
     return b""
 
 

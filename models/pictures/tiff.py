@@ -1,12 +1,15 @@
 """TIFF files and Exif data, which have the same structure: corrects what Pillow reads wrongly."""
 
 import io
+import itertools
 import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, ImageFile, ImagePalette, TiffImagePlugin
 
 from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
@@ -15,6 +18,9 @@ TiffImagePlugin.READ_LIBTIFF = True
 """Use libtiff for uncompressed files too: Pillow's own reader reads planes of 16 bits as 8 bits,
 and does not read subsampled YCbCr."""
 _TAG = ExifTags.Base
+for _mark, _grey, _extra in itertools.product((b"II", b"MM"), (0, 1), ((0,), (1,), (2,))):
+    TiffImagePlugin.OPEN_INFO[_mark, _grey, (1,), 1, (16, 16), _extra] = ("RGBA", "RGBA")
+"""Read grey and alpha of 16 bits, for which Pillow has no mode, as four bytes."""
 _BIGTIFF = 43
 """Version number of TIFF files with 64-bit offsets; other TIFF files have 42."""
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8,
@@ -29,6 +35,14 @@ _RGB_16 = {"RGB;16N", "RGBX;16N", "RGBA;16N"}
 """Pillow's raw modes of 16 bits whose samples are not multiplied by alpha."""
 _MAX_FIELDS = 0xFFFF
 """Limit on the fields of a directory: that of classic TIFF; libtiff has a lower one for BigTIFF."""
+_PLACES = (273, 279, 324, 325)
+"""Tags: offsets and sizes of strips, offsets and sizes of tiles."""
+_NEEDED = {258, 320, 347, *_PLACES}
+"""Tags without whose values there are no pixels: bits of a sample, palette, tables of JPEG."""
+_MAX_STRIPS = 100_000
+"""Limit on the strips or tiles whose places are checked."""
+_MAX_PIXEL_BYTES = 16
+"""Bytes of a pixel that has the most: four samples of 32 bits."""
 _MAX_DIRECTORIES = 20
 """Limit on the directories that are searched for a camera's raw samples."""
 
@@ -60,7 +74,7 @@ class Directories:
     def entries(self, directory: int) -> Iterator[Entry]:
         """Yield the fields of the directory at this offset, as far as the file contains them."""
         start, size = self._table(directory)
-        end = min(self._end(directory), start + _MAX_FIELDS * size, len(self.data) - size + 1)
+        end = min(self.end(directory), start + _MAX_FIELDS * size, len(self.data) - size + 1)
         for at in range(start, end, size):
             tag, kind = self.number(at, 2), self.number(at + 2, 2)
             count, value = self.number(at + 4, self.word), at + 4 + self.word
@@ -70,7 +84,7 @@ class Directories:
 
     def next(self, directory: int) -> int:
         """Return the offset of the next directory; 0 if there is none."""
-        return self.number(self._end(directory), self.word)
+        return self.number(self.end(directory), self.word)
 
     def integers(self, entry: Entry, limit: int = 16) -> list[int]:
         """Return up to `limit` values of a field; none if it has no integers."""
@@ -87,13 +101,14 @@ class Directories:
                 return next(iter(self.integers(entry, 1)), None)
         return None
 
+    def end(self, directory: int) -> int:
+        """Return the offset of the end of the fields."""
+        start, size = self._table(directory)
+        return start + self.number(directory, start - directory) * size
+
     def _table(self, directory: int) -> tuple[int, int]:
         """Offset of the first field, and bytes of a field."""
         return (directory + 8, 20) if self.big else (directory + 2, 12)
-
-    def _end(self, directory: int) -> int:
-        start, size = self._table(directory)
-        return start + self.number(directory, start - directory) * size
 
 
 def orientation(exif: bytes) -> int | None:
@@ -135,8 +150,13 @@ def check(data: bytes, max_pixels: int) -> None:
 def prepare(source: TiffImagePlugin.TiffImageFile, data: bytes) -> int | None:
     """Correct what Pillow reads wrongly in an opened file.
 
-    Returns the orientation if Pillow would ignore it, because it is stored as BYTE.
+    Returns the orientation if Pillow would ignore it, because it is stored as BYTE. Raises
+    `UnsupportedPicture` for samples that Pillow mixes up.
     """
+    if source.tag_v2.get(_TAG.PlanarConfiguration) == 2 and _is_grey_alpha(source):
+        raise UnsupportedPicture(
+            "a TIFF file with grey and alpha in separate planes is not read; interleave them"
+        )
     source.info.pop("xmp", None)  # Pillow would take the orientation from it
     _correct_palette(source)
     directories = Directories(data)
@@ -144,6 +164,62 @@ def prepare(source: TiffImagePlugin.TiffImageFile, data: bytes) -> int | None:
         if entry.tag == _TAG.Orientation and entry.kind == 1:
             return next(iter(directories.integers(entry, 1)), None)
     return None
+
+
+def missing_bytes(data: bytes, max_pixels: int) -> int:
+    """Return how many bytes of the pixels a truncated file lacks.
+
+    Raises `PictureError` if it lacks its directory, which programs may write after the pixels, or
+    more bytes than `max_pixels` can need.
+    """
+    directories = Directories(data)
+    needed = [directories.end(directories.first)] + [
+        entry.at + entry.count * _SIZES.get(entry.kind, 1)
+        for entry in directories.entries(directories.first)
+        if entry.tag in _NEEDED
+    ]
+    if max(needed) > len(data):
+        raise PictureError("the TIFF file is truncated: its directory is missing or incomplete")
+    values = {
+        entry.tag: directories.integers(entry, _MAX_STRIPS)
+        for entry in directories.entries(directories.first)
+        if entry.tag in _PLACES
+    }
+    ends = [
+        start + size
+        for starts, sizes in (_PLACES[:2], _PLACES[2:])
+        for start, size in zip(values.get(starts, ()), values.get(sizes, ()), strict=False)
+    ]
+    missing = max(max(ends, default=0) - len(data), 0)
+    if missing > _MAX_PIXEL_BYTES * max_pixels:
+        raise PictureError(f"the TIFF file is damaged or truncated: it lacks {missing} bytes")
+    return missing
+
+
+def is_grey_alpha_16(source: TiffImagePlugin.TiffImageFile) -> bool:
+    """True if the four bytes of a pixel are grey and alpha of 16 bits."""
+    return source.mode == "RGBA" and source.tag_v2.get(_TAG.BitsPerSample) == (16, 16)
+
+
+def _is_grey_alpha(source: TiffImagePlugin.TiffImageFile) -> bool:
+    return source.mode in {"LA", "La"} or is_grey_alpha_16(source)
+
+
+def grey_alpha_16(
+    source: TiffImagePlugin.TiffImageFile,
+) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """Return grey (H, W, 1) and alpha (H, W) of such a picture; grey is not multiplied by alpha."""
+    samples = np.ascontiguousarray(np.asarray(source)).view(np.uint16)
+    grey, alpha = samples[..., :1], samples[..., 1]
+    if source.tag_v2.get(_TAG.PhotometricInterpretation) == 0:
+        grey = ~grey
+    extra = source.tag_v2.get(_TAG.ExtraSamples)
+    if extra == (0,):  # no alpha, but samples of an unknown meaning
+        alpha = np.full_like(alpha, 65535)
+    if extra == (1,):
+        scale = 65535 / np.maximum(alpha, 1).astype(np.float32)[..., None]
+        grey = np.minimum(np.rint(grey * scale), 65535).astype(np.uint16)
+    return grey, alpha
 
 
 def lower_bytes(

@@ -1,15 +1,9 @@
-"""Recognises picture formats by their first bytes, and names those that are not read."""
+"""Recognises file formats by their first bytes. It imports no library."""
 
-import importlib.util
-import io
 from collections.abc import Mapping
-from typing import Any
 
-from PIL import Image, ImageFile, UnidentifiedImageError
-
-from models import text_bodies
-from models.errors import PictureError, UnsupportedPicture
-
+PNG = b"\x89PNG\r\n\x1a\n"
+JXL_CONTAINER = b"\0\0\0\x0cJXL \r\n\x87\n"
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM")
 """Formats that are always read: those whose size is known before their pixels are decoded."""
 _NAMES = {"WEBP": "WebP", "PPM": "PNM", "JXL": "JPEG XL"}
@@ -20,13 +14,13 @@ OPTIONAL: Mapping[str, tuple[str, str]] = {
 }
 """Format -> module that reads it, and the extra of this package that installs the module."""
 _STARTS: tuple[tuple[bytes, str], ...] = (
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (PNG, "PNG"),
     (b"\xff\xd8\xff", "JPEG"),
     (b"GIF87a", "GIF"),
     (b"GIF89a", "GIF"),
     (b"BM", "BMP"),
     (b"\xff\x0a", "JXL"),
-    (b"\0\0\0\x0cJXL \r\n\x87\n", "JXL"),
+    (JXL_CONTAINER, "JXL"),
     (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
     (b"\xff\x4f\xff\x51", "JPEG 2000"),
     (b"8BPS", "PSD (Photoshop)"),
@@ -69,6 +63,11 @@ _BRANDS = 64
 """Bytes of box `ftyp` that are searched for the format."""
 
 
+def usual_name(format: str) -> str:
+    """Return the name that users know for Pillow's name of a format."""
+    return _NAMES.get(format, format)
+
+
 def name_of(data: bytes) -> str | None:
     """Return a file's format by its first bytes; None if it is unknown.
 
@@ -108,68 +107,3 @@ def _format_of_brands(data: bytes) -> str | None:
     if data[8:12] in _VIDEO_BRANDS:
         return "MP4 or QuickTime video"
     return "HEIF (with another codec than AV1 or HEVC)" if brands & {b"mif1", b"msf1"} else None
-
-
-def readable() -> list[str]:
-    """Return the usual names of the formats that this installation reads."""
-    installed = [name for name, (module, _) in OPTIONAL.items() if importlib.util.find_spec(module)]
-    return [_NAMES.get(name, name) for name in (*FORMATS, *installed)]
-
-
-def usual_name(format: str) -> str:
-    """Return the name that users know for Pillow's name of a format."""
-    return _NAMES.get(format, format)
-
-
-def check(data: bytes) -> str:
-    """Return the format of a file that may be read. Raises `UnsupportedPicture` for others."""
-    name = name_of(data)
-    if name in FORMATS:
-        return name
-    use = f"use {', '.join(readable())}"
-    if name is None:
-        use = text_bodies.advice(data) or use
-        raise UnsupportedPicture(f"the file is not a picture in a known format; {use}")
-    if name in OPTIONAL and importlib.util.find_spec(OPTIONAL[name][0]):
-        return name
-    if name in OPTIONAL:
-        use = f"install afterimage[{OPTIONAL[name][1]}] on the server, or {use}"
-    raise UnsupportedPicture(f"the file's format is {usual_name(name)}, which is not read; {use}")
-
-
-def open_file(data: bytes, format: str) -> ImageFile.ImageFile:
-    """Open a file of one of `FORMATS` without decoding its pixels.
-
-    Raises `UnsupportedPicture` for a variant that Pillow does not read, `PictureError` for a
-    broken file, each with Pillow's reason.
-    """
-    try:
-        return Image.open(io.BytesIO(data), formats=[format])
-    except Image.DecompressionBombError:
-        raise
-    except UnidentifiedImageError:
-        reason = _hidden_reason(data, format)
-    except Exception as e:  # readers raise many kinds of errors
-        reason = str(e)
-    name = usual_name(format)
-    if format == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
-        reason = "it is truncated"
-    if any(words in reason.lower() for words in _VARIANT):
-        raise UnsupportedPicture(
-            f"the {name} file is of a kind that is not read: {reason}; convert it to PNG"
-        )
-    raise PictureError(f"the {name} file is damaged and cannot be read: {reason}")
-
-
-def _hidden_reason(data: bytes, format: str) -> str:
-    """The reason why Pillow's reader of a format refuses a file, which `Image.open` hides."""
-    opener: Any = Image.OPEN[format][0]
-    try:
-        opener(io.BytesIO(data), "")
-    except Exception as e:
-        return str(e) or type(e).__name__
-    return "its header cannot be read"
-
-
-_VARIANT = ("unsupported", "unknown pixel mode", "cannot handle", "not implemented", "unrecognized")
-"""Parts of Pillow's errors about valid files of a variant that it does not read."""

@@ -1,7 +1,8 @@
 """Decode a file of any picture format to a Pillow picture, with its colours and orientation."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,19 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 
-from models import (
-    image_bmp,
-    image_boxes,
-    image_color,
-    image_formats,
-    image_jpeg,
-    image_jxl,
-    image_png,
-    image_tiff,
-)
-from models.errors import PictureError, UnsupportedPicture
+from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
 from models.geometry import check_size
-from models.image_color import Colour
+from models.pictures import bmp, boxes, color, formats, jpeg, jxl, png, tiff, webp
+from models.pictures.color import Colour
 
 _TAG = ExifTags.Base
 MISSING = "the picture is truncated: pixels are missing"
@@ -42,7 +34,7 @@ class Decoded:
 
 
 def decode(data: bytes, format: str, max_pixels: int) -> Decoded:
-    """Decode a file of a format that `image_formats.check` returned. All samples get 8 bits.
+    """Decode a file of a format that `formats.check` returned. All samples get 8 bits.
 
     Raises `UnsupportedPicture`, `PictureTooLarge` (before pixels are decoded), `PictureError`, and
     whatever Pillow raises for a damaged file.
@@ -65,21 +57,34 @@ def decode(data: bytes, format: str, max_pixels: int) -> Decoded:
 
 
 def _other(data: bytes, format: str, max_pixels: int) -> Decoded:
-    """Decode a WebP or PNM file."""
-    source = image_formats.open_file(data, format)
+    """Decode a file with which Pillow needs no help."""
+    source = formats.open_file(data, format)
     check_size(source.height, source.width, max_pixels)
     notes = _load(source)
     return Decoded(source, source.info.get("icc_profile"), _orientation(source), notes)
 
 
+def _webp(data: bytes, format: str, max_pixels: int) -> Decoded:
+    def open_file(file: bytes) -> ImageFile.ImageFile:
+        source = formats.open_file(file, format)
+        check_size(source.height, source.width, max_pixels)
+        return source
+
+    if not webp.has_wrong_size(data):
+        return _other(data, format, max_pixels)
+    picture, whole = webp.read_repaired(data, open_file)
+    notes = () if whole else _missing(picture)
+    return Decoded(picture, picture.info.get("icc_profile"), _orientation(picture), notes)
+
+
 def _png(data: bytes, format: str, max_pixels: int) -> Decoded:
-    png = image_png.parse(data, max_pixels)
-    colour, orientation = png.colour(), image_tiff.orientation(png.exif)
-    transparent = png.transparent()
-    if png.depth == 16 and (colour or transparent):
-        samples, complete = png.samples()
-        alpha = _alpha(samples, png.has_alpha, transparent)
-        channels = samples[..., :-1] if png.has_alpha else samples
+    file = png.parse(data, max_pixels)
+    colour, orientation = file.colour(), tiff.orientation(file.exif)
+    transparent = file.transparent()
+    if file.depth == 16 and (colour or transparent):
+        samples, complete = file.samples()
+        alpha = _alpha(samples, file.has_alpha, transparent)
+        channels = samples[..., :-1] if file.has_alpha else samples
         exact = _exact(colour)
         if exact is None:
             upper = (channels >> 8).astype(np.uint8)
@@ -90,11 +95,11 @@ def _png(data: bytes, format: str, max_pixels: int) -> Decoded:
         if alpha is not None:
             picture.putalpha(alpha)
         return Decoded(picture, colour, orientation, notes)
-    with Image.open(png.file(), formats=["PNG"]) as source:
+    with Image.open(file.file(), formats=["PNG"]) as source:
         notes = _load(source)
         picture = source
         if transparent is not None:
-            picture = _with_transparent_colour(source, png.depth, transparent)
+            picture = _with_transparent_colour(source, file.depth, transparent)
         return Decoded(picture, colour, orientation, notes)
 
 
@@ -127,8 +132,8 @@ def _alpha(
 
 
 def _jpeg(data: bytes, format: str, max_pixels: int) -> Decoded:
-    image_jpeg.check(data)
-    source = image_formats.open_file(data, format)
+    jpeg.check(data)
+    source = formats.open_file(data, format)
     check_size(source.height, source.width, max_pixels)
     decoded = Decoded(source, source.info.get("icc_profile"), _orientation(source))
     try:
@@ -136,24 +141,25 @@ def _jpeg(data: bytes, format: str, max_pixels: int) -> Decoded:
     except OSError as e:
         if "truncated" not in str(e):
             raise
-        decoded.picture, whole = image_jpeg.read_truncated(data)
+        decoded.picture, whole = jpeg.read_truncated(data)
         decoded.notes = () if whole else _missing(decoded.picture)
     return decoded
 
 
 def _tiff(data: bytes, format: str, max_pixels: int) -> Decoded:
-    if image_tiff.is_big_endian_bigtiff(data):
-        data = image_tiff.as_classic(data)
-    image_tiff.check(data, max_pixels)
-    source = image_formats.open_file(data, format)
-    if not isinstance(source, TiffImagePlugin.TiffImageFile):
-        raise PictureError("the TIFF file is damaged: its header cannot be read")
-    check_size(source.height, source.width, max_pixels)
-    orientation = image_tiff.prepare(source, data)
+    if tiff.is_big_endian_bigtiff(data):
+        data = tiff.as_classic(data)
+    tiff.check(data, max_pixels)
+    missing = tiff.missing_bytes(data, max_pixels)
+    if missing:
+        return _truncated_tiff(data, missing, max_pixels)
+    source, orientation = _open_tiff(data, max_pixels)
     profile = source.info.get("icc_profile")
     exact = _exact(profile)
-    lower = image_tiff.lower_bytes(source, data) if exact else None
+    lower = tiff.lower_bytes(source, data) if exact else None
     source.load()
+    if tiff.is_grey_alpha_16(source):
+        return _grey_alpha_16(source, profile, orientation)
     if exact is None or lower is None:
         return Decoded(source, profile, orientation)
     samples = np.asarray(source)[..., :3].astype(np.uint16) << 8 | np.asarray(lower)[..., :3]
@@ -163,9 +169,43 @@ def _tiff(data: bytes, format: str, max_pixels: int) -> Decoded:
     return Decoded(picture, None, orientation)
 
 
+def _open_tiff(data: bytes, max_pixels: int) -> tuple[TiffImagePlugin.TiffImageFile, int | None]:
+    """Open a file; the second value is the orientation if Pillow does not apply it."""
+    source = formats.open_file(data, "TIFF")
+    if not isinstance(source, TiffImagePlugin.TiffImageFile):
+        raise PictureError("the TIFF file is damaged: its header cannot be read")
+    check_size(source.height, source.width, max_pixels)
+    return source, tiff.prepare(source, data)
+
+
+def _truncated_tiff(data: bytes, missing: int, max_pixels: int) -> Decoded:
+    """Decode a file as far as it goes. A strip that is not complete is lost if it is compressed."""
+    (source, orientation), (other, _) = (
+        _open_tiff(data + filler * missing, max_pixels) for filler in (b"\0", b"\xff")
+    )
+    notes = _load(source, "decoder error")
+    if not notes:  # the filler may be behind the last pixel
+        other.load()
+        notes = () if source.tobytes() == other.tobytes() else _missing(source)
+    return Decoded(source, source.info.get("icc_profile"), orientation, notes)
+
+
+def _grey_alpha_16(
+    source: TiffImagePlugin.TiffImageFile, profile: bytes | None, orientation: int | None
+) -> Decoded:
+    grey, alpha = tiff.grey_alpha_16(source)
+    exact = _exact(profile)
+    if exact is None:
+        picture = Image.fromarray((grey[..., 0] >> 8).astype(np.uint8))
+    else:
+        picture, profile = _convert(grey, exact), None
+    picture.putalpha(Image.fromarray((alpha >> 8).astype(np.uint8)))
+    return Decoded(picture, profile, orientation)
+
+
 def _gif(data: bytes, format: str, max_pixels: int) -> Decoded:
     """Decode the first frame; the canvas around it is transparent, as in browsers."""
-    source = image_formats.open_file(data, format)
+    source = formats.open_file(data, format)
     check_size(source.height, source.width, max_pixels)
     frame = source.tile[0].extents if source.tile else None
     notes = _load(source)
@@ -177,20 +217,21 @@ def _gif(data: bytes, format: str, max_pixels: int) -> Decoded:
 
 
 def _bmp(data: bytes, format: str, max_pixels: int) -> Decoded:
-    picture = image_bmp.read_fields(data, max_pixels)
+    picture = bmp.read_fields(data, max_pixels)
     if picture is not None:
         return Decoded(picture)
-    source = image_formats.open_file(data, format)
+    source = formats.open_file(data, format)
     check_size(source.height, source.width, max_pixels)
     return Decoded(source, notes=_load(source))
 
 
 def _avif(data: bytes, format: str, max_pixels: int) -> Decoded:
-    properties = image_boxes.properties(data)
-    source = image_formats.open_file(data, format)
-    check_size(source.height, source.width, max_pixels)
-    colour = source.info.get("icc_profile") or properties.colour()
-    source.load()
+    properties = boxes.properties(data)
+    with _truncation_named(data, format):
+        source = formats.open_file(boxes.with_auxiliary_sizes(data), format)
+        check_size(source.height, source.width, max_pixels)
+        colour = source.info.get("icc_profile") or properties.colour()
+        source.load()
     box = properties.crop(*source.size)
     picture = source.crop(box) if box else source
     return Decoded(picture, colour, _orientation(source))
@@ -198,21 +239,38 @@ def _avif(data: bytes, format: str, max_pixels: int) -> Decoded:
 
 def _heic(data: bytes, format: str, max_pixels: int) -> Decoded:
     """Decode a HEIC file. libheif applies the clean aperture and the orientation."""
-    heif = importlib.import_module("pi_heif").open_heif(data)
-    check_size(heif.size[1], heif.size[0], max_pixels)
-    colour = heif.info.get("icc_profile") or image_boxes.properties(data).colour()
-    return Decoded(heif.to_pillow(), colour)
+    with _truncation_named(data, format):
+        heif = importlib.import_module("pi_heif").open_heif(data)
+        check_size(heif.size[1], heif.size[0], max_pixels)
+        colour = heif.info.get("icc_profile") or boxes.properties(data).colour()
+        return Decoded(heif.to_pillow(), colour)
+
+
+@contextmanager
+def _truncation_named(data: bytes, format: str) -> Iterator[None]:
+    """Say of a truncated file that it is one. The decoders of its video frames need all bytes."""
+    try:
+        yield
+    except (UnsupportedPicture, PictureTooLarge):
+        raise
+    except Exception as e:
+        if not boxes.is_truncated(data):
+            raise
+        raise PictureError(
+            f"the {format} file is truncated, and no part of such a file can be decoded"
+        ) from e
 
 
 def _jxl(data: bytes, format: str, max_pixels: int) -> Decoded:
     """Decode a JPEG XL file. libjxl applies the orientation."""
-    width, height = image_jxl.size(data)
+    width, height = jxl.size(data)
     check_size(height, width, max_pixels)
-    return Decoded(*image_jxl.read(data))
+    return Decoded(*jxl.read(data))
 
 
 _DECODERS: Mapping[str, Callable[[bytes, str, int], Decoded]] = {
     "PNG": _png,
+    "WEBP": _webp,
     "JPEG": _jpeg,
     "TIFF": _tiff,
     "GIF": _gif,
@@ -223,12 +281,15 @@ _DECODERS: Mapping[str, Callable[[bytes, str, int], Decoded]] = {
 }
 
 
-def _load(source: ImageFile.ImageFile) -> tuple[str, ...]:
-    """Decode the pixels and return notes. Pixels that a truncated file lacks stay black."""
+def _load(source: ImageFile.ImageFile, truncated: str = "truncated") -> tuple[str, ...]:
+    """Decode the pixels and return notes. Pixels that a truncated file lacks stay black.
+
+    `truncated` is a part of Pillow's error about truncated files.
+    """
     try:
         source.load()
     except OSError as e:
-        if "truncated" not in str(e) or source._im is None:
+        if truncated not in str(e) or source._im is None:
             raise
         source.tile = []
         return _missing(source)
@@ -246,16 +307,18 @@ def _missing(picture: Image.Image) -> tuple[str, ...]:
 def _orientation(source: Image.Image) -> int | None:
     """Return the orientation in Exif data. That in XMP is ignored, as in viewers."""
     exif = source.info.get("exif")
-    return image_tiff.orientation(exif) if isinstance(exif, bytes) else None
+    return tiff.orientation(exif) if isinstance(exif, bytes) else None
 
 
 def _sixteen_bits(picture: Image.Image) -> NDArray[np.uint16]:
     """Return the samples of a grey picture of up to 16 bits, stretched to 16 bits.
 
-    Raises `UnsupportedPicture` for more than 16 bits.
+    Raises `UnsupportedPicture` for more than 16 bits, and for negative samples.
     """
     values = np.asarray(picture)
-    if values.min() < 0 or values.max() > 0xFFFF:
+    if values.min() < 0:
+        raise UnsupportedPicture("signed samples are not supported; use 8 or 16 bits unsigned")
+    if values.max() > 0xFFFF:
         raise UnsupportedPicture("samples of more than 16 bits are not supported; use 8 or 16 bits")
     samples: NDArray[np.uint16] = values.astype(np.uint16)
     if isinstance(picture, TiffImagePlugin.TiffImageFile):  # Pillow does this up to 8 bits only
@@ -268,11 +331,11 @@ def _sixteen_bits(picture: Image.Image) -> NDArray[np.uint16]:
 
 def _exact(colour: Colour | bytes | None) -> Colour | None:
     """Return colours for samples of 16 bits; None for sRGB and for ICC profiles with tables."""
-    return image_color.from_profile(colour) if isinstance(colour, bytes) else colour
+    return color.from_profile(colour) if isinstance(colour, bytes) else colour
 
 
 def _convert(samples: NDArray[np.uint16], colour: Colour) -> Image.Image:
     """Convert grey or RGB samples (H, W, 1 or 3) to sRGB."""
     if samples.shape[-1] == 1:
         samples = np.broadcast_to(samples, (*samples.shape[:2], 3))
-    return Image.fromarray(image_color.to_srgb(samples, colour))
+    return Image.fromarray(color.to_srgb(samples, colour))

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models import cancellation, image, picture_process
+from models import cancellation, image
 from models.errors import Canceled, PictureError, PictureTooLarge, Unavailable, UnsupportedPicture
-from models.picture_process import Limits, PictureReaders, memory_limit
+from models.pictures import process
+from models.pictures.process import Limits, PictureReaders, memory_limit
 from tests.support import hostile
 from tests.support.pictures import chunk
 
@@ -191,14 +192,14 @@ def test_a_file_whose_reader_was_killed_from_outside_is_read_again_once(
 def test_a_file_that_crashes_two_readers_is_refused(
     readers: PictureReaders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = picture_process._start
+    start = process._start
 
-    def crashing(memory_bytes: int) -> picture_process._Reader:
+    def crashing(memory_bytes: int) -> process._Reader:
         reader = start(memory_bytes)
         os.kill(reader.process.pid, signal.SIGSEGV)
         return reader
 
-    monkeypatch.setattr(picture_process, "_start", crashing)
+    monkeypatch.setattr(process, "_start", crashing)
     with pytest.raises(PictureError, match=r"crashes.*SIGSEGV.*save it anew"):
         readers.read(png(), LIMITS)
 
@@ -218,8 +219,8 @@ def test_a_reader_that_cannot_be_started_is_not_the_pictures_fault(
 def test_a_reader_that_a_file_took_over_cannot_harm_the_service(
     readers: PictureReaders, monkeypatch: pytest.MonkeyPatch, reply: bytes
 ) -> None:
-    def taken_over(_: int) -> picture_process._Reader:
-        reader = picture_process._start(memory_limit(10**6))
+    def taken_over(_: int) -> process._Reader:
+        reader = process._start(memory_limit(10**6))
         monkeypatch.setattr(type(reader.connection), "recv_bytes", lambda *_: reply)
         return reader
 

@@ -23,9 +23,10 @@ from typing import NoReturn
 import numpy as np
 from PIL import AvifImagePlugin, Image
 
-from models import cancellation, errors, image
+from models import cancellation, errors
 from models.errors import AfterimageError, PictureError, PictureTooLarge, Unavailable
-from models.image import Picture
+from models.pictures import reading
+from models.pictures.reading import Picture
 
 CHECK_S = 0.05
 """Seconds between two checks of whether somebody still waits for the picture."""
@@ -177,7 +178,7 @@ class PictureReaders:
         self._give_back(self._take())
 
     def read(self, data: bytes, limits: Limits) -> Picture:
-        """Read a picture file, as `image.read_with_notes` does, in a reader.
+        """Read a picture file, as `reading.read_with_notes` does, in a reader.
 
         If the reader dies for a reason other than a limit, another one tries once more. Raises what
         `read_with_notes` raises; `PictureError` if the file needs too much CPU time or memory, or
@@ -321,7 +322,7 @@ def _answer(
     """Read a picture file and send its size, notes and pixels, or the error."""
     signal.setitimer(signal.ITIMER_PROF, cpu_s)  # its signal ends the process
     try:
-        picture = image.read_with_notes(data, max_pixels)
+        picture = reading.read_with_notes(data, max_pixels)
     except AfterimageError as e:
         if isinstance(e.__cause__, MemoryError):
             raise MemoryError from e

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from models import image_color
 from models.errors import PictureError, UnsupportedPicture
 from models.geometry import check_size
-from models.image_color import Colour
+from models.pictures import color
+from models.pictures.color import Colour
+from models.pictures.signatures import PNG
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """Colour type -> samples of a pixel."""
 _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
@@ -56,7 +56,7 @@ class Png:
     def file(self) -> io.BytesIO:
         """Return a PNG file with only the chunks that are needed for the pixels."""
         out = io.BytesIO()
-        out.write(SIGNATURE + _chunk(b"IHDR", self.other[b"IHDR"]))
+        out.write(PNG + _chunk(b"IHDR", self.other[b"IHDR"]))
         if self.kind == _PALETTE:
             for name in (b"PLTE", b"tRNS"):
                 if name in self.other:
@@ -77,14 +77,14 @@ class Png:
         """
         codes = self.other.get(b"cICP", b"")
         if len(codes) == 4 and codes[2] == 0:
-            return image_color.from_codes(codes[0], codes[1], codes[3] != 0)
+            return color.from_codes(codes[0], codes[1], codes[3] != 0)
         if profile := _profile(self.other.get(b"iCCP", b"")):
             return profile
         if b"sRGB" in self.other:
             return None
         gamma, points = self.other.get(b"gAMA", b""), self.other.get(b"cHRM", b"")
         white_first = [v / 1e5 for v in struct.unpack(">8I", points)] if len(points) == 32 else []
-        return image_color.from_gamma(
+        return color.from_gamma(
             int.from_bytes(gamma, "big") / 1e5 if len(gamma) == 4 else None,
             tuple(white_first[2:] + white_first[:2]) or None,
         )
@@ -130,7 +130,7 @@ class Png:
         """Undo the filters of the upper or lower bytes of all samples."""
         head = struct.pack(">IIBBBBB", shape[1], shape[0], 8, self.kind, 0, 0, 0)
         stream = zlib.compress(np.concatenate([filters, body], 1).tobytes(), 0)
-        data = SIGNATURE + _chunk(b"IHDR", head) + _chunk(b"IDAT", stream) + _chunk(b"IEND", b"")
+        data = PNG + _chunk(b"IHDR", head) + _chunk(b"IDAT", stream) + _chunk(b"IEND", b"")
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             return np.asarray(picture).reshape(shape)
 
@@ -184,7 +184,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview, bool]]:
     For IDAT and for chunks that are not used, the third value is False: their checksums are not
     computed. The last chunk of a truncated file may be short.
     """
-    view, at = memoryview(data), len(SIGNATURE)
+    view, at = memoryview(data), len(PNG)
     while at + 8 <= len(data):
         size, name = struct.unpack_from(">I4s", data, at)
         if not name.isalpha() or name == b"IEND":

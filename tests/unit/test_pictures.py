@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageCms
 
 from models import image
 from models.errors import PictureError, PictureTooLarge, UnsupportedPicture
-from models.image_boxes import Properties
+from models.pictures.boxes import Properties
 from tests.support.data import DATA
 from tests.support.pictures import Tags, chunk, grey_tags, png, rgb_tags, tiff
 
@@ -443,14 +443,40 @@ def test_broken_files_of_a_known_format_are_reported_as_broken(data: bytes, name
     assert not isinstance(caught.value, UnsupportedPicture)
 
 
-def test_a_truncated_webp_file_is_refused_as_such(small: image.Pixels) -> None:
-    with pytest.raises(PictureError, match="WebP.*truncated"):
-        image.read(image.write(small, "webp")[:-500], 10**6)
+@pytest.mark.parametrize("depth", [8, 16])
+def test_grey_and_alpha_in_separate_planes_are_unsupported(depth: int) -> None:
+    """Pillow would read them as transparent."""
+    tags = rgb_tags(4, 1, depth) | {
+        258: (3, [depth] * 2), 262: (3, [1]), 277: (3, [2]), 284: (3, [2]), 338: (3, [2])
+    }  # fmt: skip
+    with pytest.raises(UnsupportedPicture, match="grey and alpha in separate planes"):
+        image.read(tiff(tags, bytes(16)), 10**6)
 
 
-def test_a_lossless_jpeg_is_unsupported() -> None:
-    data = file(GREEN, "JPEG").replace(b"\xff\xc0", b"\xff\xc3")
-    with pytest.raises(UnsupportedPicture, match="lossless"):
+def test_samples_of_unknown_meaning_beside_16_bit_grey_are_ignored() -> None:
+    tags = rgb_tags(1, 1) | {
+        258: (3, [16, 16]), 262: (3, [1]), 277: (3, [2]), 338: (3, [0])
+    }  # fmt: skip
+    assert first(tiff(tags, struct.pack("<2H", 200 << 8, 0))) == [200] * 3
+
+
+def test_signed_samples_are_unsupported() -> None:
+    tags = grey_tags(1, 1, 16) | {339: (3, [2])}
+    with pytest.raises(UnsupportedPicture, match="signed samples"):
+        image.read(tiff(tags, struct.pack("<h", -5)), 10**6)
+
+
+def test_a_form_that_is_sent_as_a_picture_is_told_from_one() -> None:
+    """As curl sends -F with a Content-Type of the user's own."""
+    form = b'--xx\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + file(GREEN)
+    with pytest.raises(UnsupportedPicture, match="it is a form; send the Content-Type"):
+        image.read(form, 10**6)
+
+
+@pytest.mark.parametrize(("marker", "name"), [(b"\xc3", "lossless"), (b"\xf7", "JPEG-LS")])
+def test_a_lossless_jpeg_is_unsupported(marker: bytes, name: str) -> None:
+    data = file(GREEN, "JPEG").replace(b"\xff\xc0", b"\xff" + marker)
+    with pytest.raises(UnsupportedPicture, match=name):
         image.read(data, 10**6)
 
 

@@ -1,0 +1,1 @@
+"""Picture files: their formats and colours, and the child processes that read them."""
