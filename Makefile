@@ -84,6 +84,7 @@ fuzz: $(READY) ## mutated bitstreams of both formats; fails on any violation (N=
 
 lock: $(READY) ## pin what the tests ran with, with hashes (PIP_INDEX_URL= for another index)
 	@$(BIN)/python -m venv .venv/lock && .venv/lock/bin/pip install --quiet pip-tools
+	@$(BIN)/pip install --quiet --requirement deploy/requirements.in
 	@$(BIN)/pip freeze --exclude-editable >.venv/lock/tested.txt
 	@for target in cpu cuda; do \
 		test $$target = cpu || unset PIP_EXTRA_INDEX_URL; \

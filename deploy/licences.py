@@ -26,11 +26,7 @@ def licence(name: str) -> str:
 def main() -> None:
     lock = (DEPLOY / "requirements-cpu.lock").read_text()
     rows = []
-    removed = re.search(r"uninstall --yes (.+)", (DEPLOY / "prepare.sh").read_text())
-    assert removed
     for name, version in re.findall(r"^([\w.-]+)==([^ ]+)", lock, re.M):
-        if name in removed[1].split():
-            continue
         rows.append(f"| {name} | {version} | {licence(name)} |")
     weights = [f"| {e.file} | {e.weights_id} | Apache-2.0 |" for e in checkpoint.manifest()]
     print(  # noqa: T201

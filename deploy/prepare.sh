@@ -13,19 +13,20 @@ export AFTERIMAGE_CACHE_DIR=/opt/afterimage/prepared
 from worker.settings import WorkerSettings, prepare_process
 prepare_process(WorkerSettings())
 from models import library
+from models.codec import context
 library.load().warm_up()
+context.warm_up()
 '
 chmod -R a+rX "$AFTERIMAGE_CACHE_DIR"
 
-# Remove what the service does not use: pip, tests, OpenVINO's GPU and NPU plugins and its frontends,
-# and matplotlib, which only CompressAI's command line needs. Then check that everything still imports.
-"$bin/pip" uninstall --yes matplotlib fonttools kiwisolver contourpy pip
+# Remove what the service does not use: pip, tests, OpenVINO's GPU and NPU plugins and its frontends.
+# Then check that everything still imports.
+"$bin/pip" uninstall --yes pip
 site=$(dirname "$sources")
 find "$site" -type d -name tests -prune -exec rm -rf {} +
 rm -f "$site"/openvino/libs/libopenvino_intel_[gn]pu_plugin* "$site"/openvino/libs/cache.json \
     "$site"/openvino/libs/libopenvino_[!i]*_frontend*
 "$bin/python" -P -c '
 import service.app, worker.tasks
-from models.codec import interchange, zoo
-zoo.reference(128, 192)
+from models.codec import interchange
 '

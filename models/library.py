@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from models import geometry, image
-from models.codec import bitstream, catalogue, codec, zoo
+from models.codec import architectures, bitstream, catalogue, codec, context, zoo
 from models.codec.architectures import DEFAULT
 from models.codec.bitstream import Bitstream, Metric
 from models.codec.codec import Codec
@@ -148,7 +148,8 @@ class Library:
         return self.decoder
 
     def warm_up(self) -> None:
-        """Decode one small picture with each model, so that all lazy compilation happens now.
+        """Decode one small picture with each shipped codec, so that all lazy compilation happens
+        now; that for autoregressive models only if one of the imports is such a model.
 
         Afterwards memory that was needed only for loading is returned to the system (glibc only).
         """
@@ -158,6 +159,9 @@ class Library:
             self.codec(b).decode(bitstream.parse(bitstream.serialize(b)))
             if self.decoder is not None:
                 self.draw(b, Settings("ddim", 1), 0)
+        models = {catalogue.model_of(row.entry) for row in self.imports.rows} - {""}
+        if any(architectures.find(model).autoregressive for model in models):
+            context.warm_up()
         with contextlib.suppress(AttributeError):  # other C libraries have no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
 

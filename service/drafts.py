@@ -10,7 +10,9 @@ from models.codec.bitstream import Bitstream
 from models.errors import WrongWeights
 from models.image import OutputFormat
 from models.library import provenance
+from service import instant
 from service.instant import PictureFile
+from service.lines import USUAL
 from service.problems import JobNotFound
 from service.services import Services
 from service.waiter import Waiter
@@ -47,7 +49,8 @@ async def finished_picture(
 
     megapixels = geometry.megapixels(decode.height, decode.width)
     key = decode.id, format, alpha
-    return (await services.instant.once(key, convert, megapixels, waiter)).data
+    kind = USUAL if b is None else instant.kind(b)
+    return (await services.instant.once(key, convert, megapixels, waiter, kind)).data
 
 
 async def draft(

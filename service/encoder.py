@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from models import geometry
@@ -13,7 +14,7 @@ from models.image import Picture, Pixels
 from models.library import Library
 from models.pictures.process import Limits, PictureReaders, memory_limit
 from service import metrics
-from service.lines import SMALL, Deadline, Line
+from service.lines import SMALL, Deadline, Kind, Line
 from service.pixel_budget import PixelBudget
 from service.problems import DeadlineExceeded
 from service.settings import ServiceSettings
@@ -21,9 +22,6 @@ from service.waiter import NOBODY, Waiter
 
 MEGAPIXEL_S = 2.0
 """Seconds per megapixel of an encode: a guess until some have been encoded."""
-SMALL_PIXELS = int(SMALL * 1e6)
-"""Pixels of the largest picture that counts as small; larger ones wait for another thread."""
-
 T = TypeVar("T")
 
 
@@ -76,6 +74,8 @@ class Encoder:
         `PictureReaders.read`.
         """
         max_pixels = self.settings.max_pixels
+        kind = Kind(model, architectures.find(model).effort)
+        small_pixels = int(SMALL / kind.effort * 1e6)
 
         def work(deadline: Deadline, limit: int) -> Encoded:
             used = self.library.find(quality, metric, model=model)
@@ -87,22 +87,25 @@ class Encoder:
         def small(deadline: Deadline) -> Encoded | int:
             """Encode the picture, or return the number of its pixels if it is large."""
             try:
-                return work(deadline, min(SMALL_PIXELS, max_pixels))
+                return work(deadline, min(small_pixels, max_pixels))
             except PictureTooLarge as e:
-                if e.pixels <= max_pixels and max_pixels > SMALL_PIXELS:
+                if e.pixels <= max_pixels and max_pixels > small_pixels:
                     return e.pixels or max_pixels
             return work(deadline, max_pixels)  # to say which limit it exceeds
 
-        encoded = await self._run(small, SMALL_PIXELS, waiter)
+        encoded = await self._run(small, small_pixels, waiter, kind)
         if isinstance(encoded, int):
-            encoded = await self._run(lambda deadline: work(deadline, max_pixels), encoded, waiter)
+            large = partial(work, limit=max_pixels)
+            encoded = await self._run(large, encoded, waiter, kind)
         return encoded
 
-    async def _run(self, work: Callable[[Deadline], T], pixels: int, waiter: Waiter) -> T:
+    async def _run(
+        self, work: Callable[[Deadline], T], pixels: int, waiter: Waiter, kind: Kind
+    ) -> T:
         wait_s = self.settings.request_timeout_s
         late = f"other photographs are being encoded, for more than {wait_s:g} s; try again later"
         return await waiter.wait_for(
-            self._line.run(work, wait_s, late, pixels / 1e6, waiter.caller)
+            self._line.run(work, wait_s, late, pixels / 1e6, waiter.caller, kind)
         )
 
     def _read(self, data: bytes, deadline: Deadline, max_pixels: int) -> Picture:

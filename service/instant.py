@@ -9,11 +9,12 @@ from typing import TypeVar
 from cachetools import LRUCache
 
 from models import cancellation, geometry, image
+from models.codec import architectures
 from models.codec.bitstream import Bitstream
 from models.image import OutputFormat
 from models.library import Library
 from service import metrics
-from service.lines import Line
+from service.lines import USUAL, Kind, Line
 from service.pixel_budget import PixelBudget
 from service.settings import ServiceSettings
 from service.waiter import NOBODY, Waiter
@@ -55,8 +56,8 @@ class InstantDecoder:
         self._shared: dict[Hashable, _Shared] = {}
         self._cache: LRUCache[Hashable, bytes]  # in this process, so that it works without Redis
         self._cache = LRUCache(settings.instant_cache_bytes, len)
-        self.megapixel_s: float | None = None
-        """Moving average of seconds per megapixel of an instant picture; None before the first."""
+        self.megapixel_s: dict[str, float] = {}
+        """Moving averages of seconds per megapixel of an instant picture, by model."""
 
     async def picture(
         self, b: Bitstream, digest: str, format: OutputFormat, waiter: Waiter
@@ -67,7 +68,7 @@ class InstantDecoder:
         requested_at = time.perf_counter()
         megapixels = geometry.megapixels(b.height, b.width)
         return await self.once(
-            key, lambda: self._decode(b, format, requested_at), megapixels, waiter
+            key, lambda: self._decode(b, format, requested_at), megapixels, waiter, kind(b)
         )
 
     async def once(
@@ -76,6 +77,7 @@ class InstantDecoder:
         work: Callable[[], PictureFile],
         megapixels: float = 0.0,
         waiter: Waiter = NOBODY,
+        kind: Kind = USUAL,
     ) -> PictureFile:
         """Return the cached result of `work` for `key`; concurrent callers share one computation.
 
@@ -85,7 +87,7 @@ class InstantDecoder:
         if (cached := self._cache.get(key)) is not None:
             return PictureFile(cached)
         if key not in self._shared:
-            task = asyncio.create_task(self._compute(key, work, megapixels, waiter.caller))
+            task = asyncio.create_task(self._compute(key, work, megapixels, waiter.caller, kind))
             # read the exception: asyncio would log it if all callers have disconnected
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
             self._shared[key] = _Shared(task)
@@ -101,9 +103,14 @@ class InstantDecoder:
                     del self._shared[key]
 
     async def _compute(
-        self, key: Hashable, work: Callable[[], PictureFile], megapixels: float, caller: str
+        self,
+        key: Hashable,
+        work: Callable[[], PictureFile],
+        megapixels: float,
+        caller: str,
+        kind: Kind,
     ) -> PictureFile:
-        picture = await self._run(work, megapixels, caller)
+        picture = await self._run(work, megapixels, caller, kind)
         if len(picture.data) < self._cache.maxsize / 4:
             self._cache[key] = picture.data
         return picture
@@ -111,22 +118,34 @@ class InstantDecoder:
     async def check(self, b: Bitstream, waiter: Waiter) -> None:
         """Entropy-decode `b` only to find errors. Raises what `Codec.latents` and `run` raise."""
         megapixels = geometry.megapixels(b.height, b.width)
-        await self.run(lambda: self.library.codec(b).latents(b), megapixels, waiter)
+        await self.run(lambda: self.library.codec(b).latents(b), megapixels, waiter, kind(b))
 
     async def run(
-        self, work: Callable[[], T], megapixels: float = 0.0, waiter: Waiter = NOBODY
+        self,
+        work: Callable[[], T],
+        megapixels: float = 0.0,
+        waiter: Waiter = NOBODY,
+        kind: Kind = USUAL,
     ) -> T:
         """Return the result of `work`, run in a thread of the pool.
 
         Raises `Busy` and, after `request_timeout_s`, `DeadlineExceeded` as `Line.run` does; what
         `work` raises; and `ClientDisconnect` if the waiter leaves.
         """
-        return await waiter.wait_for(self._run(work, megapixels, waiter.caller))
+        return await waiter.wait_for(self._run(work, megapixels, waiter.caller, kind))
 
-    async def _run(self, work: Callable[[], T], megapixels: float, caller: str) -> T:
+    async def _run(self, work: Callable[[], T], megapixels: float, caller: str, kind: Kind) -> T:
         limit = self.settings.request_timeout_s
-        late = f"the picture was not ready within {limit:g} s; try again later"
-        return await self._line.run(lambda _: work(), limit, late, megapixels, caller)
+        late = f"the picture was not ready within {limit:g} s; "
+        seconds = self._line.seconds(megapixels, kind)
+        if kind.name and seconds > limit / 2:  # half: the machine may be busy
+            late += (
+                f"{kind.name} takes about {seconds:.0f} s for its {megapixels:.1f} megapixels: "
+                "send a smaller picture, or decode it with the command afterimage decode"
+            )
+        else:
+            late += "try again later"
+        return await self._line.run(lambda _: work(), limit, late, megapixels, caller, kind)
 
     def close(self) -> None:
         """Drop the calls that wait, and cancel those that run."""
@@ -134,8 +153,8 @@ class InstantDecoder:
 
     def _update_megapixel_s(self, ms: float, b: Bitstream) -> None:
         cost = ms / 1e3 / geometry.megapixels(b.height, b.width)
-        before = cost if self.megapixel_s is None else self.megapixel_s
-        self.megapixel_s = before + 0.1 * (cost - before)
+        before = self.megapixel_s.get(b.model, cost)
+        self.megapixel_s[b.model] = before + 0.1 * (cost - before)
 
     def _decode(self, b: Bitstream, format: OutputFormat, requested_at: float) -> PictureFile:
         ends: dict[str, float] = {}
@@ -154,3 +173,8 @@ class InstantDecoder:
         metrics.stages(stages_ms)
         self._update_megapixel_s(sum(ms for name, ms in stages_ms.items() if name != "queue"), b)
         return PictureFile(data, stages_ms)
+
+
+def kind(b: Bitstream) -> Kind:
+    """Return the kind of work that decoding `b` is: each model takes its own time."""
+    return Kind(b.model, architectures.find(b.model).effort)

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,6 +28,17 @@ LARGE_NICE = 5
 """Niceness of the threads for large pictures: small ones get three quarters of a shared core."""
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of work. A megapixel takes about `effort` times as long as with the usual kind."""
+
+    name: str = ""
+    effort: float = 1.0
+
+
+USUAL = Kind()
+
+
 class Deadline:
     """When a call must be done, and what its caller is told afterwards."""
 
@@ -46,19 +57,26 @@ class Deadline:
 
 @dataclass(eq=False, slots=True)
 class _Call:
-    """A call of `Line.run`; `start` is its place in virtual time, which counts megapixels."""
+    """A call of `Line.run`; `start` is its place in virtual time, which counts `size`."""
 
     caller: str
     megapixels: float
-    start: float
+    kind: Kind
+    late: str
     turn: asyncio.Future[None]  # done when the call may begin, or is refused
+    start: float = 0.0
     canceled: threading.Event = field(default_factory=threading.Event)
     running: bool = False
     future: Future[Any] | None = None
 
     @property
+    def size(self) -> float:
+        """Megapixels of the usual kind that take as long."""
+        return self.megapixels * self.kind.effort
+
+    @property
     def large(self) -> bool:
-        return self.megapixels > SMALL
+        return self.size > SMALL
 
     @property
     def flow(self) -> tuple[str, bool]:
@@ -67,12 +85,13 @@ class _Call:
 
 
 class Line:
-    """Threads for one kind of work, which callers share by megapixels (start-time fair queueing).
+    """Threads that callers share by the size of their work (start-time fair queueing).
 
     At most `threads` calls run at a time. One fewer of them, but at least one, may be large, and
     one small call runs beside any number of large ones. Up to `waiting` more calls wait, or fewer
-    if they would wait longer than their timeout. `megapixel_s` is the first guess of how long a
-    megapixel takes. A call's timeout includes its work if `timeout_includes_work`.
+    if they would wait longer than their timeout. `megapixel_s` is a guess of how long a megapixel
+    of the usual kind takes, until it has been measured for the kind. A call's timeout includes its
+    work if `timeout_includes_work`.
     """
 
     def __init__(
@@ -90,7 +109,8 @@ class Line:
             False: ThreadPoolExecutor(self._threads[False], name),
             True: ThreadPoolExecutor(self._threads[True], f"{name}-large", _lower_priority),
         }
-        self._megapixel_s = dict.fromkeys(self._threads, megapixel_s)  # moving averages
+        self._guess = megapixel_s
+        self._megapixel_s: dict[tuple[str, bool], float] = {}  # moving averages
         self._limit = waiting
         self._budget = budget
         budget.on_release.append(self.dispatch)
@@ -106,6 +126,7 @@ class Line:
         late: str,
         megapixels: float = 0.0,
         caller: str = "",
+        kind: Kind = USUAL,
     ) -> T:
         """Return the result of `work`, run in a thread; it may move the deadline that it is given.
 
@@ -114,7 +135,9 @@ class Line:
         this call is canceled, work that waits never begins, and `cancellation.check` ends work that
         runs; its thread is in use until it returns.
         """
-        call = self._enter(megapixels, caller, timeout_s)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        call = _Call(caller, megapixels, kind, late, turn)
+        self._enter(call, timeout_s)
         try:
             with anyio.move_on_after(timeout_s) as scope:
                 await call.turn
@@ -141,7 +164,7 @@ class Line:
     def dispatch(self) -> None:
         """Begin the calls whose turn it is."""
         blocked = False  # a large call waits: other large ones must not pass it
-        for call in sorted(self._waiting(), key=lambda c: (c.start, c.megapixels)):
+        for call in sorted(self._waiting(), key=lambda c: (c.start, c.size)):
             if call.large and (blocked or not self._budget.fits(call.megapixels)):
                 blocked = True
             elif self._has_thread(call.large):
@@ -163,47 +186,51 @@ class Line:
     def _waiting(self) -> list[_Call]:
         return [call for call in self._calls if not call.running and not call.turn.done()]
 
-    def _enter(self, megapixels: float, caller: str, timeout_s: float) -> _Call:
+    def _enter(self, call: _Call, timeout_s: float) -> None:
         """Add a call to the line; if the line is too long then, refuse calls."""
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        call = _Call(caller, megapixels, 0.0, turn)
         call.start = max(self._clock, self._ends.get(call.flow, 0.0))
-        self._ends[call.flow] = call.start + megapixels
+        self._ends[call.flow] = call.start + call.size
         self._calls.append(call)
         self.dispatch()
         while not call.turn.done() and self._is_too_long(call.large, timeout_s):
-            self._refuse_one(call.large)
-        return call
+            self._refuse_one(call.large, timeout_s)
 
     def _is_too_long(self, large: bool, timeout_s: float) -> bool:
         waiting = self._waiting()
-        sizes = [call.megapixels for call in waiting if call.large == large]
+        calls = [call for call in waiting if call.large == large]
         if not self._timeout_includes_work:
-            sizes.pop()
-        return len(waiting) > self._limit or self._seconds(sum(sizes), large) > timeout_s
+            calls.pop()
+        return len(waiting) > self._limit or self._seconds(calls, large) > timeout_s
 
-    def _refuse_one(self, large: bool) -> None:
-        """Refuse the last call of the flow that has the most megapixels in the line."""
+    def _refuse_one(self, large: bool, timeout_s: float) -> None:
+        """Refuse the last call of the flow that has the most work in the line."""
         waiting = self._waiting()
         if len(waiting) <= self._limit:
             waiting = [call for call in waiting if call.large == large]
         sizes: dict[tuple[str, bool], float] = defaultdict(float)
         for call in waiting:
-            sizes[call.flow] += call.megapixels
+            sizes[call.flow] += call.size
         longest = max(sizes, key=sizes.__getitem__)
         last = [call for call in waiting if call.flow == longest][-1]
         self._leave(last)
         message = f"{len(waiting)} requests already wait for {self.name} threads; try again later"
+        if self._timeout_includes_work and self.seconds(last.megapixels, last.kind) > timeout_s:
+            message = last.late  # it takes longer than that even alone
         last.turn.set_exception(self._busy(message, last.large))
 
-    def _seconds(self, megapixels: float, large: bool) -> float:
-        """How long work on so many megapixels should take, in threads for large pictures or not."""
-        return megapixels * self._megapixel_s[large] / self._threads[large]
+    def seconds(self, megapixels: float, kind: Kind) -> float:
+        """How long work on so many megapixels should take."""
+        large = megapixels * kind.effort > SMALL
+        return megapixels * self._megapixel_s.get((kind.name, large), self._guess * kind.effort)
+
+    def _seconds(self, calls: Iterable[_Call], large: bool) -> float:
+        """How long these calls should take, in threads for large pictures or not."""
+        return sum(self.seconds(c.megapixels, c.kind) for c in calls) / self._threads[large]
 
     def _busy(self, message: str, large: bool) -> Busy:
         """A refusal; `Retry-After` is the time that the calls in the line should take."""
         metrics.shed("line")
-        ahead = sum(call.megapixels for call in self._calls if call.large == large)
+        ahead = [call for call in self._calls if call.large == large]
         seconds = max(math.ceil(self._seconds(ahead, large)), 1)
         return Busy(message, {"Retry-After": str(seconds)})
 
@@ -213,7 +240,7 @@ class Line:
             return
         self._calls.remove(call)
         if not call.running and call.flow in self._ends:
-            self._ends[call.flow] -= call.megapixels
+            self._ends[call.flow] -= call.size
         self._budget.release(call.megapixels if call.running else 0.0)
 
     def _submit(self, call: _Call, work: Callable[[Deadline], T], deadline: Deadline) -> Future[T]:
@@ -235,9 +262,9 @@ class Line:
         with cancellation.cancelable(call.canceled):
             result = work(deadline)
         if call.megapixels:
-            before = self._megapixel_s[call.large]
+            before = self.seconds(call.megapixels, call.kind) / call.megapixels
             cost = (time.perf_counter() - began) / call.megapixels
-            self._megapixel_s[call.large] = before + 0.1 * (cost - before)
+            self._megapixel_s[call.kind.name, call.large] = before + 0.1 * (cost - before)
         return result
 
 

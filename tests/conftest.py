@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from models.diffusion.decoder import Decoder
 from models.diffusion.presets import COMPACT
 from models.diffusion.unet import UNet
 from tests.chaos import attack_webhooks
+from tests.support import compressai as reference
 from tests.support import scheduling, weights
 from tests.support.data import PHOTO
 from tests.support.service import WEBHOOK_SECRET, Service, connected, free_port, run_service
@@ -32,9 +35,16 @@ LIMITS = {
 """Of the services that tests share."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that take longest."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the tests that take longest; deselect those that need CompressAI if it is not for
+    this Python."""
+    reference.deselect(config, items)
     items.sort(key=lambda item: scheduling.rank(item.nodeid))  # stable: files stay together
+
+
+def pytest_report_header() -> str:
+    """Say which tests are left out."""
+    return "" if reference.AVAILABLE else reference.REASON
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -68,6 +78,12 @@ def compiled_once(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NUMBA_CACHE_DIR", str(folder))
         yield
+
+
+@pytest.fixture(scope="session")
+def compressai() -> ModuleType:
+    """CompressAI. Tests that use this, directly or not, have the marker `compressai`."""
+    return import_module("compressai")
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ class Architecture:
     prior: Prior
     blocks: Blocks
     channels: tuple[tuple[int, int], ...]
+    effort: float = 1  # time of a decode, relative to the shipped mbt2018-mean; a guess
     published: str = ""  # the model whose weights CompressAI's zoo loads under this name
 
     @property
@@ -73,12 +74,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         Architecture("bmshj2018-hyperprior", "scale", "gdn", (_SMALL,) * 5 + (_LARGE,) * 3),
         Architecture("mbt2018-mean", "mean", "gdn", (_SMALL,) * 4 + (_LARGE,) * 4),
-        Architecture("mbt2018", "context", "gdn", ((192, 192),) * 4 + (_LARGE,) * 4),
+        Architecture("mbt2018", "context", "gdn", ((192, 192),) * 4 + (_LARGE,) * 4, effort=5),
         Architecture(
-            "cheng2020-anchor", "context", "residual", ((128, 128),) * 3 + ((192, 192),) * 3
+            "cheng2020-anchor", "context", "residual", ((128, 128),) * 3 + ((192, 192),) * 3,
+            effort=8,
         ),
         Architecture(
-            "cheng2020-attn", "context", "attention", ((128, 128),) * 3 + ((192, 192),) * 3
+            "cheng2020-attn", "context", "attention", ((128, 128),) * 3 + ((192, 192),) * 3,
+            effort=9,
         ),
     )
 }  # fmt: skip

@@ -8,6 +8,7 @@ torch convolution with a 5×5 kernel rearranges the kernel, which takes longer t
 The kernels used instead are compared with torch's convolutions, bit by bit, before they are used.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,8 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.codec import rans
+from models import cancellation
+from models.codec import rans, tables
 
 SIZE, PAD, TAPS = 5, 2, 12
 """Side of the context's kernel, its margin, and the number of taps before its centre."""
@@ -28,6 +30,8 @@ BLOCKS = (8, 16)
 each over the taps, and for each tap over the channels of the block."""
 TRIALS = 4
 """Random positions at which a kernel must give torch's bits in all sums to be used."""
+CHECK = 64
+"""Positions, about 0.1 s of work, between two checks of whether somebody still wants the result."""
 SLOPE = 0.01
 """Slope of LeakyReLU below 0, PyTorch's default."""
 
@@ -71,11 +75,11 @@ class ContextModel:
     ) -> Positions:
         """Decode a y string, given the features (1, 2M, h, w) that `h_s` computed.
 
-        `dtype` is that of the sums. Raises `CorruptStream` or `DesynchronisedStream`.
+        `dtype` is that of the sums. Raises `CorruptStream`, `DesynchronisedStream` or `Canceled`.
         """
         decoder = rans.Decoder(y_string, tables)
         walk = _Walk(self, features, dtype)
-        for i in range(len(walk.symbols)):
+        for i in walk.positions():
             decoder.read(walk.contexts(i), walk.symbols[i])
             walk.fill(i)
         decoder.close()
@@ -84,10 +88,13 @@ class ContextModel:
     def quantize(
         self, y: Tensor, features: Tensor, dtype: torch.dtype = torch.float32
     ) -> Positions:
-        """Round y (1, M, h, w) to symbols, given the features (1, 2M, h, w) of `h_s`."""
+        """Round y (1, M, h, w) to symbols, given the features (1, 2M, h, w) of `h_s`.
+
+        Raises `Canceled`.
+        """
         walk = _Walk(self, features, dtype)
         latents = y[0].flatten(1).numpy()
-        for i in range(len(walk.symbols)):
+        for i in walk.positions():
             walk.contexts(i)
             walk.symbols[i] = np.rint(latents[:, i] - walk.means)
             walk.fill(i)
@@ -138,10 +145,18 @@ class ContextModel:
         return state
 
 
+def warm_up() -> None:
+    """Compile the kernels, with a small random network, unless they are in numba's cache."""
+    M = max(BLOCKS)
+    layers = nn.Sequential(nn.Conv2d(4 * M, 2 * M, 1))
+    model = ContextModel(nn.Conv2d(M, 2 * M, SIZE), layers, tables.scale_table())
+    model.quantize(torch.zeros(1, M, 1, 1), torch.zeros(1, 2 * M, 1, 1))
+
+
 class _Walk:
     """A decoder or an encoder on its way through all positions.
 
-    For each position `i`, `contexts` is called, then row `i` of `symbols` is set, then `fill` is
+    For each of `positions`, `contexts` is called, then this row of `symbols` is set, then `fill` is
     called.
     """
 
@@ -156,6 +171,13 @@ class _Walk:
         self.symbols = np.empty((rows * self.columns, M), np.int32)
         self.indexes = np.empty_like(self.symbols)
         self.all_means = np.empty(self.symbols.shape, np.float32)
+
+    def positions(self) -> Iterator[int]:
+        """Yield all positions. Raises `Canceled` once the work of this thread is canceled."""
+        for i in range(len(self.symbols)):
+            if i % CHECK == 0:
+                cancellation.check()
+            yield i
 
     def contexts(self, i: int) -> rans.Int32Array:
         """Compute the means and scales of position `i`; return the scale indexes, (M,)."""

@@ -149,4 +149,6 @@ async def inspect(
         decodable = False
     with contextlib.suppress(RedisError):  # without Redis, costs of diffusion tiers are unknown
         cost = await anyio.to_thread.run_sync(estimates.cost_model, services.jobs)
-    return schemas.Inspection.of(b, len(data), decodable, services.instant.megapixel_s, cost)
+    return schemas.Inspection.of(
+        b, len(data), decodable, services.instant.megapixel_s.get(b.model), cost
+    )

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.weights, pytest.mark.usefixtures("loaded_once")]
 
 
 @pytest.fixture(scope="module")
-def net() -> Reference:
+def net(compressai: ModuleType) -> Reference:
     """A random network with the sizes of quality 5."""
     return random_codec(192, 320, 5)
 
@@ -156,6 +157,7 @@ def test_remove_deletes_the_file_and_the_manifest_entry(
     assert checkpoint.manifest(tmp_path) == []
 
 
+@pytest.mark.compressai
 def test_another_model_is_imported_used_exported_and_removed(
     tmp_path: Path, small: image.Pixels, monkeypatch: pytest.MonkeyPatch
 ) -> None:

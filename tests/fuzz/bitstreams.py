@@ -44,7 +44,7 @@ from models.codec.hyperprior import FactorizedCoder, LatentCoder
 from models.errors import BitstreamError, ChecksumMismatch, PictureTooLarge, WrongWeights
 from models.library import Library
 from tests.fuzz import mutate
-from tests.support.zoo import parameters, reference
+from tests.support import zoo as nets
 from worker.settings import WorkerSettings, prepare_process
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
@@ -124,13 +124,9 @@ class OtherModels(zoo.Imports):
         return self.codecs[row]
 
 
-def other_codecs() -> list[Codec]:
-    """Small codecs of all models but the shipped one, with random weights."""
-    return [
-        zoo.from_tensors(zoo.with_tables(parameters(reference(name))), 1, model=name)
-        for name in ARCHITECTURES
-        if name != DEFAULT
-    ]
+def other_codecs(names: Sequence[str]) -> list[Codec]:
+    """Small codecs of these models, with random weights."""
+    return [zoo.from_tensors(zoo.with_tables(nets.random(name)), 1, model=name) for name in names]
 
 
 def caching_coder(codec: Codec) -> CachingCoder:
@@ -397,8 +393,7 @@ def report(shared: Shared, lost: collections.Counter[str]) -> tuple[str, bool]:
     return "\n".join(lines), well
 
 
-def main() -> int:
-    """Run the fuzzer, print the table, and return the exit status."""
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("inputs", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -412,8 +407,18 @@ def main() -> int:
         default=float("inf"),
         help="start no further child process after so many minutes",
     )
+    parser.add_argument(
+        "--others", type=int, help=f"inputs of other models (default: N / {OTHERS})"
+    )
+    others = [name for name in ARCHITECTURES if name != DEFAULT]
+    parser.add_argument("--models", nargs="+", choices=others, default=others)
     parser.add_argument("--failures", type=Path, default=Path("runs/fuzz"))
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the fuzzer, print the table, and return the exit status."""
+    options = _options()
     large = options.inputs // 1000 if options.full_size is None else options.full_size
     torch.set_num_threads(1)  # OpenMP does not survive a fork once its threads run
     codecs = {q: zoo.load(q) for q in zoo.QUALITIES}
@@ -427,11 +432,12 @@ def main() -> int:
             fuzzer = Fuzzer(codecs, seeds, options.seed)
             lost += run(fuzzer, shared, inputs, options.failures, began + 60 * options.minutes)
         done.append(int(shared.counts.sum()))
-    others = other_codecs()
-    seeds = mutate.seeds(others, photo, min(options.cuts, 3), (40, 128))
-    fuzzer = Fuzzer({}, seeds, options.seed, others)
+    used = other_codecs(options.models)
+    inputs = options.inputs // OTHERS if options.others is None else options.others
+    seeds = mutate.seeds(used, photo, min(options.cuts, 3), (40, 128))
+    fuzzer = Fuzzer({}, seeds, options.seed, used)
     deadline = began + 60 * options.minutes
-    lost += run(fuzzer, shared, options.inputs // OTHERS, options.failures, deadline)
+    lost += run(fuzzer, shared, inputs, options.failures, deadline)
     done.append(int(shared.counts.sum()))
     seconds = time.monotonic() - began
     table, well = report(shared, lost)

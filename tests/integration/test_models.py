@@ -22,7 +22,7 @@ def api(
     redis_urls: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx.Client]:
     folder = tmp_path_factory.mktemp("weights")
-    torch.save(zoo.reference(MODEL, 128, 192).state_dict(), folder / "a.pth")
+    torch.save(zoo.random(MODEL, 128, 192), folder / "a.pth")
     interchange.install(folder / "a.pth", 2, "mse", folder)
     queue, cache = redis_urls
     settings = ServiceSettings(REDIS_URL=queue, CACHE_REDIS_URL=cache, weights_dir=folder)

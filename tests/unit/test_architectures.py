@@ -1,6 +1,7 @@
 """Bitstreams of every architecture of CompressAI's zoo decode to its symbols and its picture."""
 
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ SIZES = ((1, 1), (17, 33), (64, 64), (150, 100))
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def theirs(request: pytest.FixtureRequest) -> Any:
+def theirs(request: pytest.FixtureRequest, compressai: ModuleType) -> Any:
     """CompressAI's network of one architecture; its name is `theirs.name`."""
     net = zoo.reference(request.param)
     net.name = request.param

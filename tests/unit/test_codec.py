@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.weights
 
 
 @pytest.fixture(scope="module")
-def reference() -> Reference:
+def reference(compressai: ModuleType) -> Reference:
     """CompressAI's model with the shipped weights, and with CDF tables that it computed itself."""
     entry = next(e for e in checkpoint.manifest() if e.quality == 2)
     weights = {k: v.float() for k, v in checkpoint.load(entry).items() if v.is_floating_point()}

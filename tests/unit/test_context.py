@@ -1,17 +1,21 @@
 """Autoregressive entropy coding gives CompressAI's symbols, means and bytes."""
 
 import pickle
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from models import cancellation
 from models.codec import context, rans, tables
 from models.codec.context import ContextModel, Positions
-from models.errors import CorruptStream, DesynchronisedStream
+from models.errors import Canceled, CorruptStream, DesynchronisedStream
 from tests.support import zoo
 
+pytestmark = pytest.mark.compressai
 NAMES = ("mbt2018", "cheng2020-anchor")
 
 
@@ -129,3 +133,41 @@ def test_damaged_strings_are_refused() -> None:
             ours.decode(y_string, features + 0.5, y_tables)
         with pytest.raises(DesynchronisedStream, match="bytes remain"):
             ours.decode(y_string + bytes(4), features, y_tables)
+
+
+class CanceledLater(threading.Event):
+    """An event that is set when it has been looked at three times."""
+
+    looks = 0
+
+    def is_set(self) -> bool:
+        self.looks += 1
+        return self.looks >= 3
+
+
+def test_decoding_and_encoding_end_soon_after_they_are_canceled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = zoo.reference("mbt2018")
+    y_string, features, _ = coded(net, 64, 256)
+    ours, y_tables = model(net)
+    filled: list[int] = []
+    fill = context._Walk.fill
+
+    def note(walk: context._Walk, i: int) -> None:
+        filled.append(i)
+        fill(walk, i)
+
+    monkeypatch.setattr(context._Walk, "fill", note)
+    monkeypatch.setattr(context, "CHECK", 8)
+    y = torch.zeros(1, ours.M, *features.shape[2:])
+    runs: tuple[Callable[[], Positions], ...] = (
+        lambda: ours.decode(y_string, features, y_tables),
+        lambda: ours.quantize(y, features),
+    )
+    for run in runs:
+        filled.clear()
+        with torch.inference_mode(), cancellation.cancelable(CanceledLater()):
+            with pytest.raises(Canceled):
+                run()
+        assert filled == list(range(16))  # of 64

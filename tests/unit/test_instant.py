@@ -6,13 +6,20 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from models import cancellation
+from models.codec import zoo
+from models.codec.bitstream import Bitstream
+from models.codec.codec import Codec
+from models.errors import Canceled
 from models.library import Library
 from service.instant import InstantDecoder, PictureFile
 from service.pixel_budget import PixelBudget
 from service.problems import Busy, DeadlineExceeded
 from service.settings import ServiceSettings
+from service.waiter import NOBODY
+from tests.support import zoo as nets
 
 
 def instant(**settings: float) -> InstantDecoder:
@@ -123,5 +130,42 @@ def test_work_is_canceled_with_the_last_of_its_callers() -> None:
         again = decoder.once("a", lambda: PictureFile(b"file"), 20)  # not that of the canceled work
         assert (await again).data == b"file"
         assert (len(begun), len(ended)) == (1, 1)
+
+    asyncio.run(scenario())
+
+
+class OneCodec:
+    """A library with one codec, which keeps what the decodes raise."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.used, self.errors = codec, list[Exception]()
+
+    def codec(self, _: Bitstream) -> "OneCodec":
+        return self
+
+    def latents(self, b: Bitstream) -> object:
+        try:
+            return self.used.latents(b)
+        except Canceled as e:
+            self.errors.append(e)
+            raise
+
+
+def test_the_deadline_of_a_slow_model_is_explained_and_ends_the_decode() -> None:
+    tensors = zoo.with_tables(nets.random("mbt2018"))
+    library = OneCodec(zoo.from_tensors(tensors, 1, model="mbt2018"))
+    b = library.used.encode(torch.rand(1, 3, 1024, 1024), "compressai", "float")
+    decoder = InstantDecoder(library, ServiceSettings(request_timeout_s=0.05), PixelBudget(40))  # type: ignore[arg-type]
+
+    async def scenario() -> None:
+        with pytest.raises(DeadlineExceeded) as late:
+            await decoder.check(b, NOBODY)
+        assert str(late.value) == (
+            "the picture was not ready within 0.05 s; mbt2018 takes about 3 s for its 1.0 "
+            "megapixels: send a smaller picture, or decode it with the command afterimage decode"
+        )
+        await until(lambda: not decoder._line._calls)
+        assert library.errors
+        assert await decoder.run(lambda: 7) == 7
 
     asyncio.run(scenario())

@@ -10,11 +10,12 @@ import pytest
 
 from models import cancellation
 from models.errors import Canceled
-from service.lines import Deadline, Line
+from service.lines import USUAL, Deadline, Kind, Line
 from service.pixel_budget import PixelBudget
 from service.problems import Busy, DeadlineExceeded
 
 LARGE = 20.0
+SLOW = Kind("slow", 10)
 
 
 class Lines:
@@ -27,7 +28,12 @@ class Lines:
         self.begun: list[str] = []
 
     def send(
-        self, name: str, megapixels: float, caller: str = "", work: Callable[[], Any] | None = None
+        self,
+        name: str,
+        megapixels: float,
+        caller: str = "",
+        work: Callable[[], Any] | None = None,
+        kind: Kind = USUAL,
     ) -> "asyncio.Task[Any]":
         """Call `run` with work that notes its `name` and then waits at the gate, or does `work`."""
 
@@ -35,7 +41,7 @@ class Lines:
             self.begun.append(name)
             return work() if work else self.gate.wait(20)
 
-        return asyncio.create_task(self.line.run(begin, 30, "late", megapixels, caller))
+        return asyncio.create_task(self.line.run(begin, 30, "late", megapixels, caller, kind))
 
 
 def scenario(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -119,7 +125,7 @@ def test_the_line_is_bounded_by_the_time_that_its_megapixels_take() -> None:
 
     async def main() -> None:
         lines = Lines(threads=1)
-        lines.line._megapixel_s[True] = 2.0
+        lines.line._megapixel_s["", True] = 2.0
         running = lines.send("running", LARGE)
         await until(lambda: lines.begun)
         with pytest.raises(Busy) as full:
@@ -137,7 +143,56 @@ def test_the_duration_of_a_megapixel_is_measured() -> None:
         lines = Lines(threads=1)
         for _ in range(30):
             await lines.send("work", 0.01, work=lambda: time.sleep(0.02))
-        assert lines.line._megapixel_s[False] > 1
+        assert lines.line._megapixel_s["", False] > 1
+
+    scenario(main)
+
+
+def test_each_kind_of_work_has_a_duration_of_its_own() -> None:
+    async def main() -> None:
+        lines = Lines(threads=1)
+        assert lines.line.seconds(2, SLOW) == pytest.approx(2)  # the guess: 0.1 s × 10
+        for _ in range(30):
+            await lines.send("slow", 0.01, work=lambda: time.sleep(0.02), kind=SLOW)
+        assert lines.line.seconds(0.01, SLOW) > 0.015
+        assert lines.line.seconds(2, USUAL) == pytest.approx(0.2)
+
+    scenario(main)
+
+
+def test_slow_kinds_count_as_larger_pictures() -> None:
+    """A small picture of the usual kind passes them, and takes a turn for each tenth of theirs."""
+
+    async def main() -> None:
+        lines = Lines(threads=1)
+        slow = [lines.send(f"slow {n}", 0.4, kind=SLOW) for n in range(2)]
+        await until(lambda: lines.begun)
+        assert await lines.send("small", 0.4, work=lambda: 7) == 7
+        running = lines.send("running", 0.1)
+        fair = [lines.send("slow", 0.1, "slow", kind=SLOW) for _ in range(3)]
+        fair += [lines.send("usual", 0.1, "usual") for _ in range(11)]
+        await asyncio.sleep(0)
+        lines.gate.set()
+        await ended([*slow, running, *fair])
+        assert lines.begun[:2] == ["slow 0", "small"]
+        order = [name for name in lines.begun if name in {"slow", "usual"}]
+        assert order.index("slow", order.index("slow") + 1) >= 10  # before the second slow one
+
+    scenario(main)
+
+
+def test_work_that_alone_takes_longer_than_its_timeout_is_told_so_when_it_would_wait() -> None:
+    async def main() -> None:
+        lines = Lines(threads=1)
+        running = lines.send("running", LARGE)
+        await until(lambda: lines.begun)
+        with pytest.raises(Busy, match="late"):
+            await lines.send("hopeless", 40, kind=SLOW)
+        with pytest.raises(Busy, match="already wait"):
+            tasks = [lines.send("waiting", 16, kind=SLOW) for _ in range(2)]
+            await tasks[1]
+        lines.gate.set()
+        await ended([running, *tasks])
 
     scenario(main)
 

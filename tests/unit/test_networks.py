@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from compressai.zoo.image import cfgs, model_urls
 
 from models.codec import architectures, published
 from models.codec.architectures import ARCHITECTURES
@@ -11,8 +10,11 @@ from models.errors import ParameterError
 from tests.support import zoo
 
 
+@pytest.mark.compressai
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_channels_of_each_quality_are_those_of_compressai(name: str) -> None:
+    from compressai.zoo.image import cfgs
+
     theirs = [row if len(row) == 2 else row * 2 for row in cfgs[name].values()]
     assert list(ARCHITECTURES[name].channels) == theirs
     assert list(cfgs[name]) == list(range(1, ARCHITECTURES[name].qualities + 1))
@@ -25,6 +27,7 @@ def test_unknown_models_and_qualities_are_refused() -> None:
         architectures.channels("cheng2020-attn", 7)
 
 
+@pytest.mark.compressai
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_names_and_shapes_of_parameters_are_those_of_compressai(name: str) -> None:
     theirs = zoo.reference(name)
@@ -34,6 +37,7 @@ def test_names_and_shapes_of_parameters_are_those_of_compressai(name: str) -> No
     assert {k: v.shape for k, v in ours.items()} == shapes
 
 
+@pytest.mark.compressai
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_transforms_equal_those_of_compressai(name: str) -> None:
     theirs = zoo.reference(name)
@@ -51,8 +55,11 @@ def test_transforms_equal_those_of_compressai(name: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.compressai
 @pytest.mark.parametrize("name", published.models())
 def test_the_addresses_of_weights_are_those_of_compressai(name: str) -> None:
+    from compressai.zoo.image import model_urls
+
     for metric, qualities in model_urls[name].items():
         theirs = [qualities[q] for q in range(1, ARCHITECTURES[name].qualities + 1)]
         ours = [published.url(name, metric, q) for q in range(1, len(theirs) + 1)]

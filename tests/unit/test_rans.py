@@ -40,6 +40,7 @@ cases = given(
 )
 
 
+@pytest.mark.compressai
 @settings(max_examples=60, deadline=None)
 @cases
 def test_compressai_decodes_our_bytes_and_encodes_the_same_bytes(

@@ -1,14 +1,16 @@
 """Imported models of CompressAI's zoo: which decodes a file, and all tiers of their pictures."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from models import library
-from models.codec import bitstream, catalogue, codec, interchange
+from models import checkpoint, library
+from models.codec import bitstream, catalogue, codec, context, interchange
+from models.codec import zoo as codecs
 from models.codec.bitstream import Bitstream, Reading
 from models.codec.codec import Codec
 from models.diffusion.decoder import Decoder
@@ -24,7 +26,7 @@ CODEC_PY = Reading("bmshj2018-factorized", "1.2.2 and later")
 
 
 @pytest.fixture(scope="module")
-def nets() -> dict[str, Any]:
+def nets(compressai: ModuleType) -> dict[str, Any]:
     """CompressAI's networks of three models at quality 2."""
     return {name: zoo.reference(name, 128, 192) for name in NAMES}
 
@@ -134,3 +136,27 @@ def test_a_checkpoint_of_another_model_is_refused(folder: Path, tmp_path: Path) 
         interchange.install(file, 9, "mse", tmp_path)
     with pytest.raises(ParameterError, match="--model bmshj2018-factorized$"):
         interchange.install_from_zoo(2, "mse", tmp_path, "bmshj2018-factorized-relu")
+
+
+def test_warming_up_compiles_the_context_model_only_if_such_a_model_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(context, "warm_up", lambda: calls.append(True))
+    for model, expected in (("", 0), ("bmshj2018-factorized", 0), ("cheng2020-attn", 1)):
+        entry = checkpoint.Entry("codec", "", "", "", "", 1, "mse", model=model)
+        rows = [catalogue.Installed(entry, Path())] if model else []
+        Library({}, None, codecs.Imports(rows)).warm_up()
+        assert len(calls) == expected, model
+
+
+def test_after_warming_up_the_first_autoregressive_decode_compiles_nothing() -> None:
+    context.warm_up()
+    kernels = context._convolve, context._crop, context._scale_indexes
+    compiled = [len(kernel.signatures) for kernel in kernels]
+    tensors = codecs.with_tables(zoo.random("mbt2018"))
+    used = codecs.from_tensors(tensors, 1, model="mbt2018")
+    x = torch.rand(1, 3, 64, 64)
+    used.latents(used.encode(x, "compressai", "float"))
+    assert [len(kernel.signatures) for kernel in kernels] == compiled
+    assert all(compiled)

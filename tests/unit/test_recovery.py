@@ -15,19 +15,26 @@ import pytest
 import torch
 from torch import nn
 
-from models import checkpoint
+from models import cancellation, checkpoint
 from models.codec import bitstream, codec, rans, recovery, zoo
+from models.codec.architectures import ARCHITECTURES
 from models.codec.autoregressive import ContextCoder
 from models.codec.bitstream import Bitstream
 from models.codec.codec import Codec
 from models.codec.context import _Walk
-from models.errors import BitstreamError, CorruptStream, DesynchronisedStream, Unavailable
+from models.codec.networks import Network
+from models.errors import (
+    BitstreamError,
+    Canceled,
+    CorruptStream,
+    DesynchronisedStream,
+    Unavailable,
+)
 from models.image import Pixels
+from tests.support import zoo as nets
 from tests.support.compressai import mean_scale_hyperprior
 from tests.support.data import psnr
 from tests.support.forked import Forked
-from tests.support.zoo import parameters as reference_parameters
-from tests.support.zoo import reference
 
 pytestmark = pytest.mark.weights
 
@@ -114,6 +121,7 @@ def garbage(b: Bitstream) -> Bitstream:
     return replace(b, y_string=b.y_string[:8] + bytes(reversed(b.y_string[8:])))
 
 
+@pytest.mark.compressai
 def test_a_bitstream_that_compressai_garbles_is_decoded_exactly(
     shipped: Codec, foreign: tuple[Bitstream, torch.Tensor], picture: Pixels
 ) -> None:
@@ -350,7 +358,7 @@ def test_windows_do_not_change_the_float64_result(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = np.rint(np.random.default_rng(0).standard_t(3, (1, 16, 20, 11)))
-    h_s = recovery.prepare(reference(name).h_s, "float64")
+    h_s = recovery.prepare(Network(ARCHITECTURES[name], *nets.SMALL[name]).h_s, "float64")
     z_hat = torch.from_numpy(values).float()
     whole = recovery.evaluate(h_s, z_hat, "float64")
     monkeypatch.setattr(recovery, "WINDOW", 12**2)
@@ -359,8 +367,8 @@ def test_windows_do_not_change_the_float64_result(
 
 def test_an_autoregressive_bitstream_of_another_arithmetic_is_decoded() -> None:
     """The scales of the first position lie at thresholds: roundings move some of them across."""
-    parameters = reference_parameters(reference("mbt2018"))
-    coder = zoo.from_tensors(zoo.with_tables(parameters), 1, model="mbt2018").latent_coder
+    tensors = zoo.with_tables(nets.random("mbt2018", 16, 192, seed=1))
+    coder = zoo.from_tensors(tensors, 1, model="mbt2018").latent_coder
     assert isinstance(coder, ContextCoder)
     h_s, M = recovery.prepare(coder.net.h_s, "float64"), coder.net.M
     with torch.inference_mode():
@@ -389,3 +397,21 @@ def test_an_autoregressive_bitstream_of_another_arithmetic_is_decoded() -> None:
     assert np.array_equal(latents.symbols, theirs.symbols.transpose(2, 0, 1))
     with pytest.raises((CorruptStream, DesynchronisedStream)):
         coder.decode(y_string[:-4], rans.encode(z, contexts, coder.z_tables), (64, 64), "float")
+
+
+def test_the_recovery_of_an_autoregressive_bitstream_can_be_canceled() -> None:
+    tensors = zoo.with_tables(nets.random("mbt2018"))
+    coder = zoo.from_tensors(tensors, 1, model="mbt2018").latent_coder
+    y_string, z_string, _ = coder.encode(torch.rand(1, 3, 64, 64), "float")
+
+    class OnceStarted(threading.Event):
+        """Set once there is a recovery process."""
+
+        def is_set(self) -> bool:
+            return recovery.PROCESS.pid is not None
+
+    with cancellation.cancelable(OnceStarted()), pytest.raises(Canceled):
+        coder.decode(y_string + bytes(4), z_string, (64, 64), "float")
+    assert recovery.PROCESS.pid is None
+    with pytest.raises(DesynchronisedStream):
+        coder.decode(y_string + bytes(4), z_string, (64, 64), "float")

@@ -5,15 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compressai.entropy_models import EntropyBottleneck, GaussianConditional
-from compressai.entropy_models.entropy_models import pmf_to_quantized_cdf
-from compressai.models.base import get_scale_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from models.codec import tables
 from models.codec.architectures import ARCHITECTURES
+from models.train.entropy import EntropyBottleneck
 
 PROBABILITIES = arrays.arrays(
     np.float32,
@@ -26,9 +24,12 @@ def in_state(module: Any, part: str) -> dict[str, torch.Tensor]:
     return {f"{part}.{name}": value.detach() for name, value in module.state_dict().items()}
 
 
+@pytest.mark.compressai
 @given(PROBABILITIES)
 @settings(deadline=None)  # the first call compiles
 def test_a_cdf_equals_that_of_compressai(pmf: Any) -> None:
+    from compressai.entropy_models.entropy_models import pmf_to_quantized_cdf
+
     try:
         theirs = pmf_to_quantized_cdf(torch.from_numpy(pmf)).numpy()
     except (ValueError, AssertionError):
@@ -44,8 +45,12 @@ def test_probabilities_that_give_no_cdf_are_refused(wrong: list[float]) -> None:
         tables.quantized_cdf(np.array(wrong, np.float32))
 
 
+@pytest.mark.compressai
 def test_the_tables_of_the_gaussian_conditional_equal_those_of_compressai() -> None:
     """They do not depend on the architecture or the quality."""
+    from compressai.entropy_models import GaussianConditional
+    from compressai.models.base import get_scale_table
+
     theirs = GaussianConditional(None)
     theirs.update_scale_table(get_scale_table())
     state = in_state(theirs, tables.Y)
@@ -60,14 +65,17 @@ WIDTHS = sorted(
 )
 
 
+@pytest.mark.compressai
 @given(st.sampled_from(WIDTHS), st.integers(0, 2**32), st.floats(0.1, 20), st.floats(0, 1))
 @settings(max_examples=10, deadline=None)
 def test_the_tables_of_the_entropy_bottleneck_equal_those_of_compressai(
     channels: int, seed: int, spread: float, noise: float
 ) -> None:
     """For every number of channels that an architecture has at some quality."""
+    from compressai.entropy_models import EntropyBottleneck as Theirs
+
     torch.manual_seed(seed)
-    theirs = EntropyBottleneck(channels, init_scale=spread)
+    theirs = Theirs(channels, init_scale=spread)
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(noise * torch.randn_like(p))

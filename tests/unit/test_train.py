@@ -39,7 +39,7 @@ from models.train.photos import photographs
 from models.train.run import Run
 from tests.support.forked import Forked, trainer
 from tests.support.waiting import until
-from tests.support.zoo import reference
+from tests.support.zoo import random
 
 CPU = ProcessGroup(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,7 +187,7 @@ def test_exported_weights_load_by_the_manifest(
     installed = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load(folder))
     b = installed.codecs[1, "mse"].encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
     assert installed.diffusion_input(b, 0).latents_visible
-    state = reference("mbt2018-mean", 128, 192).state_dict()
+    state = zoo.with_tables(random("mbt2018-mean", 128, 192))
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "other")
     export.codec(tmp_path / "other", 1, folder)  # a codec that the decoder does not know
     installed = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load(folder))

@@ -162,6 +162,7 @@ def test_rescaled_latents_give_the_same_picture() -> None:
     torch.testing.assert_close(net.g_s(net.g_a(x)), x_hat)
 
 
+@pytest.mark.compressai
 def test_densities_equal_those_of_compressai() -> None:
     from compressai.entropy_models import EntropyBottleneck as Bottleneck
     from compressai.entropy_models import GaussianConditional

@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def random_codec(n: int, m: int, seed: int) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def foreign() -> Reference:
+def foreign(compressai: ModuleType) -> Reference:
     """A random codec with the size of quality 5."""
     return random_codec(192, 320, 0)
 
@@ -429,6 +430,7 @@ def test_a_failed_write_leaves_no_files_behind(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+@pytest.mark.compressai
 @pytest.mark.parametrize("name", ["q2.pth", "q2.pth.tar", "q2.safetensors"])
 def test_compressai_decodes_with_an_exported_checkpoint(
     tmp_path: Path, shipped: Codec, small: Pixels, name: str
@@ -481,7 +483,9 @@ def test_a_checkpoint_of_the_zoo_is_downloaded_and_imported(
 
 
 @pytest.fixture(scope="module")
-def rivals(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Reference]]:
+def rivals(
+    tmp_path_factory: pytest.TempPathFactory, compressai: ModuleType
+) -> tuple[Path, list[Reference]]:
     """A user's folder with two imports of quality 2, which is shipped too, and their networks."""
     path = tmp_path_factory.mktemp("rivals")
     nets = [random_codec(128, 192, seed) for seed in (1, 2)]

