@@ -27,10 +27,9 @@ SLICE = 32
 """Items of a batch that have been taken and are not begun yet, at most."""
 WINDOW, WINDOW_PER_WORKER, MAX_WINDOW = 64, 16, 512
 """Items of a batch that are queued or running, at most: workers then find the next one."""
-BACKLOG_SHARE = 0.5
+BACKLOG_SHARE, FEW = 0.5, 8
 """Part of the longest backlog beyond which only `FEW` items are active: other requests need the
 rest, and a batch its share of the drawings."""
-FEW = 8
 REFUSED = 1000
 """Items that fail together, because their caller has no key any more."""
 STEP_S = 1.0
@@ -50,6 +49,8 @@ class Feeder:
         self.services, self.lease, self.batches = services, lease, lease.batches
         self._beginning: dict[int, asyncio.Task[None]] = {}
         self._free = asyncio.Semaphore(ITEMS_AT_ONCE)
+        self._full_until = 0.0
+        """Monotonic time until which no items are claimed: the caller's quota was used up."""
 
     async def run(self) -> float:
         """Take steps while items are being begun; returns the seconds until the next step."""
@@ -80,7 +81,7 @@ class Feeder:
             await self._begin_and_settle(before, caller)
         after = await in_thread(self.batches.get, self.lease.id)
         if after is not None:
-            await in_thread(self.lease.report, after, before.counts)
+            await in_thread(self.lease.report, after)
             await in_thread(self.lease.end)
         return pause_s
 
@@ -149,7 +150,8 @@ class Feeder:
     def _claim(self, batch: Batch, caller: Caller) -> list[int]:
         """Claim waiting items within the limits of the window, the quota and the queue."""
         services, jobs = self.services, self.services.jobs
-        if not batch.counts["waiting"] or services.store.fullness() >= admission.FULL:
+        full = time.monotonic() < self._full_until
+        if full or not batch.counts["waiting"] or services.store.fullness() >= admission.FULL:
             return []
         room = SLICE - len(self._beginning)
         free = services.quotas.free_jobs(caller)
@@ -170,6 +172,8 @@ class Feeder:
                 change = await beginner.begin(number, items[number], due[number])
             if change is not None:
                 await in_thread(self.lease.settle, [change])
+                if change[1] == "waiting":
+                    self._full_until = time.monotonic() + STEP_S
 
         for number in new:
             self._beginning[number] = asyncio.create_task(begin(number))

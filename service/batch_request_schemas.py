@@ -1,9 +1,10 @@
 """The JSON document that asks for a batch."""
 
-from typing import Literal
+from typing import Annotated, Literal, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
+from typing_extensions import TypedDict
 
 from models import tiers
 from models.image import OutputFormat
@@ -23,14 +24,16 @@ REQUEST_OF_ITEMS: JsonDict = {
 }
 
 
-class BatchItem(BaseModel):
+class BatchItem(TypedDict):
     """A bitstream to decode, and where to write its picture."""
 
-    model_config = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
 
-    source: str = Field(description="An object `store:NAME/KEY`.")
-    target: str = Field(description="An object `store:NAME/KEY`.")
-    seed: int | None = Field(None, ge=0, le=tiers.MAX_SEED, description="Default: the batch's.")
+    source: Annotated[str, Field(description="An object `store:NAME/KEY`.")]
+    target: Annotated[str, Field(description="An object `store:NAME/KEY`.")]
+    seed: NotRequired[
+        Annotated[int | None, Field(ge=0, le=tiers.MAX_SEED, description="Default: the batch's.")]
+    ]
 
 
 class BatchRequest(BaseModel):

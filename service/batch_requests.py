@@ -1,5 +1,8 @@
 """Checks requests for batches, and adds the batches to the queue."""
 
+import contextlib
+import ctypes
+
 import anyio.to_thread
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
@@ -10,36 +13,34 @@ from service import admission, batch_listing, idempotency, object_writes, parame
 from service.auth import Caller
 from service.batch_request_schemas import BatchRequest
 from service.services import Services
+from service.submission import check_webhooks
 from worker.queue.batch_records import Item, Spec
 from worker.queue.batches import Batches
 from worker.queue.references import Reference
 
+LARGE = 2**20
+"""Size of a body, in bytes, after which memory is returned to the system."""
 _THREADS = anyio.CapacityLimiter(1)
 """Threads that check items, of which a request may have many; others go on meanwhile."""
 
 
-async def parse(data: bytes) -> BatchRequest:
-    """Parse a body. Raises `RequestValidationError`."""
+async def submit(services: Services, caller: Caller, data: bytes, key: str | None) -> str:
+    """Add the batch that a body asks for; returns its id. `key` is the `Idempotency-Key`.
 
-    def validate() -> BatchRequest:
-        try:
-            return BatchRequest.model_validate_json(data)
-        except ValidationError as e:
-            faults = e.errors()[: parameters.MAX_FAULTS]
-            raise RequestValidationError(
-                [parameters.fault("body", ".".join(map(str, x["loc"])), x["msg"]) for x in faults]
-            ) from None
-
-    return await anyio.to_thread.run_sync(validate, limiter=_THREADS)
-
-
-async def submit(
-    services: Services, caller: Caller, request: BatchRequest, data: bytes, key: str | None
-) -> str:
-    """Add a batch; returns its id. `key` is the `Idempotency-Key` of the body `data`.
-
-    Raises `ParameterError`, `StoreError`, `QueueFull`, `KeyReused`.
+    Raises `RequestValidationError`, `ParameterError`, `StoreError`, `QueueFull`, `KeyReused`.
     """
+    id = await _submit(services, caller, data, key)
+    if len(data) > LARGE:
+        await anyio.to_thread.run_sync(_return_memory, limiter=_THREADS)
+    return id
+
+
+async def _submit(services: Services, caller: Caller, data: bytes, key: str | None) -> str:
+    request = await anyio.to_thread.run_sync(_parse, data, limiter=_THREADS)
+    spec = _spec(request)
+    await check_webhooks(services, caller, request.webhook)
+    if request.items is None:
+        _check_prefixes(services, caller, spec)
 
     def create() -> str:
         items = [] if request.items is None else _items(services, caller, request)
@@ -48,10 +49,24 @@ async def submit(
         Batches(services.store).create(caller.name, spec, items, id)
         return id
 
-    spec = _spec(request)
-    if request.items is None:
-        _check_prefixes(services, caller, spec)
     return await anyio.to_thread.run_sync(create, limiter=_THREADS)
+
+
+def _parse(data: bytes) -> BatchRequest:
+    """Parse a body. Raises `RequestValidationError`."""
+    try:
+        return BatchRequest.model_validate_json(data)
+    except ValidationError as e:
+        faults = e.errors()[: parameters.MAX_FAULTS]
+        raise RequestValidationError(
+            [parameters.fault("body", ".".join(map(str, x["loc"])), x["msg"]) for x in faults]
+        ) from None
+
+
+def _return_memory() -> None:
+    """Return freed memory to the system (glibc only): lists of items are large and rare."""
+    with contextlib.suppress(AttributeError):  # other C libraries have no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _spec(request: BatchRequest) -> Spec:
@@ -87,19 +102,19 @@ def _items(services: Services, caller: Caller, request: BatchRequest) -> list[It
     items: list[Item] = []
     numbers: dict[str, int] = {}
     for number, item in enumerate(request.items or ()):
-        source = Reference.parse(item.source, f"items.{number}.source")
-        target = Reference.parse(item.target, f"items.{number}.target")
+        source = Reference.parse(item["source"], f"items.{number}.source")
+        target = Reference.parse(item["target"], f"items.{number}.target")
         services.objects.check(source, caller.name, "read")
         services.objects.check(target, caller.name, "write")
         if request.format is None:
             object_writes.format_of(target, f"items.{number}.target")
-        other = numbers.setdefault(item.target, number)
+        other = numbers.setdefault(item["target"], number)
         if other != number or source == target:
             reason = f"items {other} and {number} have the same target {target}"
             if source == target:
                 reason = f"items.{number}: its source {source} is its target, too"
             raise ParameterError(f"{reason}; write each picture to another object")
-        items.append(
-            Item(item.source, item.target, request.seed if item.seed is None else item.seed)
-        )
+        seed = item.get("seed")
+        seed = request.seed if seed is None else seed
+        items.append(Item(item["source"], item["target"], seed))
     return items

@@ -14,13 +14,15 @@ from fastapi.params import Query
 from service.signed_urls import SIGNATURE_PARAMETERS
 
 ANALYTICS = frozenset({
-    "_branch_match_id", "_ga", "_gl", "_hsenc", "_hsmi", "_kx", "dclid", "fbclid", "gad_source",
-    "gbraid", "gclid", "gclsrc", "igsh", "igshid", "li_fat_id", "mc_cid", "mc_eid", "mkt_tok",
-    "msclkid", "oly_anon_id", "oly_enc_id", "rb_clickid", "s_cid", "srsltid", "ttclid", "twclid",
-    "vero_conv", "vero_id", "wbraid", "wickedid", "yclid",
+    "__s", "_branch_match_id", "_ga", "_gl", "_hsenc", "_hsmi", "_kx", "_openstat", "dclid", "epik",
+    "fbclid", "gad_source", "gbraid", "gclid", "gclsrc", "hsctatracking", "igsh", "igshid",
+    "irclickid", "li_fat_id", "mc_cid", "mc_eid", "mibextid", "mkt_tok", "msclkid", "oly_anon_id",
+    "oly_enc_id", "rb_clickid", "rdt_cid", "ref", "ref_src", "ref_url", "s_cid", "s_kwcid",
+    "sc_cid", "si", "spm", "srsltid", "trk", "ttclid", "twclid", "vero_conv", "vero_id", "wbraid",
+    "wickedid", "yclid", "ysclid",
 })  # fmt: skip
 """Parameters that messengers, newsletters and advertisements add to links for analytics."""
-ANALYTICS_PREFIXES = ("utm_", "hsa_", "mtm_", "pk_")
+ANALYTICS_PREFIXES = ("utm_", "hsa_", "mtm_", "pk_", "matomo_", "fb_", "ml_", "__hs")
 MAX_PARAMETERS = 64
 """Parameters of one URL: each costs some microseconds before it is known to be invalid."""
 MAX_FAULTS = 8
@@ -87,6 +89,7 @@ def link_query(request: Request) -> str:
 
 def is_analytics(name: str) -> bool:
     """True for a parameter that analytics add to links."""
+    name = name.lower()
     return name in ANALYTICS or name.startswith(ANALYTICS_PREFIXES)
 
 

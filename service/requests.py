@@ -89,8 +89,10 @@ def _routed(scope: Scope, root_path: str) -> Scope:
     """Return the request as it is routed: with its prefix, without a slash at its end, HEAD as GET.
 
     The proxy may or may not have removed the prefix `root_path`. `Range` of HEAD is ignored, as
-    RFC 9110 says.
+    RFC 9110 says. `&amp;` between parameters, in a link that was copied from HTML, is `&`.
     """
+    if b"&amp;" in scope["query_string"]:
+        scope = {**scope, "query_string": scope["query_string"].replace(b"&amp;", b"&")}
     if root_path and not scope.get("root_path"):
         kept = scope["path"].startswith(f"{root_path}/")
         scope = {**scope, "root_path": root_path} if kept else prefix.prepend(scope, root_path)

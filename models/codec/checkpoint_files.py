@@ -3,7 +3,9 @@
 import re
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -56,7 +58,9 @@ def load_checkpoint(file: Path) -> object:
 
 
 def _load_torch(file: Path) -> object:
-    ignored = [(_IgnoredArray if n.startswith("numpy.") else _Ignored, n) for n in _classes(file)]
+    ignored: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+        (_IgnoredArray if name.startswith("numpy.") else _Ignored, name) for name in _classes(file)
+    ]
     with warnings.catch_warnings(), safe_globals(ignored), file.open("rb") as opened:
         warnings.simplefilter("ignore")  # about the file's pickle protocol
         return torch.load(opened, map_location="cpu", weights_only=True)

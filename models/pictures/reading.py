@@ -10,7 +10,7 @@ from PIL import Image
 from models.errors import AfterimageError, PictureError, PictureTooLarge
 from models.pictures import color, decode, formats
 from models.pictures.color import Colour
-from models.pictures.formats import usual_name
+from models.pictures.signatures import usual_name
 
 Pixels = NDArray[np.uint8]
 _TRANSPOSE: Mapping[object, Image.Transpose] = {

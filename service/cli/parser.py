@@ -55,8 +55,7 @@ TEXTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         (
             "afterimage batch submit store:in/a/ store:out/b/ --format webp --watch",
             "afterimage batch submit --items items.jsonl --tier ddim-10 --on-existing replace",
-            """echo '{"source": "store:in/a.msh", "target": "store:out/a.png", "seed": 7}' |
-      afterimage batch submit --items -""",
+            "afterimage batch submit --items - < items.jsonl",
         ),
     ),
     "afterimage batch status": (

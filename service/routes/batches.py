@@ -20,7 +20,6 @@ from service import (
 from service.batch_schemas import Batch
 from service.deps import ONLY_KNOWN, DecodeCaller, RequestBody, ServicesDep
 from service.problems import BatchNotFound, Conflict, KeyReused, QueueFull
-from service.submission import check_webhooks
 from worker.queue.batches import Batches
 from worker.queue.store import RedisError
 
@@ -86,9 +85,7 @@ async def submit_batch(
     The items become decodes, a bounded number at a time. Rights to stores and the caller's quotas
     are checked now, and again when an item begins. A picture that exists already costs nothing.
     """
-    request = await batch_requests.parse(data)
-    await check_webhooks(services, caller, request.webhook)
-    id = await batch_requests.submit(services, caller, request, data, idempotency_key)
+    id = await batch_requests.submit(services, caller, data, idempotency_key)
     response.headers["Location"] = prefix.public(f"/v1/batches/{id}")
     return await anyio.to_thread.run_sync(batch_watching.view, services, id, caller)
 

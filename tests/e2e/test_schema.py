@@ -23,8 +23,11 @@ NEED_MORE = {
     "DELETE /v1/decodes/{id}", "GET /v1/decodes/{id}/preview",  # they need a running job
     "POST /v1/batches", "GET /v1/batches/{id}", "DELETE /v1/batches/{id}",  # they need stores
     "GET /v1/batches/{id}/events", "POST /v1/batches/{id}/retry",
+    "GET /v1/queue", "DELETE /v1/queue/jobs/{id}", "POST /v1/queue/jobs/{id}/retry",  # another key
+    "DELETE /v1/queue/quarantine/{digest}", "POST /v1/queue/workers/{name}/drain",
 }  # fmt: skip
-"""Operations at which random requests rarely succeed; tested in `test_decodes`, `test_batches`."""
+"""Operations at which random requests rarely succeed; tested in `test_decodes`, `test_batches`,
+`test_operators`."""
 
 
 @pytest.fixture(scope="module")

@@ -376,7 +376,10 @@ def test_thousands_of_parameters_are_refused_before_they_are_parsed(
 
 # Links are opened by browsers, and pass through messengers and newsletters.
 
-TRACKING = "&utm_source=mail&utm_campaign=x&fbclid=abc&gclid=1&mc_eid=2&_hsenc=3&twclid=4"
+TRACKING = (
+    "&utm_source=mail&utm_campaign=x&fbclid=abc&gclid=1&mc_eid=2&_hsenc=3&twclid=4"
+    "&ref=a&UTM_Medium=b&si=c&__s=d&fb_source=e"
+)
 
 
 def test_analytics_parameters_on_a_picture_are_ignored(api: httpx.Client, finished: str) -> None:
@@ -402,6 +405,11 @@ def test_a_signed_link_keeps_working_with_analytics_parameters(
     for url in (link, link + TRACKING, f"{path}?{TRACKING[1:]}&{reordered}"):
         assert guarded.get(url).status_code == 200
         assert guarded.head(url).status_code == 200
+
+
+def test_a_signed_link_that_was_copied_from_html_works(guarded: httpx.Client, link: str) -> None:
+    assert "&" in link
+    assert guarded.get(link.replace("&", "&amp;")).status_code == 200
 
 
 def test_a_signed_link_may_spell_a_number_differently(guarded: httpx.Client, link: str) -> None:

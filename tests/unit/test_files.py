@@ -175,7 +175,7 @@ def test_a_new_output_can_be_made_private(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_locked_for_one_thread_at_a_time(tmp_path: Path) -> None:
-    order = []
+    order: list[str] = []
     with locked(tmp_path):
         other = threading.Thread(target=lambda: _append_locked(tmp_path, order))
         other.start()

@@ -84,16 +84,19 @@ class Lease:
         values = {"listed": 1, "problem": json.dumps(problem)}
         self.batches.store.queue.hset(self.batches.keys_of(self.id)[0], mapping=values)  # type: ignore[arg-type]
 
-    def report(self, batch: Batch, former: Mapping[str, int]) -> None:
-        """Append an event if the counts have changed since `former`, and a sample of the rate."""
-        store, now = self.batches.store, time.time()
+    def report(self, batch: Batch) -> None:
+        """Append an event if the counts have changed, and a sample of the rate."""
+        store, now, fields = self.batches.store, time.time(), dict[str, str]()
         with store.queue.pipeline() as pipe:
-            if batch.counts != former:
+            if batch.counts != batch.reported:
                 events.append(store, pipe, self.id, "progress", total=batch.total, **batch.counts)
+                fields["reported"] = json.dumps(batch.counts)
             if now - batch.samples[-1][0] >= SAMPLE_S:
                 done = batch.total - batch.unfinished
                 samples = [*batch.samples[1 - SAMPLES :], (now, batch.counts["succeeded"], done)]
-                pipe.hset(self.batches.keys_of(self.id)[0], "samples", json.dumps(samples))
+                fields["samples"] = json.dumps(samples)
+            if fields:
+                pipe.hset(self.batches.keys_of(self.id)[0], mapping=fields)  # type: ignore[arg-type]
             pipe.execute()
 
     def end(self) -> bool:
@@ -104,7 +107,9 @@ class Lease:
             try:
                 pipe.watch(record, states)  # type: ignore[no-untyped-call]
                 batch = batches.get(self.id)
-                if batch is None or batch.unfinished or not batch.listed or not self._held():
+                if batch is None or batch.ended or batch.unfinished or not batch.listed:
+                    return False
+                if not self._held():
                     return False
                 pipe.multi()
                 pipe.hset(record, "ended", str(time.time()))

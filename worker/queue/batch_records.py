@@ -77,6 +77,7 @@ class Batch:
     problem: Mapping[str, str] | None  # why the listing failed
     progressed: float  # when the last item ended
     samples: Sequence[tuple[float, int, int]]  # time, succeeded items, ended items
+    reported: Mapping[str, int]  # the counts of the latest event
     counts: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -89,7 +90,7 @@ class Batch:
             id, fields["caller"], Spec.loads(fields["spec"]), float(fields["created"]),
             float(fields["ended"]), fields["canceled"] == "1", fields["listed"] == "1",
             fields["after"], json.loads(fields["problem"] or "null"), float(fields["progressed"]),
-            [tuple(sample) for sample in json.loads(fields["samples"])],
+            [tuple(s) for s in json.loads(fields["samples"])], json.loads(fields["reported"]),
             {name: states.count(state.encode()) for name, state in STATES.items()},
         )  # fmt: skip
 
@@ -105,9 +106,8 @@ class Batch:
 
     def rates(self) -> tuple[float, float]:
         """Pictures, and ended items of any status, per second of the last minutes; 0: unknown."""
-        now = self.ended or time.time()
         began, pictures, items = (self.created, 0, 0) if self.ended else self.samples[0]
-        seconds = now - began
+        seconds = (self.ended or time.time()) - began
         if seconds <= 0:
             return 0.0, 0.0
         ended = self.total - self.unfinished

@@ -65,8 +65,9 @@ SETTLE = (
     _LEASED
     + """
 local names = {s = 'succeeded', k = 'skipped', f = 'failed', c = 'canceled'}
+local again = redis.call('HGET', KEYS[1], 'canceled') == '1' and 'c' or 'w'
 for _, change in ipairs(cjson.decode(ARGV[2])) do
-  local number, state, problem = unpack(change)
+  local number, state, problem = change[1], change[2] == 'w' and again or change[2], change[3]
   local former = redis.call('GETRANGE', KEYS[2], number, number)
   if former == 'q' or former == 'r' then
     redis.call('SETRANGE', KEYS[2], number, state)
@@ -88,14 +89,15 @@ EXTEND = (
     _LEASED
     + """
 if redis.call('STRLEN', KEYS[2]) ~= tonumber(ARGV[2]) then return nil end
+if redis.call('HGET', KEYS[1], 'canceled') == '1' then return 0 end
 if ARGV[3] ~= '0' then redis.call('APPEND', KEYS[2], string.rep('w', ARGV[3])) end
 for i = 6, #ARGV, 2 do redis.call('HSET', KEYS[5], ARGV[i], ARGV[i + 1]) end
 redis.call('HSET', KEYS[1], 'after', ARGV[4], 'listed', ARGV[5])
 return 1
 """
 )
-"""Add listed items. More ARGV: former number of items, number of new ones, last key that was read,
-1 at the end of the listing; then numbers of pages and pages."""
+"""Add listed items. More ARGV: former number of items, number of new ones, last key, 1 at the end
+of the listing; then numbers of pages and pages."""
 
 CANCEL = """
 if redis.call('HGET', KEYS[1], 'ended') ~= '0' then return 0 end
@@ -110,11 +112,12 @@ RETRY = """
 local states, failed = string.gsub(redis.call('GET', KEYS[2]) or '', 'f', 'w')
 local refused = redis.call('HGET', KEYS[1], 'problem') ~= ''
 if failed == 0 and not refused then return 0 end
-if failed > 0 then redis.call('SET', KEYS[2], states, 'KEEPTTL') end
+local now = redis.call('TIME')[1]
+redis.call('SET', KEYS[2], states, 'KEEPTTL')
 redis.call('DEL', KEYS[4])
-redis.call('HSET', KEYS[1], 'ended', 0, 'canceled', 0, 'problem', '')
+redis.call('HSET', KEYS[1], 'ended', 0, 'canceled', 0, 'problem', '', 'progressed', now)
 if refused then redis.call('HSET', KEYS[1], 'listed', 0) end
-redis.call('ZADD', KEYS[6], 'NX', redis.call('TIME')[1], ARGV[1])
+redis.call('ZADD', KEYS[6], 'NX', now, ARGV[1])
 return 1
 """
 """Let failed items wait again, and a failed listing go on; 0 if nothing has failed. ARGV: id."""

@@ -46,7 +46,7 @@ class Batches:
         record: dict[str, Any] = {
             "caller": caller, "spec": json.dumps(asdict(spec)), "created": now, "ended": 0,
             "canceled": 0, "listed": int(not spec.source), "after": "", "problem": "",
-            "progressed": now, "samples": json.dumps([(now, 0, 0)]), "lease": "",
+            "progressed": now, "samples": json.dumps([(now, 0, 0)]), "lease": "", "reported": "{}",
         }  # fmt: skip
         keys = self.keys_of(id)
         with self.store.queue.pipeline() as pipe, contextlib.suppress(redis.WatchError):
@@ -113,7 +113,12 @@ class Batches:
     def retry(self, batch: Batch) -> bool:
         """Let the failed items wait again; False if there are none."""
         self._register_webhooks(batch.id, batch.caller, batch.spec)  # the end has removed them
-        return bool(self.run(batch_scripts.RETRY, batch.id, batch.id))
+        if not self.run(batch_scripts.RETRY, batch.id, batch.id):
+            return False
+        ended = batch.total - batch.unfinished - batch.counts["failed"]
+        sample = json.dumps([(time.time(), batch.counts["succeeded"], ended)])
+        self.store.queue.hset(self.keys_of(batch.id)[0], "samples", sample)
+        return True
 
     def _register_webhooks(self, id: str, caller: str, spec: Spec) -> None:
         for url in spec.webhooks:
