@@ -9,17 +9,9 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
-from service import (
-    __version__,
-    batch_task,
-    metrics,
-    openapi,
-    origins,
-    problems,
-    reference,
-    services,
-)
+from service import __version__, metrics, openapi, origins, problems, reference, services
 from service.auth import Keys
+from service.batches import task as batch_task
 from service.origins import OriginMiddleware
 from service.requests import RequestMiddleware
 from service.routes import (

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 
 from models.errors import ParameterError
 from service import problems, schemas
-from service.batch_request_schemas import BatchRequest
+from service.batches.request_schemas import BatchRequest
 
 LINKED_OPERATIONS = ("status", "follow", "picture", "withdraw", "retry")
 """Ids of the operations on a decode, which responses with a decode link to."""

@@ -9,15 +9,9 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from models.errors import ParameterError
-from service import (
-    batch_request_schemas,
-    batch_requests,
-    batch_watching,
-    prefix,
-    problems,
-    watching,
-)
-from service.batch_schemas import Batch
+from service import prefix, problems, watching
+from service.batches import request_schemas, requests, views
+from service.batches.schemas import Batch
 from service.deps import ONLY_KNOWN, DecodeCaller, RequestBody, ServicesDep
 from service.problems import BatchNotFound, Conflict, KeyReused, QueueFull
 from worker.queue.batches import Batches
@@ -43,8 +37,8 @@ _BODY = {
             "application/json": {
                 "schema": {"$ref": "#/components/schemas/BatchRequest"},
                 "examples": {
-                    "prefixes": {"value": batch_request_schemas.REQUEST},
-                    "items": {"value": batch_request_schemas.REQUEST_OF_ITEMS},
+                    "prefixes": {"value": request_schemas.REQUEST},
+                    "items": {"value": request_schemas.REQUEST_OF_ITEMS},
                 },
             }
         },
@@ -85,9 +79,9 @@ async def submit_batch(
     The items become decodes, a bounded number at a time. Rights to stores and the caller's quotas
     are checked now, and again when an item begins. A picture that exists already costs nothing.
     """
-    id = await batch_requests.submit(services, caller, data, idempotency_key)
+    id = await requests.submit(services, caller, data, idempotency_key)
     response.headers["Location"] = prefix.public(f"/v1/batches/{id}")
-    return await anyio.to_thread.run_sync(batch_watching.view, services, id, caller)
+    return await anyio.to_thread.run_sync(views.view, services, id, caller)
 
 
 @router.get("/{id}", summary="Get the state of a batch", responses=problems.responses(*_PROBLEMS))
@@ -104,14 +98,14 @@ async def batch_status(
     """Counts by status, pictures per minute, the time that is left, and the failed items with their
     problems, in pages."""
     response.headers["Cache-Control"] = "no-store"
-    return await anyio.to_thread.run_sync(batch_watching.view, services, id, caller, after, limit)
+    return await anyio.to_thread.run_sync(views.view, services, id, caller, after, limit)
 
 
 async def _stream(services: ServicesDep, caller: DecodeCaller, id: BatchId) -> AsyncIterator[None]:
     """Count the stream until it ends. Raises `TooManyRequests`, `BatchNotFound`."""
     with services.waits.one(caller.name) as allowed:
         watching.check_waits(services, allowed)
-        await anyio.to_thread.run_sync(batch_watching.find, services, id, caller)
+        await anyio.to_thread.run_sync(views.find, services, id, caller)
         yield
 
 
@@ -137,7 +131,7 @@ async def follow_batch(
     with contextlib.suppress(
         RedisError, BatchNotFound
     ):  # ends the stream; the client reconnects and gets a 503
-        async for kind, event_id, data in batch_watching.events(services, id, caller):
+        async for kind, event_id, data in views.events(services, id, caller):
             yield ServerSentEvent(data=data, event=kind, id=event_id)
 
 
@@ -151,10 +145,10 @@ async def cancel_batch(services: ServicesDep, caller: DecodeCaller, id: BatchId)
     """Cancel all items that have not begun. The others go on, and the batch then ends."""
 
     def cancel() -> Batch:
-        batch_watching.find(services, id, caller)
+        views.find(services, id, caller)
         if not Batches(services.store).cancel(id):
             raise Conflict(f"batch {id} has already ended")
-        return batch_watching.view(services, id, caller)
+        return views.view(services, id, caller)
 
     return await anyio.to_thread.run_sync(cancel)
 
@@ -171,10 +165,10 @@ async def retry_batch(
     """Take the failed items again. A listing that has failed goes on."""
 
     def retry() -> Batch:
-        batch = batch_watching.find(services, id, caller)
+        batch = views.find(services, id, caller)
         if not Batches(services.store).retry(batch):
             raise Conflict(f"no item of batch {id} has failed; there is nothing to retry")
-        return batch_watching.view(services, id, caller)
+        return views.view(services, id, caller)
 
     response.headers["Location"] = prefix.public(f"/v1/batches/{id}")
     return await anyio.to_thread.run_sync(retry)

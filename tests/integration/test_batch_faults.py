@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service import batch_feeder, batch_task
+from service.batches import feeder, task
 from service.settings import ServiceSettings
 from tests.support import weights
 from tests.support.api import run_app
@@ -53,9 +53,9 @@ def settings(
         patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
         patch.setattr(object_stores, "REQUEST_S", 2)
         patch.setattr(object_stores, "RETRIES", 0)
-        patch.setattr(batch_feeder, "STEP_S", 0.05)
-        patch.setattr(batch_task, "POLL_S", 0.05)
-        patch.setattr("service.batch_items.MAX_PAUSE_S", 0.2)
+        patch.setattr(feeder, "STEP_S", 0.05)
+        patch.setattr(task, "POLL_S", 0.05)
+        patch.setattr("service.batches.items.MAX_PAUSE_S", 0.2)
         patch.setattr("worker.deliveries.MAX_BACKOFF_S", 0.0)
         yield ServiceSettings(
             REDIS_URL=redis_urls[0], CACHE_REDIS_URL=redis_urls[1], stores=file, job_timeout_s=1
@@ -153,7 +153,7 @@ def test_an_item_whose_target_cannot_be_written_fails_and_others_go_on(
 def test_a_prefix_of_an_s3_store_is_listed_in_parts_despite_faults(
     api: httpx.Client, drawer: Drawer, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.batch_listing.KEYS", 3)
+    monkeypatch.setattr("service.batches.listing.KEYS", 3)
     request = {"source": "store:s3/in/", "target": "store:s3/listed/"}
     proxy.broken["list-type=2"] = 403
     location = submitted(api, **request)

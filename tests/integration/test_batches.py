@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service import batch_feeder, batch_task
+from service.batches import feeder, task
 from service.settings import ServiceSettings
 from tests.support import weights
 from tests.support.api import run_app
@@ -39,9 +39,9 @@ def settings(
 ) -> Iterator[ServiceSettings]:
     root = tmp_path_factory.mktemp("stores")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch_feeder, "STEP_S", 0.02)
-        patch.setattr(batch_task, "POLL_S", 0.02)
-        patch.setattr("service.batch_items.FULL_PAUSE_S", 0.02)
+        patch.setattr(feeder, "STEP_S", 0.02)
+        patch.setattr(task, "POLL_S", 0.02)
+        patch.setattr("service.batches.items.FULL_PAUSE_S", 0.02)
         yield ServiceSettings(
             REDIS_URL=redis_urls[0], CACHE_REDIS_URL=redis_urls[1], stores=folder_stores(root)
         )
@@ -113,7 +113,7 @@ def test_every_item_is_one_ordinary_decode(
 def test_a_prefix_is_a_batch_of_the_objects_below_it(
     api: httpx.Client, drawer: Drawer, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.batch_listing.KEYS", 3)
+    monkeypatch.setattr("service.batches.listing.KEYS", 3)
     (sources / "sub").mkdir(exist_ok=True)
     (sources / "sub/ä b.msh").write_bytes((sources / "0.msh").read_bytes())
     (sources / "sub/notes.txt").write_text("no bitstream")
@@ -137,7 +137,7 @@ def test_a_prefix_is_a_batch_of_the_objects_below_it(
 def test_the_queue_holds_a_bounded_number_of_items(
     api: httpx.Client, drawer: Drawer, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_feeder, "WINDOW", 7)
+    monkeypatch.setattr(feeder, "WINDOW", 7)
     items = [
         {"source": "store:in/0.msh", "target": f"store:out/{n}.png", "seed": n} for n in range(40)
     ]
@@ -223,7 +223,7 @@ def test_an_item_whose_drawing_fails_keeps_the_reason(
 def test_canceling_stops_what_has_not_begun(
     api: httpx.Client, drawer: Drawer, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_feeder, "WINDOW", 4)
+    monkeypatch.setattr(feeder, "WINDOW", 4)
     items = [{**item, "seed": n} for n, item in enumerate(numbered(10))]
     location = submitted(api, items=items)
     until(lambda: len(drawer.queued()) == 4, "the window is full")
@@ -285,7 +285,7 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 def test_metrics_count_items_by_status(
     api: httpx.Client, drawer: Drawer, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_feeder, "WINDOW", 2)
+    monkeypatch.setattr(feeder, "WINDOW", 2)
     (sources / "0.msh").unlink()
     location = submitted(api, items=[{**item, "seed": n} for n, item in enumerate(numbered(10))])
     until(lambda: len(drawer.queued()) == 2, "the window is full")
@@ -348,7 +348,7 @@ def test_100_000_items_wait_in_20_mb_of_redis(
     api: httpx.Client, jobs: Jobs, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Names of 36 random digits, which hardly compress; and the memory of this process."""
-    monkeypatch.setattr(batch_feeder, "WINDOW", 0)
+    monkeypatch.setattr(feeder, "WINDOW", 0)
     queue = jobs.store.queue
     before, names = queue.info("memory")["used_memory"], random.Random(0)
     items = []

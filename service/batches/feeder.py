@@ -10,9 +10,10 @@ import anyio
 import anyio.to_thread
 
 from models.errors import AfterimageError
-from service import admission, batch_listing, batch_progress
+from service import admission
 from service.auth import Caller
-from service.batch_items import Beginner, Change, priority_of, problem
+from service.batches import listing, progress
+from service.batches.items import Beginner, Change, priority_of, problem
 from service.keys import SCOPES
 from service.problems import Unauthorized
 from service.services import Services
@@ -95,7 +96,7 @@ class Feeder:
         """List the next sources; returns the seconds until the listing may go on."""
         objects = self.services.objects
         try:
-            part = await in_thread(batch_listing.read, objects, batch)
+            part = await in_thread(listing.read, objects, batch)
         except StoreAway as e:
             log.warning("batch %s: its sources cannot be listed yet: %s", batch.id, e)
             return STEP_S
@@ -118,11 +119,9 @@ class Feeder:
         if batch.canceled:
             active = await self._withdraw(batch, caller, active)
         items = await in_thread(self.batches.items, batch, active)
-        progress = await in_thread(
-            batch_progress.look, self.services, batch, caller.name, items, active
-        )
-        await self._settle(batch, active, progress.changes)
-        due = {n: active[n] for n in progress.lost if active[n].at <= time.time()}
+        seen = await in_thread(progress.look, self.services, batch, caller.name, items, active)
+        await self._settle(batch, active, seen.changes)
+        due = {n: active[n] for n in seen.lost if active[n].at <= time.time()}
         if not batch.canceled:
             claimed = await in_thread(self._claim, batch, caller)
             due |= dict.fromkeys(claimed, Active())
@@ -134,9 +133,7 @@ class Feeder:
         """Cancel the active items whose drawing has not begun; returns the others."""
         begun = {n: known for n, known in active.items() if n not in self._beginning}
         items = await in_thread(self.batches.items, batch, begun)
-        changes = await in_thread(
-            batch_progress.withdraw, self.services, batch, caller, items, begun
-        )
+        changes = await in_thread(progress.withdraw, self.services, batch, caller, items, begun)
         await self._settle(batch, active, changes)
         canceled = {number for number, _, _ in changes}
         return {number: known for number, known in active.items() if number not in canceled}
@@ -145,7 +142,7 @@ class Feeder:
         self, batch: Batch, active: Mapping[int, Active], changes: list[Change]
     ) -> None:
         await in_thread(self.lease.settle, changes)
-        await in_thread(batch_progress.unsubscribe, self.services, batch, active, changes)
+        await in_thread(progress.unsubscribe, self.services, batch, active, changes)
 
     def _claim(self, batch: Batch, caller: Caller) -> list[int]:
         """Claim waiting items within the limits of the window, the quota and the queue."""

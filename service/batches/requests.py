@@ -9,9 +9,10 @@ from pydantic import ValidationError
 
 from models import tiers
 from models.errors import ParameterError
-from service import admission, batch_listing, idempotency, object_writes, parameters
+from service import admission, idempotency, object_writes, parameters
 from service.auth import Caller
-from service.batch_request_schemas import BatchRequest
+from service.batches import listing
+from service.batches.request_schemas import BatchRequest
 from service.services import Services
 from service.submission import check_webhooks
 from worker.queue.batch_records import Item, Spec
@@ -92,8 +93,8 @@ def _spec(request: BatchRequest) -> Spec:
 
 
 def _check_prefixes(services: Services, caller: Caller, spec: Spec) -> None:
-    batch_listing.check(services.objects, spec, caller.name)
-    if (spec.source, spec.suffix) == (spec.target, batch_listing.suffix_of(spec)):
+    listing.check(services.objects, spec, caller.name)
+    if (spec.source, spec.suffix) == (spec.target, listing.suffix_of(spec)):
         raise ParameterError("target: the pictures would replace their sources; choose another")
 
 

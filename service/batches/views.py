@@ -5,8 +5,8 @@ from typing import Any
 
 import anyio.to_thread
 
-from service import batch_schemas
 from service.auth import Caller
+from service.batches import schemas
 from service.problems import BatchNotFound
 from service.services import Services
 from worker.queue import events as job_events
@@ -28,15 +28,15 @@ def find(services: Services, id: str, caller: Caller) -> Batch:
 
 def view(
     services: Services, id: str, caller: Caller, after: int = -1, limit: int = 0
-) -> batch_schemas.Batch:
+) -> schemas.Batch:
     """Return the public view of a batch, with `limit` failed items whose number is above `after`.
 
     Raises `BatchNotFound`.
     """
     batch, batches = find(services, id, caller), Batches(services.store)
     problems = batches.failed(id, after, limit)
-    failed = batch_schemas.failed_items(batches.items(batch, problems), problems)
-    return batch_schemas.Batch.of(batch, failed, limit)
+    failed = schemas.failed_items(batches.items(batch, problems), problems)
+    return schemas.Batch.of(batch, failed, limit)
 
 
 async def events(

@@ -6,7 +6,7 @@ from typing import Any
 
 from models.errors import AfterimageError, Canceled, Quarantined
 from service.auth import Caller
-from service.batch_items import Change, problem, subscriber, target_of
+from service.batches.items import Change, problem, subscriber, target_of
 from service.services import Services
 from worker.queue.batch_records import Active, Batch, Item
 from worker.queue.jobs import MAX_SUBSCRIPTION_S

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import anyio
 
-from service.batch_feeder import Feeder, in_thread
+from service.batches.feeder import Feeder, in_thread
 from service.services import Services
 from worker.queue import batch_leases
 from worker.queue.batch_leases import LEASE_S, BatchTaken, Lease

@@ -1,0 +1,1 @@
+"""Batches: requests, the task that goes on with them, and their documents."""
