@@ -5,6 +5,7 @@ Importing this module loads torch, so `afterimage serve` does it only when it ne
 
 import functools
 import socket
+import sys
 from collections.abc import Callable
 
 import uvicorn
@@ -17,6 +18,9 @@ from service.settings import ServiceSettings
 
 SHUTDOWN_TIMEOUT_S = 10
 """How long open requests may take to finish when the service stops."""
+SWITCH_S = 5e-4
+"""How long a thread of Python waits until another one lets it run. With Python's default, 5 ms, the
+many short steps of a decode take seconds while the event loop is busy with small requests."""
 
 
 def configuration(app: ASGIApp, settings: ServiceSettings) -> uvicorn.Config:
@@ -47,6 +51,7 @@ class ApiServer(uvicorn.Server):
 
     def __init__(self, on_ready: Callable[[], None], host: str = "") -> None:
         settings = ServiceSettings()
+        sys.setswitchinterval(SWITCH_S)
         self._app = create_app(settings, host)
         self._on_ready = on_ready
         super().__init__(configuration(self._app, settings))
