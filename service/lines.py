@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import anyio
 
 from models import cancellation
+from models.errors import Canceled
 from service import metrics
 from service.pixel_budget import PixelBudget
 from service.problems import Busy, DeadlineExceeded
@@ -259,8 +260,11 @@ class Line:
 
     def _timed(self, call: _Call, work: Callable[[Deadline], T], deadline: Deadline) -> T:
         began = time.perf_counter()
-        with cancellation.cancelable(call.canceled):
-            result = work(deadline)
+        try:
+            with cancellation.cancelable(call.canceled):
+                result = work(deadline)
+        except Canceled as e:  # the future is part of a cycle, and would keep all frames' tensors
+            raise e.with_traceback(None) from None
         if call.megapixels:
             before = self.seconds(call.megapixels, call.kind) / call.megapixels
             cost = (time.perf_counter() - began) / call.megapixels

@@ -1,8 +1,10 @@
 """Waiting lines: fair between callers, bounded by megapixels, and no work for nobody."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -238,6 +240,36 @@ def test_work_that_is_canceled_ends_at_its_next_check() -> None:
         assert not lines.line._calls
 
     scenario(main)
+
+
+def test_the_memory_of_canceled_work_is_freed_when_it_ends() -> None:
+    """Without a collection of cycles, which may come much later."""
+    tensors: list[weakref.ref[bytearray]] = []
+
+    class Tensor(bytearray):
+        """Memory that can be watched; `bytearray` itself has no weak references."""
+
+    def work() -> None:
+        tensor = Tensor(10)
+        tensors.append(weakref.ref(tensor))
+        while True:
+            cancellation.check()
+            time.sleep(0.001)
+
+    async def main() -> None:
+        lines = Lines()
+        task = lines.send("work", 1, work=work)
+        await until(lambda: tensors)
+        task.cancel()
+        await ended([task])
+        await until(lambda: tensors[0]() is None)
+
+    gc.collect()
+    gc.disable()
+    try:
+        scenario(main)
+    finally:
+        gc.enable()
 
 
 def test_work_that_misses_its_deadline_is_canceled() -> None:
