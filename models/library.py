@@ -1,7 +1,5 @@
 """All installed models, and the two ways to decode: by the codec alone, or by diffusion."""
 
-import contextlib
-import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models import geometry, image
+from models import geometry, image, memory
 from models.codec import architectures, bitstream, catalogue, codec, context, zoo
 from models.codec.architectures import DEFAULT
 from models.codec.bitstream import Bitstream, Metric
@@ -162,8 +160,7 @@ class Library:
         models = {catalogue.model_of(row.entry) for row in self.imports.rows} - {""}
         if any(architectures.find(model).autoregressive for model in models):
             context.warm_up()
-        with contextlib.suppress(AttributeError):  # other C libraries have no malloc_trim
-            ctypes.CDLL(None).malloc_trim(0)
+        memory.trim()
 
 
 def load(threads: int = 0, with_decoder: bool = True, folder: Path | None = None) -> Library:

@@ -3,6 +3,7 @@
 import contextlib
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Literal
 
 import anyio
 import anyio.to_thread
@@ -14,6 +15,7 @@ from models.image import SUFFIXES, OutputFormat
 from service.services import Services
 from service.target_schemas import Written
 from worker.queue.references import Reference, StoreAway, StoreRefused
+from worker.queue.targets import Target
 
 HEAD_S = 5.0
 """How long a request waits to learn whether its target is there already."""
@@ -28,6 +30,11 @@ class PictureTarget:
     reference: Reference
     format: OutputFormat
     realism: float = 1.0
+
+    def of(self, caller: str, etag: str = "") -> Target:
+        """The record of this target for a caller; with an `etag`, it is written already."""
+        status: Literal["pending", "written"] = "written" if etag else "pending"
+        return Target(caller, str(self.reference), self.format, status, etag, realism=self.realism)
 
 
 def format_of(target: Reference, parameter: str = "target") -> OutputFormat:

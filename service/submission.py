@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 from weakref import WeakValueDictionary
 
 import anyio
@@ -37,7 +36,6 @@ from worker.queue import estimates, outbox, recall
 from worker.queue.jobs import MAX_SUBSCRIPTION_S
 from worker.queue.records import ENDED, DecodeRequest, JobState
 from worker.queue.store import RedisError
-from worker.queue.targets import Target
 from worker.webhooks.settings import check_url
 
 RESOLVERS_PER_CALLER = 2
@@ -154,14 +152,10 @@ class Submission:
         admission.check_memory(self.services)
         state = recall.record(self.services.jobs, self.decode)
         self._add_submitter()
-        self.services.jobs.targets.add(self.decode.id, self._record_of(target, etag))
+        self.services.jobs.targets.add(self.decode.id, target.of(self.caller.name, etag))
         if state.status == "succeeded":
             self._notify_webhooks(state)
         return state
-
-    def _record_of(self, target: PictureTarget, etag: str = "") -> Target:
-        status: Literal["pending", "written"] = "written" if etag else "pending"
-        return Target(self.caller.name, str(target.reference), target.format, status, etag)
 
     @property
     def _waiter(self) -> Waiter:
@@ -243,7 +237,7 @@ class Submission:
         self.services.quotas.job(self.caller, self.decode.id)
         self._add_submitter()
         if self.target is not None:  # before the webhooks, which wait for it
-            jobs.targets.add(self.decode.id, self._record_of(self.target))
+            jobs.targets.add(self.decode.id, self.target.of(self.caller.name))
         # a caller with webhooks does not poll, which would extend its subscription
         subscription_s = MAX_SUBSCRIPTION_S if self.params.webhooks else self.params.deadline_s
         try:

@@ -10,23 +10,17 @@ from torch import Tensor
 from models.codec import rans, recovery
 from models.codec.context import ContextModel, Positions
 from models.codec.hyperprior import LatentCoder, Latents
-from models.codec.networks import Network
 from models.errors import CorruptStream, DesynchronisedStream
 
 
 class ContextCoder(LatentCoder):
     """Entropy encoder and decoder of z, and of y position by position."""
 
-    def __init__(
-        self,
-        net: Network,
-        z_tables: rans.Tables,
-        y_tables: rans.Tables,
-        medians: Tensor,
-        scale_table: Tensor,
-    ) -> None:
-        super().__init__(net, z_tables, y_tables, medians, scale_table)
-        self.context = ContextModel(net.context_prediction, net.entropy_parameters, scale_table)
+    @cached_property
+    def context(self) -> ContextModel:
+        """The layers after `h_s`."""
+        net = self.net
+        return ContextModel(net.context_prediction, net.entropy_parameters, self.scale_table)
 
     def _encode_y(
         self, y: Tensor, z_symbols: rans.Int32Array, profile: str

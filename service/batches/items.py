@@ -24,7 +24,7 @@ from worker.queue.jobs import MAX_SUBSCRIPTION_S
 from worker.queue.records import DecodeRequest, Priority
 from worker.queue.references import Reference, StoreAway
 from worker.queue.store import RedisError
-from worker.queue.targets import Target, TooManyTargets
+from worker.queue.targets import TooManyTargets
 
 MAX_PAUSE_S = 60.0
 """Longest pause between two tries to read a source."""
@@ -134,7 +134,7 @@ class Beginner:
         if not self.lease.note(number, active):  # first, so that the job is found after a kill
             return
         jobs.subscribe(decode.id, subscriber(self.batch.id), MAX_SUBSCRIPTION_S)
-        wanted = Target(name, str(target.reference), target.format, realism=target.realism)
+        wanted = target.of(name)
         jobs.targets.add(decode.id, wanted)
         try:
             priority = priority_of(self.batch, self.caller)

@@ -30,8 +30,7 @@ class Progress:
 
 def wanted(batch: Batch, item: Item, caller: str) -> Target:
     """The pending target of an item."""
-    target = target_of(batch, item)
-    return Target(caller, str(target.reference), target.format, realism=target.realism)
+    return target_of(batch, item).of(caller)
 
 
 def look(

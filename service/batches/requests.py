@@ -1,13 +1,10 @@
 """Checks requests for batches, and adds the batches to the queue."""
 
-import contextlib
-import ctypes
-
 import anyio.to_thread
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from models import tiers
+from models import memory, tiers
 from models.errors import ParameterError
 from service import admission, idempotency, object_writes, parameters
 from service.auth import Caller
@@ -20,7 +17,8 @@ from worker.queue.batches import Batches
 from worker.queue.references import Reference
 
 LARGE = 2**20
-"""Size of a body, in bytes, after which memory is returned to the system."""
+"""Size of a body, in bytes, after which memory is returned to the system: lists of items are large
+and rare."""
 _THREADS = anyio.CapacityLimiter(1)
 """Threads that check items, of which a request may have many; others go on meanwhile."""
 
@@ -32,7 +30,7 @@ async def submit(services: Services, caller: Caller, data: bytes, key: str | Non
     """
     id = await _submit(services, caller, data, key)
     if len(data) > LARGE:
-        await anyio.to_thread.run_sync(_return_memory, limiter=_THREADS)
+        await anyio.to_thread.run_sync(memory.trim, limiter=_THREADS)
     return id
 
 
@@ -62,12 +60,6 @@ def _parse(data: bytes) -> BatchRequest:
         raise RequestValidationError(
             [parameters.fault("body", ".".join(map(str, x["loc"])), x["msg"]) for x in faults]
         ) from None
-
-
-def _return_memory() -> None:
-    """Return freed memory to the system (glibc only): lists of items are large and rare."""
-    with contextlib.suppress(AttributeError):  # other C libraries have no malloc_trim
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _spec(request: BatchRequest) -> Spec:
