@@ -18,6 +18,7 @@ from models import image
 from models.image import Pixels
 from service.routes.page import files
 from tests.support.service import Service
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
@@ -425,7 +426,7 @@ def test_opening_another_file_cancels_the_running_decode(
     first = job(opened)
     opened.locator("[name=tier]").evaluate("e => e.value = 'perceptual'")
     draw(opened, small_png)
-    assert service.client.get(f"/v1/decodes/{first}").json()["status"] == "canceled"
+    assert wait_for(service.client, f"/v1/decodes/{first}")["status"] == "canceled"
 
 
 def test_a_decode_that_is_replaced_before_its_response_is_cancelled(
@@ -440,8 +441,8 @@ def test_a_decode_that_is_replaced_before_its_response_is_cancelled(
     with opened.expect_response(re.compile("tier=ddpm-1000")) as answer:
         late.go_on()
     expect(opened.locator("#right")).to_have_text("Perceptual", timeout=SLOW)
-    first = service.client.get(answer.value.headers["location"])
-    assert first.json()["status"] == "canceled"
+    first = wait_for(service.client, answer.value.headers["location"])
+    assert first["status"] == "canceled"
 
 
 def test_a_request_over_the_quota_is_retried(opened: Page, small_file: Path) -> None:
