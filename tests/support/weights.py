@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 
-from models import checkpoint
+from models import checkpoint, library
 from models.codec import zoo
 from models.diffusion import decoder
 
 _codec = functools.cache(zoo.load)
 _decoder = functools.cache(decoder.load)
+
+
+def load_all() -> None:
+    """Load what `library.load` loads, for this process and those that are forked from it."""
+    with loaded_once():
+        library.load()
 
 
 @contextlib.contextmanager
