@@ -20,7 +20,7 @@ from tests.chaos import attack_webhooks
 from tests.support import compressai as reference
 from tests.support import scheduling, weights
 from tests.support.data import PHOTO
-from tests.support.service import WEBHOOK_SECRET, Service, connected, free_port, run_service
+from tests.support.service import WEBHOOK_SECRET, Service, connected, fork_service, free_port
 from worker.queue import private_redis
 from worker.queue.store import Store
 
@@ -191,5 +191,5 @@ def service(tmp_path_factory: pytest.TempPathFactory, webhook_port: int) -> Iter
             "AFTERIMAGE_WEBHOOK_ALLOW": f"127.0.0.1:{webhook_port} {attack_webhooks.RECEIVERS}",
             **LIMITS,
         }
-        with run_service(folder, **environment) as running:
+        with fork_service(folder, **environment) as running:
             yield running
