@@ -201,16 +201,16 @@ def test_a_large_batch_is_not_cut_below_the_smallest_window(
 def test_windows_of_the_shipped_weights_leave_no_seams(
     shipped: Codec, photo: image.Pixels, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder, "LEAST_WINDOW", 24 * 19)
-    x = codec.to_tensor(photo[:384, :512].copy())
+    monkeypatch.setattr(decoder, "LEAST_WINDOW", 16 * 19)
+    x = codec.to_tensor(photo[:256, :512].copy())
     latents = shipped.latents(shipped.encode(x, "msh", "exact"))
     x_hat = shipped.synthesis(latents.y_hat)
     shipped_decoder = decoder.load()
     whole = shipped_decoder.sample(latents, x_hat, 2, settings, 0)
-    seams = [w.kept[2] * 16 for w in tiles.windows(24, 32, 24 * 19, decoder.OVERLAP) if w.kept[2]]
+    seams = [w.kept[2] * 16 for w in tiles.windows(16, 32, 16 * 19, decoder.OVERLAP) if w.kept[2]]
     assert seams
     item = DiffusionInput(latents, x_hat, 2, 0)
-    tiled = shipped_decoder.sample_batch([item], settings, window=24 * 19)
+    tiled = shipped_decoder.sample_batch([item], settings, window=16 * 19)
     assert not torch.equal(whole, tiled)
     assert float((tiled - whole).abs().max()) * 255 < 0.1
 

@@ -1,5 +1,6 @@
 """Evaluation: summary, baselines, report, plots, contact sheets, and whole runs of the command."""
 
+import functools
 import io
 import json
 import math
@@ -338,10 +339,20 @@ def test_the_best_and_the_worst_crops_are_found(tmp_path: Path, lpips_file: Path
 Command = Callable[..., None]
 
 
+@pytest.fixture(scope="module")
+def lpips() -> Callable[[Path], LpipsAlex]:
+    """`LpipsAlex`, which loads each file once: to make its network takes half a second."""
+    return functools.cache(LpipsAlex)
+
+
 @pytest.fixture
-def command(tmp_path: Path, lpips_file: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+def command(
+    tmp_path: Path, lpips_file: Path, lpips: Callable[[Path], LpipsAlex],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Command:  # fmt: skip
     """Run the command with the pictures in `in` and the results in `out`."""
     (tmp_path / "in").mkdir()
+    monkeypatch.setattr(evaluate, "LpipsAlex", lpips)
 
     def run(*arguments: str) -> None:
         options = {"--pictures": tmp_path / "in", "--lpips": lpips_file, "--out": tmp_path / "out"}

@@ -116,7 +116,7 @@ def test_40_steps_on_20_photographs_beat_predicting_zero(
     config: Callable[..., DiffusionConfig],
 ) -> None:
     settings = config(
-        plan=(Stage("phase1", steps=40),), widths=(32, 48, 64), lr=1.5e-3, warm=10, batch=8,
+        plan=(Stage("phase1", steps=40),), widths=(16, 24, 32), lr=1.5e-3, warm=10, batch=8,
         lpips="",
     )  # fmt: skip
     trained(settings)

@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from models.diffusion import presets
 from models.diffusion.conditioner import Condition, Maps, PerQuality
@@ -34,6 +33,8 @@ def random_maps(c: UNetConfig, size: int) -> Maps:
 
 def kilo_macs(net: UNet, size: int) -> tuple[float, float]:
     """Thousands of MACs per pixel: of the conditioner, and of a denoiser step."""
+    from torch.utils.flop_counter import FlopCounterMode  # takes a second: it imports triton
+
     inputs = condition(net.config, size)
     x_t, t = torch.zeros(1, 3, size, size), torch.zeros(1)
     with torch.inference_mode():
