@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import redis
 import torch
 from rq.timeouts import JobTimeoutException
 
-from models import image, library
+from models import checkpoint, image, library
 from models.codec import recovery
 from models.codec.bitstream import Bitstream
-from models.diffusion.decoder import DiffusionInput
+from models.diffusion.decoder import Decoder, DiffusionInput
 from models.folders import UntrustedFolder
 from models.library import Library
 from models.tiers import Settings
@@ -470,8 +471,10 @@ def test_spooled_pictures_older_than_any_record_are_removed(tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Library:
-    return library.load()
+def loaded(tiny_decoder: Decoder) -> Library:
+    """The shipped codecs, and a tiny diffusion decoder that has the id of the shipped one."""
+    made = Decoder(checkpoint.decoder_entry().weights_id, tiny_decoder.net)
+    return replace(library.load(with_decoder=False), decoder=made)
 
 
 @pytest.fixture
