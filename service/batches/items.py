@@ -18,8 +18,8 @@ from service.problems import Busy, DeadlineExceeded, QueueFull, TooManyRequests
 from service.services import Services
 from service.submission import DecodeParams, ParsedBitstream
 from worker.queue import recall
-from worker.queue.batch_leases import BatchTaken, Lease
-from worker.queue.batch_records import Active, Batch, Item, ItemStatus
+from worker.queue.batches.leases import BatchTaken, Lease
+from worker.queue.batches.records import Active, Batch, Item, ItemStatus
 from worker.queue.jobs import MAX_SUBSCRIPTION_S
 from worker.queue.records import DecodeRequest, Priority
 from worker.queue.references import Reference, StoreAway

@@ -12,8 +12,8 @@ from service.batches import listing
 from service.batches.request_schemas import BatchRequest
 from service.services import Services
 from service.submission import check_webhooks
-from worker.queue.batch_records import Item, Spec
-from worker.queue.batches import Batches
+from worker.queue.batches.records import Item, Spec
+from worker.queue.batches.store import Batches
 from worker.queue.references import Reference
 
 LARGE = 2**20

@@ -20,8 +20,9 @@ from typing import Any
 
 import redis
 
-from worker.queue import batch_scripts, counters, events, outbox
-from worker.queue.batch_records import STATES, Batch, Item, Spec
+from worker.queue import counters, events, outbox
+from worker.queue.batches import scripts
+from worker.queue.batches.records import STATES, Batch, Item, Spec
 from worker.queue.store import Store
 
 PAGE = 1000
@@ -108,12 +109,12 @@ class Batches:
 
     def cancel(self, id: str) -> bool:
         """Cancel the waiting items; the next step cancels queued ones. False if it has ended."""
-        return bool(self.run(batch_scripts.CANCEL, id))
+        return bool(self.run(scripts.CANCEL, id))
 
     def retry(self, batch: Batch) -> bool:
         """Let the failed items wait again; False if there are none."""
         self._register_webhooks(batch.id, batch.caller, batch.spec)  # the end has removed them
-        if not self.run(batch_scripts.RETRY, batch.id, batch.id):
+        if not self.run(scripts.RETRY, batch.id, batch.id):
             return False
         ended = batch.total - batch.unfinished - batch.counts["failed"]
         sample = json.dumps([(time.time(), batch.counts["succeeded"], ended)])
@@ -125,7 +126,7 @@ class Batches:
             outbox.register(self.store, id, caller, url)
 
     def run(self, script: str, id: str, *arguments: str | float) -> Any:
-        """Run a script of `batch_scripts`."""
+        """Run a script of `scripts`."""
         keys = self.keys_of(id)
         return self.store.queue.eval(script, len(keys), *keys, *arguments)
 
