@@ -47,6 +47,9 @@ BATCH_LOOKAHEAD = 64
 WATCHED_S = 30
 """How long the worker makes previews after a client last read the job's event stream."""
 
+_KEPT: tuple[Status, ...] = ("queued", "running", "succeeded")
+"""A job with this status is not queued by another submission."""
+
 Change = Callable[[str, JobState | None, Pipeline], None]
 """Adds commands to a transaction, given the job's id and its record."""
 
@@ -70,12 +73,13 @@ class Jobs:
         subscription_s: float = SUBSCRIPTION_S,
         priority: Priority = "interactive",
         weight: float = 1.0,
+        eta_s: float = 0.0,
     ) -> tuple[JobState, bool]:
         """Queue a job unless it is queued, running or done already.
 
         It waits in the caller's queue of that priority; a job that is queued already is moved there
         if it will be drawn earlier. Within a priority, callers get drawings in proportion to their
-        weights.
+        weights. `eta_s` is the predicted time until it is done; 0: unknown.
 
         Returns its state, and True if this call queued it. One transaction writes the record, the
         bitstream and the queue entry, so that concurrent calls queue only one job. The caller is
@@ -84,15 +88,19 @@ class Jobs:
         if self.quarantine.holds(decode.digest):
             raise Quarantined(QUARANTINED)
         key = self.key(decode.id)
-        self.subscribe(decode.id, caller, subscription_s)  # first: keeps a running job running
+        is_subscribed, until = False, self.now() + subscription_s
         with self.store.queue.pipeline() as pipe:
             while True:
                 try:
                     pipe.watch(key)  # type: ignore[no-untyped-call]
                     state = self.get(decode.id)
+                    if state and state.status in _KEPT and not is_subscribed:
+                        self.subscribe(decode.id, caller, subscription_s)
+                        is_subscribed = True  # keeps it; but it may have been canceled before
+                        continue
                     new = JobState.queued(
                         decode, logs.request_id.get(), tracing.inject().get("traceparent", ""),
-                        caller, priority, weight,
+                        caller, priority, weight, eta_s,
                     )  # fmt: skip
                     if state and state.status == "queued":
                         return self._move_forward(state, new, pipe), False
@@ -103,6 +111,7 @@ class Jobs:
                     pipe.delete(key, events.key(self.store, decode.id))  # earlier run
                     pipe.hset(key, mapping=new.new_record())
                     pipe.expire(key, RECORD_TTL_S)
+                    self._subscribe(pipe, decode.id, caller, until)
                     self.enqueue(new, pipe)
                     events.append(self.store, pipe, decode.id, "queued")
                     pipe.execute()
@@ -148,11 +157,14 @@ class Jobs:
 
     def subscribe(self, job_id: str, caller: str, seconds: float) -> None:
         """Subscribe the caller to the job for `seconds`; never shortens a subscription."""
-        key = self.subscribers(job_id)
         with self.store.queue.pipeline() as pipe:
-            pipe.zadd(key, {caller: self.now() + seconds}, gt=True)
-            pipe.expire(key, RECORD_TTL_S)
+            self._subscribe(pipe, job_id, caller, self.now() + seconds)
             pipe.execute()
+
+    def _subscribe(self, pipe: Pipeline, job_id: str, caller: str, until: float) -> None:
+        key = self.subscribers(job_id)
+        pipe.zadd(key, {caller: until}, gt=True)
+        pipe.expire(key, RECORD_TTL_S)
 
     def add_submitter(self, job_id: str, caller: str) -> None:
         """Record that the caller has submitted the job. `withdraw` does not undo this."""
@@ -169,10 +181,6 @@ class Jobs:
         """Extend the caller's subscription; no effect after `withdraw`."""
         key = self.subscribers(job_id)
         self.store.queue.zadd(key, {caller: self.now() + seconds}, xx=True, gt=True)
-
-    def save_eta(self, job_id: str, seconds: float) -> None:
-        """Store the seconds until completion, as predicted at submission."""
-        self.store.queue.hset(self.key(job_id), "eta_s", str(seconds))
 
     def watch(self, job_id: str) -> None:
         """Ask the worker for previews for the next `WATCHED_S` seconds."""
