@@ -10,7 +10,7 @@ from worker.queue import counters, events
 from worker.queue.batches import leases
 from worker.queue.batches.leases import BatchTaken, Lease
 from worker.queue.batches.records import Active, Batch, Item, Spec
-from worker.queue.batches.store import PAGE, Batches
+from worker.queue.batches.store import PAGE, Batches, Packed
 from worker.queue.store import Store
 
 pytestmark = pytest.mark.redis
@@ -26,7 +26,7 @@ def batches(store: Store) -> Batches:
 def leased(batches: Batches, count: int, **more: str) -> Lease:
     """The lease of a new batch of this many items."""
     spec = Spec("ddim-10", Settings("ddim", 1), seed=5, **more)  # type: ignore[arg-type]
-    batches.create("ann", spec, items(count), ID)
+    batches.create("ann", spec, Packed.of(items(count), spec.seed), ID)
     lease = leases.take(batches)
     assert lease is not None
     return lease

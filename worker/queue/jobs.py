@@ -16,7 +16,6 @@ from redis.client import Pipeline
 from models.errors import Quarantined
 from worker.queue import counters, events, order, outbox
 from worker.queue.line import Line
-from worker.queue.order import Place
 from worker.queue.quarantine import QUARANTINED, Quarantine
 from worker.queue.records import DecodeRequest, JobState, Priority, Status, ended_fields
 from worker.queue.store import RECORD_TTL_S, SUBMITTERS_TTL_S, Store
@@ -46,9 +45,6 @@ BATCH_LOOKAHEAD = 64
 """Number of jobs at the head of the queue among which a worker looks for similar ones."""
 WATCHED_S = 30
 """How long the worker makes previews after a client last read the job's event stream."""
-
-_KEPT: tuple[Status, ...] = ("queued", "running", "succeeded")
-"""A job with this status is not queued by another submission."""
 
 Change = Callable[[str, JobState | None, Pipeline], None]
 """Adds commands to a transaction, given the job's id and its record."""
@@ -94,9 +90,10 @@ class Jobs:
                 try:
                     pipe.watch(key)  # type: ignore[no-untyped-call]
                     state = self.get(decode.id)
-                    if state and state.status in _KEPT and not is_subscribed:
+                    kept = state and state.status in {"queued", "running", "succeeded"}
+                    if kept and not is_subscribed:  # first: keeps a running job running
                         self.subscribe(decode.id, caller, subscription_s)
-                        is_subscribed = True  # keeps it; but it may have been canceled before
+                        is_subscribed = True
                         continue
                     new = JobState.queued(
                         decode, logs.request_id.get(), tracing.inject().get("traceparent", ""),
@@ -107,17 +104,22 @@ class Jobs:
                     if state and state.status in {"running", "succeeded"}:
                         return state, False
                     pipe.multi()
-                    pipe.set(self.store.key("bitstream", decode.digest), data, ex=RECORD_TTL_S)
-                    pipe.delete(key, events.key(self.store, decode.id))  # earlier run
-                    pipe.hset(key, mapping=new.new_record())
-                    pipe.expire(key, RECORD_TTL_S)
                     self._subscribe(pipe, decode.id, caller, until)
-                    self.enqueue(new, pipe)
-                    events.append(self.store, pipe, decode.id, "queued")
+                    self._write_new(pipe, new, data)
                     pipe.execute()
                     return new, True
                 except redis.WatchError:
                     continue
+
+    def _write_new(self, pipe: Pipeline, new: JobState, data: bytes) -> None:
+        """Write the record, the bitstream and the queue entry of a job."""
+        key = self.key(new.id)
+        pipe.set(self.store.key("bitstream", new.decode.digest), data, ex=RECORD_TTL_S)
+        pipe.delete(key, events.key(self.store, new.id))  # earlier run
+        pipe.hset(key, mapping=new.new_record())
+        pipe.expire(key, RECORD_TTL_S)
+        self.enqueue(new, pipe)
+        events.append(self.store, pipe, new.id, "queued")
 
     def _move_forward(self, state: JobState, new: JobState, pipe: Pipeline) -> JobState:
         """Move a queued job to the queue of a caller that submitted it again, if it will be drawn
@@ -246,15 +248,6 @@ class Jobs:
             for job_id in ids:
                 pipe.zcount(self.subscribers(job_id), now, "+inf")
             return [job_id for job_id, count in zip(ids, pipe.execute(), strict=True) if count]
-
-    def position(self, state: JobState) -> int | None:
-        """Number of jobs that workers will take before this one; None unless it is queued."""
-        ahead = self.ahead(state)
-        return None if ahead is None else len(ahead)
-
-    def ahead(self, state: JobState) -> list[str] | None:
-        """The jobs that workers will take before this one; None unless it is queued."""
-        return order.ahead(self.line, Place.of(state)) if state.status == "queued" else None
 
     def reap(self) -> None:
         """Put jobs whose worker missed its heartbeats back at the front of the queue.

@@ -36,15 +36,6 @@ def first(line: Line, count: int, priority: Priority) -> list[str]:
     return ids.decode().split()
 
 
-def ahead(line: Line, place: Place) -> list[str] | None:
-    """The jobs that workers will take before this one, in order; None if it does not wait.
-
-    This is the order if no other job comes. For a place without id: if it were queued now.
-    """
-    jobs = run(line, order_scripts.AHEAD, place)
-    return None if jobs is None else [job_id for job_id, _ in parse(jobs)]
-
-
 def parse(jobs: bytes) -> Iterator[tuple[str, float | None]]:
     """The ids of jobs, and the megapixel-steps of those with subscribers, from the scripts."""
     for job in jobs.decode().split():

@@ -143,10 +143,6 @@ end
 """
 )
 
-AHEAD = f"{_AHEAD}return ahead()"
-"""The jobs before a job, as `ID:WORK` with spaces; an empty work if it has no subscribers. Nothing
-if the job does not wait. With an empty id: the jobs before one that the caller queued now."""
-
 OUTLOOK = (
     _AHEAD
     + """
@@ -162,8 +158,12 @@ end
 return {ahead(), redis.call('hgetall', sums), workers, running}
 """
 )
-"""`AHEAD` and all else that predictions need: the hash of sums, live workers with 1 if they are
-drained, and owner, worker, work, step and total of the running jobs.
+"""All that predictions need: the jobs before a job, the hash of sums, live workers with 1 if they
+are drained, and owner, worker, work, step and total of the running jobs.
+
+The jobs before it are `ID:WORK` with spaces, with an empty work if a job has no subscribers;
+nothing if the job does not wait. For an empty id, they are those before a job that the caller
+queued now.
 
 More ARGV: keys of the sums and of the running jobs, prefix of workers' records, seconds for which a
 worker lives without a heartbeat, key of the live workers.

@@ -13,7 +13,7 @@ from models.errors import AfterimageError
 from worker.queue import events, outbox
 from worker.queue.batches import scripts
 from worker.queue.batches.records import STATES, Active, Batch, Item, ItemStatus
-from worker.queue.batches.store import BATCH_TTL_S, PAGE, Batches, pages
+from worker.queue.batches.store import BATCH_TTL_S, PAGE, Batches, Packed
 from worker.queue.store import RECORD_TTL_S
 
 LEASE_S = 10.0
@@ -75,8 +75,8 @@ class Lease:
         """Add listed items; `after` is the key of the last object that was read."""
         begun = batch.total - batch.total % PAGE
         former = [*self.batches.items(batch, range(begun, batch.total)).values()]
-        added = pages(begun // PAGE, [*former, *items], batch.spec.seed) if items else ()
-        arguments = [part for page in added for part in page]
+        added = Packed.of([*former, *items] if items else (), batch.spec.seed, begun // PAGE)
+        arguments = [part for page in added.pages.items() for part in page]
         numbers = batch.total, len(items), after, int(listed)
         self._write(scripts.EXTEND, *numbers, *arguments)
 
