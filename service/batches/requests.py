@@ -1,5 +1,6 @@
 """Checks requests for batches, and adds the batches to the queue."""
 
+import asyncio
 from array import array
 from collections.abc import Iterator
 from itertools import islice
@@ -24,6 +25,8 @@ from worker.queue.references import Reference
 LARGE = 2**20
 """Size of a body, in bytes, after which memory is returned to the system: lists of items are large
 and rare."""
+TRIM_S = 2.0
+"""How long after the response: its body is freed by then."""
 _THREADS = anyio.CapacityLimiter(1)
 """Threads that check items, of which a request may have many; others go on meanwhile."""
 
@@ -33,10 +36,12 @@ async def submit(services: Services, caller: Caller, data: bytes, key: str | Non
 
     Raises `RequestValidationError`, `ParameterError`, `StoreError`, `QueueFull`, `KeyReused`.
     """
-    id = await _submit(services, caller, data, key)
-    if len(data) > LARGE:
-        await anyio.to_thread.run_sync(memory.trim, limiter=_THREADS)
-    return id
+    try:
+        return await _submit(services, caller, data, key)
+    finally:
+        if len(data) > LARGE:
+            loop = asyncio.get_running_loop()
+            loop.call_later(TRIM_S, loop.run_in_executor, None, memory.trim)
 
 
 async def _submit(services: Services, caller: Caller, data: bytes, key: str | None) -> str:
