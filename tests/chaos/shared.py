@@ -5,6 +5,7 @@ from and writes to an S3 server. At first nothing is killed: these jobs show how
 `Retry-After` is.
 """
 
+import concurrent.futures
 import contextlib
 import itertools
 import os
@@ -90,11 +91,13 @@ class Run:
                     self._submit(caller, next(numbers))
 
     def _submit(self, caller: str, number: int) -> None:
-        """Submit a job, over and over until an API process accepts it."""
+        """Submit a job, over and over until an API process accepts it or the run is stopped."""
         job = self.work[number % len(self.work)]
         asked, at = {**job.asked, "seed": number}, time.time()
         headers = {"Prefer": "respond-async", "Authorization": f"Bearer {token(caller)}"}
         for api in itertools.cycle(self.apis):
+            if self.stopped.is_set():
+                return
             with contextlib.suppress(httpx.TransportError):
                 answer = api.client.post(
                     "/v1/decodes", params=asked, content=job.data, headers=headers
@@ -173,19 +176,21 @@ def run(folder: Path, minutes: float, report: Report) -> None:
         items = jobs(max(round(ITEMS_A_MINUTE * minutes), 10), 3, TIERS)
         this = Run(own, apis, jobs(PICTURES, 2, TIERS))
         batch = submit_batch(apis[0], objects, items)
-        threads = [threading.Thread(target=this.keep_queued, args=(n,)) for n in WEIGHTS]
-        for thread in threads:
-            thread.start()
-        until(lambda: this.ended() >= WARM, "the first jobs", 300)
-        this.warm_at = time.time()
-        time.sleep(60 * minutes * CALM_SHARE)
-        chaos, this.faults_at = Chaos(own, 4, apis), time.time()
-        chaos.start()
-        time.sleep(60 * minutes * (1 - CALM_SHARE))
-        this.stopped.set()
-        this.stopped_at = time.time()
-        for thread in threads:
-            thread.join()
+        chaos = Chaos(own, 4, apis)
+        with concurrent.futures.ThreadPoolExecutor(len(WEIGHTS)) as pool:
+            queuing = [pool.submit(this.keep_queued, name) for name in WEIGHTS]
+            try:
+                until(lambda: this.ended() >= WARM, "the first jobs", 600)
+                this.warm_at = time.time()
+                time.sleep(60 * minutes * CALM_SHARE)
+                this.faults_at = time.time()
+                chaos.start()
+                time.sleep(60 * minutes * (1 - CALM_SHARE))
+                this.stopped_at = time.time()
+            finally:
+                this.stopped.set()
+        for one in queuing:
+            one.result()
         went_on = chaos.is_alive()  # False after an exception
         chaos.stopped.set()
         chaos.join()

@@ -191,13 +191,14 @@ def outlook(jobs: Jobs, place: Place = NOWHERE) -> Outlook:
     arguments = _sums_key(jobs), jobs.leases, records, LEASE_S, workers.names_key(jobs)
     ahead, sums, live, running = order.run(jobs.line, OUTLOOK, place, *arguments)
     drained = {name: bool(flag) for name, flag in live}
-    rows = [(owner or b"", name or b"", *map(float, (work or 0, step or 0, total or 0)))
-            for owner, name, work, step, total in running]  # fmt: skip
     return Outlook(
         _fit(dict(zip(sums[::2], sums[1::2], strict=True)), drained),
         None if ahead is None else list(order.parse(ahead)),
         drained,
-        [(owner, name, work, step / max(total, 1)) for owner, name, work, step, total in rows],
+        [
+            (owner or b"", name or b"", float(work or 0), int(step or 0) / int(total or 1))
+            for owner, name, work, step, total in running
+        ],
     )
 
 
