@@ -342,9 +342,11 @@ def test_jobs_without_subscribers_do_not_count_in_etas(jobs: Jobs, small_msh: by
     assert estimates.backlog_s(jobs) == pytest.approx(2.0)
 
 
-def test_an_eta_saved_after_the_attempt_began_is_counted(jobs: Jobs, small_msh: bytes) -> None:
+def test_the_eta_of_the_submission_is_compared_with_the_time_that_it_took(
+    jobs: Jobs, small_msh: bytes
+) -> None:
+    jobs.submit(decode_of(small_msh, FAST), small_msh, eta_s=1000.0)
     attempt = begin(jobs, small_msh)
-    jobs.save_eta(attempt.id, 1000.0)
     attempt.commit(b"png")
     attempt.record_duration(1.0)
     assert counters.read(jobs.store).get("eta_ratio:0.1") == 1

@@ -25,7 +25,7 @@ from tests.support.batches import (
 )
 from tests.support.waiting import until
 from worker.queue import object_stores
-from worker.queue.batches import Batches
+from worker.queue.batches.store import Batches
 from worker.queue.jobs import Jobs
 from worker.queue.outbox import Outbox
 from worker.queue.store import Store
