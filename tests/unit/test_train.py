@@ -137,6 +137,23 @@ def test_a_decoder_with_one_call_gets_perceptual_losses_at_that_call(
 
 
 @pytest.mark.usefixtures("few_held_out_crops")
+def test_a_perceptual_decoder_is_trained_alone_from_a_wider_one(
+    config: Callable[..., DiffusionConfig], tmp_path: Path
+) -> None:
+    wide = config(plan=(Stage("phase1", steps=1),), out=str(tmp_path / "wide"))
+    trained(wide)
+    settings = config(
+        plan=(Stage("perceptual", steps=2),), preset="small", widths=(8, 16, 24), calls=1,
+        narrow=str(tmp_path / "wide" / "decoder.safetensors"), log_s=0.0,
+    )  # fmt: skip
+    trained(settings)
+    rows = [row for row in log(settings) if "ratio" in row]
+    assert len(rows) == 2 and all(row["lpips"] > 0 and "v" not in row for row in rows)
+    drawn = decoder.from_file(Path(settings.out) / "decoder.safetensors")
+    assert (drawn.config.widths, drawn.config.depth) == ((8, 16, 24), 1)
+
+
+@pytest.mark.usefixtures("few_held_out_crops")
 def test_a_run_trains_both_phases_and_exports_weights_with_a_card(
     config: Callable[..., DiffusionConfig], tmp_path: Path
 ) -> None:
