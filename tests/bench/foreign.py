@@ -44,6 +44,8 @@ LAMBDA = 0.0035 * 255**2
 """Weight of the squared error against bits per pixel: CompressAI's for quality 2."""
 START = Path(__file__).parents[2] / f"models/train/weights/msh_n64_q{QUALITY}.safetensors"
 PICTURES = 16
+assert (settings := TIERS["perceptual"].settings) is not None
+PERCEPTUAL = settings
 BATCH, CROP = 8, 128
 
 
@@ -62,10 +64,12 @@ def main() -> int:
     for model in ARCHITECTURES:
         net, steps = train(model, training, options.minutes * 60)
         state = zoo.with_tables(parameters(net))
-        row = measure(zoo.from_tensors(state, QUALITY, model=model), own.diffusion, held_out, lpips)
+        row = measure(
+            zoo.from_tensors(state, QUALITY, model=model), own.decoder(PERCEPTUAL), held_out, lpips
+        )
         rows.append({"model": model, "steps": steps} | row)
     shipped = own.find(QUALITY, "mse")
-    row = measure(shipped, own.diffusion, held_out, lpips)
+    row = measure(shipped, own.decoder(PERCEPTUAL), held_out, lpips)
     rows.append({"model": f"shipped {shipped.model}, latents hidden", "steps": 0} | row)
     about = machine.describe() | {"instructions": torch.backends.cpu.get_cpu_capability()}
     document = {"machine": about, "minutes": options.minutes, "rows": rows}
@@ -104,7 +108,8 @@ def _loss(net: Any, x: Tensor) -> Tensor:
     out = net(x)
     bits = sum(-likelihoods.log2().sum() for likelihoods in out["likelihoods"].values())
     error: Tensor = (out["x_hat"] - x).square().mean()
-    return LAMBDA * error + bits / (len(x) * CROP**2)
+    loss: Tensor = LAMBDA * error + bits / (len(x) * CROP**2)
+    return loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +155,8 @@ def measure(codec_: Codec, decoder: Decoder, files: list[Path], lpips: LpipsAlex
 def _decodes(codec_: Codec, decoder: Decoder, b: Any) -> Iterator[image.Pixels]:
     latents, x_hat = codec_.reconstruct(b)
     yield codec.crop_to_pixels(x_hat, b.height, b.width)
-    settings = TIERS["perceptual"].settings
-    assert settings is not None
     item = DiffusionInput(latents, x_hat, QUALITY, seed=0, latents_visible=False)
-    yield codec.crop_to_pixels(decoder.sample_batch([item], settings), b.height, b.width)
+    yield codec.crop_to_pixels(decoder.sample_batch([item], PERCEPTUAL), b.height, b.width)
 
 
 def _figures(drawn: image.Pixels, original: image.Pixels, lpips: LpipsAlex) -> Figures:

@@ -123,7 +123,7 @@ def equality(check: Check, q2: codec.Codec, on_cpu: Decoder, on_device: Decoder)
         worst, mean = levels(*pictures)
         check.holds(f"{name}, mean 1/255", mean, 0.5)
         check.holds(f"{name}, largest 1/255", worst, 16.0)
-    served = library.load().diffusion
+    served = library.load().decoder(PERCEPTUAL)
     check.holds("workers use another device", float(served.device.type != device.type), 0)
     previews: list[Tensor] = []
     served.sample_batch(

@@ -28,6 +28,7 @@ from models.diffusion.conditioner import PerQuality
 from models.diffusion.presets import COMPACT, PAPER
 from models.diffusion.unet import UNet
 from models.errors import WeightsError
+from models.tiers import Settings
 from models.train import __main__ as cli
 from models.train import bank, export, network
 from models.train.adapt import adapt, fit_map, folded
@@ -201,15 +202,15 @@ def test_exported_weights_load_by_the_manifest(
     (folder / "msh.md").write_text("Other weights.")
     export.decoder(tmp_path / "run/decoder.safetensors", folder)
     assert [e.card for e in checkpoint.manifest(folder)] == ["", "compact.md"]
-    installed = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load(folder))
+    installed = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load_all(folder))
     b = installed.codecs[1, "mse"].encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
-    assert installed.diffusion_input(b, 0).latents_visible
+    assert installed.diffusion_input(b, Settings("ddim", 1), 0).latents_visible
     state = zoo.with_tables(random("mbt2018-mean", 128, 192))
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "other")
     export.codec(tmp_path / "other", 1, folder)  # a codec that the decoder does not know
-    installed = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load(folder))
+    installed = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load_all(folder))
     b = installed.codecs[1, "mse"].encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
-    assert not installed.diffusion_input(b, 0).latents_visible
+    assert not installed.diffusion_input(b, Settings("ddim", 1), 0).latents_visible
 
 
 def test_an_exported_decoder_replaces_the_installed_one(tmp_path: Path) -> None:
