@@ -14,7 +14,7 @@ from fastapi import Request, Response
 from models.codec.bitstream import Bitstream
 from models.errors import ParameterError, Quarantined
 from models.image import OutputFormat
-from models.tiers import Settings, Tier
+from models.tiers import Settings, Tier, decoder_for
 from service import (
     admission,
     drafts,
@@ -301,7 +301,7 @@ def build_decode(
     b = upload.bitstream
     decode = DecodeRequest(
         upload.digest, params.tier.name, settings, params.seed, services.library.codec_id(b),
-        services.decoder_id, b.quality, b.width, b.height,
+        decoder_for(services.decoder_ids, settings), b.quality, b.width, b.height,
     )  # fmt: skip
     limit = services.settings.max_megapixel_steps
     size = b.width * b.height / 1e6 * settings.calls
