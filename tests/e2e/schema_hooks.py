@@ -39,6 +39,8 @@ schemathesis.openapi.media_type(
     "application/octet-stream", bodies(BODIES / "application/octet-stream")
 )
 
+schemathesis.openapi.format("uint64", st.integers(0, 2**64 - 1).map(str))
+
 
 @schemathesis.hook
 def map_query(context: Any, query: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -162,7 +162,7 @@ def test_existing_targets_are_skipped_or_replaced(
     assert document["failed"] == [
         {
             "number": 3, "source": "store:in/3.msh", "target": "store:out/3.png", "seed": 0,
-            "problem": {
+            "seed_text": "0", "problem": {
                 "type": "urn:afterimage:problem:object-not-found",
                 "detail": "there is no object store:in/3.msh",
             },
@@ -172,6 +172,18 @@ def test_existing_targets_are_skipped_or_replaced(
     document = ended(api, submitted(api, items=list(numbered(5)), on_existing="replace"), drawer)
     assert counts(document) == {"succeeded": 5} and len(drawer.drawn) == 1
     assert (sources.parent / "out/3.png").read_bytes() == PNG
+
+
+@pytest.mark.parametrize("seed", [2**53 + 1, str(2**53 + 1), str(2**64 - 1)])
+def test_seeds_may_be_strings(
+    api: httpx.Client, drawer: Drawer, sources: Path, seed: int | str
+) -> None:
+    items: list[dict[str, Any]] = [*numbered(2)]
+    items[0]["seed"], items[1]["source"] = seed, "store:in/none.msh"
+    document = ended(api, submitted(api, items=items, seed=seed), drawer)
+    (drawn,), (failed,) = drawer.drawn, document["failed"]
+    assert str(api.get(f"/v1/decodes/{drawn}").json()["seed_text"]) == str(seed)
+    assert failed["seed_text"] == str(seed)
 
 
 def test_failed_items_are_listed_in_pages_and_taken_again(
