@@ -22,7 +22,7 @@ from anyio.from_thread import start_blocking_portal
 from httpx_sse import ServerSentEvent, aconnect_sse
 
 from models.errors import AfterimageError, Canceled
-from models.image import MEDIA_TYPES, OutputFormat
+from models.pictures.output_formats import MEDIA_TYPES, OutputFormat
 from service.client_batches import AsyncBatches, Batches
 
 Kind = Literal["draft", "queued", "started", "progress", "preview", "final"]

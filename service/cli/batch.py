@@ -6,9 +6,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from models.errors import AfterimageError
+from models.pictures.output_formats import OutputFormat
 from models.tiers import TIERS, check_realism, check_seed
 from service.cli.codec import SAMPLER_SETTINGS, add_sampler
 from service.cli.files import STDIO
@@ -19,7 +20,6 @@ if TYPE_CHECKING:  # importing it takes a second
 
 PRIORITIES = ("interactive", "batch")
 URL = "http://127.0.0.1:8000"
-FORMATS = ("png", "jpeg", "webp", "avif", "npy")
 
 
 def add(commands: Any) -> None:
@@ -54,7 +54,7 @@ def _add_submit(submit: argparse.ArgumentParser) -> None:
     submit.add_argument("--suffix", help="of the sources below a prefix (default: .msh)")
     submit.add_argument(
         "--format",
-        choices=FORMATS,
+        choices=get_args(OutputFormat),
         help="of the pictures (default: as the suffixes of the targets; below a prefix, png)",
     )
     submit.add_argument(

@@ -7,15 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from models.codec import bitstream
 from models.errors import AfterimageError, PictureError, UnsupportedCodec
 from models.files import is_special, write_output
+from models.pictures.output_formats import SUFFIXES, OutputFormat
 from service.cli.terminal import complain, note
-
-if TYPE_CHECKING:  # importing it loads Pillow
-    from models.image import OutputFormat
 
 STDIO = Path("-")
 """As an input stdin, as an output stdout."""
@@ -118,13 +115,11 @@ def reason(error: Exception) -> str:
     return str(error)
 
 
-def picture_format(target: Path) -> "OutputFormat":
+def picture_format(target: Path) -> OutputFormat:
     """Picture format of a file name; PNG for stdout, and for devices and pipes without a suffix.
 
     Raises `AfterimageError` for an unknown suffix.
     """
-    from models.image import SUFFIXES
-
     if target == STDIO:
         return "png"
     if not target.suffix and target.exists() and is_special(target, target.stat()):

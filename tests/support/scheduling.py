@@ -11,6 +11,7 @@ GROUPS = {
     "service": (
         "test_http", "test_decodes", "test_client", "test_webhook", "test_observed", "test_demo",
         "test_supervisor", "test_page", "test_hostile_page", "test_queue_cli", "test_typescript",
+        "test_client_wheel",
     ),
     "guarded": ("test_guarded", "test_schema"),
 }  # fmt: skip
