@@ -1,6 +1,6 @@
 """JSON documents about batches."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -29,6 +29,8 @@ BATCH: JsonDict = {
                "failed": 1, "canceled": 0},
     "pictures_per_minute": 26.0, "eta_s": 2455.4, "failed": [_FAILED], "next": None,
 }  # fmt: skip
+
+LISTED: JsonDict = {**BATCH, "failed": []}
 
 
 class Counts(BaseModel):
@@ -97,6 +99,23 @@ class Batch(BaseModel):
             eta_s=None if eta_s is None else round(eta_s, 1), failed=failed,
             next=_next(batch.id, failed[-1].number, limit) if more else None,
         )  # fmt: skip
+
+
+class BatchPage(BaseModel):
+    """Some batches, newest first."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"batches": [LISTED], "next": None}]})
+
+    batches: list[Batch] = Field(description="Without their failed items.")
+    next: str | None = Field(description="Path of the next page.")
+
+    @classmethod
+    def of(cls, batches: Sequence[batch_records.Batch], limit: int) -> "BatchPage":
+        """The public view of up to `limit` batches."""
+        path = None
+        if len(batches) == limit:
+            path = prefix.public(f"/v1/batches?after={batches[-1].id}&limit={limit}")
+        return cls(batches=[Batch.of(batch, []) for batch in batches], next=path)
 
 
 def _next(id: str, after: int, limit: int) -> str:

@@ -1,6 +1,7 @@
 """`afterimage batch`: batches of a service."""
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -27,6 +28,12 @@ def add(commands: Any) -> None:
     batch = commands.add_parser("batch", help="decode many objects of object stores at a service")
     actions = batch.add_subparsers(required=True, metavar="COMMAND")
     _add_submit(actions.add_parser("submit", help="submit a batch"))
+    listing = actions.add_parser("list", help="list batches, newest first")
+    listing.add_argument(
+        "--limit", type=int, default=20, metavar="N", help="at most N batches (default: 20)"
+    )
+    _add_url(listing)
+    listing.set_defaults(run=_list)
     for name, help in (
         ("status", "show the state of a batch"),
         ("cancel", "cancel what has not begun"),
@@ -80,12 +87,16 @@ def _add_submit(submit: argparse.ArgumentParser) -> None:
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
+    _add_url(command)
+    command.add_argument("--watch", action="store_true", help="show the counts until it has ended")
+
+
+def _add_url(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--url",
         default=URL,
         help=f"the service; its API key is in AFTERIMAGE_API_KEY (default: {URL})",
     )
-    command.add_argument("--watch", action="store_true", help="show the counts until it has ended")
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -98,6 +109,15 @@ def _submit(args: argparse.Namespace) -> int:
         request["items"] = list(_items(args.items))
     with _Service(args.url) as client:
         return _report(client, client.batches.submit(**request), args.watch)
+
+
+def _list(args: argparse.Namespace) -> int:
+    if args.limit < 1:
+        raise AfterimageError(f"--limit is {args.limit}; choose 1 or more")
+    with _Service(args.url) as client:
+        for batch in itertools.islice(client.batches.list(), args.limit):
+            say(f"{batch['created'][:19].replace('T', ' ')}  {_line(batch)}")
+    return 0
 
 
 def _items(file: Path) -> Iterator[Any]:

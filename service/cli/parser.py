@@ -58,6 +58,10 @@ TEXTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
             "afterimage batch submit --items - < items.jsonl",
         ),
     ),
+    "afterimage batch list": (
+        "List batches, newest first: with API keys, those of the key.",
+        ("afterimage batch list", "afterimage batch list --limit 100"),
+    ),
     "afterimage batch status": (
         "Show the state of a batch; with --failed, a line of JSON for each failed item.",
         (

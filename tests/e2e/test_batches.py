@@ -148,6 +148,8 @@ def test_the_command_line_and_the_client_follow_a_batch(
     (root / "in/gone.msh").write_bytes((root / "in/00.msh").read_bytes())
     assert main.main(["batch", "retry", id, "--url", url, "--watch"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"{id} ended: 3 succeeded")
+    assert main.main(["batch", "list", "--limit", "1", "--url", url]) == 0
+    assert f"  {id} ended: 3 succeeded" in capsys.readouterr().out
     assert main.main(["batch", "cancel", id, "--url", url]) == 1
     assert "has already ended" in capsys.readouterr().err
     prefixes = ["store:in/", "store:out/pre/", "--format", "jpeg", "--suffix", "0.msh"]
@@ -157,6 +159,7 @@ def test_the_command_line_and_the_client_follow_a_batch(
         *_, last = client.batches.follow(id, 0.1)
         assert counts(last) == {"succeeded": 4}
         assert list(client.batches.failed(id)) == []
+        assert [batch["id"] for batch in client.batches.list()][0] == id
     assert sorted(f.name for f in (root / "out/pre").iterdir()) == [f"{n}.jpg" for n in range(4)]
     assert main.main(["batch", "status", "0" * 32, "--url", url]) == 1
     assert "there is no batch" in capsys.readouterr().err
