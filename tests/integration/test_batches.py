@@ -354,7 +354,7 @@ def test_expired_batches_are_not_listed_and_forgotten(
     assert api.get("/v1/batches").json()["batches"] == []
     second = submitted(api, items=[*numbered(2)]).rpartition("/")[2]
     assert [batch["id"] for batch in api.get("/v1/batches").json()["batches"]] == [second]
-    for key in store.queue.keys("*batches-*"):  # type: ignore[union-attr]
+    for key in store.queue.keys("*batches-*"):
         assert store.queue.zrange(key, 0, -1) == [second.encode()]
 
 
