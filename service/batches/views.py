@@ -39,6 +39,18 @@ def view(
     return schemas.Batch.of(batch, failed, limit)
 
 
+def newest(services: Services, caller: Caller, after: str, limit: int) -> schemas.BatchPage:
+    """Return up to `limit` batches that the caller may see, newest first.
+
+    They are older than the batch `after`, if it is given. Raises `BatchNotFound`.
+    """
+    owner = None if services.keys is None else caller.name
+    found = Batches(services.store).newest(owner, after, limit)
+    if found is None:
+        raise BatchNotFound(f"after: there is no batch {after}, or it has expired; leave it out")
+    return schemas.BatchPage.of(found, limit)
+
+
 async def events(
     services: Services, id: str, caller: Caller
 ) -> AsyncIterator[tuple[str, str | None, Mapping[str, Any]]]:

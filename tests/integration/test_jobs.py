@@ -52,9 +52,7 @@ def worker(
 
 
 @pytest.fixture
-def forked_worker(
-    redis_urls: tuple[str, str], store: Store, tmp_path: Path
-) -> Iterator[Process]:
+def forked_worker(redis_urls: tuple[str, str], store: Store, tmp_path: Path) -> Iterator[Process]:
     """A worker process that starts faster."""
     environment = {"REDIS_URL": redis_urls[0], "CACHE_REDIS_URL": redis_urls[1]}
     process = Forked(worker_main, os.environ | environment, tmp_path / "worker.log")

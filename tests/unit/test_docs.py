@@ -104,6 +104,11 @@ def test_the_readmes_examples_name_files_that_exist_and_write_none_into_the_repo
     assert names == {"Client", "Path", "client", "data", "print", "update"}
 
 
+def test_the_readmes_typescript_is_the_tested_program() -> None:
+    (program,) = code_blocks("README.md", "typescript")
+    assert program == (ROOT / "tests/typescript/decode.ts").read_text()
+
+
 def test_the_readmes_example_shows_the_id_that_the_service_computes() -> None:
     (example,) = code_blocks("README.md", "console")
     data = (ROOT / "tests/data/kodim23.msh").read_bytes()

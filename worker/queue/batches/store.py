@@ -11,6 +11,7 @@ effect. So a step may be killed anywhere, and another process takes the next one
 """
 
 import contextlib
+import itertools
 import json
 import time
 import zlib
@@ -22,7 +23,7 @@ from typing import Any
 import redis
 
 from worker.queue import counters, events, outbox
-from worker.queue.batches import scripts
+from worker.queue.batches import index, scripts
 from worker.queue.batches.records import STATES, Batch, Item, Spec
 from worker.queue.store import Store
 
@@ -81,7 +82,9 @@ class Batches:
                 pipe.hset(keys[4], mapping=items.pages)  # type: ignore[arg-type]
             self.touch(pipe, id, BATCH_TTL_S)
             pipe.zadd(self.due, {id: now})
+            index.add(self.store, pipe, id, caller, now)
             pipe.execute()
+        index.forget_expired(self.store, caller)
 
     def get(self, id: str) -> Batch | None:
         """The batch and its counts; None if there is none."""
@@ -90,6 +93,17 @@ class Batches:
             pipe.get(self.keys_of(id)[1])
             row, states = pipe.execute()
         return Batch.of(id, row, states or b"")
+
+    def newest(self, caller: str | None, after: str, limit: int) -> list[Batch] | None:
+        """Up to `limit` batches of a caller, or of all for None, newest first.
+
+        They are older than the batch `after`, if it is given; None if there is no such batch.
+        """
+        ids = index.newest(self.store, caller, after)
+        if ids is None:
+            return None
+        kept = (batch for id in ids if (batch := self.get(id)) is not None)
+        return [*itertools.islice(kept, limit)]
 
     def running(self) -> list[Batch]:
         """All batches that have not ended."""
