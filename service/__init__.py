@@ -1,5 +1,8 @@
 """The HTTP API, the command line and the Python client of Afterimage."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-__version__ = version("afterimage")
+try:
+    __version__ = version("afterimage")
+except PackageNotFoundError:  # the wheel of the client alone
+    __version__ = version("afterimage-client")

@@ -21,9 +21,12 @@ import httpx
 from anyio.from_thread import start_blocking_portal
 from httpx_sse import ServerSentEvent, aconnect_sse
 
-from models.errors import AfterimageError, Canceled
-from models.image import MEDIA_TYPES, OutputFormat
+from models.pictures.output_formats import MEDIA_TYPES, OutputFormat
 from service.client_batches import AsyncBatches, Batches
+from service.client_errors import ApiError, ClientError, DecodeFailed, decode_error
+from service.client_objects import AsyncObjects, Objects
+
+__all__ = ["ApiError", "AsyncClient", "Client", "ClientError", "DecodeFailed", "Update"]
 
 Kind = Literal["draft", "queued", "started", "progress", "preview", "final"]
 
@@ -39,24 +42,6 @@ MAX_PAUSE_S = 60.0
 _RETRYABLE = frozenset({429, 502, 503, 504})
 """Statuses after which a request is retried: 429 if the quota is used up, 502 to 504 if the service
 is restarting or overloaded."""
-
-
-class ApiError(AfterimageError):
-    """The service answered with an error, a problem document (RFC 9457)."""
-
-    def __init__(self, status: int, problem: dict[str, Any], retry_after_s: float = 0) -> None:
-        super().__init__(str(problem.get("detail") or problem.get("title") or status))
-        self.status = status
-        self.problem = problem
-        self.retry_after_s = retry_after_s
-
-
-class ClientError(AfterimageError):
-    """The client cannot be set up: an invalid port, API key, proxy or file of certificates."""
-
-
-class DecodeFailed(AfterimageError):
-    """The decode was queued and then failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +107,7 @@ class AsyncClient:
         self.http.base_url = _checked(httpx.URL(url))
         self.http.headers.update(headers)
         self.batches = AsyncBatches(self.send, self._retry)
+        self.objects = AsyncObjects(self.send, self._retry, self._path, self._encode_options)
 
     async def __aenter__(self) -> Self:
         return self
@@ -141,10 +127,11 @@ class AsyncClient:
     ) -> AsyncGenerator[Update, None]:
         """Decode a bitstream; yields updates, the last of which has the picture of `tier`.
 
-        `settings` are `seed`, `steps`, `eta`, `gamma`, `sampler`, `guidance` and `deadline_s`. If
-        the caller stops iterating, the service continues the decode. Once the decode is accepted,
-        the client reconnects while the service or its Redis restarts. Raises `ApiError`,
-        `DecodeFailed`, `Canceled`, and `httpx.TransportError` if the service cannot be reached.
+        `settings` are `seed`, `steps`, `eta`, `gamma`, `sampler`, `guidance`, `deadline_s` and, in
+        place of `data`, `source`, an object in one of the service's stores. If the caller stops
+        iterating, the service continues the decode. Once the decode is accepted, the client
+        reconnects while the service or its Redis restarts. Raises `ApiError`, `DecodeFailed`,
+        `Canceled`, and `httpx.TransportError` if the service cannot be reached.
         """
         params = {"tier": tier, **{k: v for k, v in settings.items() if v is not None}}
         accept = {"Accept": MEDIA_TYPES[format]}
@@ -167,13 +154,19 @@ class AsyncClient:
         yield Update("final", response.content, tier=response.headers["x-afterimage-tier"])
 
     async def encode(
-        self, picture: bytes, quality: int = 2, format: Literal["msh", "compressai"] = "msh"
+        self,
+        picture: bytes,
+        quality: int = 2,
+        format: Literal["msh", "compressai"] = "msh",
+        **settings: str | None,
     ) -> bytes:
         """Encode a picture file; returns the bitstream. Raises `ApiError`.
 
-        Warns (`UserWarning`) if the file is truncated and was encoded as far as it goes.
+        `settings` are `metric`, `model` and, in place of `picture`, `source`. Warns (`UserWarning`)
+        if the file is truncated and was encoded as far as it goes.
         """
-        params = {"quality": quality, "format": format}
+        chosen = {k: v for k, v in settings.items() if v is not None}
+        params = {"quality": quality, "format": format, **chosen}
         response = await self.send(
             "POST", "/v1/encodes", params=params, content=picture, **self._encode_options
         )
@@ -209,7 +202,7 @@ class AsyncClient:
             else:  # the stream ended early: the service or its Redis stopped, or the job has ended
                 state = (await self._retry("GET", location)).json()
                 if state["status"] in {"failed", "canceled"}:
-                    raise _decode_error(state["status"], state["error"])
+                    raise decode_error(state["status"], state["error"])
                 if state["status"] == "succeeded":
                     return
                 failures += 1
@@ -235,7 +228,7 @@ class AsyncClient:
             return None
         data = event.json()
         if event.event in {"failed", "canceled"}:
-            raise _decode_error(event.event, data.get("error"))
+            raise decode_error(event.event, data.get("error"))
         picture = None
         if event.event == "preview":
             if not previews:
@@ -279,6 +272,7 @@ class Client:
             )
             self._stack = stack.pop_all()
         self.batches = Batches(self._client.batches, self._portal)
+        self.objects = Objects(self._client.objects, self._portal)
         self._open = True
 
     def __enter__(self) -> Self:
@@ -316,10 +310,14 @@ class Client:
                 self._portal.call(steps.close)
 
     def encode(
-        self, picture: bytes, quality: int = 2, format: Literal["msh", "compressai"] = "msh"
+        self,
+        picture: bytes,
+        quality: int = 2,
+        format: Literal["msh", "compressai"] = "msh",
+        **settings: str | None,
     ) -> bytes:
         """See `AsyncClient.encode`."""
-        return self._portal.call(self._client.encode, picture, quality, format)
+        return self._portal.call(lambda: self._client.encode(picture, quality, format, **settings))
 
     def inspect(self, data: bytes) -> dict[str, Any]:
         """See `AsyncClient.inspect`."""
@@ -357,13 +355,6 @@ class _Steps:
         self._step.cancel()
         async with self._running:
             await self._updates.aclose()
-
-
-def _decode_error(status: str, error: str | None) -> AfterimageError:
-    """The exception for a decode whose status is `failed` or `canceled`."""
-    if status == "canceled":
-        return Canceled("the decode was canceled")
-    return DecodeFailed(error or "the decode failed")
 
 
 async def _wait_before_retry(error: httpx.TransportError | ApiError, failures: int) -> None:

@@ -43,6 +43,15 @@ class AsyncBatches:
         params = {"after": after, "limit": limit}
         return _document(await self._retry("GET", f"/v1/batches/{id}", params=params))
 
+    async def list(self) -> AsyncGenerator[Document, None]:
+        """The batches that the caller may see, newest first, without their failed items."""
+        params: dict[str, Any] | None = {"limit": 100}
+        while params is not None:
+            page = _document(await self._retry("GET", "/v1/batches", params=params))
+            for batch in page["batches"]:
+                yield batch
+            params = {**params, "after": page["batches"][-1]["id"]} if page["next"] else None
+
     async def failed(self, id: str) -> AsyncGenerator[Document, None]:
         """All failed items of a batch, page by page."""
         after: int | None = -1
@@ -83,6 +92,10 @@ class Batches:
     def status(self, id: str, after: int = -1, limit: int = 100) -> Document:
         """See `AsyncBatches.status`."""
         return self._portal.call(self._batches.status, id, after, limit)
+
+    def list(self) -> Iterator[Document]:
+        """See `AsyncBatches.list`."""
+        return self._each(self._batches.list())
 
     def failed(self, id: str) -> Iterator[Document]:
         """See `AsyncBatches.failed`."""

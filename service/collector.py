@@ -107,9 +107,11 @@ def _counters(sums: counters.Counters) -> Iterator[Metric]:
     lost = "Workers whose heartbeat stopped during a job."
     yield CounterMetricFamily("afterimage_leases_lost", lost, sums.get(counters.LEASES_LOST))
     targets = CounterMetricFamily(
-        "afterimage_targets", "Targets in object stores, by result.", labels=("status",)
+        "afterimage_targets",
+        "Targets in object stores: written, failed, or to be retried because the store was away.",
+        labels=("status",),
     )
-    for status in ("written", "failed"):
+    for status in ("written", "failed", "retried"):
         targets.add_metric([status], sums.get(counters.TARGETS + status))
     yield targets
     text = "Finished pictures that could not be written to AFTERIMAGE_RESULTS."

@@ -13,6 +13,7 @@ from models.codec.bitstream import Bitstream, Format, Metric, Profile
 from models.image import MEDIA_TYPES
 from service import prefix, problems
 from service.negotiate import MAX_WAIT_S
+from service.seeds import SeedText
 from service.settings import ServiceSettings
 from service.target_schemas import Target
 from worker.queue.estimates import CostModel
@@ -80,9 +81,7 @@ class Decode(BaseModel):
     status: Status
     tier: str
     seed: int
-    seed_text: str = Field(
-        description="The seed as text: JavaScript rounds numbers of 2^53 and more."
-    )
+    seed_text: SeedText
     step: int
     total: int
     position: int | None  # jobs ahead in the queue
@@ -372,6 +371,8 @@ def _time(seconds: float) -> datetime | None:
 
 
 BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
+RAW: dict[str, Any] = {}
+"""A raw body has no schema in OpenAPI 3.1, so that generated clients accept bytes and not text."""
 PICTURES: dict[str, Any] = {media_type: {"schema": BINARY} for media_type in MEDIA_TYPES.values()}
 FORM: dict[str, Any] = {
     "multipart/form-data": {
@@ -389,7 +390,7 @@ BITSTREAM: dict[str, Any] = {
         "description": "A bitstream: `.msh`, or an image file of CompressAI's `codec.py`. Leave it "
         "out with `source`.",
         "content": {
-            "application/octet-stream": {"schema": BINARY},
+            "application/octet-stream": RAW,
             **FORM,
         },
     }

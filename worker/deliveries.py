@@ -14,6 +14,7 @@ from models.codec import bitstream
 from models.errors import AfterimageError, WrongWeights
 from models.image import MEDIA_TYPES
 from models.library import Library, provenance
+from worker.queue import counters
 from worker.queue.jobs import Jobs
 from worker.queue.object_stores import ObjectStores
 from worker.queue.records import DecodeRequest, JobState
@@ -149,6 +150,7 @@ class Deliveries:
         if elapsed > self.jobs.timeout_s:
             self._fail(state, target, StoreAway(f"{e}; gave up after {elapsed:.0f} s"))
         else:
+            counters.count(self.jobs.store, f"{counters.TARGETS}retried")
             self.jobs.targets.postpone(state.id, target, pause_s)
 
     def _fail(self, state: JobState, target: Target, e: AfterimageError) -> None:

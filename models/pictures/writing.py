@@ -3,31 +3,15 @@
 import io
 import zlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
 
 from models.errors import PictureError
+from models.pictures.output_formats import OutputFormat
 from models.pictures.reading import Pixels
 
-OutputFormat = Literal["png", "jpeg", "webp", "avif", "npy"]
-
-MEDIA_TYPES: Mapping[OutputFormat, str] = {
-    "png": "image/png",
-    "jpeg": "image/jpeg",
-    "webp": "image/webp",
-    "avif": "image/avif",
-    "npy": "application/x-npy",
-}
-SUFFIXES: Mapping[str, OutputFormat] = {
-    ".png": "png",
-    ".jpg": "jpeg",
-    ".jpeg": "jpeg",
-    ".webp": "webp",
-    ".avif": "avif",
-    ".npy": "npy",
-}
 ENCODERS: Mapping[OutputFormat, Mapping[str, Any]] = {
     "png": {"format": "PNG", "compress_level": 1, "compress_type": zlib.Z_RLE},
     "jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},

@@ -18,8 +18,8 @@ from service.keys import SCOPES
 from service.problems import Unauthorized
 from service.services import Services
 from worker.queue import estimates, workers
-from worker.queue.batch_leases import Lease
-from worker.queue.batch_records import Active, Batch
+from worker.queue.batches.leases import Lease
+from worker.queue.batches.records import Active, Batch
 from worker.queue.references import StoreAway
 
 ITEMS_AT_ONCE = 8

@@ -8,7 +8,8 @@ from typing_extensions import TypedDict
 
 from models import tiers
 from models.image import OutputFormat
-from worker.queue.batch_records import MAX_ITEMS
+from service.seeds import Seed
+from worker.queue.batches.records import MAX_ITEMS
 from worker.queue.records import Priority
 
 REQUEST: JsonDict = {
@@ -31,9 +32,7 @@ class BatchItem(TypedDict):
 
     source: Annotated[str, Field(description="An object `store:NAME/KEY`.")]
     target: Annotated[str, Field(description="An object `store:NAME/KEY`.")]
-    seed: NotRequired[
-        Annotated[int | None, Field(ge=0, le=tiers.MAX_SEED, description="Default: the batch's.")]
-    ]
+    seed: NotRequired[Annotated[Seed | None, Field(description="Default: the batch's.")]]
 
 
 class BatchRequest(BaseModel):
@@ -61,7 +60,7 @@ class BatchRequest(BaseModel):
     )
     suffix: str = Field(".msh", min_length=2, max_length=32, pattern="^[A-Za-z0-9._-]+$")
     tier: str = Field("perceptual", json_schema_extra={"enum": [*tiers.TIERS]})
-    seed: int = Field(0, ge=0, le=tiers.MAX_SEED)
+    seed: Seed = 0
     steps: int | None = Field(None, ge=1, le=tiers.MAX_STEPS)
     eta: float | None = Field(None, ge=0, le=1)
     gamma: float | None = Field(None, ge=0, le=1)

@@ -1,6 +1,6 @@
 """JSON documents about batches."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -8,13 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from service import prefix
-from worker.queue import batch_records
+from service.seeds import SeedText
+from worker.queue.batches import records
 from worker.queue.records import Priority
 
 _ID = "7c1d0a6e2f9b4c5d8e3f1a2b3c4d5e6f"
 _FAILED: JsonDict = {
     "number": 17, "source": "store:incoming/holiday/17.msh",
-    "target": "store:outgoing/holiday/17.webp", "seed": 0,
+    "target": "store:outgoing/holiday/17.webp", "seed": 0, "seed_text": "0",
     "problem": {
         "type": "urn:afterimage:problem:object-not-found",
         "detail": "there is no object store:incoming/holiday/17.msh",
@@ -28,6 +29,8 @@ BATCH: JsonDict = {
                "failed": 1, "canceled": 0},
     "pictures_per_minute": 26.0, "eta_s": 2455.4, "failed": [_FAILED], "next": None,
 }  # fmt: skip
+
+LISTED: JsonDict = {**BATCH, "failed": []}
 
 
 class Counts(BaseModel):
@@ -56,6 +59,7 @@ class FailedItem(BaseModel):
     source: str
     target: str
     seed: int
+    seed_text: SeedText
     problem: ItemProblem
 
 
@@ -81,7 +85,7 @@ class Batch(BaseModel):
     next: str | None = Field(description="Path of the next page.")
 
     @classmethod
-    def of(cls, batch: batch_records.Batch, failed: list[FailedItem], limit: int = 0) -> "Batch":
+    def of(cls, batch: records.Batch, failed: list[FailedItem], limit: int = 0) -> "Batch":
         """The public view of a batch with up to `limit` failed items."""
         more = bool(failed) and len(failed) == limit
         eta_s = batch.eta_s
@@ -97,21 +101,41 @@ class Batch(BaseModel):
         )  # fmt: skip
 
 
+class BatchPage(BaseModel):
+    """Some batches, newest first."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"batches": [LISTED], "next": None}]})
+
+    batches: list[Batch] = Field(description="Without their failed items.")
+    next: str | None = Field(description="Path of the next page.")
+
+    @classmethod
+    def of(cls, batches: Sequence[records.Batch], limit: int) -> "BatchPage":
+        """The public view of up to `limit` batches."""
+        path = None
+        if len(batches) == limit:
+            path = prefix.public(f"/v1/batches?after={batches[-1].id}&limit={limit}")
+        return cls(batches=[Batch.of(batch, []) for batch in batches], next=path)
+
+
 def _next(id: str, after: int, limit: int) -> str:
     return prefix.public(f"/v1/batches/{id}?after={after}&limit={limit}")
 
 
 def failed_items(
-    items: Mapping[int, batch_records.Item], problems: Mapping[int, Mapping[str, str]]
+    items: Mapping[int, records.Item], problems: Mapping[int, Mapping[str, str]]
 ) -> list[FailedItem]:
     """The public view of failed items."""
     return [
-        FailedItem(number=n, **items[n]._asdict(), problem=ItemProblem(**problems[n]))
+        FailedItem(
+            number=n, **items[n]._asdict(), seed_text=str(items[n].seed),
+            problem=ItemProblem(**problems[n]),
+        )
         for n in sorted(problems)
-    ]
+    ]  # fmt: skip
 
 
-def _status(batch: batch_records.Batch) -> Literal["running", "ended", "canceled"]:
+def _status(batch: records.Batch) -> Literal["running", "ended", "canceled"]:
     if not batch.ended:
         return "running"
     return "canceled" if batch.canceled else "ended"

@@ -10,8 +10,8 @@ from service.batches import schemas
 from service.problems import BatchNotFound
 from service.services import Services
 from worker.queue import events as job_events
-from worker.queue.batch_records import Batch
-from worker.queue.batches import Batches
+from worker.queue.batches.records import Batch
+from worker.queue.batches.store import Batches
 from worker.queue.store import BLOCK_S
 
 
@@ -37,6 +37,18 @@ def view(
     problems = batches.failed(id, after, limit)
     failed = schemas.failed_items(batches.items(batch, problems), problems)
     return schemas.Batch.of(batch, failed, limit)
+
+
+def newest(services: Services, caller: Caller, after: str, limit: int) -> schemas.BatchPage:
+    """Return up to `limit` batches that the caller may see, newest first.
+
+    They are older than the batch `after`, if it is given. Raises `BatchNotFound`.
+    """
+    owner = None if services.keys is None else caller.name
+    found = Batches(services.store).newest(owner, after, limit)
+    if found is None:
+        raise BatchNotFound(f"after: there is no batch {after}, or it has expired; leave it out")
+    return schemas.BatchPage.of(found, limit)
 
 
 async def events(

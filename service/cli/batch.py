@@ -1,15 +1,17 @@
 """`afterimage batch`: batches of a service."""
 
 import argparse
+import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from models.errors import AfterimageError
+from models.pictures.output_formats import OutputFormat
 from models.tiers import TIERS, check_realism, check_seed
+from service.cli import options, remote
 from service.cli.codec import SAMPLER_SETTINGS, add_sampler
 from service.cli.files import STDIO
 from service.cli.terminal import say
@@ -18,8 +20,6 @@ if TYPE_CHECKING:  # importing it takes a second
     from service.client import Client
 
 PRIORITIES = ("interactive", "batch")
-URL = "http://127.0.0.1:8000"
-FORMATS = ("png", "jpeg", "webp", "avif", "npy")
 
 
 def add(commands: Any) -> None:
@@ -27,6 +27,12 @@ def add(commands: Any) -> None:
     batch = commands.add_parser("batch", help="decode many objects of object stores at a service")
     actions = batch.add_subparsers(required=True, metavar="COMMAND")
     _add_submit(actions.add_parser("submit", help="submit a batch"))
+    listing = actions.add_parser("list", help="list batches, newest first")
+    listing.add_argument(
+        "--limit", type=int, default=20, metavar="N", help="at most N batches (default: 20)"
+    )
+    _add_url(listing)
+    listing.set_defaults(run=_list)
     for name, help in (
         ("status", "show the state of a batch"),
         ("cancel", "cancel what has not begun"),
@@ -54,7 +60,7 @@ def _add_submit(submit: argparse.ArgumentParser) -> None:
     submit.add_argument("--suffix", help="of the sources below a prefix (default: .msh)")
     submit.add_argument(
         "--format",
-        choices=FORMATS,
+        choices=get_args(OutputFormat),
         help="of the pictures (default: as the suffixes of the targets; below a prefix, png)",
     )
     submit.add_argument(
@@ -80,12 +86,16 @@ def _add_submit(submit: argparse.ArgumentParser) -> None:
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
+    _add_url(command)
+    command.add_argument("--watch", action="store_true", help="show the counts until it has ended")
+
+
+def _add_url(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--url",
-        default=URL,
-        help=f"the service; its API key is in AFTERIMAGE_API_KEY (default: {URL})",
+        default=options.URL,
+        help=f"the service; its API key is in AFTERIMAGE_API_KEY (default: {options.URL})",
     )
-    command.add_argument("--watch", action="store_true", help="show the counts until it has ended")
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -96,8 +106,17 @@ def _submit(args: argparse.Namespace) -> int:
     request = {name: getattr(args, name) for name in names}
     if args.items is not None:
         request["items"] = list(_items(args.items))
-    with _Service(args.url) as client:
+    with remote.connect(args.url) as client:
         return _report(client, client.batches.submit(**request), args.watch)
+
+
+def _list(args: argparse.Namespace) -> int:
+    if args.limit < 1:
+        raise AfterimageError(f"--limit is {args.limit}; choose 1 or more")
+    with remote.connect(args.url) as client:
+        for batch in itertools.islice(client.batches.list(), args.limit):
+            say(f"{batch['created'][:19].replace('T', ' ')}  {_line(batch)}")
+    return 0
 
 
 def _items(file: Path) -> Iterator[Any]:
@@ -112,7 +131,7 @@ def _items(file: Path) -> Iterator[Any]:
 
 
 def _act(args: argparse.Namespace) -> int:
-    with _Service(args.url) as client:
+    with remote.connect(args.url) as client:
         if args.action == "status" and args.failed:
             for item in client.batches.failed(args.id):
                 say(json.dumps(item, ensure_ascii=False))
@@ -146,23 +165,3 @@ def _line(batch: dict[str, Any]) -> str:
     if batch["problem"]:
         parts.append(batch["problem"]["detail"])
     return "; ".join(parts)
-
-
-class _Service:
-    """A client of the service at `url`; errors of the connection become `AfterimageError`."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def __enter__(self) -> "Client":
-        from service.client import Client
-
-        self._client = Client(self.url, os.environ.get("AFTERIMAGE_API_KEY", ""))
-        return self._client.__enter__()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        from httpx import InvalidURL, TransportError
-
-        self._client.__exit__(kind, error, trace)
-        if isinstance(error, TransportError | InvalidURL):
-            raise AfterimageError(f"{self.url}: {error}") from error

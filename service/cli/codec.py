@@ -1,7 +1,6 @@
 """`afterimage encode`, `decode` and `inspect`."""
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +18,7 @@ from models.tiers import (
     find,
     vary,
 )
-from service.cli import options
+from service.cli import options, remote
 from service.cli.files import (
     convert_each,
     note_frames,
@@ -28,6 +27,7 @@ from service.cli.files import (
     read_bitstream,
     read_picture,
     reason,
+    without_existing,
 )
 from service.cli.terminal import complain, note, say_json
 from service.settings import ServiceSettings
@@ -40,7 +40,7 @@ SAMPLER_SETTINGS = ("sampler", "steps", "eta", "gamma", "guidance")
 def add(commands: Any) -> None:
     """Add `encode`, `decode` and `inspect` to the parser's commands."""
     encode = commands.add_parser("encode", help="encode pictures as bitstreams")
-    options.add_inputs(encode)
+    options.add_inputs(encode, at_least_one=False)
     options.add_output(encode)
     options.add_quality(
         encode,
@@ -62,20 +62,17 @@ def add(commands: Any) -> None:
         default="msh",
         help="msh has checksums; compressai is read by CompressAI's examples (default: msh)",
     )
+    options.add_service(encode)
     encode.set_defaults(run=_encode)
 
     decode = commands.add_parser(
         "decode", help="decode bitstreams to pictures: PNG, JPEG, WebP, AVIF or NPY"
     )
-    options.add_inputs(decode)
+    options.add_inputs(decode, at_least_one=False)
     options.add_output(decode)
     _add_tier(decode)
     add_sampler(decode)
-    decode.add_argument(
-        "--url",
-        help="decode at this service, such as http://127.0.0.1:8000, with the API key in "
-        "AFTERIMAGE_API_KEY (default: decode here)",
-    )
+    options.add_service(decode)
     decode.set_defaults(run=_decode)
 
     inspect = commands.add_parser("inspect", help="print the headers of bitstreams as JSON lines")
@@ -122,8 +119,20 @@ def add_sampler(decode: argparse.ArgumentParser) -> None:
 
 
 def _encode(args: argparse.Namespace) -> int:
+    remote.check(args)
     suffix = ".msh" if args.format == "msh" else ".bin"
-    targets = output_paths(args.inputs, args.output, suffix)
+    chosen = {name: getattr(args, name) for name in ("quality", "metric", "format", "model")}
+    if args.source or args.target:
+        return remote.encode_objects(args, chosen)
+    targets = output_paths(args.inputs, args.output, suffix, remote.PICTURES if args.url else ())
+    targets = without_existing(targets) if args.skip_existing else targets
+    if args.url:
+        return remote.encode_files(args, chosen, targets)
+    return convert_each(targets, _local_encoder(args)) if targets else 0
+
+
+def _local_encoder(args: argparse.Namespace) -> Callable[[Path], bytes]:
+    """Load the codec; returns the function that encodes a picture file."""
     with without_garbage_collection():
         import torch
 
@@ -148,7 +157,7 @@ def _encode(args: argparse.Namespace) -> int:
         x = codec.to_tensor(picture.pixels)
         return bitstream.serialize(network.encode(x, args.format, "exact"))
 
-    return convert_each(targets, encode)
+    return encode
 
 
 def _decode(args: argparse.Namespace) -> int:
@@ -162,14 +171,17 @@ def _decode(args: argparse.Namespace) -> int:
             f"{', '.join(overridden)}: the tier {tier.name} has no sampler; choose another --tier"
         )
     sampling = tier.settings and vary(tier.settings, **overrides)
-    targets = output_paths(args.inputs, args.output, ".png")
+    remote.check(args)
+    request = {"seed": args.seed, "realism": args.realism, **overrides}
+    if args.source or args.target:
+        return remote.decode_objects(args, request)
+    targets = output_paths(args.inputs, args.output, ".png", remote.BITSTREAMS if args.url else ())
     for target in targets.values():
         picture_format(target)
+    targets = without_existing(targets) if args.skip_existing else targets
     if args.url:
-        decode = _remote_decoder(args, overrides, targets)
-    else:
-        decode = _local_decoder(args, sampling, targets)
-    return convert_each(targets, decode)
+        return remote.decode_files(args, request, targets)
+    return convert_each(targets, _local_decoder(args, sampling, targets)) if targets else 0
 
 
 def _local_decoder(
@@ -203,41 +215,9 @@ def _local_decoder(
                     bar.update()
 
                 pixels = models.draw(b, sampling, args.seed, on_step, args.realism)
-            ids = models.weights_ids(b)
+            ids = models.weights_ids(b, sampling)
             text = library.provenance(args.tier, sampling, args.seed, *ids, args.realism)
         return image.write(pixels, picture_format(targets[source]), text)
-
-    return decode
-
-
-def _remote_decoder(
-    args: argparse.Namespace, overrides: dict[str, Any], targets: dict[Path, Path]
-) -> Callable[[Path], bytes]:
-    """The function that decodes a file at the service `args.url`."""
-    from httpx import InvalidURL, TransportError
-    from tqdm import tqdm
-
-    from service.client import Client
-
-    request = {"seed": args.seed, "realism": args.realism, **overrides}
-
-    def decode(source: Path) -> bytes:
-        format = picture_format(targets[source])
-        data = read_bitstream(source)
-        try:
-            with (
-                Client(args.url, os.environ.get("AFTERIMAGE_API_KEY", "")) as client,
-                tqdm(desc=source.name, unit="step", leave=False, disable=None) as bar,
-            ):
-                for update in client.decode(
-                    data, args.tier, format=format, previews=False, **request
-                ):
-                    bar.total = update.total or bar.total
-                    bar.update(max(update.step - bar.n, 0))
-        except (TransportError, InvalidURL) as e:
-            raise AfterimageError(f"{args.url}: {e}") from e
-        assert update.picture is not None
-        return update.picture
 
     return decode
 

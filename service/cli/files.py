@@ -5,38 +5,41 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from models.codec import bitstream
 from models.errors import AfterimageError, PictureError, UnsupportedCodec
 from models.files import is_special, write_output
+from models.pictures.output_formats import SUFFIXES, OutputFormat
 from service.cli.terminal import complain, note
-
-if TYPE_CHECKING:  # importing it loads Pillow
-    from models.image import OutputFormat
 
 STDIO = Path("-")
 """As an input stdin, as an output stdout."""
 
 
-def output_paths(inputs: Sequence[Path], output: str, suffix: str) -> dict[Path, Path]:
+def output_paths(
+    inputs: Sequence[Path], output: str | None, suffix: str, within: Sequence[str] = ()
+) -> dict[Path, Path]:
     """Input file -> output file.
 
     `output` is a folder if one exists there, if it ends with / or if there are several inputs;
-    files in it get the input's name with `suffix`. Raises `AfterimageError` if an input cannot be
-    read, two inputs share an output, or an input would be overwritten.
+    files in it get the input's name with `suffix`. With the suffixes `within`, inputs may be
+    folders: their files with these suffixes are taken, and keep their places below the folder.
+    Raises `AfterimageError` if an input cannot be read, two inputs share an output, or an input
+    would be overwritten.
     """
     if not output:
-        raise AfterimageError("--output is empty; name a file or a folder")
+        fault = "--output is missing" if output is None else "--output is empty"
+        raise AfterimageError(f"{fault}; name a file or a folder")
+    if not inputs:
+        raise AfterimageError("there is no input; name files")
     path = Path(output)
-    for source in inputs:
-        _check_input(source)
     if len(set(inputs)) < len(inputs):
         twice = next(source for source in inputs if list(inputs).count(source) > 1)
         raise AfterimageError(f"the input {twice} is given twice; name it once")
-    folder = len(inputs) > 1 or path.is_dir() or output.endswith("/")
+    names = _names(inputs, within)
+    folder = [*names] != [*inputs] or len(names) > 1 or path.is_dir() or output.endswith("/")
     if not folder:
         targets = {inputs[0]: path}
     elif STDIO in (*inputs, path):
@@ -44,9 +47,34 @@ def output_paths(inputs: Sequence[Path], output: str, suffix: str) -> dict[Path,
     elif path.exists() and not path.is_dir():
         raise AfterimageError(f"the output {path} is a file, but must be a folder; choose another")
     else:
-        targets = {source: path / f"{source.stem}{suffix}" for source in inputs}
+        targets = {
+            source: path / name.with_name(f"{name.stem}{suffix}") for source, name in names.items()
+        }
     _check_targets(targets)
     return targets
+
+
+def _names(inputs: Sequence[Path], within: Sequence[str]) -> dict[Path, Path]:
+    """Input file -> its name, or its path below the input folder."""
+    names: dict[Path, Path] = {}
+    for source in inputs:
+        if within and source.is_dir():
+            found = [f for f in sorted(source.rglob("*")) if f.suffix.lower() in within]
+            if not found:
+                raise AfterimageError(f"{source} has no files that end with {', '.join(within)}")
+            names |= {file: file.relative_to(source) for file in found if file.is_file()}
+        else:
+            _check_input(source)
+            names[source] = Path(source.name)
+    return names
+
+
+def without_existing(targets: Mapping[Path, Path]) -> dict[Path, Path]:
+    """Leave out inputs whose output exists. Outputs are written at once, so it is complete."""
+    left = {source: target for source, target in targets.items() if not target.exists()}
+    if skipped := len(targets) - len(left):
+        note(f"{skipped} of {len(targets)} outputs exist and are skipped")
+    return left
 
 
 def _check_input(source: Path) -> None:
@@ -118,13 +146,11 @@ def reason(error: Exception) -> str:
     return str(error)
 
 
-def picture_format(target: Path) -> "OutputFormat":
+def picture_format(target: Path) -> OutputFormat:
     """Picture format of a file name; PNG for stdout, and for devices and pipes without a suffix.
 
     Raises `AfterimageError` for an unknown suffix.
     """
-    from models.image import SUFFIXES
-
     if target == STDIO:
         return "png"
     if not target.suffix and target.exists() and is_special(target, target.stat()):

@@ -8,22 +8,62 @@ from typing import Any
 from models.codec.architectures import ARCHITECTURES
 from models.codec.bitstream import METRICS
 
+URL = "http://127.0.0.1:8000"
+"""The service that commands use by default."""
+JOBS = 8
+"""Files that are in work at a service at a time by default."""
 
-def add_inputs(command: argparse.ArgumentParser) -> None:
-    """Add the input files, at least one."""
+
+def add_inputs(command: argparse.ArgumentParser, at_least_one: bool = True) -> None:
+    """Add the input files."""
     command.add_argument(
-        "inputs", type=Path, nargs="+", metavar="IN", help="input files; - is stdin"
+        "inputs",
+        type=Path,
+        nargs="+" if at_least_one else "*",
+        metavar="IN",
+        help="input files; - is stdin",
     )
 
 
 def add_output(command: argparse.ArgumentParser) -> None:
-    """Add `--output`, a file or a folder."""
+    """Add `--output`, a file or a folder, and `--skip-existing`."""
+    command.add_argument(
+        "--skip-existing",
+        action="store_true",
+        help="skip inputs whose output exists already, to go on after an interruption",
+    )
     command.add_argument(
         "-o",
         "--output",
-        required=True,
         help="output file; or a folder, if it exists, ends with / or there are several inputs; "
         "- is stdout",
+    )
+
+
+def add_service(command: argparse.ArgumentParser) -> None:
+    """Add the options of a command that a service may run: its URL, objects of its stores."""
+    service = command.add_argument_group(
+        "at a service",
+        "Its API key is in AFTERIMAGE_API_KEY. Without these, the work is done here.",
+    )
+    service.add_argument("--url", help=f"work at this service; IN may be folders (such as {URL})")
+    service.add_argument(
+        "--jobs",
+        type=int,
+        default=JOBS,
+        metavar="N",
+        help="at most N files at a time; fewer while the service refuses requests "
+        f"(default: {JOBS})",
+    )
+    service.add_argument(
+        "--source",
+        metavar="store:NAME/KEY",
+        help=f"instead of IN: an object in a store of the service (--url, default: {URL})",
+    )
+    service.add_argument(
+        "--target",
+        metavar="store:NAME/KEY",
+        help="instead of --output: an object to write in a store of the service",
     )
 
 

@@ -31,6 +31,7 @@ TEXTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
             "afterimage encode photo.jpg -o photo.msh",
             "afterimage encode *.png -o coded/ --quality 3",
             "convert photo.heic png:- | afterimage encode - -o photo.msh",
+            "afterimage encode photos/ -o coded/ --url http://127.0.0.1:8000 --skip-existing",
         ),
     ),
     "afterimage decode": (
@@ -40,6 +41,8 @@ TEXTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
             "afterimage decode coded/*.msh -o pictures/ --tier perceptual --seed 1",
             "afterimage decode photo.msh -o photo.webp --tier ddim-10 --steps 20 --realism 0.5",
             "afterimage decode photo.msh -o - --url http://127.0.0.1:8000 | display -",
+            "afterimage decode coded/ -o pictures/ --url http://127.0.0.1:8000 --skip-existing",
+            "afterimage decode --source store:in/a.msh --target store:out/a.webp --tier perceptual",
         ),
     ),
     "afterimage inspect": (
@@ -57,6 +60,10 @@ TEXTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
             "afterimage batch submit --items items.jsonl --tier ddim-10 --on-existing replace",
             "afterimage batch submit --items - < items.jsonl",
         ),
+    ),
+    "afterimage batch list": (
+        "List batches, newest first: with API keys, those of the key.",
+        ("afterimage batch list", "afterimage batch list --limit 100"),
     ),
     "afterimage batch status": (
         "Show the state of a batch; with --failed, a line of JSON for each failed item.",

@@ -9,10 +9,9 @@ from typing import Any
 from urllib.parse import quote
 
 from models.errors import AfterimageError
-from service.cli import queue_text
+from service.cli import options, queue_text
 from service.cli.terminal import say
 
-URL = "http://127.0.0.1:8000"
 WATCH_S = 2.0
 """Interval of `--watch`."""
 CLEAR = "\x1b[H\x1b[2J"
@@ -29,7 +28,7 @@ ACTIONS = {
 def add(commands: Any) -> None:
     """Add `queue` to the parser's commands."""
     queue = commands.add_parser("queue", help="show and change the queue of a service")
-    _add_url(queue, default=URL)
+    _add_url(queue, default=options.URL)
     queue.add_argument("--watch", action="store_true", help=f"show it every {WATCH_S:g} seconds")
     queue.add_argument("--json", action="store_true", help="print the JSON of /v1/queue")
     queue.set_defaults(run=_show)
@@ -46,7 +45,7 @@ def _add_url(command: argparse.ArgumentParser, default: str) -> None:
         "--url",
         default=default,
         help="the service; its API key, with the scope operate, is in AFTERIMAGE_API_KEY "
-        f"(default: {URL})",
+        f"(default: {options.URL})",
     )
 
 

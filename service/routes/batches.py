@@ -11,10 +11,10 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from models.errors import ParameterError
 from service import prefix, problems, watching
 from service.batches import request_schemas, requests, views
-from service.batches.schemas import Batch
+from service.batches.schemas import Batch, BatchPage
 from service.deps import ONLY_KNOWN, DecodeCaller, RequestBody, ServicesDep
 from service.problems import BatchNotFound, Conflict, KeyReused, QueueFull
-from worker.queue.batches import Batches
+from worker.queue.batches.store import Batches
 from worker.queue.store import RedisError
 
 _PROBLEMS = (*problems.OF_AUTHENTICATION, BatchNotFound, ParameterError, problems.QueueAway)
@@ -82,6 +82,24 @@ async def submit_batch(
     id = await requests.submit(services, caller, data, idempotency_key)
     response.headers["Location"] = prefix.public(f"/v1/batches/{id}")
     return await anyio.to_thread.run_sync(views.view, services, id, caller)
+
+
+@router.get("", summary="List batches", responses=problems.responses(*_PROBLEMS))
+async def list_batches(
+    services: ServicesDep,
+    caller: DecodeCaller,
+    response: Response,
+    after: Annotated[
+        str,
+        Query(
+            pattern="^([0-9a-f]{32})?$", description="List batches that are older than this one."
+        ),
+    ] = "",
+    limit: Annotated[int, Query(ge=1, le=100, description="Batches to list, at most.")] = 20,
+) -> BatchPage:
+    """The caller's batches, newest first, in pages. Without API keys, all batches."""
+    response.headers["Cache-Control"] = "no-store"
+    return await anyio.to_thread.run_sync(views.newest, services, caller, after, limit)
 
 
 @router.get("/{id}", summary="Get the state of a batch", responses=problems.responses(*_PROBLEMS))

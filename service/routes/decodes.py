@@ -32,6 +32,7 @@ from service.drafts import read_bitstream
 from service.object_params import DecodeInput, PictureTargetDep
 from service.object_writes import PictureTarget
 from service.problems import Conflict, IdMismatch, KeyReused, QueueFull
+from service.seeds import Seed
 from service.services import Services
 from service.submission import DecodeParams, ParsedBitstream, Submission
 from service.target_schemas import WRITTEN, Written
@@ -82,7 +83,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 async def decode_params(
     tier: Annotated[str, tier_query("Name of a tier; `/v1/tiers` lists them.")] = "instant",
-    seed: Annotated[int, Query(ge=0, le=tiers.MAX_SEED)] = 0,
+    seed: Annotated[Seed, Query()] = 0,
     steps: Annotated[int | None, Query(ge=1, le=tiers.MAX_STEPS)] = None,
     eta: Annotated[float | None, Query(ge=0, le=1)] = None,
     gamma: Annotated[float | None, Query(ge=0, le=1)] = None,

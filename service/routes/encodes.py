@@ -40,7 +40,7 @@ _HEADERS = {
 
 
 def _upload(description: str, *media_types: str, required: bool = True) -> dict[str, Any]:
-    content = {m: {"schema": schemas.BINARY} for m in media_types} | schemas.FORM
+    content = dict.fromkeys(media_types, schemas.RAW) | schemas.FORM
     return {"requestBody": {"required": required, "description": description, "content": content}}
 
 

@@ -148,6 +148,8 @@ def test_the_command_line_and_the_client_follow_a_batch(
     (root / "in/gone.msh").write_bytes((root / "in/00.msh").read_bytes())
     assert main.main(["batch", "retry", id, "--url", url, "--watch"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"{id} ended: 3 succeeded")
+    assert main.main(["batch", "list", "--limit", "1", "--url", url]) == 0
+    assert f"  {id} ended: 3 succeeded" in capsys.readouterr().out
     assert main.main(["batch", "cancel", id, "--url", url]) == 1
     assert "has already ended" in capsys.readouterr().err
     prefixes = ["store:in/", "store:out/pre/", "--format", "jpeg", "--suffix", "0.msh"]
@@ -157,6 +159,36 @@ def test_the_command_line_and_the_client_follow_a_batch(
         *_, last = client.batches.follow(id, 0.1)
         assert counts(last) == {"succeeded": 4}
         assert list(client.batches.failed(id)) == []
+        assert [batch["id"] for batch in client.batches.list()][0] == id
     assert sorted(f.name for f in (root / "out/pre").iterdir()) == [f"{n}.jpg" for n in range(4)]
     assert main.main(["batch", "status", "0" * 32, "--url", url]) == 1
     assert "there is no batch" in capsys.readouterr().err
+
+
+def test_the_command_line_reads_and_writes_objects(
+    own: Rig, api: Api, root: Path, tmp_path: Path, small: image.Pixels,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    own.one()
+    url = ["--url", f"http://127.0.0.1:{api.port}"]
+    (root / "in/photo.png").write_bytes(image.write(small, "png"))
+    photo = ["encode", "--source", "store:in/photo.png"]
+    assert main.main([*photo, "--target", "store:out/photo.msh", *url]) == 0
+    assert "store:out/photo.msh: written" in capsys.readouterr().err
+    assert main.main([*photo, "-o", str(tmp_path / "a.msh"), *url]) == 0
+    coded = (tmp_path / "a.msh").read_bytes()
+    assert coded == (root / "out/photo.msh").read_bytes()
+    pictures: list[image.Pixels] = []
+    for tier in (["--tier", "instant"], ["--tier", "ddim-10", "--steps", "2", "--seed", "9"]):
+        for source in (["--source", "store:out/photo.msh"], [str(tmp_path / "a.msh")]):
+            for target in (["--target", "store:out/b.webp"], ["-o", str(tmp_path / "b.webp")]):
+                assert main.main(["decode", *source, *target, *tier, *url]) == 0
+            (tmp_path / "b.webp").rename(tmp_path / "kept.webp")
+            for file in (root / "out/b.webp", tmp_path / "kept.webp"):
+                pictures.append(image.read(file.read_bytes(), 10**6))
+    first, drawn = pictures[0], pictures[4]
+    assert not np.array_equal(first, drawn)
+    assert all(np.array_equal(first, other) for other in pictures[:4])
+    assert all(np.array_equal(drawn, other) for other in pictures[4:])
+    assert main.main(["decode", "--source", "store:in/none", "-o", "a.png", *url]) == 1
+    assert "there is no object store:in/none" in capsys.readouterr().err

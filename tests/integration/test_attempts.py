@@ -343,9 +343,11 @@ def test_jobs_without_subscribers_do_not_count_in_etas(jobs: Jobs, small_msh: by
     assert estimates.backlog_s(jobs) == pytest.approx(2.0)
 
 
-def test_an_eta_saved_after_the_attempt_began_is_counted(jobs: Jobs, small_msh: bytes) -> None:
+def test_the_eta_of_the_submission_is_compared_with_the_time_that_it_took(
+    jobs: Jobs, small_msh: bytes
+) -> None:
+    jobs.submit(decode_of(small_msh, FAST), small_msh, eta_s=1000.0)
     attempt = begin(jobs, small_msh)
-    jobs.save_eta(attempt.id, 1000.0)
     attempt.commit(b"png")
     attempt.record_duration(1.0)
     assert counters.read(jobs.store).get("eta_ratio:0.1") == 1
@@ -555,7 +557,7 @@ def test_a_job_of_a_batch_is_canceled_at_once_unless_resubscribed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     worker.batch = 3
-    settings, forward = Settings("ddim", 8), loaded.diffusion.net.denoiser.forward
+    settings, forward = Settings("ddim", 8), loaded.decoders[0].net.denoiser.forward
     first, second, third = (submit(jobs, small_msh, seed, settings) for seed in range(3))
     jobs.queue.remove(first)  # as RQ does
     seen: list[tuple[str, ...]] = []
@@ -569,7 +571,7 @@ def test_a_job_of_a_batch_is_canceled_at_once_unless_resubscribed(
             jobs.subscribe(first, "", 60)
         return forward(*args)
 
-    monkeypatch.setattr(loaded.diffusion.net.denoiser, "forward", withdrawing)
+    monkeypatch.setattr(loaded.decoders[0].net.denoiser, "forward", withdrawing)
     tasks.enhance(first)
     worker.run_deferred()
     assert seen[2] == ("running", "running", "running")
@@ -636,10 +638,10 @@ def test_a_damaged_bitstream_fails_alone_in_its_batch(
     jobs.queue.remove(good)
     diffusion_input = Library.diffusion_input
 
-    def failing(library: Library, b: Bitstream, seed: int) -> DiffusionInput:
+    def failing(library: Library, b: Bitstream, settings: Settings, seed: int) -> DiffusionInput:
         if b.format == "compressai":
             raise RuntimeError("injected")
-        return diffusion_input(library, b, seed)
+        return diffusion_input(library, b, settings, seed)
 
     monkeypatch.setattr(Library, "diffusion_input", failing)
     tasks.enhance(good)
@@ -668,7 +670,7 @@ def test_a_job_whose_recovery_process_died_fails_and_may_be_sent_again(
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, loaded: Library, pixels: int) -> list[int]:
     """Make the denoiser run out of memory above `pixels`; returns the sizes of its inputs."""
-    denoiser, sizes = loaded.diffusion.net.denoiser, []
+    denoiser, sizes = loaded.decoders[0].net.denoiser, []
     forward = denoiser.forward
 
     def limited(x_t: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -687,7 +689,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, loaded: Library, error: Exception
     def fail(*_: Any) -> torch.Tensor:
         raise error
 
-    monkeypatch.setattr(loaded.diffusion.net.denoiser, "forward", fail)
+    monkeypatch.setattr(loaded.decoders[0].net.denoiser, "forward", fail)
 
 
 @pytest.fixture(scope="module")
@@ -800,7 +802,7 @@ def test_a_canceled_job_keeps_its_last_preview(
 ) -> None:
     job_id = submit(jobs, small_msh, 0, Settings("ddim", 50))
     calls: list[int] = []
-    forward = loaded.diffusion.net.denoiser.forward
+    forward = loaded.decoders[0].net.denoiser.forward
 
     def withdrawing(*args: Any) -> torch.Tensor:
         calls.append(1)
@@ -808,7 +810,7 @@ def test_a_canceled_job_keeps_its_last_preview(
             jobs.withdraw(job_id, "")
         return forward(*args)
 
-    monkeypatch.setattr(loaded.diffusion.net.denoiser, "forward", withdrawing)
+    monkeypatch.setattr(loaded.decoders[0].net.denoiser, "forward", withdrawing)
     tasks.enhance(job_id)
     worker.run_deferred()
     assert (state(jobs, job_id).status, len(calls)) == ("canceled", 5)

@@ -25,7 +25,7 @@ from tests.support.batches import (
 )
 from tests.support.waiting import until
 from worker.queue import object_stores
-from worker.queue.batches import Batches
+from worker.queue.batches.store import Batches
 from worker.queue.jobs import Jobs
 from worker.queue.outbox import Outbox
 from worker.queue.store import Store
@@ -162,7 +162,7 @@ def test_existing_targets_are_skipped_or_replaced(
     assert document["failed"] == [
         {
             "number": 3, "source": "store:in/3.msh", "target": "store:out/3.png", "seed": 0,
-            "problem": {
+            "seed_text": "0", "problem": {
                 "type": "urn:afterimage:problem:object-not-found",
                 "detail": "there is no object store:in/3.msh",
             },
@@ -172,6 +172,18 @@ def test_existing_targets_are_skipped_or_replaced(
     document = ended(api, submitted(api, items=list(numbered(5)), on_existing="replace"), drawer)
     assert counts(document) == {"succeeded": 5} and len(drawer.drawn) == 1
     assert (sources.parent / "out/3.png").read_bytes() == PNG
+
+
+@pytest.mark.parametrize("seed", [2**53 + 1, str(2**53 + 1), str(2**64 - 1)])
+def test_seeds_may_be_strings(
+    api: httpx.Client, drawer: Drawer, sources: Path, seed: int | str
+) -> None:
+    items: list[dict[str, Any]] = [*numbered(2)]
+    items[0]["seed"], items[1]["source"] = seed, "store:in/none.msh"
+    document = ended(api, submitted(api, items=items, seed=seed), drawer)
+    (drawn,), (failed,) = drawer.drawn, document["failed"]
+    assert str(api.get(f"/v1/decodes/{drawn}").json()["seed_text"]) == str(seed)
+    assert failed["seed_text"] == str(seed)
 
 
 def test_failed_items_are_listed_in_pages_and_taken_again(
@@ -311,6 +323,39 @@ def test_the_same_idempotency_key_adds_one_batch(
     assert len(Batches(drawer.jobs.store).running()) == 1
     other = api.post("/v1/batches", json={**body, "seed": 1}, headers={"Idempotency-Key": "k"})
     assert other.status_code == 422 and other.json()["type"].endswith("key-reused")
+
+
+def test_batches_are_listed_in_pages_newest_first(
+    api: httpx.Client, drawer: Drawer, sources: Path
+) -> None:
+    assert api.get("/v1/batches").json() == {"batches": [], "next": None}
+    (sources / "0.msh").unlink()
+    ids = [submitted(api, items=[*numbered(n)]).rpartition("/")[2] for n in (1, 2, 3)]
+    ended(api, f"/v1/batches/{ids[0]}", drawer)
+    first = api.get("/v1/batches", params={"limit": 2}).json()
+    assert [batch["id"] for batch in first["batches"]] == ids[:0:-1]
+    assert first["next"] == f"/v1/batches?after={ids[1]}&limit=2"
+    last = api.get(first["next"]).json()
+    assert last["next"] is None
+    (oldest,) = last["batches"]
+    assert oldest == api.get(f"/v1/batches/{ids[0]}", params={"limit": 0}).json()
+    assert (oldest["status"], oldest["counts"]["failed"], oldest["failed"]) == ("ended", 1, [])
+    unknown = api.get("/v1/batches", params={"after": "0" * 32})
+    assert unknown.status_code == 404 and "after: there is no batch" in unknown.json()["detail"]
+
+
+def test_expired_batches_are_not_listed_and_forgotten(
+    api: httpx.Client, drawer: Drawer, sources: Path
+) -> None:
+    store = drawer.jobs.store
+    former = submitted(api, items=[*numbered(1)]).rpartition("/")[2]
+    ended(api, f"/v1/batches/{former}", drawer)
+    store.queue.delete(*Batches(store).keys_of(former)[:5])
+    assert api.get("/v1/batches").json()["batches"] == []
+    second = submitted(api, items=[*numbered(2)]).rpartition("/")[2]
+    assert [batch["id"] for batch in api.get("/v1/batches").json()["batches"]] == [second]
+    for key in store.queue.keys("*batches-*"):
+        assert store.queue.zrange(key, 0, -1) == [second.encode()]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tests.support.jobs import decode_of
 from tests.support.waiting import until
 from worker.attempt import Attempt, LeaseLost
 from worker.heartbeat import Heartbeat
-from worker.queue import events
+from worker.queue import estimates, events
 from worker.queue.jobs import HEARTBEAT_S, Jobs
 from worker.queue.records import DecodeRequest, JobState
 from worker.queue.store import Store
@@ -52,9 +52,7 @@ def worker(
 
 
 @pytest.fixture
-def forked_worker(
-    redis_urls: tuple[str, str], store: Store, tmp_path: Path
-) -> Iterator[Process]:
+def forked_worker(redis_urls: tuple[str, str], store: Store, tmp_path: Path) -> Iterator[Process]:
     """A worker process that starts faster."""
     environment = {"REDIS_URL": redis_urls[0], "CACHE_REDIS_URL": redis_urls[1]}
     process = Forked(worker_main, os.environ | environment, tmp_path / "worker.log")
@@ -106,7 +104,7 @@ def test_a_new_job_is_queued_once(jobs: Jobs, small_msh: bytes) -> None:
     assert first == again
     assert (first.status, first.step, first.total) == ("queued", 0, 2)
     assert jobs.queue.job_ids == [d.id]
-    assert jobs.position(first) == 0
+    assert estimates.outlook_of(jobs, first).position == 0
     assert jobs.store.bitstream(d.digest) == small_msh
 
 

@@ -1,6 +1,7 @@
 """Sources, targets and results in a real S3 server, with faults; API and worker in process."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -357,12 +358,21 @@ def test_a_store_that_stays_away_fails_the_target_after_the_time_limit_of_jobs(
     location = api.post("/v1/decodes", params=query, content=small_msh).headers["location"]
     draw(worker)
     proxy.faults.extend([503] * 100)
+
+    def count(status: str) -> float:
+        line = f'afterimage_targets_total{{status="{status}"}} '
+        (value,) = re.findall(rf"^{re.escape(line)}(.+)$", api.get("/metrics").text, re.M)
+        return float(value)
+
+    before = {status: count(status) for status in ("retried", "failed")}
     writer.deliver_one()
     assert api.get(location).json()["status"] == "running"
+    assert count("retried") == before["retried"] + 1
     worker.jobs.timeout_s = -1
     until(lambda: (writer.deliver_one(), api.get(location).json()["error"])[1], "it fails", 20)
     error = str(api.get(location).json()["error"])
     assert error.startswith("the object store 'out' answered 503; try again later; gave up after")
+    assert count("failed") == before["failed"] + 1
 
 
 def test_a_worker_killed_between_the_write_and_its_record_does_no_damage(

@@ -1,5 +1,6 @@
 """A private service shows a decode only to the callers that submitted it."""
 
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,9 +14,11 @@ from service.settings import ServiceSettings
 from tests.support import weights
 from tests.support.api import run_app
 from tests.support.api_keys import TOKENS, guarded_settings
-from tests.support.jobs import take
+from tests.support.jobs import FAST, take
 from tests.support.service import connected
 from worker.attempt import Attempt
+from worker.queue.batches.records import Item, Spec
+from worker.queue.batches.store import Batches, Packed
 from worker.queue.jobs import Jobs
 from worker.queue.store import Store
 from worker.settings import faults
@@ -175,3 +178,19 @@ def test_a_private_service_without_keys_does_not_start(monkeypatch: pytest.Monke
     with pytest.raises(ValidationError) as e:
         ServiceSettings()
     assert "AFTERIMAGE_API_KEYS is not; name the file of API keys" in faults(e.value)
+
+
+def test_only_its_caller_sees_a_batch_in_the_list(api: httpx.Client, jobs: Jobs) -> None:
+    spec = Spec("perceptual", FAST)
+    batches = Batches(jobs.store)
+    ids = {caller: uuid.uuid4().hex for caller in (OWNER, OTHER)}
+    for caller, id in ids.items():
+        items = Packed.of([Item("store:in/a.msh", "store:out/a.png", 0)], seed=0)
+        batches.create(caller, spec, items, id)
+    for caller, id in ids.items():
+        listed = api.get("/v1/batches", headers=by(caller)).json()["batches"]
+        assert [batch["id"] for batch in listed] == [id]
+        other = ids[OTHER if caller == OWNER else OWNER]
+        for path in (f"/v1/batches/{other}", f"/v1/batches?after={other}"):
+            assert api.get(path, headers=by(caller)).status_code == 404
+    assert api.get("/v1/batches").status_code == 401

@@ -11,8 +11,9 @@ sha256 = "{digest}"
 scopes = [{scopes}]
 {more}
 """
-TOKENS = {name: f"ai_{name * 10}" for name in ("both", "decoder", "hasty", "single")}
-"""By name of the key; `both` may decode and encode, without limits."""
+TOKENS = {name: f"ai_{name * 10}" for name in ("both", "decoder", "hasty", "single", "operator")}
+"""By name of the key; `both` may decode and encode, without limits, and `operator` everything."""
+SCOPES = {"both": '"decode", "encode"', "operator": '"decode", "encode", "operate"'}
 LIMITS = {"hasty": "requests_per_minute = 3", "single": "jobs_at_once = 1"}
 
 
@@ -23,7 +24,7 @@ def guarded_settings(folder: Path) -> dict[str, str]:
         TABLE.format(
             name=name,
             digest=keys.digest(token),
-            scopes='"decode", "encode"' if name == "both" else '"decode"',
+            scopes=SCOPES.get(name, '"decode"'),
             more=LIMITS.get(name, ""),
         )
         for name, token in TOKENS.items()

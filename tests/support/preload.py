@@ -2,7 +2,7 @@
 
 Only the fork server imports this module.
 """
-# ruff: noqa: E402, F401, I001
+# ruff: noqa: E402, F401
 
 import os
 import sys

@@ -13,6 +13,7 @@ GROUPS = {
         f"e2e/test_{name}"
         for name in (
             "http", "decodes", "client", "webhook", "observed", "demo", "supervisor", "queue_cli",
+            "typescript", "client_wheel",
         )
     ),
     "compressai": (
@@ -24,7 +25,7 @@ GROUPS = {
             )
         ),
     ),
-    "guarded": ("e2e/test_guarded", "e2e/test_schema"),
+    "guarded": ("e2e/test_guarded", "e2e/test_schema", "e2e/test_remote_cli"),
     "evaluate": tuple(f"unit/test_{name}" for name in ("evaluate", "metrics", "train_losses")),
 }  # fmt: skip
 """Files that share what takes seconds: the service of a session fixture (`page` and `service` use

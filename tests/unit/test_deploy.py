@@ -3,13 +3,16 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +26,24 @@ from service import metrics
 from service.app import create_app
 from service.cli.main import _parser
 from service.settings import ServiceSettings
+from worker.queue import object_config
 from worker.queue.jobs import Jobs
 from worker.queue.store import Store
 from worker.webhooks.settings import WebhookSettings
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
+KUSTOMIZATIONS = sorted((DEPLOY / "kubernetes").rglob("kustomization.yaml"))
+PATCHES = sorted(
+    file.parent / patch["path"]
+    for file in KUSTOMIZATIONS
+    for patch in yaml.safe_load(file.read_text()).get("patches", ())
+)
+"""Parts of objects, which kustomize merges with them."""
 MANIFESTS = sorted(
-    f for f in (DEPLOY / "kubernetes").rglob("*.yaml")
-    if f.name != "kustomization.yaml" and f != DEPLOY / "kubernetes/overlays/gpu/worker.yaml"
-)  # fmt: skip
-"""All manifests but the patch, which is not a complete object."""
+    f for f in (DEPLOY / "kubernetes").rglob("*.yaml") if f not in (*KUSTOMIZATIONS, *PATCHES)
+)
+"""All complete objects."""
 CUSTOM_KINDS = {"ScaledObject"}
 """Custom resources, which have no Kubernetes schema."""
 SHUTDOWN_S = 10
@@ -67,6 +77,23 @@ def compose() -> dict[str, Any]:
     text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (DEPLOY / "compose.yaml").read_text())
     parsed: dict[str, Any] = yaml.safe_load(text)
     return parsed
+
+
+def merged(base: Any, override: Any) -> Any:
+    """A compose file with another one on top: lists are joined, other values replaced."""
+    if isinstance(base, dict) and isinstance(override, dict):
+        both = {k: merged(base[k], override[k]) for k in base.keys() & override.keys()}
+        return base | override | both
+    if isinstance(base, list) and isinstance(override, list):
+        return base + override
+    return override
+
+
+@pytest.fixture(scope="module")
+def compose_with_stores(compose: dict[str, Any]) -> dict[str, Any]:
+    (override,) = documents(DEPLOY / "compose.stores.yaml")
+    both: dict[str, Any] = merged(compose, override)
+    return both
 
 
 def our_services(compose: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -103,17 +130,99 @@ def test_manifests_follow_kubernetes_schemas(file: Path) -> None:
             )
 
 
-def test_compose_follows_its_specification(compose: dict[str, Any]) -> None:
-    parsed = PyCompose.from_json(json.dumps(compose))
-    parsed.validate()
-    parsed.to_spec()
+def test_compose_follows_its_specification(
+    compose: dict[str, Any], compose_with_stores: dict[str, Any]
+) -> None:
+    for file in (compose, compose_with_stores):
+        parsed = PyCompose.from_json(json.dumps(file))
+        parsed.validate()
+        parsed.to_spec()
 
 
-def test_the_code_reads_every_variable_that_is_set(compose: dict[str, Any]) -> None:
-    names = {name for service in our_services(compose).values() for name in service["environment"]}
-    names |= {s for service in our_services(compose).values() for s in service["secrets"]}
-    for manifest in [*objects(), *documents(DEPLOY / "kubernetes/overlays/gpu/worker.yaml")]:
-        names |= set(manifest.get("data", ()))
+@pytest.mark.parametrize("file", KUSTOMIZATIONS, ids=lambda f: f.parent.name)
+def test_kustomizations_name_files_that_exist_and_every_file_is_named(file: Path) -> None:
+    (kustomization,) = documents(file)
+    named = {p["path"] for p in kustomization.get("patches", ())}
+    named |= {r for r in kustomization.get("resources", ()) if r.endswith(".yaml")}
+    assert named | {"kustomization.yaml"} == {f.name for f in file.parent.glob("*.yaml")}
+    folders = [r for r in kustomization.get("resources", ()) if not r.endswith(".yaml")]
+    for folder in [*folders, *kustomization.get("components", ())]:
+        assert (file.parent / folder / "kustomization.yaml").exists(), folder
+
+
+def test_the_images_contain_the_extras_that_the_makefile_names() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (extras,) = re.findall(r"^EXTRAS \?= (.+)$", (ROOT / "Makefile").read_text(), re.M)
+    wanted = {
+        re.split("[><=]", requirement)[0]
+        for extra in extras.split() for requirement in project["optional-dependencies"][extra]
+    }  # fmt: skip
+    assert extras.split() == ["stores", "otel"] and len(wanted) > 2
+    for target in ("cpu", "cuda"):
+        lock = (DEPLOY / f"requirements-{target}.lock").read_text()
+        assert wanted <= set(re.findall(r"^([\w.-]+)==", lock, re.M))
+
+
+def test_every_overlay_is_checked_by_the_script() -> None:
+    (loop,) = re.findall(r"^for overlay in (.*); do$", (DEPLOY / "check.sh").read_text(), re.M)
+    overlays = {f.parent.name for f in KUSTOMIZATIONS if f.parent.parent.name == "overlays"}
+    assert set(loop.split()) == overlays
+
+
+def test_every_process_has_the_stores_and_no_other_pod_may_reach_them(
+    compose_with_stores: dict[str, Any], tmp_path: Path
+) -> None:
+    services = our_services(compose_with_stores)
+    for service in services.values():
+        assert service["environment"]["AFTERIMAGE_STORES"] == "/run/secrets/stores.toml"
+        assert "stores.toml" in service["secrets"] and service["env_file"] == ["secrets/stores.env"]
+    folder = DEPLOY / "kubernetes/components/stores"
+    (config,) = documents(folder / "stores.yaml")
+    for name in ("api", "worker"):
+        (patch,) = documents(folder / f"{name}.yaml")
+        assert patch["metadata"]["name"] == name
+        pod = patch["spec"]["template"]["spec"]
+        (part,), (volume,) = pod["containers"], pod["volumes"]
+        assert volume["configMap"]["name"] == config["metadata"]["name"]
+        (path,) = [e["value"] for e in part["env"] if e["name"] == "AFTERIMAGE_STORES"]
+        assert path == f"{part['volumeMounts'][0]['mountPath']}/{[*config['data']][0]}"
+        assert part["envFrom"][:-1] == container(name)["envFrom"]  # the patch replaces the list
+        assert patch["spec"]["template"]["metadata"]["labels"] == {"stores-client": "true"}
+    file = tmp_path / "stores.toml"
+    file.write_text(config["data"]["stores.toml"])
+    assert not object_config.read(file)["incoming"].write
+
+
+def test_policies_of_stores_open_no_private_address() -> None:
+    components = DEPLOY / "kubernetes/components"
+    (policy,) = documents(components / "stores/network.yaml")
+    spec = policy["spec"]
+    assert spec["podSelector"] == {"matchLabels": {"stores-client": "true"}}
+    assert spec["policyTypes"] == ["Egress"]
+    (rule,) = spec["egress"]
+    assert rule["ports"] == [{"port": 443}]
+    for block in (to["ipBlock"] for to in rule["to"]):
+        closed = [ip_network(text) for text in block["except"]]
+        for text in PRIVATE:
+            address = ip_address(text)
+            if address.version == ip_network(block["cidr"]).version:
+                assert any(address in network for network in closed), text
+    (identity,) = documents(components / "workload-identity/network.yaml")
+    opened = [to["ipBlock"]["cidr"] for rule in identity["spec"]["egress"] for to in rule["to"]]
+    assert all(ip_network(text).is_link_local and text.endswith("/32") for text in opened)
+    assert identity["spec"]["podSelector"] == spec["podSelector"]
+
+
+PRIVATE = ("10.0.0.1", "100.64.1.1", "127.0.0.1", "169.254.169.254", "172.16.0.1", "192.168.1.1",
+           "::1", "fd00::1", "fe80::1")  # fmt: skip
+
+
+def test_the_code_reads_every_variable_that_is_set(compose_with_stores: dict[str, Any]) -> None:
+    services = our_services(compose_with_stores).values()
+    names = {name for service in services for name in service["environment"]}
+    names |= {s for service in services for s in service["secrets"]} - {"stores.toml"}
+    for manifest in [*objects(), *(d for patch in PATCHES for d in documents(patch))]:
+        names |= set(manifest.get("data", ())) - {"stores.toml"}
         template = manifest.get("spec", {}).get("template", {}).get("spec", {})
         for part in template.get("containers", ()):
             names |= {e["name"] for e in part.get("env", ())} - {"REDIS_PASSWORD"}
@@ -254,6 +363,57 @@ def samples(store: Store) -> set[str]:
         for family in metrics.registry(Jobs(store)).collect()
         for suffix in suffixes.get(family.type, ("",))
     }
+
+
+def promtool(*arguments: str) -> None:
+    """Run promtool of the machine, or of the environment."""
+    folders = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
+    program = shutil.which("promtool", path=folders)
+    if program is None:
+        pytest.fail("promtool is missing: `make promtool`, or install Prometheus", pytrace=False)
+    done = subprocess.run(
+        [program, *arguments], cwd=DEPLOY / "prometheus", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_promtool_accepts_the_rules_and_their_cases_pass() -> None:
+    promtool("check", "config", "prometheus.yml")
+    promtool("check", "rules", "rules.yaml")
+    promtool("test", "rules", "rules_test.yaml")
+
+
+@pytest.mark.redis
+def test_rules_and_dashboards_use_labels_that_exist(store: Store) -> None:
+    """Of the metrics that come from Redis, which has all labels without any request."""
+    labels: dict[str, set[tuple[str, str]]] = {}
+    for family in metrics.registry(Jobs(store)).collect():
+        for sample in family.samples:
+            labels.setdefault(sample.name, set()).update(sample.labels.items())
+    dashboard = json.loads((DEPLOY / "grafana/dashboards/afterimage.json").read_text())
+    (rules,) = documents(DEPLOY / "prometheus/rules.yaml")
+    queries = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
+    queries += [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    checked = 0
+    for query in queries:
+        for metric, selector in re.findall(r"(afterimage_\w+)\{([^}]*)\}", query):
+            for label, values in re.findall(r'(\w+)=~?"([^"]*)"', selector):
+                if any(name == label for name, _ in labels.get(metric, ())):
+                    assert {(label, value) for value in values.split("|")} <= labels[metric]
+                    checked += 1
+    assert checked >= 2
+
+
+@pytest.mark.redis
+def test_the_dashboard_shows_every_metric_of_batches_stores_and_queues(store: Store) -> None:
+    text = (DEPLOY / "grafana/dashboards/afterimage.json").read_text()
+    names = {
+        family.name
+        for family in metrics.registry(Jobs(store)).collect()
+        if re.match("afterimage_(batch|queue|targets|results)", family.name)
+    }
+    assert len(names) > 8
+    assert not {name for name in names if name not in text}
 
 
 @pytest.mark.redis

@@ -12,7 +12,7 @@ import pytest
 
 from models import checkpoint
 from models.codec import bitstream
-from models.tiers import TIERS
+from models.tiers import TIERS, decoder_for
 from service.cli.main import _parser
 from worker.queue.records import DecodeRequest
 
@@ -104,13 +104,18 @@ def test_the_readmes_examples_name_files_that_exist_and_write_none_into_the_repo
     assert names == {"Client", "Path", "client", "data", "print", "update"}
 
 
+def test_the_readmes_typescript_is_the_tested_program() -> None:
+    (program,) = code_blocks("README.md", "typescript")
+    assert program == (ROOT / "tests/typescript/decode.ts").read_text()
+
+
 def test_the_readmes_example_shows_the_id_that_the_service_computes() -> None:
     (example,) = code_blocks("README.md", "console")
     data = (ROOT / "tests/data/kodim23.msh").read_bytes()
     b = bitstream.parse(data)
     settings = TIERS["perceptual"].settings
     assert settings is not None
-    decoder = checkpoint.decoder_entry().weights_id
+    decoder = decoder_for(checkpoint.decoder_entries(), settings).weights_id
     decode = DecodeRequest(
         bitstream.digest(data), "perceptual", settings, 0, b.weights_id, decoder, b.quality,
         b.width, b.height,

@@ -394,7 +394,7 @@ def test_the_command_writes_metrics_of_real_bytes(
     for name in baselines.NAMES:
         assert by_tier[name]["null_gap"] < baselines.TOLERANCE_DB
     assert "| 2 | perceptual | 3 |" in (tmp_path / "out/evaluation.md").read_text()
-    assert document["decoder"] == decoder.load().weights_id
+    assert document["decoders"] == [d.weights_id for d in decoder.load_all().values()]
     (points,) = document["calibration"].values()
     assert [round(16 * p["t"]) for p in points] == list(range(15, 0, -1))
     assert all(0 < point["actual"] < point["zero"] for point in points)
@@ -454,18 +454,18 @@ def test_cached_decodes_are_reused_unless_the_bitstream_changed(
 def test_pictures_equal_the_services_even_if_the_decoder_was_not_trained_with_the_codec(
     command: Command, tmp_path: Path, small: image.Pixels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = library.load(with_decoder=True)
-    assert models.decoder is not None
-    models.decoder.codecs = frozenset()
-    monkeypatch.setattr(decoder, "load", lambda **_: models.decoder)
+    models = library.load()
+    settings = TIERS["perceptual"].settings
+    assert settings is not None
+    diffusion = models.decoder(settings)
+    diffusion.codecs = frozenset()
+    monkeypatch.setattr(decoder, "load_all", lambda **_: models.decoders)
     (tmp_path / "in/a.png").write_bytes(image.write(small, "png"))
     command("--qualities", "2")
     drawn = image.read((tmp_path / "out/decodes/q2/a.png/perceptual.seed0.png").read_bytes(), 10**6)
-    settings = TIERS["perceptual"].settings
-    assert settings is not None
     b = models.codecs[2, "mse"].encode(codec.to_tensor(small), "msh", "exact")
     assert np.array_equal(drawn, models.draw(b, settings, 0))
-    models.decoder.codecs = None
+    diffusion.codecs = None
     assert not np.array_equal(drawn, models.draw(b, settings, 0))
 
 

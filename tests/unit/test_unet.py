@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.diffusion import presets
 from models.diffusion.conditioner import Condition, Maps, PerQuality
-from models.diffusion.presets import COMPACT, FINE, PAPER, PRESETS, UNetConfig
+from models.diffusion.presets import COMPACT, FINE, PAPER, PRESETS, SMALL, UNetConfig
 from models.diffusion.unet import UNet
 
 TINY_PAPER = replace(
@@ -52,7 +52,9 @@ def test_the_papers_network_has_113_million_parameters_and_the_published_cost() 
     assert sum(kilo_macs(net, 128)) == pytest.approx(8388, abs=1)
 
 
-@pytest.mark.parametrize(("c", "once", "step"), [(COMPACT, 40, 54), (FINE, 50, 70)])
+@pytest.mark.parametrize(
+    ("c", "once", "step"), [(COMPACT, 40, 54), (SMALL, 12, 24), (FINE, 50, 70)]
+)
 def test_the_compact_networks_stay_within_their_budget(
     c: UNetConfig, once: float, step: float
 ) -> None:

@@ -98,7 +98,7 @@ def compressed(net: Reference, pixels: Pixels, quality: int) -> tuple[Bitstream,
 def test_bitstreams_of_compressai_decode_with_its_checkpoint(
     folder: Path, foreign: Reference, small: Pixels
 ) -> None:
-    installed = library.load(with_decoder=False, folder=folder)
+    installed = library.load(with_decoders=False, folder=folder)
     b, theirs = compressed(foreign, small, 5)
     latents, ours = installed.codec(b).reconstruct(b)
     assert (ours - theirs).abs().max() < 1e-4
@@ -505,7 +505,7 @@ def test_bitstreams_are_decoded_with_the_weights_that_encoded_them(
 ) -> None:
     """Weights are found by id. A bitstream without an id is decoded with the latest import."""
     folder, nets = rivals
-    installed = library.load(with_decoder=False, folder=folder)
+    installed = library.load(with_decoders=False, folder=folder)
     first, last = (e.weights_id for e in checkpoint.manifest(folder))
     b = bitstream.parse(small_msh)
     assert installed.codec(b).weights_id == b.weights_id == zoo.load(2).weights_id
@@ -521,7 +521,7 @@ def test_bitstreams_are_decoded_with_the_weights_that_encoded_them(
 
 
 def test_the_error_names_weights_that_are_not_installed(folder: Path, small_msh: bytes) -> None:
-    installed = library.load(with_decoder=False, folder=folder)
+    installed = library.load(with_decoders=False, folder=folder)
     b = bitstream.parse(small_msh)
     for wrong, message in (
         (replace(b, weights_id="00" * 8), "0000000000000000"),
@@ -553,7 +553,7 @@ def test_latents_of_imported_codecs_are_hidden_from_the_diffusion_decoder(
     tiny_decoder: Decoder, shipped: Codec, folder: Path, foreign: Reference, small: Pixels
 ) -> None:
     imports = zoo.Imports(catalogue.imported(folder))
-    installed = Library({(2, "mse"): shipped}, tiny_decoder, imports)
+    installed = Library({(2, "mse"): shipped}, {0: tiny_decoder}, imports)
     b, _ = compressed(foreign, small, 5)
     latents, x_hat = installed.codec(b).reconstruct(b)
     assert latents.y_hat.shape[1] == 320
@@ -571,13 +571,13 @@ def test_latents_of_imported_codecs_are_hidden_from_the_diffusion_decoder(
 def test_the_shipped_diffusion_decoder_works_with_an_imported_codec(
     folder: Path, foreign: Reference, small: Pixels
 ) -> None:
-    installed = Library({}, decoder.load(), zoo.Imports(catalogue.imported(folder)))
+    installed = Library({}, {0: decoder.load()}, zoo.Imports(catalogue.imported(folder)))
     b, _ = compressed(foreign, small, 5)
     assert installed.draw(b, Settings("ddim", 1), 0).shape == small.shape
 
 
 def test_realism_mixes_the_instant_and_the_finished_picture(shipped: Codec, small: Pixels) -> None:
-    installed = Library({(2, "mse"): shipped}, None)
+    installed = Library({(2, "mse"): shipped})
     b = shipped.encode(codec.to_tensor(small), "msh", "exact")
     finished = small[::-1].copy()
     assert np.array_equal(installed.at_realism(b, finished, 1), finished)
@@ -620,5 +620,5 @@ def test_a_manifest_with_a_file_outside_its_folder_is_refused(tmp_path: Path, fo
 def test_the_error_names_a_broken_manifest(tmp_path: Path) -> None:
     (tmp_path / catalogue.MANIFEST).write_bytes(b"[[weights]]\nname = \xff")
     with pytest.raises(WeightsError, match="manifest.toml"):
-        library.load(with_decoder=False, folder=tmp_path)
+        library.load(with_decoders=False, folder=tmp_path)
     assert catalogue.imported(tmp_path / "nothing") == []
