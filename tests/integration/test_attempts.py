@@ -474,9 +474,10 @@ def test_spooled_pictures_older_than_any_record_are_removed(tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def loaded(tiny_decoder: Decoder) -> Library:
-    """The shipped codecs, and a tiny diffusion decoder that has the id of the shipped one."""
-    made = Decoder(checkpoint.decoder_entry().weights_id, tiny_decoder.net)
-    return replace(library.load(with_decoder=False), decoder=made)
+    """The shipped codecs, and a tiny diffusion decoder with the ids of the shipped ones."""
+    entries = checkpoint.decoder_entries().items()
+    decoders = {steps: Decoder(e.weights_id, tiny_decoder.net) for steps, e in entries}
+    return replace(library.load(with_decoders=False), decoders=decoders)
 
 
 @pytest.fixture
