@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import redis
 import torch
 from rq.timeouts import JobTimeoutException
 
-from models import image, library
+from models import checkpoint, image, library
 from models.codec import recovery
 from models.codec.bitstream import Bitstream
-from models.diffusion.decoder import DiffusionInput
+from models.diffusion.decoder import Decoder, DiffusionInput
 from models.folders import UntrustedFolder
 from models.library import Library
 from models.tiers import Settings
@@ -472,8 +473,11 @@ def test_spooled_pictures_older_than_any_record_are_removed(tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Library:
-    return library.load()
+def loaded(tiny_decoder: Decoder) -> Library:
+    """The shipped codecs, and a tiny diffusion decoder with the ids of the shipped ones."""
+    entries = checkpoint.decoder_entries().items()
+    decoders = {steps: Decoder(e.weights_id, tiny_decoder.net) for steps, e in entries}
+    return replace(library.load(with_decoders=False), decoders=decoders)
 
 
 @pytest.fixture

@@ -4,9 +4,11 @@ Only the fork server imports this module.
 """
 # ruff: noqa: E402, F401
 
+import gc
 import os
 import sys
 
+gc.disable()
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # it would start a thread
 
 import numpy as np
@@ -32,4 +34,6 @@ def load_compiled_code() -> None:
 
 load_compiled_code()
 weights.load_all()
+gc.freeze()  # a collection in a forked process would copy the memory that it shares
+gc.enable()
 assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"
