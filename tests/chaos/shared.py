@@ -46,7 +46,7 @@ QUEUED = 12
 TIERS = ("perceptual", "ddim-10")
 PICTURES = 100
 """More than are queued at a time: no bitstream is drawn by two workers that are killed at once."""
-ITEMS_A_MINUTE = 30
+ITEMS_A_MINUTE = 20
 WARM = 60
 """Jobs that end before promises count: the cost model needs some of a busy machine."""
 CALM_SHARE = 0.4
