@@ -52,7 +52,7 @@ WORKERS, USERS = 2, 8
 WAITING = 100_000
 INTERACTIVE_S, PARTS = 30.0, 2
 """Duration of each part, and parts with and without a batch."""
-TRIES = 30
+TRIES = 20
 """Targets and results that are timed."""
 LIMITS = {"throughput": 0.95, "store_ms": 20.0, "p99": 1.5, "api_mb": 20.0}
 
