@@ -44,7 +44,7 @@ class App:
         all_began = asyncio.Barrier(callers + 1)
 
         async def kinds(caller: str) -> list[str]:
-            found = []
+            found: list[str] = []
             async for event in watching.events(self.services, self.id, "0", caller):
                 found.append(event.kind)
                 if len(found) == 1:
@@ -124,7 +124,8 @@ def test_the_subscriptions_of_all_callers_that_view_a_decode_are_extended(app: A
             stream.cancel()
 
     app.run(scenario)
-    until = dict(jobs.store.queue.zrange(jobs.subscribers(app.id), 0, -1, withscores=True))  # type: ignore[call-overload]
+    rows: Any = jobs.store.queue.zrange(jobs.subscribers(app.id), 0, -1, withscores=True)
+    until = dict(rows)
     least = jobs.now() + POLL_SUBSCRIPTION_S - 60
     assert [until[b"caller %d" % n] > least for n in range(3)] == [True, True, False]
     assert jobs.store.queue.exists(jobs.store.key("watched", app.id))
