@@ -111,6 +111,7 @@ def _lifespan(
             tasks.append(asyncio.create_task(batch_task.run(loaded)))
         stop_metrics = metrics.serve(port, loaded.jobs, host) if port else None
         yield
+        loaded.feeds.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

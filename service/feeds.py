@@ -179,20 +179,25 @@ class Feeds:
                 del self._feeds[source.stream]
 
     def close(self) -> None:
-        """End all waiting: the server stops."""
+        """End all waiting, and `run`: the server stops."""
         self.closed = True
+        self._followed.set()
+        self._wanted.set()
         for feed in self._feeds.values():
             feed.notify()
 
     async def run(self) -> None:
-        """Read events and records until the task is canceled."""
+        """Read events and records until `close` is called."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._repeat(self._read_events))
             tasks.create_task(self._repeat(self._read_records))
 
     async def _repeat(self, step: Callable[[], Awaitable[None]]) -> None:
-        """Repeat `step`; an error ends all waiting, but not this."""
-        while True:
+        """Repeat `step`; an error ends all waiting, but not this.
+
+        A task that is only canceled may go on, because redis-py can swallow the cancellation.
+        """
+        while not self.closed:
             try:
                 await step()
             except Exception as e:
