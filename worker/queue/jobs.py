@@ -184,9 +184,10 @@ class Jobs:
         key = self.subscribers(job_id)
         self.store.queue.zadd(key, {caller: self.now() + seconds}, xx=True, gt=True)
 
-    def watch(self, job_id: str) -> None:
-        """Ask the worker for previews for the next `WATCHED_S` seconds."""
-        self.store.queue.set(self.store.key("watched", job_id), 1, ex=WATCHED_S)
+    def watch(self, job_id: str, callers: Iterable[str], until: float, pipe: Pipeline) -> None:
+        """Extend the callers' subscriptions, and ask for previews for `WATCHED_S` seconds."""
+        pipe.set(self.store.key("watched", job_id), 1, ex=WATCHED_S)
+        pipe.zadd(self.subscribers(job_id), dict.fromkeys(callers, until), xx=True, gt=True)
 
     def withdraw(self, job_id: str, caller: str) -> bool:
         """End the caller's subscription; True if the job has other subscribers.
