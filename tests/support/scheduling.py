@@ -13,7 +13,7 @@ GROUPS = {
         "test_supervisor", "test_page", "test_hostile_page", "test_queue_cli", "test_typescript",
         "test_client_wheel",
     ),
-    "guarded": ("test_guarded", "test_schema", "test_remote_cli"),
+    "guarded": ("test_guarded", "test_schema", "test_remote_cli", "test_queue_page"),
 }  # fmt: skip
 """Session fixtures that start services, and the files in tests/e2e that use them."""
 FIRST = (
