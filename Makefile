@@ -76,10 +76,11 @@ docs: $(READY) ## update the tables of environment variables in deploy/OPERATING
 hooks: $(READY) ## run ruff and mypy before each git commit
 	@$(BIN)/pre-commit install
 
-bench: $(READY) $(if $(filter decode zoo diffusion http photograph,$(PART)),,browser) ## measure time and memory, against CompressAI (PART=decode, zoo, diffusion, http, photograph or page; default: all)
-	@for part in $(or $(PART),decode zoo diffusion http photograph page); do $(BIN)/python -P tests/bench/$$part.py || exit; done
+bench: $(READY) $(if $(filter decode zoo diffusion http photograph batch foreign,$(PART)),,browser) ## measure time and memory, against CompressAI (PART=decode, zoo, diffusion, http, photograph, batch or page; default: all; PART=foreign trains codecs: PHOTOS=, LPIPS=, MINUTES=5)
+	@for part in $(or $(PART),decode zoo diffusion http photograph batch page); do $(BIN)/python -P tests/bench/$$part.py \
+		$(if $(filter foreign,$(PART)),"$(PHOTOS)" "$(LPIPS)" $(or $(MINUTES),5)) || exit; done
 
-chaos: $(READY) ## jobs while workers and Redis are killed, for MINUTES=10; or attacks: ATTACK=1, ATTACK=NAME
+chaos: $(READY) ## jobs and a batch while workers, API and Redis are killed, for MINUTES=10; or attacks: ATTACK=1, ATTACK=NAME
 	@OMP_NUM_THREADS=1 $(BIN)/python -P $(if $(ATTACK),tests/chaos/attack.py $(filter-out 1,$(ATTACK)), \
 		tests/chaos/run.py --minutes $(or $(MINUTES),10))
 

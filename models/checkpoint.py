@@ -24,7 +24,7 @@ latents it was trained with."""
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file in a manifest. `quality` is 0 and `metric` empty for the diffusion decoder."""
+    """One file in a manifest. `quality` is 0 and `metric` empty for diffusion decoders."""
 
     kind: str
     name: str
@@ -35,7 +35,8 @@ class Entry:
     metric: str = ""
     source: str = ""  # the file or URL that it was imported from
     card: str = ""  # name of the model card in the same folder
-    model: str = ""  # a codec's architecture; empty for mbt2018-mean and for the diffusion decoder
+    model: str = ""  # a codec's architecture; empty for mbt2018-mean and for diffusion decoders
+    steps: int = 0  # of a diffusion decoder: the number of steps it serves at beta 1; 0: any
 
 
 def weights_id(tensors: "Mapping[str, Tensor]") -> str:
@@ -73,15 +74,18 @@ def manifest(folder: Path = WEIGHTS) -> list[Entry]:
         raise WeightsError(f"{path}: not a valid manifest: {e}; import the weights again") from e
 
 
-def decoder_entry(folder: Path = WEIGHTS) -> Entry:
-    """The diffusion decoder's entry in a manifest. Raises `WeightsError` if there is none."""
-    for entry in manifest(folder):
-        if entry.kind == "decoder":
-            return entry
-    raise WeightsError(
-        f"{folder / 'manifest.toml'}: names no diffusion decoder; reinstall Afterimage, or install "
-        "a decoder with `python -m models.train export`"
-    )
+def decoder_entries(folder: Path = WEIGHTS) -> dict[int, Entry]:
+    """The diffusion decoders in a manifest, by their `steps`, for `tiers.decoder_for`.
+
+    Raises `WeightsError` if there is no general one, whose `steps` are 0.
+    """
+    entries = {entry.steps: entry for entry in manifest(folder) if entry.kind == "decoder"}
+    if 0 not in entries:
+        raise WeightsError(
+            f"{folder / 'manifest.toml'}: names no general diffusion decoder; reinstall "
+            "Afterimage, or install one with `python -m models.train export`"
+        )
+    return entries
 
 
 def load(entry: Entry, folder: Path = WEIGHTS) -> "dict[str, Tensor]":

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models import geometry, image, memory
+from models import geometry, image, memory, tiers
 from models.codec import architectures, bitstream, catalogue, codec, context, zoo
 from models.codec.architectures import DEFAULT
 from models.codec.bitstream import Bitstream, Metric
@@ -22,13 +22,14 @@ ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """Shipped codecs, imported codecs, and the diffusion decoder.
+    """Shipped codecs, imported codecs, and the diffusion decoders.
 
-    `decoder` is None in a process that draws no diffusion pictures itself.
+    `decoders` are those of `decoder.load_all`. It is empty in a process that draws no diffusion
+    pictures itself.
     """
 
     codecs: Mapping[tuple[int, Metric], Codec]
-    decoder: Decoder | None
+    decoders: Mapping[int, Decoder] = field(default_factory=dict)
     imports: zoo.Imports = field(default_factory=zoo.Imports)
 
     def codec(self, b: Bitstream) -> Codec:
@@ -74,9 +75,12 @@ class Library:
             return row.entry.weights_id
         return self._shipped(r.quality, r.metric, r.weights_id, r.model).weights_id
 
-    def weights_ids(self, b: Bitstream) -> tuple[str, str]:
-        """Return the weights ids of the codec for `b` and of the diffusion decoder ("": none)."""
-        return self.codec_id(b), self.decoder.weights_id if self.decoder else ""
+    def weights_ids(self, b: Bitstream, settings: Settings) -> tuple[str, str]:
+        """Return the weights ids of the codec for `b` and of the decoder for `settings`.
+
+        Raises `WrongWeights` if the codec is not installed, `ValueError` without decoders.
+        """
+        return self.codec_id(b), self.decoder(settings).weights_id
 
     def _installed(self, b: Bitstream) -> bool:
         if self.imports.find(b.quality, b.metric, b.weights_id, b.model) is not None:
@@ -106,22 +110,22 @@ class Library:
     ) -> image.Pixels:
         """Decode a bitstream by diffusion, with any settings: (H, W, 3), at realism `alpha`.
 
-        `on_step` is called after each sampler step. Raises as `diffusion_input` does, and
-        `ValueError` without a diffusion decoder.
+        `on_step` is called after each sampler step. Raises as `diffusion_input` does.
         """
-        diffusion_input = self.diffusion_input(b, seed)
-        x = self.diffusion.sample_batch([diffusion_input], settings, on_step)
+        diffusion_input = self.diffusion_input(b, settings, seed)
+        x = self.decoder(settings).sample_batch([diffusion_input], settings, on_step)
         mixed = realism.mix(diffusion_input.x_hat, x, alpha)
         return codec.crop_to_pixels(mixed, b.height, b.width)
 
-    def diffusion_input(self, b: Bitstream, seed: int) -> DiffusionInput:
-        """Decode a bitstream to the diffusion decoder's input. Raises as `Codec.latents` does.
+    def diffusion_input(self, b: Bitstream, settings: Settings, seed: int) -> DiffusionInput:
+        """Decode a bitstream to the input of the decoder for `settings`.
 
-        The latents are hidden from the diffusion decoder unless it was trained with their codec.
+        The latents are hidden from the decoder unless it was trained with their codec. Raises as
+        `Codec.latents` does, and `ValueError` without decoders.
         """
         latents, x_hat = self.codec(b).reconstruct(b)
         shipped = {c.weights_id for c in self.codecs.values()}
-        trained = self.decoder.codecs if self.decoder else None
+        trained = self.decoder(settings).codecs
         latents_visible = self.codec_id(b) in (shipped if trained is None else trained)
         return DiffusionInput(latents, x_hat, b.quality, seed, latents_visible)
 
@@ -138,12 +142,19 @@ class Library:
             mixed[rows] = codec.to_pixels(realism.mix(x_hat[:, :, rows], x, alpha))
         return mixed
 
+    def decoder(self, settings: Settings) -> Decoder:
+        """The diffusion decoder for `settings`.
+
+        Raises `ValueError` if none was loaded in this process.
+        """
+        if not self.decoders:
+            raise ValueError("no diffusion decoder is loaded; use load(with_decoders=True)")
+        return tiers.decoder_for(self.decoders, settings)
+
     @property
-    def diffusion(self) -> Decoder:
-        """The diffusion decoder. Raises `ValueError` if it was not loaded in this process."""
-        if self.decoder is None:
-            raise ValueError("the diffusion decoder is not loaded; use load(with_decoder=True)")
-        return self.decoder
+    def device(self) -> torch.device:
+        """The device of the diffusion decoders. Raises `ValueError` if none was loaded."""
+        return self.decoder(Settings("ddim", 1)).device
 
     def warm_up(self) -> None:
         """Decode one small picture with each shipped codec, so that all lazy compilation happens
@@ -155,26 +166,28 @@ class Library:
         for shipped in self.codecs.values():
             b = shipped.encode(x, "msh", "exact")
             self.codec(b).decode(bitstream.parse(bitstream.serialize(b)))
-            if self.decoder is not None:
-                self.draw(b, Settings("ddim", 1), 0)
+            for diffusion in self.decoders.values():
+                latents, x_hat = self.codec(b).reconstruct(b)
+                item = DiffusionInput(latents, x_hat, b.quality, 0)
+                diffusion.sample_batch([item], Settings("ddim", 1))
         models = {catalogue.model_of(row.entry) for row in self.imports.rows} - {""}
         if any(architectures.find(model).autoregressive for model in models):
             context.warm_up()
         memory.trim()
 
 
-def load(threads: int = 0, with_decoder: bool = True, folder: Path | None = None) -> Library:
+def load(threads: int = 0, with_decoders: bool = True, folder: Path | None = None) -> Library:
     """Load the shipped weights; list the imported ones in the user's `folder` without loading them.
 
     `threads` is the number of CPU threads, 0 for torch's default. Codecs run on the CPU, the
-    diffusion decoder on a CUDA device if there is one. Raises `WeightsError`.
+    diffusion decoders on a CUDA device if there is one. Raises `WeightsError`.
     """
     if threads:
         torch.set_num_threads(threads)
     codecs: dict[tuple[int, Metric], Codec] = {(q, "mse"): zoo.load(q) for q in zoo.QUALITIES}
     imports = zoo.Imports(catalogue.imported(folder))
-    diffusion = decoder.load(device=device()) if with_decoder else None
-    return Library(codecs, diffusion, imports)
+    decoders = decoder.load_all(device=device()) if with_decoders else {}
+    return Library(codecs, decoders, imports)
 
 
 def device() -> torch.device:

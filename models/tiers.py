@@ -1,7 +1,8 @@
 """Tiers: named sampler settings, and the ranges within which a request may change them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from models.errors import ParameterError
 
@@ -10,6 +11,7 @@ MAX_SEED = 2**64 - 1
 MAX_GUIDANCE = 4.0
 
 Sampler = Literal["ddim", "ddpm", "dpmpp-2m"]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,8 @@ TIERS = {
         Tier("instant", None, "The picture of the codec itself: lowest distortion, ready at once."),
         Tier(
             "perceptual",
-            Settings("ddim", 4, beta=1.0),
-            "DDIM, 4 steps, trained for natural looks: the recommended diffusion tier.",
+            Settings("ddim", 1, beta=1.0),
+            "One step, trained for natural looks: the recommended diffusion tier.",
         ),
         Tier("ddim-10", Settings("ddim", 10), "DDIM, 10 steps: a fast sample from the posterior."),
         Tier("ddim-100", Settings("ddim", 100), "DDIM, 100 steps."),
@@ -75,6 +77,15 @@ def find(name: str) -> Tier:
     if name not in TIERS:
         raise ParameterError(f"unknown tier {name!r}; choose one of {', '.join(TIERS)}")
     return TIERS[name]
+
+
+def decoder_for(decoders: Mapping[int, _T], settings: Settings) -> _T:
+    """Choose a diffusion decoder: one for this number of steps at beta 1, else the general one.
+
+    The keys are the numbers of steps that decoders were trained for; that of the general one is 0.
+    """
+    special = settings.sampler == "ddim" and settings.beta == 1
+    return decoders.get(settings.steps if special else 0, decoders[0])
 
 
 def vary(settings: Settings, **changes: Sampler | float | None) -> Settings:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from worker.queue.batch_leases import ITEMS
-from worker.queue.batch_records import STATES
-from worker.queue.batches import Batches
+from worker.queue.batches.leases import ITEMS
+from worker.queue.batches.records import STATES
+from worker.queue.batches.store import Batches
 from worker.queue.counters import Counters
 from worker.queue.store import Store
 

@@ -1,6 +1,7 @@
 """The objects that routes share: stores, models, limits and keys, built once at start-up."""
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from redis.asyncio import Redis as AsyncRedis
@@ -30,7 +31,7 @@ class Services:
     keys: Keys | None  # None: no authentication
     link_secret: bytes | None  # signs links; None: no links
     library: Library
-    decoder_id: str  # weights id of the diffusion decoder, which only workers load
+    decoder_ids: Mapping[int, str]  # weights ids for `tiers.decoder_for`; only workers load them
     store: Store
     jobs: Jobs
     quotas: Quotas
@@ -59,9 +60,9 @@ def load(
     Raises `WeightsError` if weights are missing or altered.
     """
     secret = settings.link_secret
-    codecs = library.load(settings.threads, with_decoder=False, folder=settings.weights_dir)
+    codecs = library.load(settings.threads, with_decoders=False, folder=settings.weights_dir)
     codecs.warm_up()
-    decoder = checkpoint.decoder_entry()
+    decoders = checkpoint.decoder_entries()
     budget = PixelBudget(max(settings.pixels_at_once, settings.max_pixels) / 1e6)
     encoder = Encoder(codecs, settings, budget)
     encoder.start()
@@ -71,7 +72,7 @@ def load(
         keys=keys,
         link_secret=secret.get_secret_value().encode() if secret else None,
         library=codecs,
-        decoder_id=decoder.weights_id,
+        decoder_ids={steps: entry.weights_id for steps, entry in decoders.items()},
         store=connected,
         jobs=jobs,
         quotas=Quotas(jobs, settings.requests_per_minute, settings.jobs_at_once),

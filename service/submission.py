@@ -14,7 +14,7 @@ from fastapi import Request, Response
 from models.codec.bitstream import Bitstream
 from models.errors import ParameterError, Quarantined
 from models.image import OutputFormat
-from models.tiers import Settings, Tier
+from models.tiers import Settings, Tier, decoder_for
 from service import (
     admission,
     drafts,
@@ -33,7 +33,9 @@ from service.problems import NotAcceptable
 from service.services import Services
 from service.waiter import Waiter
 from worker.queue import estimates, outbox, recall
+from worker.queue.estimates import Outlook
 from worker.queue.jobs import MAX_SUBSCRIPTION_S
+from worker.queue.order import Place
 from worker.queue.records import ENDED, DecodeRequest, JobState
 from worker.queue.store import RedisError
 from worker.webhooks.settings import check_url
@@ -183,14 +185,14 @@ class Submission:
         `deadline_s`.
         """
         await self.services.instant.check(self.upload.bitstream, self._waiter)
-        state, eta_s = await self._submit()
+        state, seen = await self._submit()
         if self.prefer.wait_s:
-            state, eta_s = await self._wait(state.id), None
+            state, seen = await self._wait(state.id), None
             applied = {"Preference-Applied": f"wait={self.prefer.wait_s}"}
             finished = await self._finished(state, format, {**headers, **applied})
             if finished is not None:
                 return finished
-        response = await watching.pending_response(self.services, state, self.caller, eta_s)
+        response = await watching.pending_response(self.services, state, self.caller, seen)
         response.headers.update(headers)
         if self.prefer.applied:
             response.headers["Preference-Applied"] = self.prefer.applied
@@ -224,15 +226,15 @@ class Submission:
             self.services, self.request, file, format, self.decode, headers
         )
 
-    async def _submit(self) -> tuple[JobState, float | None]:
+    async def _submit(self) -> tuple[JobState, Outlook | None]:
         """Queue the job unless it is queued, running or done.
 
-        Returns its state and, for a new job, the predicted seconds until it ends, if known.
+        Returns its state and, for a new job, its outlook.
         """
-        state, self.created, eta_s = await anyio.to_thread.run_sync(self._submit_now)
-        return state, eta_s
+        state, self.created, seen = await anyio.to_thread.run_sync(self._submit_now)
+        return state, seen if self.created else None
 
-    def _submit_now(self) -> tuple[JobState, bool, float | None]:
+    def _submit_now(self) -> tuple[JobState, bool, Outlook]:
         jobs = self.services.jobs
         self.services.quotas.job(self.caller, self.decode.id)
         self._add_submitter()
@@ -242,9 +244,10 @@ class Submission:
         subscription_s = MAX_SUBSCRIPTION_S if self.params.webhooks else self.params.deadline_s
         try:
             self._register_webhooks()  # before queueing, so that the end of the job is not missed
+            seen = estimates.outlook(jobs, Place("", self.caller.priority, self.caller.name))
             state, created = jobs.submit(
                 self.decode, self.upload.data, self.caller.name, subscription_s,
-                self.caller.priority, self.caller.weight,
+                self.caller.priority, self.caller.weight, seen.new_eta_s(self.decode) or 0.0,
             )  # fmt: skip
         except (ParameterError, Quarantined):
             jobs.targets.withdraw(self.decode.id, self.caller.name)
@@ -253,10 +256,7 @@ class Submission:
             self._register_webhooks()
         if self.params.webhooks and state.status in ENDED:
             outbox.job_ended(self.services.store, state.id, *outbox.event(state))
-        eta_s = estimates.eta_s(jobs, state) if created else None
-        if eta_s is not None:
-            jobs.save_eta(state.id, eta_s)
-        return state, created, eta_s
+        return state, created, seen
 
     def _admit(self, state: JobState | None) -> None:
         """Raise `QueueFull` or `Busy` unless the job may be queued."""
@@ -301,7 +301,7 @@ def build_decode(
     b = upload.bitstream
     decode = DecodeRequest(
         upload.digest, params.tier.name, settings, params.seed, services.library.codec_id(b),
-        services.decoder_id, b.quality, b.width, b.height,
+        decoder_for(services.decoder_ids, settings), b.quality, b.width, b.height,
     )  # fmt: skip
     limit = services.settings.max_megapixel_steps
     size = b.width * b.height / 1e6 * settings.calls

@@ -16,6 +16,7 @@ from service.problems import RETRY_S, Conflict, JobNotFound, PictureGone, TooMan
 from service.services import Services
 from worker.queue import estimates, targets
 from worker.queue import events as job_events
+from worker.queue.estimates import Outlook
 from worker.queue.events import Event
 from worker.queue.jobs import POLL_SUBSCRIPTION_S
 from worker.queue.records import ENDED, JobState
@@ -95,19 +96,18 @@ def check_waits(services: Services, allowed: bool) -> None:
 
 
 def view(
-    services: Services, state: JobState, caller: str, eta_s: float | None = None
+    services: Services, state: JobState, caller: str, outlook: Outlook | None = None
 ) -> schemas.Decode:
-    """Return the caller's view of a job; `eta_s` is computed unless it is given."""
+    """Return the caller's view of a job; its outlook is computed unless it is given."""
     state, owned = _seen(services, state, caller)
-    ahead = services.jobs.ahead(state)
-    if eta_s is None:
-        eta_s = estimates.eta_s(services.jobs, state, ahead)
-    position = None if ahead is None else len(ahead)
-    return schemas.Decode.of(state, position, eta_s, owned)
+    if state.status in ENDED:
+        return schemas.Decode.of(state, None, None, owned)
+    outlook = outlook or estimates.outlook_of(services.jobs, state)
+    return schemas.Decode.of(state, outlook.position, outlook.eta_s(state), owned)
 
 
 async def pending_response(
-    services: Services, state: JobState, caller: Caller, eta_s: float | None = None
+    services: Services, state: JobState, caller: Caller, outlook: Outlook | None = None
 ) -> Response:
     """Return 202 with the caller's view of a job.
 
@@ -117,7 +117,7 @@ async def pending_response(
         reason = f" ({state.error})" if state.error else ""
         hint = f"POST /v1/decodes/{state.id}/retry to queue it again"
         raise Conflict(f"decode {state.id} is {state.status}{reason}; {hint}")
-    document = await anyio.to_thread.run_sync(view, services, state, caller.name, eta_s)
+    document = await anyio.to_thread.run_sync(view, services, state, caller.name, outlook)
     headers = {"Retry-After": str(math.ceil(document.eta_s or 1)), "Cache-Control": "no-store"}
     return JSONResponse(document.model_dump(mode="json"), 202, headers)
 

@@ -1,4 +1,9 @@
 """Fixtures: the shipped codec, tiny networks, real Redis servers, a real service."""
+# ruff: noqa: E402
+
+import gc
+
+gc.disable()  # until the tests are collected: imports take a fifth less time
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +25,7 @@ from tests.chaos import attack_webhooks
 from tests.support import compressai as reference
 from tests.support import scheduling, weights
 from tests.support.data import PHOTO
-from tests.support.service import WEBHOOK_SECRET, Service, connected, free_port, run_service
+from tests.support.service import WEBHOOK_SECRET, Service, connected, fork_service, free_port
 from worker.queue import private_redis
 from worker.queue.store import Store
 
@@ -40,6 +45,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     this Python."""
     reference.deselect(config, items)
     items.sort(key=lambda item: scheduling.rank(item.nodeid))  # stable: files stay together
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what was imported from garbage collections, which take half a second each."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_report_header() -> str:
@@ -133,15 +144,24 @@ def tiny_decoder() -> Decoder:
 
 @pytest.fixture(scope="session")
 def lpips_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LPIPS-Alex of the package's names and shapes with random weights."""
-    import lpips
+    """LPIPS-Alex with random weights, and the names and shapes of the package `lpips`.
 
+    They are written without the package, whose import takes seconds.
+    """
+    convolutions = {
+        "slice1.0": (3, 64, 11), "slice2.3": (64, 192, 5), "slice3.6": (192, 384, 3),
+        "slice4.8": (384, 256, 3), "slice5.10": (256, 256, 3),
+    }  # fmt: skip
     torch.manual_seed(0)
-    net = lpips.LPIPS(net="alex", pnet_rand=True, pretrained=False, verbose=False)
-    state = {k: v.contiguous() for k, v in net.state_dict().items() if not k.startswith("lins.")}
-    for k in state:
-        if k.startswith("lin"):
-            state[k] = state[k].abs()
+    shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])
+    state = {
+        "scaling_layer.shift": shift.reshape(1, 3, 1, 1).clone(),
+        "scaling_layer.scale": scale.reshape(1, 3, 1, 1).clone(),
+    }
+    for i, (name, (inputs, outputs, kernel)) in enumerate(convolutions.items()):
+        for part, value in torch.nn.Conv2d(inputs, outputs, kernel).state_dict().items():
+            state[f"net.{name}.{part}"] = value
+        state[f"lin{i}.model.1.weight"] = torch.rand(1, outputs, 1, 1) / outputs**0.5
     file = tmp_path_factory.mktemp("lpips") / "lpips.safetensors"
     save_file(state, file)
     return file
@@ -191,5 +211,5 @@ def service(tmp_path_factory: pytest.TempPathFactory, webhook_port: int) -> Iter
             "AFTERIMAGE_WEBHOOK_ALLOW": f"127.0.0.1:{webhook_port} {attack_webhooks.RECEIVERS}",
             **LIMITS,
         }
-        with run_service(folder, **environment) as running:
+        with fork_service(folder, **environment) as running:
             yield running

@@ -179,8 +179,8 @@ class Attempt:
         jobs, work = self.jobs, self.state.decode.work
         estimates.record_duration(jobs, seconds, work)
         counters.add_model_time(jobs.store, workers.WORKER_NAME, seconds, work)
-        state = jobs.record(self.id) or self.state  # the ETA may be saved after the attempt began
-        counters.add_eta_ratio(jobs.store, time.time() - state.created, state.eta_s)
+        measured_s = time.time() - self.state.created
+        counters.add_eta_ratio(jobs.store, measured_s, self.state.eta_s)
 
     def fail(self, error: str) -> None:
         """End the job with an error that clients see. Raises `LeaseLost`."""

@@ -76,7 +76,7 @@ def _load(settings: WorkerSettings) -> tuple["WorkerContext", "Deliveries"]:
 
     loaded = library.load(settings.threads, folder=settings.weights_dir)
     jobs = Jobs(connected, settings.job_timeout_s)
-    device = loaded.diffusion.device.type
+    device = loaded.device.type
     stores = f"{settings.prefix} {settings.redis_url}"  # queues may share a folder
     spools = settings.cache_dir / "spool"
     Spool.remove_expired(spools)
@@ -100,8 +100,7 @@ def _serve(worker: "WorkerContext", deliveries: "Deliveries", redis_url: str) ->
 
     worker.heartbeat.start()
     deliveries.start()
-    device = worker.library.diffusion.device.type
-    log.info("ready: queue %s, device %s", worker.jobs.queue.name, device)
+    log.info("ready: queue %s, device %s", worker.jobs.queue.name, worker.library.device.type)
     serve(worker, redis_url)
     healthy = not worker.stopping or worker.signaled_at is not None
     deliveries.stop()

@@ -60,7 +60,7 @@ def enhance(job_id: str) -> None:
 
 def _batch_size(worker: WorkerContext, decode: DecodeRequest) -> int:
     """Largest batch of pictures of this size; on a CPU they must fit into one window together."""
-    if worker.library.diffusion.device.type == "cuda":
+    if worker.library.device.type == "cuda":
         return worker.batch
     height, width = geometry.padded(decode.height, decode.width)
     return min(worker.batch, max(1, WINDOW * STRIDE_Y**2 // (height * width)))
@@ -153,7 +153,8 @@ def _draw(worker: WorkerContext, attempts: Sequence[Attempt], began: float) -> N
         batch = [attempt for attempt, _ in inputs]
         worker.drawing = drawing = Drawing(batch)
         with contextlib.suppress(Canceled, LeaseLost):  # every job of the batch was dropped
-            pictures = drawing.draw(worker.library.diffusion, [x for _, x in inputs])
+            decoder = worker.library.decoder(attempts[0].state.decode.settings)
+            pictures = drawing.draw(decoder, [x for _, x in inputs])
     _end_time_limit(worker)
     for i, attempt in enumerate(batch):
         picture = None if pictures is None else pictures[i : i + 1]
@@ -189,12 +190,12 @@ def _input(worker: WorkerContext, attempt: Attempt) -> DiffusionInput | None:
         if data is None:
             raise AfterimageError("the bitstream has expired; send it again")
         b = bitstream.parse(data, worker.max_pixels)
-        if library.weights_ids(b) != (decode.codec, decode.decoder):
+        if library.weights_ids(b, decode.settings) != (decode.codec, decode.decoder):
             raise WrongWeights(
                 f"the job was queued for codec {decode.codec} and decoder {decode.decoder}, which "
                 "this worker does not have; send the bitstream again"
             )
-        return library.diffusion_input(b, decode.seed)
+        return library.diffusion_input(b, decode.settings, decode.seed)
     except AfterimageError as e:
         _fail([attempt], str(e))
     except JobTimeoutException:

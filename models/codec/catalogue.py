@@ -87,7 +87,7 @@ def install(
     folder: Path,
     row: Mapping[str, str | int],
     metadata: dict[str, str] | None = None,
-    replaces: Sequence[str] = ("kind", "quality", "metric"),
+    replaces: Sequence[str] = ("kind", "quality", "metric", "steps"),
 ) -> Entry:
     """Write `name`.safetensors and append it to the folder's manifest, each atomically.
 

@@ -253,7 +253,8 @@ class _Sums:
 @njit(cache=True, nogil=True, fastmath={"contract"})
 def _convolve(y_hat, row, column, weights, bias, out):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Sum up the context of a position in oneDNN's order, by fused multiply-add."""
-    out[:] = bias
+    for o in range(out.size):
+        out[o] = bias[o]
     for b in range(weights.shape[0]):
         for t in range(TAPS):
             y = y_hat[row + t // SIZE, column + t % SIZE]

@@ -24,8 +24,10 @@ class GDN(nn.Module):
     def __init__(self, channels: int, inverse: bool = False) -> None:
         super().__init__()
         self.inverse = inverse
-        self.beta = nn.Parameter(torch.sqrt(torch.ones(channels) + self.PEDESTAL))
-        self.gamma = nn.Parameter(torch.sqrt(0.1 * torch.eye(channels) + self.PEDESTAL))
+        # no arithmetic: on the meta device, it would import torch's compiler, which takes seconds
+        self.beta = nn.Parameter(torch.full((channels,), (1 + self.PEDESTAL) ** 0.5))
+        gamma = torch.full((channels, channels), self.PEDESTAL**0.5)
+        self.gamma = nn.Parameter(gamma.fill_diagonal_((0.1 + self.PEDESTAL) ** 0.5))
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """Return beta (C,) and gamma (C, C, 1, 1) of the formula, computed from the parameters."""

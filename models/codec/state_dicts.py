@@ -1,5 +1,6 @@
 """State dicts of CompressAI's networks: their names and shapes, and what tells one from another."""
 
+import functools
 import math
 from collections.abc import Mapping
 from itertools import pairwise
@@ -18,7 +19,8 @@ _FILTERS = (1, 3, 3, 3, 3, 1)
 """Layer widths of the factorised prior of z (the network for its cumulative distribution)."""
 
 
-def parameters(model: str, N: int, M: int) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=32)
+def parameters(model: str, N: int, M: int) -> Mapping[str, tuple[int, ...]]:
     """Return names and shapes of all parameters of a model, as CompressAI has them."""
     architecture = architectures.find(model)
     with torch.device("meta"):

@@ -104,10 +104,9 @@ def _fill(cdf):  # type: ignore[no-untyped-def]  # pragma: no cover
                 lowest, donor = frequency, j
         if donor < 0:
             return False
-        if donor < i:
-            cdf[donor + 1 : i + 1] -= 1
-        else:
-            cdf[i + 1 : donor + 1] += 1
+        first, last, step = (donor + 1, i, -1) if donor < i else (i + 1, donor, 1)
+        for j in range(first, last + 1):  # assignments to slices take seconds to compile
+            cdf[j] += step
     return True
 
 

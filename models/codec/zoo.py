@@ -40,9 +40,10 @@ def from_tensors(
     """
     architecture = architectures.find(model)
     try:
-        net = Network(architecture, *widths(tensors))
+        with torch.device("meta"):  # random parameters would take a third of the loading time
+            net = Network(architecture, *widths(tensors))
         names = net.state_dict().keys()
-        net.load_state_dict({k: v.float() for k, v in tensors.items() if k in names})
+        net.load_state_dict({k: _copy(tensors[k]) for k in tensors if k in names}, assign=True)
         net.eval().requires_grad_(False)
         _check_tables(tensors, net)
         latent_coder = _latent_coder(net, tensors)
@@ -53,6 +54,10 @@ def from_tensors(
     return Codec(
         quality, metric, checkpoint.weights_id(tensors), net, latent_coder, synthesis, model
     )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def widths(tensors: Mapping[str, Tensor]) -> tuple[int, int]:

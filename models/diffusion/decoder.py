@@ -313,12 +313,23 @@ def _visible_latents(item: DiffusionInput, channels: int) -> Tensor:
     return y_hat
 
 
-def load(folder: Path = checkpoint.WEIGHTS, device: torch.device | None = None) -> Decoder:
-    """Load the decoder that the manifest in `folder` names.
+def load_all(
+    folder: Path = checkpoint.WEIGHTS, device: torch.device | None = None
+) -> dict[int, Decoder]:
+    """Load the decoders in the manifest in `folder`: the general one with key 0, others by steps.
 
-    Raises `WeightsError` if it names none, or if the file does not match the manifest.
+    Raises `WeightsError` if there is no general one, or if a file does not match the manifest.
     """
-    entry = checkpoint.decoder_entry(folder)
+    entries = checkpoint.decoder_entries(folder)
+    return {steps: _load(entry, folder, device) for steps, entry in entries.items()}
+
+
+def load(folder: Path = checkpoint.WEIGHTS, device: torch.device | None = None) -> Decoder:
+    """Load the general decoder in the manifest in `folder`. Raises as `load_all` does."""
+    return _load(checkpoint.decoder_entries(folder)[0], folder, device)
+
+
+def _load(entry: checkpoint.Entry, folder: Path, device: torch.device | None) -> Decoder:
     tensors, metadata = checkpoint.load_with_metadata(entry, folder)
     net = _network(tensors, metadata, folder / entry.file)
     return Decoder(entry.weights_id, net, device, _codecs(metadata))

@@ -1,4 +1,4 @@
-"""Evaluate codec and diffusion decoder: encode pictures, decode the real bytes, measure the result.
+"""Evaluate codec and diffusion decoders: encode pictures, decode the bytes, measure the result.
 
 python -m models.evaluate --pictures KODAK --lpips lpips_alex.safetensors --out FOLDER
 
@@ -72,14 +72,17 @@ class Results:
         if row.picture not in by_picture:  # each quality brings the originals again
             by_picture[row.picture] = kid.features(self.lpips, picture)
 
-    def write(self, out: Path, weights_id: str) -> str:
-        """Write all files into `out`; return the Markdown report."""
+    def write(self, out: Path, decoders: Sequence[str]) -> str:
+        """Write all files into `out`; return the Markdown report.
+
+        `decoders` are the weights ids of the diffusion decoders.
+        """
         out.mkdir(parents=True, exist_ok=True)
         lines, others = (summary(rows, self.features) for rows in (self.rows, self.other_rows))
         gaps = reference_codecs.gaps(lines, others)
         curves = {quality: calibration.mean(points) for quality, points in self.curves.items()}
         document = {
-            "decoder": weights_id,
+            "decoders": list(decoders),
             "summary": [line.document() for line in lines],
             "others": [line.document() for line in others],
             "gaps": [asdict(gap) for gap in gaps],
@@ -88,7 +91,7 @@ class Results:
         }
         (out / "evaluation.json").write_text(json.dumps(document, indent=1))
         images = self._write_images(out, lines, others, curves)
-        text = report.markdown(lines, weights_id, images, others, gaps)
+        text = report.markdown(lines, decoders, images, others, gaps)
         (out / "evaluation.md").write_text(text)
         return text
 
@@ -129,21 +132,23 @@ def evaluate(args: argparse.Namespace) -> str:
         Dists(args.dists) if args.dists else None,
     )
     device = library.device()
-    diffusion = (
-        decoder.from_file(args.decoder, device) if args.decoder else decoder.load(device=device)
+    decoders = (
+        {0: decoder.from_file(args.decoder, device)}
+        if args.decoder
+        else decoder.load_all(device=device)
     )
     cache = DecodeCache(args.out / "decodes")
     results = Results(networks.lpips, [p.name for p in files])
     with tqdm(total=len(files) * len(args.qualities), unit="picture") as bar:
         for quality in args.qualities:
-            evaluation = Evaluation(zoo.load(quality), diffusion, networks, cache)
+            evaluation = Evaluation(zoo.load(quality), decoders, networks, cache)
             for path in files:
                 results.add(evaluation.measure(path, args.tiers, args.seeds))
                 bar.update()
     for path in tqdm(files, desc="rivals", unit="picture", disable=not args.rivals):
         for row, picture in reference_codecs.rows(path, args.rivals, networks):
             results.add_other(row, picture)
-    return results.write(args.out, diffusion.weights_id)
+    return results.write(args.out, [decoders[steps].weights_id for steps in sorted(decoders)])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -170,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--decoder",
         type=Path,
-        help="decoder.safetensors of a training run; default: the shipped decoder",
+        help="decoder.safetensors of a training run, for all tiers; default: the shipped decoders",
     )
     add("--qualities", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
     add(

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from models.evaluate.dists import Dists
 from models.evaluate.metrics import LpipsAlex, LpipsMetric
 from models.evaluate.niqe import niqe
 from models.evaluate.nlpd import nlpd
-from models.tiers import TIERS, Settings
+from models.tiers import TIERS, Settings, decoder_for
 
 SHUFFLED = "shuffled"
 """A control experiment, not a tier: `perceptual`, with the latents moved to random positions."""
@@ -111,13 +111,15 @@ def compare(picture: Tensor, x: Tensor, networks: Networks) -> dict[str, Any]:
 
 
 class Evaluation:
-    """Evaluation of one codec, that is of one quality, with one diffusion decoder."""
+    """Evaluation of one codec, that is of one quality, with diffusion decoders.
+
+    `decoders` are chosen by `tiers.decoder_for`.
+    """
 
     def __init__(
-        self, codec_: Codec, decoder_: Decoder, networks: Networks, cache: DecodeCache
+        self, codec_: Codec, decoders: Mapping[int, Decoder], networks: Networks, cache: DecodeCache
     ) -> None:
-        self.codec, self.decoder, self.networks, self.cache = codec_, decoder_, networks, cache
-        self.latents_visible = decoder_.codecs is None or codec_.weights_id in decoder_.codecs
+        self.codec, self.decoders, self.networks, self.cache = codec_, decoders, networks, cache
         # compile the synthesis now, so that no picture's time includes it
         grey = codec_.encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
         codec_.synthesis(codec_.latents(grey).y_hat)
@@ -194,9 +196,9 @@ class Evaluation:
         latents = _shuffled(source.latents) if name == SHUFFLED else source.latents
         quality = self.codec.quality
         began = time.perf_counter()
-        x = self.decoder.sample(
-            latents, source.x_hat, quality, settings, seed, latents_visible=self.latents_visible
-        )
+        decoder_ = decoder_for(self.decoders, settings)
+        visible = self._sees_latents(decoder_)
+        x = decoder_.sample(latents, source.x_hat, quality, settings, seed, latents_visible=visible)
         pixels = codec.crop_to_pixels(x, *source.x.shape[2:])
         decode = CachedDecode(pixels, time.perf_counter() - began)
         self.cache.put(quality, source.name, key, self._origin(source, key), decode)
@@ -205,22 +207,28 @@ class Evaluation:
     def _origin(self, source: _EncodedPicture, key: DecodeKey) -> str:
         """Text that names everything on which a drawn picture depends."""
         name, seed = key
-        visible = "shown" if self.latents_visible else "hidden"
-        settings = f"{name} {_settings(name)} seed {seed} {visible}"
-        program = f"{self.decoder.weights_id} {self.decoder.device.type} {_code()}"
-        return f"{source.digest} {source.x_hat_digest} {settings} {program}"
+        settings = _settings(name)
+        drawn = f"{name} {settings} seed {seed}"
+        if settings is not None:
+            decoder_ = decoder_for(self.decoders, settings)
+            visible = "shown" if self._sees_latents(decoder_) else "hidden"
+            drawn += f" {visible} {decoder_.weights_id} {decoder_.device.type} {_code()}"
+        return f"{source.digest} {source.x_hat_digest} {drawn}"
+
+    def _sees_latents(self, decoder_: Decoder) -> bool:
+        return decoder_.codecs is None or self.codec.weights_id in decoder_.codecs
 
     def _calibration(self, source: _EncodedPicture) -> list[calibration.Point]:
-        whole = DiffusionInput(
-            source.latents, source.x_hat, self.codec.quality, 0, self.latents_visible
-        )
+        decoder_ = self.decoders[0]
+        visible = self._sees_latents(decoder_)
+        whole = DiffusionInput(source.latents, source.x_hat, self.codec.quality, 0, visible)
         if (centre := calibration.middle(whole, source.x)) is None:
             return []
         item, x = centre
-        steps = self.decoder.process.steps(calibration.POINTS)[1:]
+        steps = decoder_.process.steps(calibration.POINTS)[1:]
         generator = torch.Generator().manual_seed(0)
-        x0 = self.decoder.target(item, x)
-        return calibration.curve(self.decoder.denoiser(item), x0, steps, generator)
+        x0 = decoder_.target(item, x)
+        return calibration.curve(decoder_.denoiser(item), x0, steps, generator)
 
     def _add(
         self,

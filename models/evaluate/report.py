@@ -73,13 +73,14 @@ improvement.
 
 def markdown(
     lines: Sequence[SummaryLine],
-    decoder: str,
+    decoders: Sequence[str],
     images: Iterable[str],
     others: Sequence[SummaryLine] = (),
     gaps: Sequence[Gap] = (),
 ) -> str:
     """The report; `images` are file names in the same folder, `others` the other codecs."""
-    parts = [f"# Evaluation of decoder {decoder}\n", table(lines, FIGURES, False), _LEGEND]
+    title = f"# Evaluation of decoder{'s'[: len(decoders) - 1]} {', '.join(decoders)}\n"
+    parts = [title, table(lines, FIGURES, False), _LEGEND]
     parts += [_BASELINES] if any(line.tier in baselines.NAMES for line in lines) else []
     parts += [
         *_missed_baselines(lines),

@@ -80,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
         "--quality", type=int, choices=(1, 2, 3), help="quality, if the file holds a codec"
     )
     e.add_argument(
+        "--steps", type=int, default=0,
+        help="the decoder draws in this number of steps at beta 1 (default: it draws all others)",
+    )  # fmt: skip
+    e.add_argument(
         "--sizes", type=int, nargs=2, metavar=("N", "M"),
         help="widen the codec to N hidden and M latent channels; its output stays the same",
     )  # fmt: skip
@@ -117,12 +121,15 @@ def _bank(
     bank.build(files, out / f"q{quality}", quality, codecs, variants, torch_device)
 
 
-def _export(file: Path, quality: int | None, sizes: tuple[int, int] | None) -> None:
+def _export(file: Path, quality: int | None, sizes: tuple[int, int] | None, steps: int) -> None:
     from models.train import export
 
     if sizes and not quality:
         raise ValueError("--sizes widens a codec: add its --quality")
-    weights_id = export.codec(file, quality, sizes=sizes) if quality else export.decoder(file)
+    if quality:
+        weights_id = export.codec(file, quality, sizes=sizes)
+    else:
+        weights_id = export.decoder(file, steps=steps)
     print(weights_id)  # noqa: T201
 
 

@@ -9,6 +9,8 @@ from models.train.config import RunConfig, Stage, option
 
 PHASES = (Stage("phase1", 60), Stage("phase2", 45))
 """Default plan. The preset `paper` trains in phase 1 only."""
+PERCEPTUAL = "perceptual"
+"""Stage that trains the perceptual decoder alone: for a network that serves no posterior tier."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +31,8 @@ class DiffusionConfig(RunConfig):
     )
     plan: tuple[Stage, ...] = option(
         (),
-        "stages phase1 and phase2, each with minutes or steps, such as phase1:30,phase2:200steps "
-        "(default: phase1:60,phase2:45; paper: phase1:60)",
+        "stages phase1, phase2 and perceptual, each with minutes or steps, such as "
+        "phase1:30,phase2:200steps (default: phase1:60,phase2:45; paper: phase1 only, 60)",
         type=Stage.parse_plan,
         metavar="NAME:LENGTH,…",
     )
@@ -40,11 +42,14 @@ class DiffusionConfig(RunConfig):
         False,
         "--init is for another codec: start the layers that read latents from random weights",
     )
+    narrow: str = option(
+        "", "decoder.safetensors whose most used channels are the start of a smaller preset"
+    )
     lpips: str = option("", "LPIPS weights (AlexNet or VGG), for phase 2 and the paper's loss")
     calls: int = option(
         4, "denoiser calls per picture of the perceptual decoder that phase 2 trains"
     )
-    lr_phase2: float = option(2e-4, "peak learning rate of phase 2")
+    lr_phase2: float = option(2e-4, "peak learning rate of phase 2 and of stage perceptual")
     times: str = option(
         "uniform",
         "distribution of diffusion times; middle favours t from .1 to .7",
@@ -90,6 +95,8 @@ def _phases(config: DiffusionConfig) -> tuple[Stage, ...]:
 def _checks(config: DiffusionConfig) -> Iterator[tuple[bool, str]]:
     """Yield (True if the option is wrong, error message) for every rule."""
     phases = [phase.name for phase in _phases(config)]
+    if not config.paper:
+        phases.append(PERCEPTUAL)
     for stage in config.plan:
         yield (
             stage.name not in phases,
@@ -99,6 +106,10 @@ def _checks(config: DiffusionConfig) -> Iterator[tuple[bool, str]]:
             stage.name == "phase2" and config.batch < 2,
             f"--batch {config.batch}: phase 2 splits each batch and needs a batch of 2 or more",
         )
+    yield (
+        bool(config.init and config.narrow),
+        "--init and --narrow both name weights to start from; give one of them",
+    )
     yield (
         not 1 <= config.calls <= MAX_STEPS,
         f"--calls {config.calls}: choose a number from 1 to {MAX_STEPS}",

@@ -2,7 +2,8 @@
 
 Presets `compact` and `fine` train in two phases. Phase 1 (beta 0) trains a denoiser with a v-loss.
 Phase 2 trains half of each batch the same way, and the other half (beta 1) as a few-step perceptual
-decoder on the model's own trajectories. Preset `paper` has one phase with the paper's loss.
+decoder on the model's own trajectories. Stage `perceptual` trains that decoder alone. Preset
+`paper` has one phase with the paper's loss.
 """
 
 import json
@@ -17,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models import checkpoint
-from models.diffusion import schedule
+from models.diffusion import decoder, schedule
+from models.diffusion.presets import UNetConfig
 from models.diffusion.unet import UNet
 from models.errors import WeightsError
 from models.files import atomic_write
@@ -29,6 +31,7 @@ from models.train.decoder_config import DiffusionConfig
 from models.train.distributed import ProcessGroup
 from models.train.losses import Denoise, Hybrid
 from models.train.lpips import LpipsLoss
+from models.train.narrow import narrow
 from models.train.perceptual import PerceptualLoss
 from models.train.soap import Soap
 from models.train.task import TrainingStep, Update, cosine
@@ -36,6 +39,8 @@ from models.train.task import TrainingStep, Update, cosine
 PERCEPTUAL_UNTIL = 0.5
 """The perceptual loss is applied to pictures that are predicted at this t or below, or by the last
 call. Predictions at higher t are still blurred, because much of the detail is undecided."""
+NARROWING_CROPS = 16
+"""Number of crops on which the use of channels is measured before a network is narrowed."""
 VALIDATION_CROPS = 64
 """Number of held-out crops on which a stage is validated."""
 
@@ -55,7 +60,7 @@ class DiffusionTask:
         init = checkpoint.read(Path(config.init))[0] if config.init else None
         self.bank, self.held_out = _banks(config, self.device)
         torch.manual_seed(config.seed)
-        self.net = _initial_net(config, self.bank, init)
+        self.net = _initial_net(config, self.bank, init, self.device)
         bf16 = self.device.type == "cuda" if config.bf16 is None else config.bf16
         self.network = network.Network(self.net, self.device, bf16, config.compile)
         self.perceptual = PerceptualLoss(config, self.lpips, self.bank.latents, self.device)
@@ -90,8 +95,10 @@ class DiffusionTask:
             t = self._times(len(batch.x), step.generator)
             loss, _ = self._denoising(batch, self._keep(batch, step), t, step.generator)
             yield Update("net", loss, {"loss": loss.detach(), "v": loss.detach()})
-        else:
+        elif step.stage.name == "phase2":
             yield from self._phase2(batch, step)
+        else:
+            yield from self._perceptual(batch, self._keep(batch, step), step)
 
     def _times(self, n: int, generator: torch.Generator) -> Tensor:
         t = losses.stratified(n, generator)
@@ -111,13 +118,20 @@ class DiffusionTask:
         keep = self._keep(batch, step)
         t = self._times(half, step.generator)
         v_loss, _ = self._denoising(batch.rows(slice(half)), keep[:half], t, step.generator)
-        batch = batch.rows(slice(half, None))
+        yield from self._perceptual(batch.rows(slice(half, None)), keep[half:], step, v_loss)
+
+    def _perceptual(
+        self, batch: Batch, keep: Tensor, step: TrainingStep, v_loss: Tensor | None = None
+    ) -> Iterator[Update]:
+        """Train the few-step decoder on a batch; `v_loss` is added to its loss."""
         target = self.network.residual(batch)
-        denoise = self.network.denoiser_for(batch, 1.0, keep[half:])
+        denoise = self.network.denoiser_for(batch, 1.0, keep)
         call_t, x0 = self._few_steps(denoise, _noise(target, step.generator), step)
-        error, ratio = self._squared_error(x0, target)
-        loss = v_loss + error
-        metrics = {"v": v_loss.detach(), "ratio": ratio}
+        loss, ratio = self._squared_error(x0, target)
+        metrics = {"ratio": ratio}
+        if v_loss is not None:
+            loss = loss + v_loss
+            metrics["v"] = v_loss.detach()
         picture = self.network.picture(batch, x0)
         perceptual = call_t <= max(PERCEPTUAL_UNTIL, self.times[-1])
         if perceptual:
@@ -249,12 +263,16 @@ def _banks(config: DiffusionConfig, device: torch.device) -> tuple[Bank, Bank]:
     return banks
 
 
-def _initial_net(config: DiffusionConfig, bank: Bank, init: Mapping[str, Tensor] | None) -> UNet:
+def _initial_net(
+    config: DiffusionConfig, bank: Bank, init: Mapping[str, Tensor] | None, device: torch.device
+) -> UNet:
     """Return the network; tensors of `init` with a fitting name and shape replace random ones.
 
     Raises `WeightsError` if no tensor fits.
     """
     net = network.build(config.preset, config.widths, bank.latents)
+    if config.narrow:
+        return _narrowed(config, net.config, bank, device)
     if not config.paper:
         network.measure_scales(net, bank)
     if init is not None and not network.load_into(net, init, config.other_codec):
@@ -262,6 +280,19 @@ def _initial_net(config: DiffusionConfig, bank: Bank, init: Mapping[str, Tensor]
             f"{config.init}: nothing in it fits this network; check --preset and --widths"
         )
     return net
+
+
+def _narrowed(config: DiffusionConfig, small: UNetConfig, bank: Bank, device: torch.device) -> UNet:
+    """Return the network of `config.narrow`, narrowed to `small` by its use of training crops."""
+    wide = decoder.from_file(Path(config.narrow)).net
+    generator = torch.Generator(device).manual_seed(config.seed)
+    batch = bank.batch(NARROWING_CROPS, config.crop, generator)
+
+    def run() -> None:
+        denoise = network.Network(wide, device, bf16=False, compiled=False).denoiser_for(batch, 1.0)
+        denoise(_noise(batch.x, generator), torch.ones(len(batch.x), device=device))
+
+    return narrow(wide, small, run)
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -34,24 +34,27 @@ def codec(
     return catalogue.install(tensors, f"msh_q{quality}", folder, row).weights_id
 
 
-def decoder(file: Path, folder: Path = checkpoint.WEIGHTS) -> str:
+def decoder(file: Path, folder: Path = checkpoint.WEIGHTS, steps: int = 0) -> str:
     """Install the averaged weights of a diffusion run (`decoder.safetensors`); return their id.
 
-    It replaces the installed decoder. The file records the codecs that are installed now as those
+    They replace the installed general decoder, or with `steps` the one that draws in so many steps
+    at beta 1. The file records the codecs that are installed now as those
     that the decoder was trained for; latents of other codecs are hidden from it. So export a new
     codec before its decoder. Raises `WeightsError` if `file` holds no decoder.
     """
     tensors, metadata = checkpoint.read(file)
     if "config" not in metadata:
         raise WeightsError(f"{file}: not a diffusion decoder; a codec is exported with --quality")
-    name = f"decoder_{presets.from_json(metadata['config']).preset}"
+    preset = presets.from_json(metadata["config"]).preset
+    name = f"decoder_{preset}_{steps}" if steps else f"decoder_{preset}"
     installed = checkpoint.manifest(folder) if (folder / catalogue.MANIFEST).exists() else []
     for entry in installed:
-        if entry.kind == "decoder" and entry.name != name:
+        if entry.kind == "decoder" and entry.steps == steps and entry.name != name:
             (folder / entry.file).unlink(missing_ok=True)
     codecs = [entry.weights_id for entry in installed if entry.kind == "codec"]
     metadata = metadata | {checkpoint.CODECS: json.dumps(codecs)}
-    row = {"kind": "decoder", **_card(folder / "compact.md", tensors)}
+    row: dict[str, str | int] = {"kind": "decoder", "steps": steps}
+    row |= _card(folder / "compact.md", tensors)
     return catalogue.install(tensors, name, folder, row, metadata).weights_id
 
 

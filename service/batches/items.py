@@ -18,8 +18,8 @@ from service.problems import Busy, DeadlineExceeded, QueueFull, TooManyRequests
 from service.services import Services
 from service.submission import DecodeParams, ParsedBitstream
 from worker.queue import recall
-from worker.queue.batch_leases import BatchTaken, Lease
-from worker.queue.batch_records import Active, Batch, Item, ItemStatus
+from worker.queue.batches.leases import BatchTaken, Lease
+from worker.queue.batches.records import Active, Batch, Item, ItemStatus
 from worker.queue.jobs import MAX_SUBSCRIPTION_S
 from worker.queue.records import DecodeRequest, Priority
 from worker.queue.references import Reference, StoreAway
@@ -98,9 +98,9 @@ class Beginner:
         self.services.objects.check(target.reference, self.caller.name, "write")
         if known.id and await self._holds(target, known.id):
             return number, "succeeded", None
-        if not known.id and self.batch.spec.on_existing == "skip":
-            if await object_writes.exists(self.services, target.reference):
-                return number, "skipped", None
+        skips = self.batch.spec.on_existing == "skip"
+        if not known.id and skips and await object_writes.exists(self.services, target.reference):
+            return number, "skipped", None
         with self.services.uploads.upload() as reserve:
             data = await sources.read(
                 None, self.services, self.caller, item.source, reserve, sources.check_header
@@ -111,7 +111,7 @@ class Beginner:
             params = DecodeParams(tiers.find(spec.tier), spec.settings, item.seed, 0, ())
             decode = submission.build_decode(self.services, upload, params, spec.settings)
             negotiate.check_size(target.format, decode.width, decode.height)
-            if await self._holds(target, decode.id):
+            if not skips and decode.id != known.id and await self._holds(target, decode.id):
                 return number, "succeeded", None
             active = replace(known, id=decode.id, sent=False)
             submit = partial(self._submit, number, active, decode, data, target)

@@ -6,7 +6,7 @@ from itertools import islice
 
 from models.errors import ParameterError
 from models.image import SUFFIXES
-from worker.queue.batch_records import MAX_ITEMS, Batch, Item, Spec
+from worker.queue.batches.records import MAX_ITEMS, Batch, Item, Spec
 from worker.queue.object_stores import ObjectStores
 from worker.queue.references import Reference, StoreRefused, parse_prefix
 

@@ -8,7 +8,7 @@ from models.errors import AfterimageError, Canceled, Quarantined
 from service.auth import Caller
 from service.batches.items import Change, problem, subscriber, target_of
 from service.services import Services
-from worker.queue.batch_records import Active, Batch, Item
+from worker.queue.batches.records import Active, Batch, Item
 from worker.queue.jobs import MAX_SUBSCRIPTION_S
 from worker.queue.quarantine import QUARANTINED
 from worker.queue.targets import Target

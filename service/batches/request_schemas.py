@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 from models import tiers
 from models.image import OutputFormat
 from service.seeds import Seed
-from worker.queue.batch_records import MAX_ITEMS
+from worker.queue.batches.records import MAX_ITEMS
 from worker.queue.records import Priority
 
 REQUEST: JsonDict = {

@@ -9,7 +9,7 @@ from pydantic.config import JsonDict
 
 from service import prefix
 from service.seeds import SeedText
-from worker.queue import batch_records
+from worker.queue.batches import records
 from worker.queue.records import Priority
 
 _ID = "7c1d0a6e2f9b4c5d8e3f1a2b3c4d5e6f"
@@ -85,7 +85,7 @@ class Batch(BaseModel):
     next: str | None = Field(description="Path of the next page.")
 
     @classmethod
-    def of(cls, batch: batch_records.Batch, failed: list[FailedItem], limit: int = 0) -> "Batch":
+    def of(cls, batch: records.Batch, failed: list[FailedItem], limit: int = 0) -> "Batch":
         """The public view of a batch with up to `limit` failed items."""
         more = bool(failed) and len(failed) == limit
         eta_s = batch.eta_s
@@ -110,7 +110,7 @@ class BatchPage(BaseModel):
     next: str | None = Field(description="Path of the next page.")
 
     @classmethod
-    def of(cls, batches: Sequence[batch_records.Batch], limit: int) -> "BatchPage":
+    def of(cls, batches: Sequence[records.Batch], limit: int) -> "BatchPage":
         """The public view of up to `limit` batches."""
         path = None
         if len(batches) == limit:
@@ -123,7 +123,7 @@ def _next(id: str, after: int, limit: int) -> str:
 
 
 def failed_items(
-    items: Mapping[int, batch_records.Item], problems: Mapping[int, Mapping[str, str]]
+    items: Mapping[int, records.Item], problems: Mapping[int, Mapping[str, str]]
 ) -> list[FailedItem]:
     """The public view of failed items."""
     return [
@@ -135,7 +135,7 @@ def failed_items(
     ]  # fmt: skip
 
 
-def _status(batch: batch_records.Batch) -> Literal["running", "ended", "canceled"]:
+def _status(batch: records.Batch) -> Literal["running", "ended", "canceled"]:
     if not batch.ended:
         return "running"
     return "canceled" if batch.canceled else "ended"

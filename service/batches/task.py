@@ -9,9 +9,9 @@ import anyio
 
 from service.batches.feeder import Feeder, in_thread
 from service.services import Services
-from worker.queue import batch_leases
-from worker.queue.batch_leases import LEASE_S, BatchTaken, Lease
-from worker.queue.batches import Batches
+from worker.queue.batches import leases
+from worker.queue.batches.leases import LEASE_S, BatchTaken, Lease
+from worker.queue.batches.store import Batches
 from worker.queue.store import RedisError
 
 BATCHES_AT_ONCE = 4
@@ -44,7 +44,7 @@ async def _run_one(services: Services) -> None:
 
 async def go_on(services: Services) -> bool:
     """Go on with a batch that is due; False if there is none. Raises `RedisError`, `BatchTaken`."""
-    lease = await in_thread(batch_leases.take, Batches(services.store))
+    lease = await in_thread(leases.take, Batches(services.store))
     if lease is None:
         return False
     async with _renewed(lease):

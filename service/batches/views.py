@@ -10,8 +10,8 @@ from service.batches import schemas
 from service.problems import BatchNotFound
 from service.services import Services
 from worker.queue import events as job_events
-from worker.queue.batch_records import Batch
-from worker.queue.batches import Batches
+from worker.queue.batches.records import Batch
+from worker.queue.batches.store import Batches
 from worker.queue.store import BLOCK_S
 
 

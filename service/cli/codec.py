@@ -215,7 +215,7 @@ def _local_decoder(
                     bar.update()
 
                 pixels = models.draw(b, sampling, args.seed, on_step, args.realism)
-            ids = models.weights_ids(b)
+            ids = models.weights_ids(b, sampling)
             text = library.provenance(args.tier, sampling, args.seed, *ids, args.realism)
         return image.write(pixels, picture_format(targets[source]), text)
 

@@ -14,7 +14,7 @@ from service.batches import request_schemas, requests, views
 from service.batches.schemas import Batch, BatchPage
 from service.deps import ONLY_KNOWN, DecodeCaller, RequestBody, ServicesDep
 from service.problems import BatchNotFound, Conflict, KeyReused, QueueFull
-from worker.queue.batches import Batches
+from worker.queue.batches.store import Batches
 from worker.queue.store import RedisError
 
 _PROBLEMS = (*problems.OF_AUTHENTICATION, BatchNotFound, ParameterError, problems.QueueAway)

@@ -30,7 +30,7 @@ RECONNECT_MS = 2000
 """How long a client waits before it reconnects a broken event stream."""
 _EVENT = """event: progress
 id: 1767268801000-0
-data: {"step": 2, "total": 4, "id": "3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e"}
+data: {"step": 2, "total": 10, "id": "3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e"}
 
 """
 _EVENT_ID = re.compile(r"(\d{1,20})-(\d{1,20})", re.ASCII)

@@ -3,85 +3,41 @@
 make chaos MINUTES=10
 
 First all jobs run undisturbed, which gives the expected bytes and the accuracy of predictions. Then
-they run again while workers and the queue's Redis are killed. At last the queue is flooded while
-instant pictures are timed. Exits with 1 if an expectation fails.
+they run again while workers and the queue's Redis are killed. Then the queue is flooded while
+instant pictures are timed. At last three callers and a batch share the workers, while these, API
+processes and Redis are killed (`tests.chaos.shared`). Exits with 1 if an expectation fails.
 """
 
 import argparse
 import concurrent.futures
 import hashlib
-import random
 import statistics
 import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from models import image
-from models.codec import bitstream, codec, zoo
 from tests.bench import machine
-from tests.support.rig import Rig, Worker, rig
+from tests.chaos import shared
+from tests.chaos.faults import Chaos
+from tests.chaos.report import Report
+from tests.chaos.work import PHOTO, Job, jobs
+from tests.support.rig import Rig, rig
 from tests.support.service import Service, run_service
 from tests.support.waiting import until
 
-PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
 WORKERS = 3
 JOBS_A_MINUTE = 20
 WARM, KNOWN = 36, 24
 """Jobs that are submitted first, and how many of them end before the others are submitted, whose
 durations are predicted: the cost model needs jobs that ran while all workers were busy."""
-KILL_S = (4.0, 14.0)
-RESTART_S = (25.0, 60.0)
-AWAY_S = (0.5, 3.0)
 INSTANT = 60
 BACKLOG_S = 20
-TIERS_TRIED = ("perceptual", "ddim-10", "ddim-100", "ddpm-100")
-
-
-@dataclass(slots=True)
-class Job:
-    """A job submitted over HTTP, and its result."""
-
-    data: bytes
-    asked: dict[str, str | int]
-    location: str = ""
-    said_s: float = 0.0
-    began: float = 0.0
-    took_s: float = 0.0
-    picture: str = ""  # SHA-256
-
-
-@dataclass(slots=True)
-class Report:
-    """Lines of the report, and the expectations that failed."""
-
-    lines: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-
-    def tell(self, text: str, holds: bool = True) -> None:
-        print(("" if holds else "WRONG: ") + text, flush=True)  # noqa: T201
-        self.lines.append(f"- {text}" + ("" if holds else " **does not hold**"))
-        if not holds:
-            self.wrong.append(text)
-
-
-def jobs(count: int, seed: int) -> list[Job]:
-    """Jobs with different bitstreams of 64 to 128 pixels per side."""
-    own, photo, rng = zoo.load(2), image.read(PHOTO.read_bytes(), 10**7), random.Random(seed)
-    made = []
-    for number in range(count):
-        height, width = rng.randint(64, 128), rng.randint(64, 128)
-        top, left = rng.randint(0, 512 - height), rng.randint(0, 768 - width)
-        x = codec.to_tensor(photo[top : top + height, left : left + width].copy())
-        data = bitstream.serialize(own.encode(x, "msh", "exact"))
-        made.append(Job(data, {"tier": TIERS_TRIED[number % len(TIERS_TRIED)], "seed": number}))
-    return made
 
 
 def connected(service: Service) -> httpx.Client:
@@ -149,40 +105,6 @@ def undisturbed(own: Rig, client: httpx.Client, wanted: list[Job], report: Repor
         f"{ratios[-len(ratios) // 10]:.2f} for four fifths; {within:.0%} within ±30 %",
         0.7 <= statistics.median(ratios) <= 1.3,
     )
-
-
-class Chaos(threading.Thread):
-    """Kills workers and the queue's server until it is stopped."""
-
-    def __init__(self, own: Rig, seed: int) -> None:
-        super().__init__(daemon=True)
-        self.own, self.rng = own, random.Random(seed)
-        self.stopped = threading.Event()
-        self.kills = self.drains = self.restarts = 0
-
-    def run(self) -> None:
-        restart = time.monotonic() + self.rng.uniform(*RESTART_S)
-        while not self.stopped.wait(self.rng.uniform(*KILL_S)):
-            if time.monotonic() > restart:
-                self.own.restart_queue(self.rng.uniform(*AWAY_S))
-                self.restarts += 1
-                restart = time.monotonic() + self.rng.uniform(*RESTART_S)
-            else:
-                self._end_one()
-
-    def _end_one(self) -> None:
-        """SIGTERM or SIGKILL a worker; never SIGKILL for the second crash of a bitstream."""
-        alive = [w for w in self.own.workers if w.process.poll() is None]
-        running = [self.own.jobs.record(name) for name in self.own.jobs.running]
-        marked = [s for s in running if s and self.own.jobs.quarantine.count(s.decode.digest)]
-        victim: Worker = self.rng.choice(alive)
-        if marked or self.rng.random() < 0.25:
-            victim.process.terminate()
-            self.drains += 1
-        else:
-            victim.kill()
-            self.kills += 1
-        self.own.worker()
 
 
 def disturbed(
@@ -281,7 +203,7 @@ def flooded(own: Rig, client: httpx.Client, report: Report) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
-    minutes = parser.parse_args().minutes
+    minutes = parser.parse_args().minutes / 2  # for each of the two runs under faults
     wanted, report = jobs(max(round(JOBS_A_MINUTE * minutes), WARM + 24), 0), Report()
     with tempfile.TemporaryDirectory() as folder, rig(Path(folder) / "rig") as own:
         settings = {"AFTERIMAGE_MAX_BACKLOG_S": "10000", "AFTERIMAGE_INSTANT_CACHE_BYTES": "0"}
@@ -293,9 +215,13 @@ def main() -> int:
         with run_service(own.folder, "--workers", "0", **own.urls, **settings) as service:
             with connected(service) as client:
                 flooded(own, client, report)
+    with tempfile.TemporaryDirectory() as folder:
+        shared.run(Path(folder), minutes, report)
     about = machine.describe()
     described = ", ".join(f"{k} {v}" for k, v in about.items())
-    text = "\n".join([f"# Chaos, {minutes:g} minutes\n", f"{described}\n", *report.lines]) + "\n"
+    text = (
+        "\n".join([f"# Chaos, {2 * minutes:g} minutes\n", f"{described}\n", *report.lines]) + "\n"
+    )
     machine.write("chaos", {"machine": about, "wrong": report.wrong}, text)
     return 1 if report.wrong else 0
 

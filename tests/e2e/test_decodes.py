@@ -27,8 +27,8 @@ from worker.queue.records import DecodeRequest, JobState
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
-SLOW: dict[str, str | int] = {"tier": "ddim-100", "steps": 400}
-"""A job of some seconds at 150×100 pixels."""
+SLOW: dict[str, str | int] = {"tier": "ddim-100", "steps": 1000}
+"""A job of some seconds at 100×60 pixels."""
 
 
 @pytest.fixture
@@ -38,10 +38,10 @@ def client(service: Service) -> httpx.Client:
 
 @pytest.fixture
 def stream(client: httpx.Client, photo: image.Pixels, request: pytest.FixtureRequest) -> bytes:
-    """A bitstream that no other test has sent."""
+    """A bitstream that no other test has sent, of 100×60 pixels: a step takes milliseconds."""
     at = int(hashlib.sha256(request.node.name.encode()).hexdigest(), 16)
     top, left = at % 400, at // 400 % 600
-    cut = photo[top : top + 100, left : left + 150].copy()
+    cut = photo[top : top + 60, left : left + 100].copy()
     return client.post("/v1/encodes", content=image.write(cut, "png")).content
 
 
@@ -136,7 +136,7 @@ def test_a_client_may_put_a_decode_under_the_id_that_it_computed(
     assert settings is not None
     digest = hashlib.sha256(stream).hexdigest()
     ids = weights["msh_q2"], weights["decoder_compact"]
-    own = DecodeRequest(digest, "ddim-10", settings, 7, *ids, 2, 150, 100)
+    own = DecodeRequest(digest, "ddim-10", settings, 7, *ids, 2, 100, 60)
     params: dict[str, str | int] = {"tier": "ddim-10", "seed": 7}
     first = client.put(f"/v1/decodes/{own.id}", params=params, content=stream)
     assert (first.status_code, first.headers["x-afterimage-tier"]) == (201, "instant")
@@ -285,7 +285,7 @@ def test_events_are_complete_and_can_be_resumed(service: Service, stream: bytes)
             if event["event"] == "preview":
                 preview = client.get(event["data"]["image"])  # type: ignore[index]
                 assert preview.headers["content-type"] == "image/webp"
-                assert image.read(preview.content, 10**6).shape == (100, 150, 3)
+                assert image.read(preview.content, 10**6).shape == (60, 100, 3)
     kinds = [event["event"] for event in received]
     assert kinds[:2] == ["queued", "started"]
     assert kinds[-1] == "completed"

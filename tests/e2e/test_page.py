@@ -236,6 +236,7 @@ def test_a_bitstream_is_decoded_without_encoding(
 
 @pytest.mark.parametrize("name", ["parrots", "girl", "lighthouse"])
 def test_each_sample_can_be_opened(opened: Page, name: str) -> None:
+    opened.locator("[name=tier]").select_option("instant")
     opened.locator(f"[data-sample={name}]").click()
     expect(opened.locator("#size")).to_have_text("768 × 512")
     expect(opened.locator("#times")).to_contain_text("Instant", timeout=SLOW)

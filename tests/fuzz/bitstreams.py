@@ -257,7 +257,7 @@ class Fuzzer:
         }
         shipped: dict[tuple[int, bitstream.Metric], Codec]
         shipped = {(q, "mse"): c for q, c in caching.items()}
-        self.library = Library(shipped, None, OtherModels(others))
+        self.library = Library(shipped, {}, OtherModels(others))
         self.seeds, self.seed = seeds, seed
         self.small = seeds[0].symbols.size < 10**5
         for s in seeds if self.small and not others else ():

@@ -1,9 +1,10 @@
 """A short run of `make fuzz`, and tests that the fuzzer detects failures."""
 
 import os
-import subprocess
 import sys
+import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from models.codec.codec import Codec
 from models.image import Pixels
 from tests.fuzz import bitstreams, mutate
 from tests.fuzz.bitstreams import Fuzzer
+from tests.support.forked import Forked
+from worker.settings import WorkerSettings, prepare_process
 
 pytestmark = pytest.mark.weights
 
@@ -23,15 +26,21 @@ def fuzzer(shipped: Codec, photo: Pixels) -> Fuzzer:
 
 
 def test_a_thousand_mutated_bitstreams_cause_no_failure(tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-P", "-W", "ignore", bitstreams.__file__,
-        "1000", "--full-size", "0", "--cuts", "3", "--failures", str(tmp_path),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert done.returncode == 0, done.stdout
-    assert "1000 of at most 128×128, 50 of other models" in done.stdout
-    assert not list(tmp_path.iterdir())
+    failures, log = tmp_path / "failures", tmp_path / "log"
+    failures.mkdir()
+    options = ("1000", "--full-size", "0", "--cuts", "3", "--failures", str(failures))
+    process = Forked(partial(run, options), os.environ, log)
+    assert process.wait(600) == 0, log.read_text()
+    assert "1000 of at most 128×128, 50 of other models" in log.read_text()
+    assert not list(failures.iterdir())
+
+
+def run(options: tuple[str, ...]) -> int:
+    """What the process of `make fuzz` runs."""
+    warnings.simplefilter("ignore")
+    sys.argv[1:] = options
+    prepare_process(WorkerSettings())
+    return bitstreams.main()
 
 
 def test_the_same_number_gives_the_same_input(fuzzer: Fuzzer, shipped: Codec) -> None:

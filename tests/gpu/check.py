@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,14 @@ from models.diffusion import decoder, noise
 from models.diffusion.decoder import Decoder, DiffusionInput
 from models.diffusion.presets import PAPER
 from models.diffusion.unet import UNet
-from models.tiers import TIERS, Settings
+from models.tiers import TIERS, Settings, decoder_for
 from tests.bench import machine
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
-PERCEPTUAL = Settings("ddim", 4, beta=1.0)
+assert (_settings := TIERS["perceptual"].settings) is not None
+PERCEPTUAL = _settings
+Decoders = Mapping[int, Decoder]
+"""Decoders for `tiers.decoder_for`."""
 GOAL_MS = {
     "instant": 15.0,
     "compact, a step": 4.0,
@@ -102,7 +105,7 @@ def levels(a: Tensor, b: Tensor) -> tuple[float, float]:
     return float(gap.max()), float(gap.mean())
 
 
-def equality(check: Check, q2: codec.Codec, on_cpu: Decoder, on_device: Decoder) -> None:
+def equality(check: Check, q2: codec.Codec, on_cpu: Decoders, on_device: Decoders) -> None:
     """Check that the device gives the same pictures as the CPU, alone and in batches."""
     device = check.device
     a, b = (noise.words(7, 3, (64, 64), device=d).cpu() for d in (None, device))
@@ -119,11 +122,14 @@ def equality(check: Check, q2: codec.Codec, on_cpu: Decoder, on_device: Decoder)
             worst, mean = levels(g_s(small.latents.y_hat), small.x_hat)
         check.holds(f"instant picture in {dtype}, mean 1/255", mean, 0.5)
     for name, settings in (("perceptual", PERCEPTUAL), ("ddpm, 10 steps", Settings("ddpm", 10))):
-        pictures = [d.sample_batch([small], settings) for d in (on_cpu, on_device)]
+        pictures = [
+            decoder_for(decoders, settings).sample_batch([small], settings)
+            for decoders in (on_cpu, on_device)
+        ]
         worst, mean = levels(*pictures)
         check.holds(f"{name}, mean 1/255", mean, 0.5)
         check.holds(f"{name}, largest 1/255", worst, 16.0)
-    served = library.load().diffusion
+    served = library.load().decoder(PERCEPTUAL)
     check.holds("workers use another device", float(served.device.type != device.type), 0)
     previews: list[Tensor] = []
     served.sample_batch(
@@ -132,15 +138,17 @@ def equality(check: Check, q2: codec.Codec, on_cpu: Decoder, on_device: Decoder)
     pixels = [codec.to_pixels(codec.crop(preview, 256, 384)) for preview in previews]
     check.holds("missing previews", float(PERCEPTUAL.steps - len(pixels)), 0)
     batch = [tiled_photo(q2, 384, 256, seed) for seed in range(4)]
-    together = on_device.sample_batch(batch, PERCEPTUAL)
-    alone = torch.cat([on_device.sample_batch([item], PERCEPTUAL) for item in batch])
+    perceptual = decoder_for(on_device, PERCEPTUAL)
+    together = perceptual.sample_batch(batch, PERCEPTUAL)
+    alone = torch.cat([perceptual.sample_batch([item], PERCEPTUAL) for item in batch])
     check.holds("a batch of 4 against each alone, mean 1/255", levels(together, alone)[1], 0.1)
 
 
 def timings(
-    check: Check, q2: codec.Codec, diffusion: Decoder, sizes: list[tuple[int, int]]
+    check: Check, q2: codec.Codec, decoders: Decoders, sizes: list[tuple[int, int]]
 ) -> None:
     """Time every tier, a step of each preset, and a batch."""
+    diffusion = decoders[0]
     g_s = Synthesis(copy.deepcopy(q2.net.g_s), q2.net.M, check.device)
     for width, height in sizes:
         first = (width, height) == sizes[0]
@@ -167,7 +175,7 @@ def timings(
                 settings = tier.settings
 
                 def whole(item: DiffusionInput = item, settings: Settings = settings) -> Tensor:
-                    return diffusion.sample_batch([item], settings)
+                    return decoder_for(decoders, settings).sample_batch([item], settings)
 
                 rounds = 3 if tier.settings.steps <= 10 else 1
                 check.timed(f"{tier.name} {size}", check.fastest(whole, rounds))
@@ -176,7 +184,8 @@ def timings(
         check.timed(f"paper, a step {size}", step_ms(check, paper, item), goal)
         del paper
     many = [tiled_photo(q2, *sizes[0], seed) for seed in range(16)]
-    rate = 16e3 / check.fastest(lambda: diffusion.sample_batch(many, PERCEPTUAL), 2)
+    perceptual = decoder_for(decoders, PERCEPTUAL)
+    rate = 16e3 / check.fastest(lambda: perceptual.sample_batch(many, PERCEPTUAL), 2)
     check.results["16 together, pictures/s"] = {"value": rate, "reach": GOAL_PICTURES_S}
     print(f"      16 together: {rate:.1f} pictures/s of {GOAL_PICTURES_S:g}")  # noqa: T201
 
@@ -223,7 +232,7 @@ def main() -> int:
         return 3
     check = Check(torch.device(args.device))
     q2 = zoo.load(2)
-    on_cpu, on_device = decoder.load(), decoder.load(device=check.device)
+    on_cpu, on_device = decoder.load_all(), decoder.load_all(device=check.device)
     equality(check, q2, on_cpu, on_device)
     trainers(check, args.trainers, args.minutes)
     sizes = [(int(w), int(h)) for w, h in (size.split("x") for size in args.sizes)]

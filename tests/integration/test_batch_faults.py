@@ -16,7 +16,7 @@ from tests.support.batches import PNG, Drawer, counts, ended, folder_stores, sta
 from tests.support.object_server import BUCKET, KEY_ID, SECRET, FaultProxy, s3_server
 from tests.support.waiting import until
 from worker.queue import object_stores
-from worker.queue.batches import Batches
+from worker.queue.batches.store import Batches
 from worker.queue.jobs import Jobs
 from worker.queue.references import Reference
 from worker.queue.store import Store

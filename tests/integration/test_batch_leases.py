@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from models.tiers import Settings
-from worker.queue import batch_leases, counters, events
-from worker.queue.batch_leases import BatchTaken, Lease
-from worker.queue.batch_records import Active, Batch, Item, Spec
-from worker.queue.batches import PAGE, Batches
+from worker.queue import counters, events
+from worker.queue.batches import leases
+from worker.queue.batches.leases import BatchTaken, Lease
+from worker.queue.batches.records import Active, Batch, Item, Spec
+from worker.queue.batches.store import PAGE, Batches, Packed
 from worker.queue.store import Store
 
 pytestmark = pytest.mark.redis
@@ -25,8 +26,8 @@ def batches(store: Store) -> Batches:
 def leased(batches: Batches, count: int, **more: str) -> Lease:
     """The lease of a new batch of this many items."""
     spec = Spec("ddim-10", Settings("ddim", 1), seed=5, **more)  # type: ignore[arg-type]
-    batches.create("ann", spec, items(count), ID)
-    lease = batch_leases.take(batches)
+    batches.create("ann", spec, Packed.of(items(count), spec.seed), ID)
+    lease = leases.take(batches)
     assert lease is not None
     return lease
 
@@ -72,16 +73,16 @@ def test_an_item_that_waits_again_is_canceled_too(batches: Batches) -> None:
     lease.settle([(1, "succeeded", None)] * 2)
     lease.settle([(1, "failed", {"type": "t", "detail": "d"})])
     assert found(batches).counts["succeeded"] == 1 and not batches.failed(ID, -1, 9)
-    assert counters.read(batches.store).get(f"{batch_leases.ITEMS}succeeded") == 1
+    assert counters.read(batches.store).get(f"{leases.ITEMS}succeeded") == 1
     assert lease.end() and not lease.end()
     assert not batches.cancel(ID)
 
 
 def test_a_process_that_has_lost_its_lease_changes_nothing(batches: Batches) -> None:
     slow = leased(batches, 3)
-    assert batch_leases.take(batches) is None
+    assert leases.take(batches) is None
     slow.due_in(0)
-    other = batch_leases.take(batches)
+    other = leases.take(batches)
     assert other is not None and other.claim(1, 9) == [0]
     writes = (
         lambda: slow.claim(1, 9), lambda: slow.settle([(0, "failed", None)]),
@@ -129,4 +130,4 @@ def test_a_batch_expires_after_its_last_step(batches: Batches) -> None:
     assert all(queue.ttl(key) > 6 * 24 * 3600 for key in queue.keys("*batch-*"))
     queue.delete(batches.keys_of(ID)[0])
     lease.batches.store.queue.zadd(batches.due, {ID: 0})
-    assert batch_leases.take(batches) is None and batches.running() == []
+    assert leases.take(batches) is None and batches.running() == []

@@ -10,7 +10,7 @@ from rq.job import Job
 from models.tiers import Settings
 from tests.support.jobs import FAST, expire_lease
 from worker.attempt import Attempt
-from worker.queue import estimates, order, workers
+from worker.queue import estimates, workers
 from worker.queue.jobs import Jobs
 from worker.queue.order import Place
 from worker.queue.records import DecodeRequest, JobState, Priority
@@ -65,7 +65,7 @@ def test_a_callers_only_job_is_next_however_many_jobs_another_caller_has(jobs: J
     assert [taken.caller for _ in range(5) if (taken := take(jobs))] == ["many"] * 5
     for name in ("zoe", "anna"):  # whatever their names
         job_id = submit(jobs, name, 0)
-        assert jobs.position(state(jobs, job_id)) == 0
+        assert estimates.outlook_of(jobs, state(jobs, job_id)).position == 0
         taken = take(jobs)
         assert taken is not None and taken.id == job_id
 
@@ -130,30 +130,29 @@ def test_a_caller_that_leaves_and_returns_gets_no_more_than_its_share(jobs: Jobs
     assert drawn["steady"] == pytest.approx(20, abs=1)
 
 
-def test_the_predicted_order_is_the_order_in_which_jobs_are_taken(
-    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With several callers, weights, sizes and priorities, more jobs than are read at once, and
-    callers that have been served before."""
-    monkeypatch.setattr(order, "CHUNK", 3)
+def test_the_predicted_order_is_the_order_in_which_jobs_are_taken(jobs: Jobs) -> None:
+    """With several callers, weights, sizes and priorities, more jobs and callers than are read at
+    once, and callers that have been served before."""
     callers: list[tuple[str, Priority, float, Settings]] = [
         ("a", "interactive", 1.0, FAST), ("b", "interactive", 2.5, LONG),
         ("", "interactive", 1.0, FAST), ("c", "batch", 1.0, LONG), ("d", "batch", 0.3, FAST),
     ]  # fmt: skip
-    for seed in range(16):
+    for seed in range(24):
         for name, priority, weight, settings in callers:
             submit(jobs, name, seed, priority, weight, settings)
+    for number in range(40):
+        submit(jobs, f"{'aZé'[number % 3]}{number}", 0)
     for _ in range(31):
         take(jobs)
     last = submit(jobs, "new", 0)
     waiting = [state(jobs, job_id) for job_id in jobs.line.job_ids()]
-    ahead = {s.id: jobs.ahead(s) for s in waiting if s.caller in {"a", "d", "new"}}
-    positions = {s.id: jobs.position(s) for s in waiting}
+    outlooks = {s.id: estimates.outlook_of(jobs, s) for s in waiting}
     taken = [s.id for s in take_all(jobs)]
-    assert [taken.index(job_id) for job_id in positions] == list(positions.values())
-    for job_id, before in ahead.items():
-        assert before == taken[: taken.index(job_id)]
-    assert taken.index(last) <= 2
+    assert len(taken) == len(outlooks)
+    for job_id, seen in outlooks.items():
+        assert [before for before, _ in seen.ahead or ()] == taken[: taken.index(job_id)]
+        assert seen.position == taken.index(job_id)
+    assert taken.index(last) < 45
 
 
 def test_backlog_and_eta_count_only_what_is_drawn_before(jobs: Jobs) -> None:
@@ -166,7 +165,7 @@ def test_backlog_and_eta_count_only_what_is_drawn_before(jobs: Jobs) -> None:
     assert estimates.backlog_s(jobs, "other", "batch") == pytest.approx(38)  # one in 20
     other = submit(jobs, "other", 0)
     assert estimates.eta_s(jobs, state(jobs, other)) == pytest.approx(4)
-    assert len(order.ahead(jobs.line, Place("", "interactive", "other")) or ()) == 3
+    assert estimates.outlook(jobs, Place("", "interactive", "other")).position == 3
 
 
 def test_a_job_that_is_put_back_is_next(jobs: Jobs) -> None:
@@ -229,7 +228,7 @@ def test_jobs_that_a_former_version_queued_are_drawn(jobs: Jobs) -> None:
     jobs.store.queue.delete(*keys)
     for seed in range(3):
         submit(jobs, "many", seed)
-    assert jobs.position(state(jobs, old)) == 0
+    assert estimates.outlook_of(jobs, state(jobs, old)).position == 0
     assert old in [taken.id for taken in (take(jobs), take(jobs)) if taken]
     assert old in jobs.missing()  # its worker has not begun an attempt
 
@@ -240,7 +239,7 @@ def test_a_queued_job_moves_to_a_caller_who_gets_it_sooner(jobs: Jobs) -> None:
     decode = state(jobs, submit(jobs, "library", 19, "batch")).decode
     moved, is_new = jobs.submit(decode, b"bitstream", "ann")
     assert (moved.caller, moved.priority, is_new) == ("ann", "interactive", False)
-    assert jobs.position(state(jobs, decode.id)) == 0
+    assert estimates.outlook_of(jobs, state(jobs, decode.id)).position == 0
     jobs.submit(decode, b"bitstream", "library", priority="batch")  # never back
     assert state(jobs, decode.id).caller == "ann"
     taken = take(jobs)

@@ -17,8 +17,8 @@ from tests.support.api_keys import TOKENS, guarded_settings
 from tests.support.jobs import FAST, take
 from tests.support.service import connected
 from worker.attempt import Attempt
-from worker.queue.batch_records import Item, Spec
-from worker.queue.batches import Batches
+from worker.queue.batches.records import Item, Spec
+from worker.queue.batches.store import Batches, Packed
 from worker.queue.jobs import Jobs
 from worker.queue.store import Store
 from worker.settings import faults
@@ -185,7 +185,8 @@ def test_only_its_caller_sees_a_batch_in_the_list(api: httpx.Client, jobs: Jobs)
     batches = Batches(jobs.store)
     ids = {caller: uuid.uuid4().hex for caller in (OWNER, OTHER)}
     for caller, id in ids.items():
-        batches.create(caller, spec, [Item("store:in/a.msh", "store:out/a.png", 0)], id)
+        items = Packed.of([Item("store:in/a.msh", "store:out/a.png", 0)], seed=0)
+        batches.create(caller, spec, items, id)
     for caller, id in ids.items():
         listed = api.get("/v1/batches", headers=by(caller)).json()["batches"]
         assert [batch["id"] for batch in listed] == [id]

@@ -11,4 +11,6 @@ INSTALLED = ("chromium-headless-shell", "chromium", "google-chrome")
 def launch(playwright: Playwright) -> Browser:
     """Start the Chromium that is installed on the machine, else Playwright's."""
     executable = next(filter(None, map(shutil.which, INSTALLED)), None)
-    return playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+    return playwright.chromium.launch(
+        executable_path=executable, args=["--no-sandbox", "--disable-gpu"]
+    )

@@ -1,24 +1,29 @@
-"""Processes that are forked from one that has imported torch already.
+"""Processes that are forked from one that has imported torch and loaded the shipped weights.
 
-A new process spends about five seconds of CPU time on imports, a forked one none. Each forked
-process has its own signals, exit status, environment, working directory, and output file.
+A new process spends about six seconds of CPU time on imports and weights, a forked one none. Each
+forked process has its own signals, exit status, environment, working directory, and output file.
 `afterimage` and `python -m worker.main` themselves run in the tests of services that are not forked
-and in those of the command line.
+and in those of the command line. A forked service forks the processes that its supervisor starts
+with it; those that the supervisor starts again later are new ones.
 """
 
 import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from unittest import mock
+
+from tests.support import weights
 
 READ_AT_IMPORT = (
     "AFTERIMAGE_SECRETS_DIR", "HOME", "LD_", "MALLOC_", "MKL_", "NUMBA_", "OMP_", "OPENBLAS_",
@@ -93,11 +98,28 @@ def worker_main() -> int:
     return main.main()
 
 
-def command(arguments: tuple[str, ...]) -> int:
-    """Run the `afterimage` command with these arguments."""
-    from service.cli import main
+def sender_main() -> int:
+    """Send webhooks, as `python -m worker.webhooks` does."""
+    from worker.webhooks import sender
 
-    return main.main(arguments)
+    return sender.main()
+
+
+def command(arguments: tuple[str, ...]) -> int:
+    """Run the `afterimage` command with these arguments; `serve` forks its child processes."""
+    from service.cli import main, supervisor
+    from worker.queue.private_redis import die_with_parent
+
+    start = supervisor.Supervisor._start
+
+    def start_child(self: supervisor.Supervisor, command: supervisor.Command) -> Any:
+        """Fork a child process, unless the API runs: one of its threads may hold a lock."""
+        if len(os.listdir("/proc/self/task")) > 1:
+            return start(self, command)
+        return _Child(command, env=self._environment, preexec_fn=die_with_parent)
+
+    with mock.patch.object(supervisor.Supervisor, "_start", start_child):
+        return main.main(arguments)
 
 
 def trainer(arguments: tuple[str, ...]) -> int:
@@ -107,6 +129,32 @@ def trainer(arguments: tuple[str, ...]) -> int:
     sys.argv[1:] = arguments
     __main__.main()
     return 0
+
+
+class _Child(subprocess.Popen[bytes]):
+    """A child process of a service, forked from it instead of started."""
+
+    def _execute_child(
+        self, args: Sequence[str], executable: object, preexec_fn: Callable[[], None],
+        close_fds: object, pass_fds: object, cwd: object, env: Mapping[str, str], *_: object,
+    ) -> None:  # fmt: skip
+        """Fork; the child runs the `main` of its command and exits."""
+        self._child_created = True
+        self.pid = os.fork()
+        if self.pid:
+            return
+        try:
+            os.setsid()
+            preexec_fn()
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # with the service's sockets
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            _replace_environment(env)
+            gc.enable()
+            os._exit(worker_main() if args[-1] == "worker.main" else sender_main())
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
 
 
 @functools.cache
@@ -133,7 +181,12 @@ def _run(main: Callable[[], int], environment: dict[str, str], folder: Path, log
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.close(out)
+    _replace_environment(environment)
+    os.chdir(folder)
+    with weights.loaded_once():
+        sys.exit(main())
+
+
+def _replace_environment(environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(folder)
-    sys.exit(main())

@@ -2,7 +2,7 @@
 
 from models import checkpoint
 from models.codec import bitstream
-from models.tiers import Settings
+from models.tiers import Settings, decoder_for
 from worker.queue.jobs import LEASE_S, Jobs
 from worker.queue.records import DecodeRequest
 
@@ -15,9 +15,11 @@ def decode_of(
 ) -> DecodeRequest:
     """A decode of the bitstream `data` with the shipped weights."""
     b = bitstream.parse(data)
-    ids = {e.kind: e.weights_id for e in checkpoint.manifest() if e.quality in {0, b.quality}}
-    return DecodeRequest(bitstream.digest(data), tier, settings, seed, ids["codec"], ids["decoder"],
-                  b.quality, b.width, b.height)  # fmt: skip
+    (codec,) = (e.weights_id for e in checkpoint.manifest() if e.quality == b.quality)
+    decoder = decoder_for(checkpoint.decoder_entries(), settings).weights_id
+    return DecodeRequest(
+        bitstream.digest(data), tier, settings, seed, codec, decoder, b.quality, b.width, b.height
+    )
 
 
 def take(jobs: Jobs, job_id: str) -> None:

@@ -41,6 +41,25 @@ def s3_server(folder: Path) -> Iterator[int]:
         process.wait()
 
 
+def s3_settings(folder: Path, port: int) -> dict[str, str]:
+    """Write a file that names the bucket as the store `s3`; returns the environment for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "stores.toml"
+    file.write_text(
+        f"""
+        [stores.s3]
+        url = "s3://{BUCKET}"
+        write = true
+        [stores.s3.options]
+        region = "us-east-1"
+        endpoint = "http://127.0.0.1:{port}"
+        allow_http = true
+        """
+    )
+    keys = {"AWS_ACCESS_KEY_ID": KEY_ID, "AWS_SECRET_ACCESS_KEY": SECRET}
+    return {"AFTERIMAGE_STORES": str(file), **keys}
+
+
 def _accepts(port: int) -> bool:
     with socket.socket() as s:
         return s.connect_ex(("127.0.0.1", port)) == 0

@@ -1,18 +1,25 @@
-"""Imports and compiled code that the fork server of `tests.support.forked` loads before it forks.
+"""Imports, compiled code and weights that `tests.support.forked`'s server loads before it forks.
 
-Only the fork server imports this module. OpenVINO is left out: its import starts a thread.
+Only the fork server imports this module.
 """
-# ruff: noqa: F401
+# ruff: noqa: E402, F401
 
+import gc
 import os
+import sys
+
+gc.disable()
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # it would start a thread
 
 import numpy as np
+import openvino
 
 import service.cli.api_server
 import worker.main
 import worker.rq_worker
 import worker.tasks
 from models.codec import rans
+from tests.support import weights
 
 
 def load_compiled_code() -> None:
@@ -26,4 +33,7 @@ def load_compiled_code() -> None:
 
 
 load_compiled_code()
+weights.load_all()
+gc.freeze()  # a collection in a forked process would copy the memory that it shares
+gc.enable()
 assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"

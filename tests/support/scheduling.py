@@ -1,21 +1,38 @@
 """Which tests run in the same process of pytest-xdist, and in which order.
 
-Tests of one file stay together, for its fixtures. Files whose tests use the same running service
-stay together too, so that each service is started once.
+Tests of one file stay together, for its fixtures. Files that need the same running service, or the
+same package whose import takes seconds, stay together too, so that each process starts or imports
+only some of them.
 """
 
-from pathlib import PurePosixPath
 from typing import Any
 
 GROUPS = {
-    "service": (
-        "test_http", "test_decodes", "test_client", "test_webhook", "test_observed", "test_demo",
-        "test_supervisor", "test_page", "test_hostile_page", "test_queue_cli", "test_typescript",
-        "test_client_wheel",
+    "page": ("e2e/test_page", "e2e/test_hostile_page"),
+    "service": tuple(
+        f"e2e/test_{name}"
+        for name in (
+            "http", "decodes", "client", "webhook", "observed", "demo", "supervisor", "queue_cli",
+            "typescript", "client_wheel",
+        )
     ),
-    "guarded": ("test_guarded", "test_schema", "test_remote_cli", "test_queue_page"),
+    "compressai": (
+        "e2e/test_weights_cli",
+        *(
+            f"unit/test_{name}"
+            for name in (
+                "architectures", "codec", "context", "networks", "recovery", "tables", "zoo",
+            )
+        ),
+    ),
+    "guarded": tuple(
+        f"e2e/test_{name}" for name in ("guarded", "schema", "remote_cli", "queue_page")
+    ),
+    "evaluate": tuple(f"unit/test_{name}" for name in ("evaluate", "metrics", "train_losses")),
 }  # fmt: skip
-"""Session fixtures that start services, and the files in tests/e2e that use them."""
+"""Files that share what takes seconds: the service of a session fixture (`page` and `service` use
+the same fixture, `guarded` another), or the import of CompressAI, or of the packages that measure
+quality."""
 FIRST = (
     *GROUPS, "tests/chaos/", "tests/e2e/", "tests/unit/test_train", "tests/integration/",
     "tests/fuzz/",
@@ -24,13 +41,10 @@ FIRST = (
 
 
 def group_of(nodeid: str) -> str:
-    """The name of a shared service, else the test's file."""
+    """The name of the group that the test's file belongs to, else the file."""
     file = nodeid.partition("::")[0]
-    if "tests/e2e/" in file:
-        for group, names in GROUPS.items():
-            if PurePosixPath(file).stem in names:
-                return group
-    return file
+    name = file.rpartition("tests/")[2].removesuffix(".py")
+    return next((group for group, names in GROUPS.items() if name in names), file)
 
 
 def rank(nodeid: str) -> int:

@@ -20,9 +20,10 @@ def until(condition: Callable[[], object], what: str, seconds: float = 60) -> fl
         with contextlib.suppress(redis.RedisError):
             if condition():
                 return time.monotonic() - began
-        if time.monotonic() - began > seconds:
+        elapsed = time.monotonic() - began
+        if elapsed > seconds:
             raise TimeoutError(f"{what}: not within {seconds} s")
-        time.sleep(0.01)
+        time.sleep(min(0.01 + elapsed / 20, 0.05))  # a condition may be a request over HTTP
 
 
 def wait_for(client: httpx.Client, location: str, seconds: float = 120) -> dict[str, object]:

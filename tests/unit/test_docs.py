@@ -12,7 +12,7 @@ import pytest
 
 from models import checkpoint
 from models.codec import bitstream
-from models.tiers import TIERS
+from models.tiers import TIERS, decoder_for
 from service.cli.main import _parser
 from worker.queue.records import DecodeRequest
 
@@ -115,7 +115,7 @@ def test_the_readmes_example_shows_the_id_that_the_service_computes() -> None:
     b = bitstream.parse(data)
     settings = TIERS["perceptual"].settings
     assert settings is not None
-    decoder = checkpoint.decoder_entry().weights_id
+    decoder = decoder_for(checkpoint.decoder_entries(), settings).weights_id
     decode = DecodeRequest(
         bitstream.digest(data), "perceptual", settings, 0, b.weights_id, decoder, b.quality,
         b.width, b.height,

@@ -1,5 +1,6 @@
 """Evaluation: summary, baselines, report, plots, contact sheets, and whole runs of the command."""
 
+import functools
 import io
 import json
 import math
@@ -338,10 +339,20 @@ def test_the_best_and_the_worst_crops_are_found(tmp_path: Path, lpips_file: Path
 Command = Callable[..., None]
 
 
+@pytest.fixture(scope="module")
+def lpips() -> Callable[[Path], LpipsAlex]:
+    """`LpipsAlex`, which loads each file once: to make its network takes half a second."""
+    return functools.cache(LpipsAlex)
+
+
 @pytest.fixture
-def command(tmp_path: Path, lpips_file: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+def command(
+    tmp_path: Path, lpips_file: Path, lpips: Callable[[Path], LpipsAlex],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Command:  # fmt: skip
     """Run the command with the pictures in `in` and the results in `out`."""
     (tmp_path / "in").mkdir()
+    monkeypatch.setattr(evaluate, "LpipsAlex", lpips)
 
     def run(*arguments: str) -> None:
         options = {"--pictures": tmp_path / "in", "--lpips": lpips_file, "--out": tmp_path / "out"}
@@ -383,7 +394,7 @@ def test_the_command_writes_metrics_of_real_bytes(
     for name in baselines.NAMES:
         assert by_tier[name]["null_gap"] < baselines.TOLERANCE_DB
     assert "| 2 | perceptual | 3 |" in (tmp_path / "out/evaluation.md").read_text()
-    assert document["decoder"] == decoder.load().weights_id
+    assert document["decoders"] == [d.weights_id for d in decoder.load_all().values()]
     (points,) = document["calibration"].values()
     assert [round(16 * p["t"]) for p in points] == list(range(15, 0, -1))
     assert all(0 < point["actual"] < point["zero"] for point in points)
@@ -443,18 +454,18 @@ def test_cached_decodes_are_reused_unless_the_bitstream_changed(
 def test_pictures_equal_the_services_even_if_the_decoder_was_not_trained_with_the_codec(
     command: Command, tmp_path: Path, small: image.Pixels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = library.load(with_decoder=True)
-    assert models.decoder is not None
-    models.decoder.codecs = frozenset()
-    monkeypatch.setattr(decoder, "load", lambda **_: models.decoder)
+    models = library.load()
+    settings = TIERS["perceptual"].settings
+    assert settings is not None
+    diffusion = models.decoder(settings)
+    diffusion.codecs = frozenset()
+    monkeypatch.setattr(decoder, "load_all", lambda **_: models.decoders)
     (tmp_path / "in/a.png").write_bytes(image.write(small, "png"))
     command("--qualities", "2")
     drawn = image.read((tmp_path / "out/decodes/q2/a.png/perceptual.seed0.png").read_bytes(), 10**6)
-    settings = TIERS["perceptual"].settings
-    assert settings is not None
     b = models.codecs[2, "mse"].encode(codec.to_tensor(small), "msh", "exact")
     assert np.array_equal(drawn, models.draw(b, settings, 0))
-    models.decoder.codecs = None
+    diffusion.codecs = None
     assert not np.array_equal(drawn, models.draw(b, settings, 0))
 
 

@@ -23,7 +23,7 @@ from tests.support import zoo as nets
 
 
 def instant(**settings: float) -> InstantDecoder:
-    return InstantDecoder(Library({}, None), ServiceSettings(**settings), PixelBudget(40))  # type: ignore[arg-type]
+    return InstantDecoder(Library({}), ServiceSettings(**settings), PixelBudget(40))  # type: ignore[arg-type]
 
 
 async def until(condition: Callable[[], object]) -> None:

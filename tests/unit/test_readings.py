@@ -58,7 +58,7 @@ def test_a_file_of_two_models_is_read_as_the_one_that_decodes_it(
     folder: Path, nets: dict[str, Any], small: Pixels, shipped: Codec
 ) -> None:
     """Id 2 was that of mbt2018-mean in CompressAI 1.2.0, and is that of a hyperprior today."""
-    installed = library.load(with_decoder=False, folder=folder)
+    installed = library.load(with_decoders=False, folder=folder)
     today = bitstream.parse(written(nets[NAMES[0]], NAMES[0], small))
     encoded = shipped.encode(codec.to_tensor(small), "compressai", "float")
     data = bytearray(bitstream.serialize(encoded))
@@ -69,7 +69,7 @@ def test_a_file_of_two_models_is_read_as_the_one_that_decodes_it(
         assert installed.read(b).model == installed.codec(b).model == model
         assert installed.codec_id(b) == installed.codec(b).weights_id
         assert installed.codec(b).decode(b).shape == small.shape
-    without = library.load(with_decoder=False)
+    without = library.load(with_decoders=False)
     assert without.read(today).model == "mbt2018-mean"
 
 
@@ -77,7 +77,7 @@ def test_a_relu_file_of_compressais_program_is_decoded_with_the_weights_it_used(
     folder: Path, nets: dict[str, Any], small: Pixels
 ) -> None:
     """`examples/codec.py` loads the weights of bmshj2018-factorized under both names."""
-    installed = library.load(with_decoder=False, folder=folder)
+    installed = library.load(with_decoders=False, folder=folder)
     b = bitstream.parse(written(nets[NAMES[1]], "bmshj2018-factorized-relu", small))
     assert (b.model, b.others) == ("bmshj2018-factorized-relu", (CODEC_PY,))
     assert installed.codec(b).model == "bmshj2018-factorized"
@@ -85,7 +85,7 @@ def test_a_relu_file_of_compressais_program_is_decoded_with_the_weights_it_used(
 
 
 def test_the_error_for_missing_weights_names_all_models_of_a_file() -> None:
-    installed = library.load(with_decoder=False)
+    installed = library.load(with_decoders=False)
     b = Bitstream("compressai", "float", 6, "mse", 64, 64, bytes(8), bytes(8))
     b = bitstream.parse(bitstream.serialize(b))
     for find in (installed.codec, installed.codec_id):
@@ -118,11 +118,11 @@ def test_a_diffusion_tier_takes_the_picture_of_any_codec(
     folder: Path, nets: dict[str, Any], small: Pixels, tiny_decoder: Decoder
 ) -> None:
     """The latents are hidden from the diffusion decoder, the bit map is that of y."""
-    listed = library.load(with_decoder=False, folder=folder)
-    installed = Library({}, tiny_decoder, listed.imports)
+    listed = library.load(with_decoders=False, folder=folder)
+    installed = Library({}, {0: tiny_decoder}, listed.imports)
     for name in NAMES[:2]:
         b = bitstream.parse(written(nets[name], name, small))
-        given = installed.diffusion_input(b, 0)
+        given = installed.diffusion_input(b, Settings("ddim", 1), 0)
         assert not given.latents_visible
         assert given.latents.bits.sum() == pytest.approx(8 * len(b.y_string), rel=0.05)
         assert installed.draw(b, Settings("ddim", 1), 0).shape == small.shape
@@ -146,7 +146,7 @@ def test_warming_up_compiles_the_context_model_only_if_such_a_model_is_imported(
     for model, expected in (("", 0), ("bmshj2018-factorized", 0), ("cheng2020-attn", 1)):
         entry = checkpoint.Entry("codec", "", "", "", "", 1, "mse", model=model)
         rows = [catalogue.Installed(entry, Path())] if model else []
-        Library({}, None, codecs.Imports(rows)).warm_up()
+        Library({}, {}, codecs.Imports(rows)).warm_up()
         assert len(calls) == expected, model
 
 

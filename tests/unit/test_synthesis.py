@@ -251,11 +251,11 @@ def test_a_small_picture_passes_a_large_one_between_two_windows(
 
     run.net = note
     with ThreadPoolExecutor(3) as pool:
-        large = [pool.submit(run, latents(12, 40, 40)) for _ in range(2)]
+        large = [pool.submit(run, latents(12, 24, 24)) for _ in range(2)]
         begun.wait(10)
         small = pool.submit(run, latents(12, 4, 4))
         until(lambda: len(run._turns._waiting) == 2, "both others wait")
         go.set()
         small.result()
         assert order.index((4, 4)) == 1
-        assert [future.result().shape for future in large] == [(1, 3, 640, 640)] * 2
+        assert [future.result().shape for future in large] == [(1, 3, 384, 384)] * 2

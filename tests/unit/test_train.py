@@ -28,6 +28,7 @@ from models.diffusion.conditioner import PerQuality
 from models.diffusion.presets import COMPACT, PAPER
 from models.diffusion.unet import UNet
 from models.errors import WeightsError
+from models.tiers import Settings
 from models.train import __main__ as cli
 from models.train import bank, export, network
 from models.train.adapt import adapt, fit_map, folded
@@ -116,7 +117,7 @@ def test_40_steps_on_20_photographs_beat_predicting_zero(
     config: Callable[..., DiffusionConfig],
 ) -> None:
     settings = config(
-        plan=(Stage("phase1", steps=40),), widths=(32, 48, 64), lr=1.5e-3, warm=10, batch=8,
+        plan=(Stage("phase1", steps=40),), widths=(16, 24, 32), lr=1.5e-3, warm=10, batch=8,
         lpips="",
     )  # fmt: skip
     trained(settings)
@@ -134,6 +135,23 @@ def test_a_decoder_with_one_call_gets_perceptual_losses_at_that_call(
     trained(settings)
     rows = [row for row in log(settings) if "ratio" in row]
     assert len(rows) == 3 and all(row["lpips"] > 0 and row["spectrum"] > 0 for row in rows)
+
+
+@pytest.mark.usefixtures("few_held_out_crops")
+def test_a_perceptual_decoder_is_trained_alone_from_a_wider_one(
+    config: Callable[..., DiffusionConfig], tmp_path: Path
+) -> None:
+    wide = config(plan=(Stage("phase1", steps=1),), out=str(tmp_path / "wide"))
+    trained(wide)
+    settings = config(
+        plan=(Stage("perceptual", steps=2),), preset="small", widths=(8, 16, 24), calls=1,
+        narrow=str(tmp_path / "wide" / "decoder.safetensors"), log_s=0.0,
+    )  # fmt: skip
+    trained(settings)
+    rows = [row for row in log(settings) if "ratio" in row]
+    assert len(rows) == 2 and all(row["lpips"] > 0 and "v" not in row for row in rows)
+    drawn = decoder.from_file(Path(settings.out) / "decoder.safetensors")
+    assert (drawn.config.widths, drawn.config.depth) == ((8, 16, 24), 1)
 
 
 @pytest.mark.usefixtures("few_held_out_crops")
@@ -184,15 +202,15 @@ def test_exported_weights_load_by_the_manifest(
     (folder / "msh.md").write_text("Other weights.")
     export.decoder(tmp_path / "run/decoder.safetensors", folder)
     assert [e.card for e in checkpoint.manifest(folder)] == ["", "compact.md"]
-    installed = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load(folder))
+    installed = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load_all(folder))
     b = installed.codecs[1, "mse"].encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
-    assert installed.diffusion_input(b, 0).latents_visible
+    assert installed.diffusion_input(b, Settings("ddim", 1), 0).latents_visible
     state = zoo.with_tables(random("mbt2018-mean", 128, 192))
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "other")
     export.codec(tmp_path / "other", 1, folder)  # a codec that the decoder does not know
-    installed = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load(folder))
+    installed = library.Library({(1, "mse"): zoo.load(1, folder=folder)}, decoder.load_all(folder))
     b = installed.codecs[1, "mse"].encode(torch.full((1, 3, 64, 64), 0.5), "msh", "exact")
-    assert not installed.diffusion_input(b, 0).latents_visible
+    assert not installed.diffusion_input(b, Settings("ddim", 1), 0).latents_visible
 
 
 def test_an_exported_decoder_replaces_the_installed_one(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ server's clock.
 
 import heapq
 import json
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from worker.queue import order, workers
-from worker.queue.jobs import Jobs
-from worker.queue.order import Place
-from worker.queue.records import JobState, Priority
+from worker.queue.jobs import LEASE_S, Jobs
+from worker.queue.order import NOWHERE, Place
+from worker.queue.order_scripts import OUTLOOK
+from worker.queue.records import ENDED, DecodeRequest, JobState, Priority
 from worker.queue.store import RECORD_TTL_S
 from worker.queue.workers import WORKER_NAME
 
@@ -105,10 +106,14 @@ def cost_model(jobs: Jobs) -> CostModel | None:
 
     If no live worker has finished a job, the jobs of dead workers are used.
     """
-    stored: dict[bytes, bytes] = jobs.store.queue.hgetall(_sums_key(jobs))  # type: ignore[assignment]
-    live = [stored[name.encode()] for name in workers.names(jobs) if name.encode() in stored]
+    return outlook(jobs).cost
+
+
+def _fit(sums: Mapping[bytes, bytes], live: Iterable[bytes]) -> CostModel | None:
+    """The cost model of these sums."""
+    known = [sums[name] for name in live if name in sums]
     total = RegressionSums()
-    for value in live or stored.values():
+    for value in known or sums.values():
         total = total.plus(_parse(value)[0])
     return total.fit()
 
@@ -119,72 +124,98 @@ def _parse(value: bytes) -> tuple[RegressionSums, float]:
     return RegressionSums(*sums), time
 
 
-def eta_s(jobs: Jobs, state: JobState, ahead: Sequence[str] | None = None) -> float | None:
-    """Seconds until the job is done; None for an ended job or while there is no cost model.
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What determines when a job is drawn, at one time. Seconds need a `cost` model."""
 
-    `ahead` is the result of `jobs.ahead(state)`, if the caller has it already.
-    """
-    cost = cost_model(jobs)
-    if cost is None or state.status not in {"queued", "running"}:
-        return None
-    duration = cost.seconds(state.decode.work)
-    if state.status == "running":
-        batch_s = _remaining_by_owner(jobs, cost).get(state.owner)
+    cost: CostModel | None
+    ahead: Sequence[tuple[str, float | None]] | None
+    """The jobs before it, and their megapixel-steps unless nobody waits for them; None if it does
+    not wait."""
+    workers: Mapping[bytes, bool]
+    """Live worker -> whether it is drained."""
+    running: Sequence[tuple[bytes, bytes, float, float]]
+    """Owner, worker, megapixel-steps and done part of each running job."""
+
+    @property
+    def position(self) -> int | None:
+        """Number of jobs before it; None if it does not wait."""
+        return None if self.ahead is None else len(self.ahead)
+
+    def wait_s(self, cost: CostModel) -> float:
+        """Seconds until a worker is free after the running jobs and those ahead.
+
+        Drained workers do not count.
+        """
+        drained = {name for name, is_drained in self.workers.items() if is_drained}
+        count = len(self.workers) - len(drained) or 1
+        busy = sorted(self.by_owner(cost, drained).values(), reverse=True)[:count]
+        free_in = busy + [0.0] * (count - len(busy))
+        heapq.heapify(free_in)
+        for _, work in self.ahead or ():
+            if work is not None:
+                heapq.heapreplace(free_in, free_in[0] + cost.seconds(work))
+        return free_in[0]
+
+    def by_owner(self, cost: CostModel, without: Container[bytes] = ()) -> dict[bytes, float]:
+        """Owner -> remaining seconds of the running jobs that it draws as one batch.
+
+        `without` are names of workers whose jobs are left out.
+        """
+        totals: dict[bytes, float] = {}
+        for owner, worker, work, done in self.running:
+            if worker not in without:
+                totals[owner] = totals.get(owner, 0.0) + cost.seconds(work) * (1 - done)
+        return totals
+
+    def eta_s(self, state: JobState) -> float | None:
+        """Seconds until the job is done; None for an ended job or while there is no cost model."""
+        if self.cost is None or state.status not in {"queued", "running"}:
+            return None
+        if state.status == "queued":
+            return self.new_eta_s(state.decode)
+        batch_s = self.by_owner(self.cost).get(state.owner.encode())
+        duration = self.cost.seconds(state.decode.work)
         return batch_s or duration * (1 - state.step / max(state.total, 1))
-    ahead = jobs.ahead(state) if ahead is None else ahead
-    return _wait_s(jobs, cost, ahead or ()) + duration
+
+    def new_eta_s(self, decode: DecodeRequest) -> float | None:
+        """Seconds until the job of a decode at this place is done; None without a cost model."""
+        if self.cost is None:
+            return None
+        return self.wait_s(self.cost) + self.cost.seconds(decode.work)
+
+
+def outlook(jobs: Jobs, place: Place = NOWHERE) -> Outlook:
+    """The outlook of a job, or of a job that would be queued now. One round trip to Redis."""
+    records = workers.key(jobs, "")
+    arguments = _sums_key(jobs), jobs.leases, records, LEASE_S, workers.names_key(jobs)
+    ahead, sums, live, running = order.run(jobs.line, OUTLOOK, place, *arguments)
+    drained = {name: bool(flag) for name, flag in live}
+    return Outlook(
+        _fit(dict(zip(sums[::2], sums[1::2], strict=True)), drained),
+        None if ahead is None else list(order.parse(ahead)),
+        drained,
+        [
+            (owner or b"", name or b"", float(work or 0), int(step or 0) / int(total or 1))
+            for owner, name, work, step, total in running
+        ],
+    )
+
+
+def outlook_of(jobs: Jobs, state: JobState) -> Outlook:
+    """The outlook of a job with a record."""
+    return outlook(jobs, Place.of(state) if state.status == "queued" else NOWHERE)
+
+
+def eta_s(jobs: Jobs, state: JobState) -> float | None:
+    """Seconds until the job is done; None for an ended job or while there is no cost model."""
+    return outlook_of(jobs, state).eta_s(state) if state.status not in ENDED else None
 
 
 def backlog_s(jobs: Jobs, caller: str = "", priority: Priority = "interactive") -> float:
     """Seconds until a worker would begin a new job of the caller; 0 without a cost model."""
-    cost = cost_model(jobs)
-    if cost is None:
-        return 0.0
-    return _wait_s(jobs, cost, order.ahead(jobs.line, Place("", priority, caller)) or ())
-
-
-def _wait_s(jobs: Jobs, cost: CostModel, ahead: Iterable[str]) -> float:
-    """Seconds until a worker is free after the running jobs and the queued jobs `ahead`.
-
-    Drained workers do not count.
-    """
-    live = workers.live(jobs)
-    drained = {worker.name for worker in live if worker.drained}
-    count = len(live) - len(drained) or 1
-    busy = sorted(_remaining_by_owner(jobs, cost, drained).values(), reverse=True)[:count]
-    free_in = busy + [0.0] * (count - len(busy))
-    heapq.heapify(free_in)
-    for seconds in _remaining(jobs, cost, jobs.subscribed(ahead)):
-        heapq.heapreplace(free_in, free_in[0] + seconds)
-    return free_in[0]
-
-
-def _remaining_by_owner(
-    jobs: Jobs, cost: CostModel, without: Container[str] = ()
-) -> dict[str, float]:
-    """Owner -> remaining seconds of the running jobs that it draws as one batch.
-
-    `without` are names of workers whose jobs are left out.
-    """
-    running = jobs.running
-    with jobs.store.queue.pipeline(transaction=False) as pipe:
-        for job_id in running:
-            pipe.hmget(jobs.key(job_id), "owner", "worker")
-        rows = [[(value or b"").decode() for value in row] for row in pipe.execute()]
-    totals: dict[str, float] = {}
-    for (owner, worker), seconds in zip(rows, _remaining(jobs, cost, running), strict=True):
-        if worker not in without:
-            totals[owner] = totals.get(owner, 0.0) + seconds
-    return totals
-
-
-def _remaining(jobs: Jobs, cost: CostModel, job_ids: Iterable[str]) -> list[float]:
-    """Remaining seconds of each job, by its work and the steps done."""
-    with jobs.store.queue.pipeline(transaction=False) as pipe:
-        for job_id in job_ids:
-            pipe.hmget(jobs.key(job_id), "work", "step", "total")
-        rows = [[float(value or 0) for value in row] for row in pipe.execute()]
-    return [cost.seconds(work) * (1 - step / max(total, 1)) for work, step, total in rows]
+    seen = outlook(jobs, Place("", priority, caller))
+    return 0.0 if seen.cost is None else seen.wait_s(seen.cost)
 
 
 def _sums_key(jobs: Jobs) -> str:

@@ -12,7 +12,7 @@ from worker.queue.store import RECORD_TTL_S, Store
 Kind = Literal[
     "queued", "started", "progress", "preview", "completed", "failed", "canceled", "ended"
 ]
-"""The last is that of a batch, `worker.queue.batches`."""
+"""The last is that of a batch, `worker.queue.batches.store`."""
 END_OF: dict[Status, Kind] = {
     "succeeded": "completed", "failed": "failed", "canceled": "canceled"
 }  # fmt: skip

@@ -16,7 +16,6 @@ from redis.client import Pipeline
 from models.errors import Quarantined
 from worker.queue import counters, events, order, outbox
 from worker.queue.line import Line
-from worker.queue.order import Place
 from worker.queue.quarantine import QUARANTINED, Quarantine
 from worker.queue.records import DecodeRequest, JobState, Priority, Status, ended_fields
 from worker.queue.store import RECORD_TTL_S, SUBMITTERS_TTL_S, Store
@@ -70,12 +69,13 @@ class Jobs:
         subscription_s: float = SUBSCRIPTION_S,
         priority: Priority = "interactive",
         weight: float = 1.0,
+        eta_s: float = 0.0,
     ) -> tuple[JobState, bool]:
         """Queue a job unless it is queued, running or done already.
 
         It waits in the caller's queue of that priority; a job that is queued already is moved there
         if it will be drawn earlier. Within a priority, callers get drawings in proportion to their
-        weights.
+        weights. `eta_s` is the predicted time until it is done; 0: unknown.
 
         Returns its state, and True if this call queued it. One transaction writes the record, the
         bitstream and the queue entry, so that concurrent calls queue only one job. The caller is
@@ -84,31 +84,42 @@ class Jobs:
         if self.quarantine.holds(decode.digest):
             raise Quarantined(QUARANTINED)
         key = self.key(decode.id)
-        self.subscribe(decode.id, caller, subscription_s)  # first: keeps a running job running
+        is_subscribed, until = False, self.now() + subscription_s
         with self.store.queue.pipeline() as pipe:
             while True:
                 try:
                     pipe.watch(key)  # type: ignore[no-untyped-call]
                     state = self.get(decode.id)
+                    kept = state and state.status in {"queued", "running", "succeeded"}
+                    if kept and not is_subscribed:  # first: keeps a running job running
+                        self.subscribe(decode.id, caller, subscription_s)
+                        is_subscribed = True
+                        continue
                     new = JobState.queued(
                         decode, logs.request_id.get(), tracing.inject().get("traceparent", ""),
-                        caller, priority, weight,
+                        caller, priority, weight, eta_s,
                     )  # fmt: skip
                     if state and state.status == "queued":
                         return self._move_forward(state, new, pipe), False
                     if state and state.status in {"running", "succeeded"}:
                         return state, False
                     pipe.multi()
-                    pipe.set(self.store.key("bitstream", decode.digest), data, ex=RECORD_TTL_S)
-                    pipe.delete(key, events.key(self.store, decode.id))  # earlier run
-                    pipe.hset(key, mapping=new.new_record())
-                    pipe.expire(key, RECORD_TTL_S)
-                    self.enqueue(new, pipe)
-                    events.append(self.store, pipe, decode.id, "queued")
+                    self._subscribe(pipe, decode.id, caller, until)
+                    self._write_new(pipe, new, data)
                     pipe.execute()
                     return new, True
                 except redis.WatchError:
                     continue
+
+    def _write_new(self, pipe: Pipeline, new: JobState, data: bytes) -> None:
+        """Write the record, the bitstream and the queue entry of a job."""
+        key = self.key(new.id)
+        pipe.set(self.store.key("bitstream", new.decode.digest), data, ex=RECORD_TTL_S)
+        pipe.delete(key, events.key(self.store, new.id))  # earlier run
+        pipe.hset(key, mapping=new.new_record())
+        pipe.expire(key, RECORD_TTL_S)
+        self.enqueue(new, pipe)
+        events.append(self.store, pipe, new.id, "queued")
 
     def _move_forward(self, state: JobState, new: JobState, pipe: Pipeline) -> JobState:
         """Move a queued job to the queue of a caller that submitted it again, if it will be drawn
@@ -148,11 +159,14 @@ class Jobs:
 
     def subscribe(self, job_id: str, caller: str, seconds: float) -> None:
         """Subscribe the caller to the job for `seconds`; never shortens a subscription."""
-        key = self.subscribers(job_id)
         with self.store.queue.pipeline() as pipe:
-            pipe.zadd(key, {caller: self.now() + seconds}, gt=True)
-            pipe.expire(key, RECORD_TTL_S)
+            self._subscribe(pipe, job_id, caller, self.now() + seconds)
             pipe.execute()
+
+    def _subscribe(self, pipe: Pipeline, job_id: str, caller: str, until: float) -> None:
+        key = self.subscribers(job_id)
+        pipe.zadd(key, {caller: until}, gt=True)
+        pipe.expire(key, RECORD_TTL_S)
 
     def add_submitter(self, job_id: str, caller: str) -> None:
         """Record that the caller has submitted the job. `withdraw` does not undo this."""
@@ -169,10 +183,6 @@ class Jobs:
         """Extend the caller's subscription; no effect after `withdraw`."""
         key = self.subscribers(job_id)
         self.store.queue.zadd(key, {caller: self.now() + seconds}, xx=True, gt=True)
-
-    def save_eta(self, job_id: str, seconds: float) -> None:
-        """Store the seconds until completion, as predicted at submission."""
-        self.store.queue.hset(self.key(job_id), "eta_s", str(seconds))
 
     def watch(self, job_id: str) -> None:
         """Ask the worker for previews for the next `WATCHED_S` seconds."""
@@ -238,15 +248,6 @@ class Jobs:
             for job_id in ids:
                 pipe.zcount(self.subscribers(job_id), now, "+inf")
             return [job_id for job_id, count in zip(ids, pipe.execute(), strict=True) if count]
-
-    def position(self, state: JobState) -> int | None:
-        """Number of jobs that workers will take before this one; None unless it is queued."""
-        ahead = self.ahead(state)
-        return None if ahead is None else len(ahead)
-
-    def ahead(self, state: JobState) -> list[str] | None:
-        """The jobs that workers will take before this one; None unless it is queued."""
-        return order.ahead(self.line, Place.of(state)) if state.status == "queued" else None
 
     def reap(self) -> None:
         """Put jobs whose worker missed its heartbeats back at the front of the queue.

@@ -6,7 +6,6 @@ any wait. Within a priority, callers get megapixel-steps in proportion to their 
 (`worker.queue.line_scripts`).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from redis import Redis
@@ -62,7 +61,7 @@ class Line:
         """
         self.queue_of(state).add(state.id, pipe, at_front)
         taken = self.store.key("job", state.id) if at_front else ""
-        pipe.eval(JOIN, 2, *self._keys, state.priority, state.caller, taken, str(LINE_TTL_S))
+        pipe.eval(JOIN, 2, *self.keys, state.priority, state.caller, taken, str(LINE_TTL_S))
 
     def take(self, connection: Redis, worker: str) -> tuple[str, str] | bytes | None:
         """Take the next job: the key of its list and its id.
@@ -71,17 +70,17 @@ class Line:
         the worker's record.
         """
         arguments = self.store.key("job", ""), BATCH_EVERY, LINE_TTL_S, worker
-        reply = self._take(self._keys, arguments, client=connection)
+        reply = self._take(self.keys, arguments, client=connection)
         return (reply[0].decode(), reply[1].decode()) if isinstance(reply, list) else reply
 
     def wait(self, connection: Redis, seconds: int) -> bool:
         """Wait until a job is queued; False if none is within `seconds`."""
-        return connection.blpop([f"{self._keys[0]}:bell"], seconds) is not None
+        return connection.blpop([f"{self.keys[0]}:bell"], seconds) is not None
 
     def claim(self, state: JobState) -> bool:
         """Take a job out of its turn; False if another worker took it first."""
         arguments = self.store.key("job", ""), state.priority, state.caller, state.id
-        if not self._claim(self._keys, arguments):
+        if not self._claim(self.keys, arguments):
             return False
         self.store.queue.delete(Job.key_for(state.id))
         return True
@@ -103,8 +102,8 @@ class Line:
     def waiting(self, priority: Priority) -> list[Waiting]:
         """The callers whose jobs wait; may include callers whose last job was just withdrawn."""
         with self.store.queue.pipeline() as pipe:
-            pipe.zrange(f"{self._keys[0]}:{priority}", 0, -1, withscores=True)
-            pipe.zrange(f"{self._keys[0]}:since:{priority}", 0, -1, withscores=True)
+            pipe.zrange(f"{self.keys[0]}:{priority}", 0, -1, withscores=True)
+            pipe.zrange(f"{self.keys[0]}:since:{priority}", 0, -1, withscores=True)
             pipe.exists(self.base.key)
             tags, since, has_base = pipe.execute()
         times: dict[bytes, float] = dict(since)
@@ -129,38 +128,10 @@ class Line:
                     pipe.lrange(self.queue(priority, w.caller).key, 0, -1)
             return {value.decode() for values in pipe.execute() for value in values}
 
-    def costs(self, parts: Mapping[str, tuple[int, int]]) -> dict[str, list[tuple[str, float]]]:
-        """List key and its (start, size) -> ids, and what each costs its caller."""
-        with self.store.queue.pipeline(transaction=False) as pipe:
-            for key, (start, size) in parts.items():
-                pipe.lrange(key, start, start + size - 1)
-            lists = [[value.decode() for value in values] for values in pipe.execute()]
-            for job_id in (job_id for ids in lists for job_id in ids):
-                pipe.hmget(self.store.key("job", job_id), "work", "weight")
-            rows = iter(pipe.execute())
-        return {
-            key: [(job_id, _cost(*next(rows))) for job_id in ids]
-            for key, ids in zip(parts, lists, strict=True)
-        }
-
-    def start_tag(self, priority: Priority, caller: str) -> float:
-        """The tag that the first job of a caller gets who begins to wait now."""
-        left = self.store.queue.zscore(f"{self._keys[0]}:left:{priority}", caller)
-        return max(self._virtual(priority), float(left or 0.0))
-
-    def passed(self) -> int:
-        """Interactive jobs taken since the last batch job, while batch jobs waited."""
-        return int(self.store.queue.hget(self._keys[0], "passed") or 0)
-
     def _virtual(self, priority: Priority) -> float:
-        return float(self.store.queue.hget(self._keys[0], priority) or 0.0)
+        return float(self.store.queue.hget(self.keys[0], priority) or 0.0)
 
     @property
-    def _keys(self) -> tuple[str, str]:
+    def keys(self) -> tuple[str, str]:
         """The keys of the scripts."""
         return self.store.key("line"), self.base.key
-
-
-def _cost(work: bytes | None, weight: bytes | None) -> float:
-    """What a job costs its caller, as the script `charge` computes it."""
-    return float(work or 1) / float(weight or 1)

@@ -17,7 +17,7 @@ interactive jobs without a caller. The names of the other keys are derived from 
     line:bell             list of tokens, on which idle workers wait
 """
 
-_COMMON = """
+COMMON = """
 local line, base = KEYS[1], KEYS[2]
 local function time()
   local now = redis.call('time')
@@ -78,7 +78,7 @@ end
 """
 
 JOIN = (
-    _COMMON
+    COMMON
     + """
 local priority, caller, taken, ttl = unpack(ARGV)
 join(priority, caller, taken == '' and 0 or cost(taken))
@@ -96,7 +96,7 @@ back what it cost) or an empty string, seconds until the keys expire.
 """
 
 TAKE = (
-    _COMMON
+    COMMON
     + """
 local job_prefix, every, ttl, worker = unpack(ARGV)
 if redis.call('hget', worker, 'drained') then return 'drained' end
@@ -135,7 +135,7 @@ expire, key of the worker's record.
 """
 
 CLAIM = (
-    _COMMON
+    COMMON
     + """
 local job_prefix, priority, caller, id = unpack(ARGV)
 if redis.call('lrem', list(priority, caller), 1, id) == 0 then return 0 end

@@ -114,6 +114,7 @@ class JobState:
         caller: str = "",
         priority: Priority = "interactive",
         weight: float = 1.0,
+        eta_s: float = 0.0,
     ) -> "JobState":
         """The state of a new job."""
         return cls(
@@ -133,6 +134,7 @@ class JobState:
             caller=caller,
             priority=priority,
             weight=weight,
+            eta_s=eta_s,
         )
 
     def new_record(self) -> dict[Any, Any]:
@@ -154,6 +156,7 @@ class JobState:
             "caller": self.caller,
             "priority": self.priority,
             "weight": self.weight,
+            "eta_s": self.eta_s,
         }
 
 

@@ -31,9 +31,9 @@ def mark_alive(jobs: Jobs, device: str = "") -> None:
     """Record a heartbeat of this worker."""
     now = jobs.now()
     with jobs.store.queue.pipeline() as pipe:
-        pipe.zadd(_workers(jobs), {WORKER_NAME: now})
-        pipe.zremrangebyscore(_workers(jobs), 0, now - RECORD_TTL_S)
-        pipe.expire(_workers(jobs), RECORD_TTL_S)
+        pipe.zadd(names_key(jobs), {WORKER_NAME: now})
+        pipe.zremrangebyscore(names_key(jobs), 0, now - RECORD_TTL_S)
+        pipe.expire(names_key(jobs), RECORD_TTL_S)
         pipe.hset(key(jobs), "device", device)
         pipe.hsetnx(key(jobs), "started", now)
         pipe.expire(key(jobs), RECORD_TTL_S)
@@ -43,7 +43,7 @@ def mark_alive(jobs: Jobs, device: str = "") -> None:
 def mark_stopped(jobs: Jobs) -> None:
     """Remove this worker from the live workers."""
     with jobs.store.queue.pipeline() as pipe:
-        pipe.zrem(_workers(jobs), WORKER_NAME)
+        pipe.zrem(names_key(jobs), WORKER_NAME)
         pipe.delete(key(jobs))
         pipe.execute()
 
@@ -51,7 +51,7 @@ def mark_stopped(jobs: Jobs) -> None:
 def names(jobs: Jobs) -> list[str]:
     """Names of the workers that sent a heartbeat in the last `LEASE_S` seconds."""
     since = jobs.now() - LEASE_S
-    values: list[bytes] = jobs.store.queue.zrangebyscore(_workers(jobs), since, "+inf")  # type: ignore[assignment]
+    values: list[bytes] = jobs.store.queue.zrangebyscore(names_key(jobs), since, "+inf")  # type: ignore[assignment]
     return [value.decode() for value in values]
 
 
@@ -85,5 +85,6 @@ def key(jobs: Jobs, name: str = WORKER_NAME) -> str:
     return jobs.store.key("worker", name)
 
 
-def _workers(jobs: Jobs) -> str:
+def names_key(jobs: Jobs) -> str:
+    """Key of the live workers."""
     return jobs.store.key("workers")

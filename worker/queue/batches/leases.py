@@ -10,9 +10,10 @@ from typing import Any
 import redis
 
 from models.errors import AfterimageError
-from worker.queue import batch_scripts, events, outbox
-from worker.queue.batch_records import STATES, Active, Batch, Item, ItemStatus
-from worker.queue.batches import BATCH_TTL_S, PAGE, Batches, pages
+from worker.queue import events, outbox
+from worker.queue.batches import scripts
+from worker.queue.batches.records import STATES, Active, Batch, Item, ItemStatus
+from worker.queue.batches.store import BATCH_TTL_S, PAGE, Batches, Packed
 from worker.queue.store import RECORD_TTL_S
 
 LEASE_S = 10.0
@@ -44,11 +45,11 @@ class Lease:
 
     def due_in(self, seconds: float) -> None:
         """Make the batch due in `seconds`, to this process and others."""
-        self._write(batch_scripts.DUE_IN, seconds, self.id)
+        self._write(scripts.DUE_IN, seconds, self.id)
 
     def claim(self, count: int, most: int) -> list[int]:
         """Make up to `count` waiting items active, unless `most` are; returns their numbers."""
-        return [int(number) for number in self._write(batch_scripts.CLAIM, count, most)]
+        return [int(number) for number in self._write(scripts.CLAIM, count, most)]
 
     def active(self) -> dict[int, Active]:
         """The active items by number."""
@@ -59,7 +60,7 @@ class Lease:
     def note(self, number: int, active: Active) -> bool:
         """Record what is known of an active item; False if it is not active any more."""
         value = {k: v for k, v in asdict(active).items() if v}
-        return bool(self._write(batch_scripts.NOTE, number, json.dumps(value)))
+        return bool(self._write(scripts.NOTE, number, json.dumps(value)))
 
     def settle(self, changes: Iterable[tuple[int, ItemStatus, Mapping[str, str] | None]]) -> None:
         """Change the status of active items; failed ones with their problem."""
@@ -68,16 +69,16 @@ class Lease:
             for n, status, problem in changes
         ]
         if rows:
-            self._write(batch_scripts.SETTLE, json.dumps(rows), ITEMS)
+            self._write(scripts.SETTLE, json.dumps(rows), ITEMS)
 
     def extend(self, batch: Batch, items: Sequence[Item], after: str, listed: bool) -> None:
         """Add listed items; `after` is the key of the last object that was read."""
         begun = batch.total - batch.total % PAGE
         former = [*self.batches.items(batch, range(begun, batch.total)).values()]
-        added = pages(begun // PAGE, [*former, *items], batch.spec.seed) if items else ()
-        arguments = [part for page in added for part in page]
+        added = Packed.of([*former, *items] if items else (), batch.spec.seed, begun // PAGE)
+        arguments = [part for page in added.pages.items() for part in page]
         numbers = batch.total, len(items), after, int(listed)
-        self._write(batch_scripts.EXTEND, *numbers, *arguments)
+        self._write(scripts.EXTEND, *numbers, *arguments)
 
     def fail_listing(self, problem: Mapping[str, str]) -> None:
         """End the listing with a problem. The items that are known go on."""
@@ -142,5 +143,5 @@ def take(batches: Batches) -> Lease | None:
     """Take the lease of a batch that is due; None if there is none."""
     token, prefix = uuid.uuid4().hex, batches.store.key("batch", "")
     arguments = token, LEASE_S, prefix
-    id = batches.store.queue.eval(batch_scripts.LEASE, 1, batches.due, *arguments)
+    id = batches.store.queue.eval(scripts.LEASE, 1, batches.due, *arguments)
     return None if id is None else Lease(batches, id.decode(), token)

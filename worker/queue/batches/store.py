@@ -15,14 +15,16 @@ import itertools
 import json
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import redis
 
-from worker.queue import batch_index, batch_scripts, counters, events, outbox
-from worker.queue.batch_records import STATES, Batch, Item, Spec
+from worker.queue import counters, events, outbox
+from worker.queue.batches import index, scripts
+from worker.queue.batches.records import STATES, Batch, Item, Spec
 from worker.queue.store import Store
 
 PAGE = 1000
@@ -32,12 +34,31 @@ BATCH_TTL_S = 7 * 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """Items, compressed."""
+
+    count: int
+    pages: Mapping[int, bytes]
+
+    @classmethod
+    def of(cls, items: Iterable[Item], seed: int, first: int = 0) -> "Packed":
+        """Pack items in pages from number `first`; seeds that equal `seed` are left out."""
+        rest, count, found = iter(items), 0, {}
+        while part := list(islice(rest, PAGE)):
+            rows = [item[:2] if item.seed == seed else item for item in part]
+            data = json.dumps(rows, separators=(",", ":")).encode()
+            found[first + count // PAGE] = zlib.compress(data)
+            count += len(part)
+        return cls(count, found)
+
+
+@dataclass(frozen=True, slots=True)
 class Batches:
     """The batches in the queue store."""
 
     store: Store
 
-    def create(self, caller: str, spec: Spec, items: Sequence[Item], id: str) -> None:
+    def create(self, caller: str, spec: Spec, items: Packed, id: str) -> None:
         """Add a batch of these items; without any, they are listed below the spec's `source`.
 
         A batch with this id is left as it is.
@@ -56,15 +77,14 @@ class Batches:
                 return
             pipe.multi()
             pipe.hset(keys[0], mapping=record)  # type: ignore[arg-type]
-            if items:
-                pipe.set(keys[1], STATES["waiting"] * len(items))
-                stored = dict(pages(0, items, spec.seed))
-                pipe.hset(keys[4], mapping=stored)  # type: ignore[arg-type]
+            if items.count:
+                pipe.set(keys[1], STATES["waiting"] * items.count)
+                pipe.hset(keys[4], mapping=items.pages)  # type: ignore[arg-type]
             self.touch(pipe, id, BATCH_TTL_S)
             pipe.zadd(self.due, {id: now})
-            batch_index.add(self.store, pipe, id, caller, now)
+            index.add(self.store, pipe, id, caller, now)
             pipe.execute()
-        batch_index.forget_expired(self.store, caller)
+        index.forget_expired(self.store, caller)
 
     def get(self, id: str) -> Batch | None:
         """The batch and its counts; None if there is none."""
@@ -79,7 +99,7 @@ class Batches:
 
         They are older than the batch `after`, if it is given; None if there is no such batch.
         """
-        ids = batch_index.newest(self.store, caller, after)
+        ids = index.newest(self.store, caller, after)
         if ids is None:
             return None
         kept = (batch for id in ids if (batch := self.get(id)) is not None)
@@ -122,12 +142,12 @@ class Batches:
 
     def cancel(self, id: str) -> bool:
         """Cancel the waiting items; the next step cancels queued ones. False if it has ended."""
-        return bool(self.run(batch_scripts.CANCEL, id))
+        return bool(self.run(scripts.CANCEL, id))
 
     def retry(self, batch: Batch) -> bool:
         """Let the failed items wait again; False if there are none."""
         self._register_webhooks(batch.id, batch.caller, batch.spec)  # the end has removed them
-        if not self.run(batch_scripts.RETRY, batch.id, batch.id):
+        if not self.run(scripts.RETRY, batch.id, batch.id):
             return False
         ended = batch.total - batch.unfinished - batch.counts["failed"]
         sample = json.dumps([(time.time(), batch.counts["succeeded"], ended)])
@@ -139,7 +159,7 @@ class Batches:
             outbox.register(self.store, id, caller, url)
 
     def run(self, script: str, id: str, *arguments: str | float) -> Any:
-        """Run a script of `batch_scripts`."""
+        """Run a script of `scripts`."""
         keys = self.keys_of(id)
         return self.store.queue.eval(script, len(keys), *keys, *arguments)
 
@@ -160,10 +180,3 @@ class Batches:
     def due(self) -> str:
         """Key of a sorted set: batch that has not ended -> time of its next step."""
         return self.store.key("batches")
-
-
-def pages(first: int, items: Sequence[Item], seed: int) -> Iterable[tuple[int, bytes]]:
-    """Numbers and contents of the pages of `items`; seeds that equal `seed` are left out."""
-    for i in range(0, len(items), PAGE):
-        rows = [item[:2] if item.seed == seed else item for item in items[i : i + PAGE]]
-        yield first + i // PAGE, zlib.compress(json.dumps(rows, separators=(",", ":")).encode())

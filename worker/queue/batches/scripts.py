@@ -1,4 +1,4 @@
-"""Lua scripts of batches, `worker.queue.batches`, which describes their keys.
+"""Lua scripts of batches, `worker.queue.batches.store`, which describes their keys.
 
 KEYS of all: record, states, active items, problems, pages, batches, counters. The scripts of a step
 get the token of the lease as ARGV[1], and return nil if another process has the lease by now.

@@ -1,0 +1,1 @@
+"""Batches: their records, leases and scripts in Redis."""
