@@ -143,7 +143,10 @@ def started(folder: Path) -> Iterator[tuple[Rig, list[Api], ObjectStores]]:
             "AFTERIMAGE_API_KEYS": str(folder / "keys.toml"),
             "AFTERIMAGE_MAX_BACKLOG_S": "10000",
         }
-        with mock.patch.dict(os.environ, stores), rig(folder / "rig", **stores) as own:
+        with (
+            mock.patch.dict(os.environ, stores),
+            rig(folder / "rig", forked=True, **stores) as own,
+        ):
             objects = object_stores.connect(WorkerSettings())
             with contextlib.ExitStack() as stack:
                 for _ in range(WORKERS):
