@@ -106,12 +106,15 @@ def _lifespan(
         loaded = await anyio.to_thread.run_sync(services.load, settings, connected, objects, keys)
         app.state.services = loaded
         port, host = settings.metrics_port, settings.metrics_host
-        feeder = asyncio.create_task(batch_task.run(loaded)) if objects.configs else None
+        tasks = [asyncio.create_task(loaded.feeds.run())]
+        if objects.configs:
+            tasks.append(asyncio.create_task(batch_task.run(loaded)))
         stop_metrics = metrics.serve(port, loaded.jobs, host) if port else None
         yield
-        if feeder is not None:
-            feeder.cancel()
-            await asyncio.gather(feeder, return_exceptions=True)
+        loaded.feeds.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if stop_metrics is not None:
             await anyio.to_thread.run_sync(stop_metrics)
         await anyio.to_thread.run_sync(loaded.close)

@@ -99,6 +99,21 @@ def within_quota(scope: Scope, or_link: bool = False) -> Callable[..., Awaitable
     return counted_caller
 
 
+async def event_stream(
+    request: Request,
+    services: ServicesDep,
+    caller: Annotated[Caller, Depends(require("decode"))],
+) -> AsyncGenerator[None, None]:
+    """Count an event stream of the caller until it ends.
+
+    The first dependency of its route, so that a stream beyond the limit costs nothing in Redis.
+    Raises `TooManyRequests`.
+    """
+    request.state.caller = caller.name
+    with services.waits.stream(caller.name):
+        yield
+
+
 def _joined(request: Request, name: str) -> str:
     """The values of all headers called `name`, joined by commas."""
     return ", ".join(request.headers.getlist(name))
@@ -131,6 +146,7 @@ ONLY_KNOWN = Depends(parameters.only_known())
 """A dependency of a router: refuses unknown query parameters."""
 ONLY_KNOWN_ON_LINKS = Depends(parameters.only_known(on_link=True))
 """The same for routes that users open as links: parameters of analytics are ignored."""
+EVENT_STREAM = Depends(event_stream)
 RequestBody = Annotated[bytes, Depends(request_body)]
 DecodeCaller = Annotated[Caller, Depends(within_quota("decode"))]
 EncodeCaller = Annotated[Caller, Depends(within_quota("encode"))]

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import anyio
 import anyio.to_thread
 
 from models import cancellation, geometry, image
@@ -18,6 +19,10 @@ from service.services import Services
 from service.waiter import Waiter
 from worker.queue.records import DecodeRequest
 from worker.queue.store import RedisError
+
+_READERS = anyio.CapacityLimiter(8)
+"""Threads that find the model of a bitstream, for which they may load weights; separate, so that a
+slow Redis does not block instant decodes."""
 
 
 async def finished_picture(
@@ -79,7 +84,7 @@ async def read_bitstream(services: Services, data: bytes) -> Bitstream:
     b = bitstream.parse(data, services.settings.max_pixels)
     if not b.others:
         return b
-    return await anyio.to_thread.run_sync(services.library.read, b)  # it may load weights
+    return await anyio.to_thread.run_sync(services.library.read, b, limiter=_READERS)
 
 
 async def stored_bitstream(services: Services, decode: DecodeRequest) -> Bitstream:

@@ -83,7 +83,7 @@ _EXAMPLE: JsonDict = {
     ],
     "running": [{
         "id": "3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e", "caller": "app", "priority": "interactive",
-        "tier": "perceptual", "worker": "gpu-1-42", "step": 2, "total": 4, "eta_s": 1.4,
+        "tier": "ddim-10", "worker": "gpu-1-42", "step": 2, "total": 10, "eta_s": 1.4,
         "width": 768, "height": 512,
     }],
     "workers": [_WORKER],

@@ -53,11 +53,11 @@ class Decode(BaseModel):
                 {
                     "id": "3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e",
                     "status": "running",
-                    "tier": "perceptual",
+                    "tier": "ddim-10",
                     "seed": 0,
                     "seed_text": "0",
                     "step": 2,
-                    "total": 4,
+                    "total": 10,
                     "position": None,
                     "eta_s": 1.4,
                     "attempts": 1,
@@ -151,7 +151,7 @@ class Inspection(BaseModel):
                     "decodable": True,
                     "costs": {
                         "instant": {"steps": 0, "megapixel_steps": 0, "seconds": 0.1},
-                        "perceptual": {"steps": 4, "megapixel_steps": 1.573, "seconds": 1.2},
+                        "perceptual": {"steps": 1, "megapixel_steps": 0.393, "seconds": 0.5},
                     },
                 }
             ]

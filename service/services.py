@@ -1,8 +1,7 @@
 """The objects that routes share: stores, models, limits and keys, built once at start-up."""
 
-import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from redis.asyncio import Redis as AsyncRedis
 
@@ -10,6 +9,7 @@ from models import checkpoint, library
 from models.library import Library
 from service.auth import Keys
 from service.encoder import Encoder
+from service.feeds import Feeds
 from service.instant import InstantDecoder
 from service.pixel_budget import PixelBudget
 from service.quotas import Quotas
@@ -41,9 +41,8 @@ class Services:
     encoder: Encoder
     uploads: UploadBudget
     waits: Waits
-    streams: AsyncRedis  # connections for blocking reads of event streams
-    closing: threading.Event = field(default_factory=threading.Event)
-    """Set when the server begins to stop; waiting requests and event streams then end."""
+    feeds: Feeds
+    streams: AsyncRedis  # the connection of `feeds`
 
     def close(self) -> None:
         """Kill the picture readers, drop waiting work, and close the stores' connections."""
@@ -67,6 +66,7 @@ def load(
     encoder = Encoder(codecs, settings, budget)
     encoder.start()
     jobs = Jobs(connected, settings.job_timeout_s)
+    streams = store.streams(settings)
     return Services(
         settings=settings,
         keys=keys,
@@ -82,5 +82,6 @@ def load(
         encoder=encoder,
         uploads=UploadBudget(max(settings.bodies_bytes, settings.max_bytes)),
         waits=Waits(settings.waits_at_once),
-        streams=store.streams(settings),
+        feeds=Feeds(jobs, streams),
+        streams=streams,
     )

@@ -4,12 +4,11 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 
+from service.problems import RETRY_S, TooManyRequests
+
 
 class Waits:
-    """Counts the event streams and waiting requests of each caller; `limit` are allowed.
-
-    Each holds a connection to Redis.
-    """
+    """Counts the event streams and waiting requests of each caller; `limit` are allowed."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._of = limit, Counter[str]()
@@ -24,3 +23,15 @@ class Waits:
             self._of[caller] -= 1
             if not self._of[caller]:
                 del self._of[caller]
+
+    @contextlib.contextmanager
+    def stream(self, caller: str) -> Iterator[None]:
+        """Count an event stream within the block. Raises `TooManyRequests` beyond the limit."""
+        with self.one(caller) as allowed:
+            if not allowed:
+                most = f"you have {self._limit} event streams and waiting requests"
+                raise TooManyRequests(
+                    f"{most}, which is the limit; close some of them",
+                    {"Retry-After": str(RETRY_S)},
+                )
+            yield

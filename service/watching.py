@@ -1,30 +1,34 @@
 """Reads the state of a decode, waits for its end, and follows its events."""
 
 import math
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
 import anyio.to_thread
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
+from redis.client import Pipeline
 
 from service import schemas
 from service.auth import Caller
-from service.problems import RETRY_S, Conflict, JobNotFound, PictureGone, TooManyRequests
+from service.problems import Conflict, JobNotFound, PictureGone
 from service.services import Services
-from worker.queue import estimates, targets
+from service.waiter import Waiter
+from worker.queue import estimates, submitters, targets
 from worker.queue import events as job_events
 from worker.queue.estimates import Outlook
 from worker.queue.events import Event
 from worker.queue.jobs import POLL_SUBSCRIPTION_S
 from worker.queue.records import ENDED, JobState
-from worker.queue.store import BLOCK_S
 from worker.queue.targets import Target
 
+_THREADS = anyio.CapacityLimiter(16)
+"""Threads that read states for clients that poll or begin to follow. More would compete with the
+event loop for the interpreter's lock."""
 OVER_LIMIT_S = 1.0
-"""How long a request waits that exceeds its caller's `waits_at_once`. It does not wait in Redis."""
+"""How long a request waits that exceeds its caller's `waits_at_once`. It follows nothing."""
 
 
 def find(services: Services, id: str, caller: Caller) -> JobState:
@@ -36,7 +40,7 @@ def find(services: Services, id: str, caller: Caller) -> JobState:
     hidden = (
         services.settings.private
         and not caller.has_link
-        and not services.jobs.has_submitted(id, caller.name)
+        and not submitters.contains(services.store, id, caller.name)
     )
     state = None if hidden else services.jobs.get(id)
     if state is None:
@@ -70,7 +74,7 @@ async def load_and_renew(
         renew(services, state, caller.name)
         return _seen(services, state, caller.name)[0] if seen else state
 
-    return await anyio.to_thread.run_sync(find_and_renew)
+    return await anyio.to_thread.run_sync(find_and_renew, limiter=_THREADS)
 
 
 def renew(services: Services, state: JobState, caller: str) -> None:
@@ -84,15 +88,6 @@ def check_kept(state: JobState) -> None:
     if state.status == "expired":
         hint = f"POST /v1/decodes/{state.id}/retry to make it again"
         raise PictureGone(f"the picture of decode {state.id} has expired; {hint}")
-
-
-def check_waits(services: Services, allowed: bool) -> None:
-    """Raise `TooManyRequests` unless another event stream of the caller is `allowed`."""
-    if not allowed:
-        most = services.settings.waits_at_once
-        message = f"you have {most} event streams and waiting requests, which is the limit"
-        retry = {"Retry-After": str(RETRY_S)}
-        raise TooManyRequests(f"{message}; close some of them", retry)
 
 
 def view(
@@ -136,86 +131,88 @@ async def wait_until_ended(
 ) -> None:
     """Return when the job has ended, after `seconds`, or when the server stops.
 
-    With `caller`, the caller's targets must be written too. If the client disconnects, returns
-    within `BLOCK_S`. A caller with too many waiting requests waits for `OVER_LIMIT_S` instead.
+    With `caller`, the caller's targets must be written too. A caller with too many waiting requests
+    waits for `OVER_LIMIT_S` instead. Raises `ClientDisconnect` once the client has disconnected.
     """
-    with services.waits.one(request.state.caller) as allowed, anyio.move_on_after(seconds):
-        if not allowed:
-            await anyio.sleep(OVER_LIMIT_S)
-            return
-        async for _ in events(services, id, "0", caller, request.is_disconnected, watch=False):
+
+    async def wait() -> None:
+        async for _ in events(services, id, "0", caller, watch=False):
             pass
 
+    waiter = Waiter(receive=request.receive)
+    with services.waits.one(request.state.caller) as allowed, anyio.move_on_after(seconds):
+        await waiter.wait_for(wait() if allowed else anyio.sleep(OVER_LIMIT_S))
 
-async def _never() -> bool:
-    return False
+
+@dataclass(frozen=True, slots=True)
+class _Followed:
+    """A decode, as `service.feeds` reads it: its state, and its targets if there are stores."""
+
+    services: Services
+    id: str
+
+    @property
+    def stream(self) -> str:
+        """Redis key of its events."""
+        return job_events.key(self.services.store, self.id)
+
+    def ask(self, pipe: Pipeline, now: float, viewers: Collection[str]) -> None:
+        """Read the record; extend the subscriptions of the callers that view the events, and ask
+        the worker for previews."""
+        jobs = self.services.jobs
+        pipe.hgetall(jobs.key(self.id))
+        if self.services.objects.configs:
+            pipe.hgetall(jobs.targets.key(self.id))
+        if viewers:
+            jobs.watch(self.id, viewers, now + POLL_SUBSCRIPTION_S, pipe)
+
+    def parse(self, replies: Sequence[Any]) -> tuple[JobState | None, list[Target]]:
+        """The state and all callers' targets."""
+        row: dict[bytes, bytes] = replies[1] if self.services.objects.configs else {}
+        owned = [Target.loads(value) for _, value in sorted(row.items())]
+        return JobState.of(self.id, replies[0]), owned
 
 
 async def events(
-    services: Services,
-    id: str,
-    after: str,
-    caller: str | None,
-    disconnected: Callable[[], Awaitable[bool]] = _never,
-    watch: bool = True,
+    services: Services, id: str, after: str, caller: str | None, watch: bool = True
 ) -> AsyncIterator[Event]:
     """Yield the events of a job that follow event `after`, until the job has ended.
 
     With `caller`, the job ends when the caller's targets are written too; with `watch` besides,
-    reading extends the caller's subscription and asks the worker for previews, every `BLOCK_S`.
-    Also stops when the client is `disconnected` or the server stops. If the events have expired,
-    the last one is built from the job's record.
+    reading extends the caller's subscription and asks the worker for previews, every `REFRESH_S`.
+    Also stops when the server stops. If the events have expired, the last one is built from the
+    job's record. Raises `RedisError`.
     """
-    block_ms = None  # the first read returns at once
-    renew_at = -math.inf
-    while not services.closing.is_set() and not await disconnected():
-        if watch and caller is not None and time.monotonic() >= renew_at:
-            await anyio.to_thread.run_sync(_keep_watching, services, id, caller)
-            renew_at = time.monotonic() + BLOCK_S
-        batch = await _read_events(services, id, after, block_ms)
-        block_ms = BLOCK_S * 1000
-        end = None
-        for event in batch:
-            after = event.id
-            if event.kind in job_events.END_OF.values():
-                end = event
-            else:
-                yield event
-        if batch and end is None:
-            continue
-        ended, end = await anyio.to_thread.run_sync(_last_event, services, id, caller, end)
-        if end is not None:
-            yield end
-        if ended:
-            return
+    viewer = caller if watch else None
+    last: Event | None = None
+    with services.feeds.follow(_Followed(services, id), viewer) as follower:
+        while await follower.wait():
+            for event in follower.after(after):
+                after = event.id
+                if event.kind in job_events.END_OF.values():
+                    last = event
+                else:
+                    yield event
+            state, owned = follower.record
+            ended, end = _last_event(state, owned, caller, last)
+            if end is not None:
+                yield end
+            if ended:
+                return
 
 
 def _last_event(
-    services: Services, id: str, caller: str | None, read: Event | None
+    state: JobState | None, targets_of_all: Sequence[Target], caller: str | None, read: Event | None
 ) -> tuple[bool, Event | None]:
     """Whether a job has ended for the caller, and if so its last event.
 
     `read` is the last event in the stream; None once the stream has expired.
     """
-    state = services.jobs.record(id)
     if state is None:
         return True, read
     if caller is not None:
-        state, _ = _seen(services, state, caller)
+        owned = (target for target in targets_of_all if target.caller == caller)
+        state = targets.seen_by_caller(state, owned)
     if state.status not in ENDED:
         return False, None
     return True, Event.end(state, read.id if read else "")
-
-
-def _keep_watching(services: Services, id: str, caller: str) -> None:
-    services.jobs.watch(id)
-    services.jobs.renew(id, caller, POLL_SUBSCRIPTION_S)
-
-
-async def _read_events(
-    services: Services, id: str, after: str, block_ms: int | None
-) -> list[Event]:
-    """Return the events after `after`; wait up to `block_ms` for one; with None, do not wait."""
-    key = job_events.key(services.store, id)
-    streams: list[Any] = await services.streams.xread({key: after}, block=block_ms)  # type: ignore[assignment]
-    return [Event.of(entry) for _, entries in streams for entry in entries]

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models import cancellation
 from models.codec import rans, tables
+from models.codec.compiled import compiled
 
 SIZE, PAD, TAPS = 5, 2, 12
 """Side of the context's kernel, its margin, and the number of taps before its centre."""
@@ -250,7 +250,7 @@ class _Sums:
         return F.conv2d(crop.view(1, -1, SIZE, SIZE), weight, bias).flatten().numpy()
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _convolve(y_hat, row, column, weights, bias, out):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Sum up the context of a position in oneDNN's order, by fused multiply-add."""
     for o in range(out.size):
@@ -264,7 +264,7 @@ def _convolve(y_hat, row, column, weights, bias, out):  # type: ignore[no-untype
                     out[o] += w[o] * value
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _crop(y_hat, row, column, out):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Copy the latents under the kernel's taps to the first 12 of the 25 columns of `out`."""
     for c in range(out.shape[0]):
@@ -272,7 +272,7 @@ def _crop(y_hat, row, column, out):  # type: ignore[no-untyped-def]  # pragma: n
             out[c, t] = y_hat[row + t // SIZE, column + t % SIZE, c]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _scale_indexes(scales, thresholds, out):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Find the first threshold that is not below each of the first `out.size` scales."""
     for c in range(out.size):

@@ -8,9 +8,9 @@ that used the right CDFs ends there with all words consumed.
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from models.codec.compiled import compiled
 from models.errors import CorruptStream, DesynchronisedStream
 
 PRECISION = 16
@@ -58,7 +58,7 @@ class Tables:
                 raise ValueError("each CDF must rise strictly from 0 to 65536; one does not")
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _refill(x, words, position):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Renormalise the state by reading a word; if none is left, read 0 and advance `position`."""
     if x >= np.uint64(1 << 31):
@@ -67,7 +67,7 @@ def _refill(x, words, position):  # type: ignore[no-untyped-def]  # pragma: no c
     return (x << np.uint64(32)) | np.uint64(word), position + 1
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _raw(value, escape):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Return the number to write as bypass digits, or -1 if the CDF has an entry for the value."""
     if 0 <= value < escape:
@@ -75,7 +75,7 @@ def _raw(value, escape):  # type: ignore[no-untyped-def]  # pragma: no cover
     return -2 * value - 1 if value < 0 else 2 * (value - escape)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _bypass(x, words, position):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Read the number of bypass digits and the digits, lowest first.
 
@@ -96,7 +96,7 @@ def _bypass(x, words, position):  # type: ignore[no-untyped-def]  # pragma: no c
     return x, position, raw
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _decode(words, state, indexes, cdf, length, offset, out):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Decode one symbol per index; `state` (2,) holds the rANS state and the next word's number."""
     x, position = state[0], np.int64(state[1])
@@ -132,7 +132,7 @@ def _decode(words, state, indexes, cdf, length, offset, out):  # type: ignore[no
     return _OK
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _encode(symbols, indexes, cdf, length, offset, words):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Fill `words` from its end towards its beginning; return the first position in use."""
     x = np.uint64(1 << 31)
@@ -170,7 +170,7 @@ def _encode(symbols, indexes, cdf, length, offset, words):  # type: ignore[no-un
     return position
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _bits(symbols, indexes, cdf, length, offset, out):  # type: ignore[no-untyped-def]  # pragma: no cover
     for i in range(symbols.size):
         row = indexes[i]

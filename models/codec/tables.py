@@ -10,11 +10,11 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from models.codec import rans
+from models.codec.compiled import compiled
 
 Z, Y = "entropy_bottleneck", "gaussian_conditional"
 """The parts of a state dict that hold tables. Without a hyperprior, the first one codes y."""
@@ -90,7 +90,7 @@ def quantized_cdf(pmf: NDArray[np.float32]) -> rans.Int32Array:
     return cdf.astype(np.int32)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _fill(cdf):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Give each symbol a frequency of 1 or more; False if that is impossible."""
     n = cdf.size - 1

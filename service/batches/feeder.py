@@ -156,7 +156,9 @@ class Feeder:
         backlog_s = estimates.backlog_s(jobs, caller.name, priority_of(batch, caller))
         if backlog_s > BACKLOG_SHARE * services.settings.max_backlog_s:
             window = min(window, FEW)
-        return self.lease.claim(room if free is None else min(room, free), window)
+        if free is not None:
+            room = min(room, max(free - len(self._beginning), 0))
+        return self.lease.claim(room, window)
 
     async def _begin(self, batch: Batch, caller: Caller, due: Mapping[int, Active]) -> None:
         """Start to begin items; `run` waits for them."""

@@ -1,9 +1,10 @@
 """Reads the state of a batch, and follows its events."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import anyio.to_thread
+from redis.client import Pipeline
 
 from service.auth import Caller
 from service.batches import schemas
@@ -12,7 +13,6 @@ from service.services import Services
 from worker.queue import events as job_events
 from worker.queue.batches.records import Batch
 from worker.queue.batches.store import Batches
-from worker.queue.store import BLOCK_S
 
 
 def find(services: Services, id: str, caller: Caller) -> Batch:
@@ -51,33 +51,47 @@ def newest(services: Services, caller: Caller, after: str, limit: int) -> schema
     return schemas.BatchPage.of(found, limit)
 
 
+@dataclass(frozen=True, slots=True)
+class _Followed:
+    """A batch, as `service.feeds` reads it."""
+
+    batches: Batches
+    id: str
+
+    @property
+    def stream(self) -> str:
+        """Redis key of its events."""
+        return job_events.key(self.batches.store, self.id)
+
+    def ask(self, pipe: Pipeline, now: float, viewers: Collection[str]) -> None:
+        """Read the record."""
+        self.batches.read(self.id, pipe)
+
+    def parse(self, replies: Sequence[Any]) -> Batch | None:
+        """The batch; None if it has expired."""
+        return Batch.of(self.id, replies[0], replies[1] or b"")
+
+
 async def events(
-    services: Services, id: str, caller: Caller
+    services: Services, id: str
 ) -> AsyncIterator[tuple[str, str | None, Mapping[str, Any]]]:
     """Yield kind, id and data of a batch's events until it has ended; first, the present counts.
 
-    Ends early if the server stops.
+    Ends early if the server stops or the batch expires. Raises `RedisError`.
     """
-    key = job_events.key(services.store, id)
-    last = await _newest(services, key)
-    batch = await anyio.to_thread.run_sync(find, services, id, caller)
-    yield "progress", None, counts(batch)
-    while not services.closing.is_set():
-        if batch.ended:
-            yield "ended", None, counts(batch)
-            return
-        streams: Any = await services.streams.xread({key: last}, block=BLOCK_S * 1000)
-        for event in (job_events.Event.of(entry) for _, found in streams for entry in found):
-            last = event.id
-            if event.kind != "ended":
-                yield event.kind, event.id, {"id": id, **event.data}
-        batch = await anyio.to_thread.run_sync(find, services, id, caller)
-
-
-async def _newest(services: Services, key: str) -> str:
-    """The id of the newest event; that of the beginning without any."""
-    newest: Any = await services.streams.xrevrange(key, count=1)
-    return str(newest[0][0].decode()) if newest else "0"
+    last: str | None = None
+    with services.feeds.follow(_Followed(Batches(services.store), id)) as follower:
+        while await follower.wait() and (batch := follower.record) is not None:
+            if last is None:
+                last = follower.newest
+                yield "progress", None, counts(batch)
+            for event in follower.after(last):
+                last = event.id
+                if event.kind != "ended":
+                    yield event.kind, event.id, {"id": id, **event.data}
+            if batch.ended:
+                yield "ended", None, counts(batch)
+                return
 
 
 def counts(batch: Batch) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from service.app import create_app
 from service.cli import connections, listening
 from service.cli.http_protocol import HttpProtocol, ProxyHeaders
 from service.settings import ServiceSettings
+from service.turns import Turns
 
 SHUTDOWN_TIMEOUT_S = 10
 """How long open requests may take to finish when the service stops."""
@@ -35,9 +36,10 @@ def configuration(app: ASGIApp, settings: ServiceSettings) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
     )
-    proxies = ProxyHeaders(app, config.forwarded_allow_ips)  # type: ignore[arg-type]
-    config.app = proxies
-    limits = connections.limited(settings, proxies.trusted_hosts)
+    limits = connections.limited(settings)
+    turns = Turns(app, lambda: limits.accepted)
+    config.app = proxies = ProxyHeaders(turns, config.forwarded_allow_ips)  # type: ignore[arg-type]
+    limits.trusted = proxies.trusted_hosts
     config.http = functools.partial(HttpProtocol, limits=limits)  # type: ignore[assignment]
     return config
 
@@ -74,5 +76,5 @@ class ApiServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End requests that wait for a job, then finish the other requests."""
-        self._app.state.services.closing.set()
+        self._app.state.services.feeds.close()
         await super().shutdown(sockets)

@@ -11,8 +11,6 @@ from service.settings import ServiceSettings
 
 RESERVE = 512
 """File descriptors kept for Redis, models, child processes and the log."""
-PER_CONNECTION = 2
-"""File descriptors of a connection: its own, and one to Redis if it waits for a job."""
 FLUSH_S = 10.0
 """How long a closed connection may take to send what is left in its buffer."""
 
@@ -34,12 +32,15 @@ class Connections:
     trusted: Trusted = ()
     """Proxies, which are exempt from `per_address`."""
     open: int = 0
+    accepted: int = 0
+    """All connections so far."""
     _of: Counter[str] = field(default_factory=Counter)
 
     def add(self, host: str) -> Literal["", "address", "total"]:
         """Count a connection; return the limit that it exceeds, if any."""
         client = addresses.network(host)
         self.open += 1
+        self.accepted += 1
         self._of[client] += 1
         if self._of[client] > self.per_address and host not in self.trusted:
             return "address"
@@ -54,19 +55,19 @@ class Connections:
             del self._of[client]
 
 
-def limited(settings: ServiceSettings, trusted: Trusted) -> Connections:
+def limited(settings: ServiceSettings, trusted: Trusted = ()) -> Connections:
     """Return the limits from `settings`, lowered to what the limit of open files allows."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     total = settings.connections
     if soft != resource.RLIM_INFINITY:
-        total = max(min(total, (soft - RESERVE) // PER_CONNECTION), 1)
+        total = max(min(total, soft - RESERVE), 1)
     return Connections(settings.header_timeout_s, settings.connections_per_address, total, trusted)
 
 
 def raise_file_limit(settings: ServiceSettings) -> None:
     """Raise the soft limit of open files to what the connections need, or to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = RESERVE + PER_CONNECTION * settings.connections
+    needed = RESERVE + settings.connections
     if hard != resource.RLIM_INFINITY:
         needed = min(needed, hard)
     if soft != resource.RLIM_INFINITY and soft < needed:

@@ -117,7 +117,7 @@ TEXTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("afterimage weights list",),
     ),
     "afterimage weights import": (
-        "Install a CompressAI checkpoint of mbt2018-mean. Restart services to use it.",
+        "Install a checkpoint of one of CompressAI's image codecs. Restart services to use it.",
         (
             "afterimage weights import zoo --quality 4",
             "afterimage weights import my.pth --quality 2 --metric ms-ssim",

@@ -9,10 +9,10 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from models.errors import ParameterError
-from service import prefix, problems, watching
+from service import prefix, problems
 from service.batches import request_schemas, requests, views
 from service.batches.schemas import Batch, BatchPage
-from service.deps import ONLY_KNOWN, DecodeCaller, RequestBody, ServicesDep
+from service.deps import EVENT_STREAM, ONLY_KNOWN, DecodeCaller, RequestBody, ServicesDep
 from service.problems import BatchNotFound, Conflict, KeyReused, QueueFull
 from worker.queue.batches.store import Batches
 from worker.queue.store import RedisError
@@ -119,19 +119,16 @@ async def batch_status(
     return await anyio.to_thread.run_sync(views.view, services, id, caller, after, limit)
 
 
-async def _stream(services: ServicesDep, caller: DecodeCaller, id: BatchId) -> AsyncIterator[None]:
-    """Count the stream until it ends. Raises `TooManyRequests`, `BatchNotFound`."""
-    with services.waits.one(caller.name) as allowed:
-        watching.check_waits(services, allowed)
-        await anyio.to_thread.run_sync(views.find, services, id, caller)
-        yield
+async def _check_exists(services: ServicesDep, caller: DecodeCaller, id: BatchId) -> None:
+    """Raise `BatchNotFound` before the event stream begins."""
+    await anyio.to_thread.run_sync(views.find, services, id, caller)
 
 
 @router.get(
     "/{id}/events",
     summary="Follow a batch",
     response_class=EventSourceResponse,
-    dependencies=[Depends(_stream)],
+    dependencies=[EVENT_STREAM, Depends(_check_exists)],
     responses={
         200: {
             "content": {"text/event-stream": {"example": _EVENT}},
@@ -146,10 +143,8 @@ async def follow_batch(
     """Server-sent events until the batch ends: `progress` with the counts by status, at most one in
     a second; at the end `ended`."""
     yield ServerSentEvent(comment="connected", retry=RECONNECT_MS)
-    with contextlib.suppress(
-        RedisError, BatchNotFound
-    ):  # ends the stream; the client reconnects and gets a 503
-        async for kind, event_id, data in views.events(services, id, caller):
+    with contextlib.suppress(RedisError):  # ends the stream; the client reconnects and gets a 503
+        async for kind, event_id, data in views.events(services, id):
             yield ServerSentEvent(data=data, event=kind, id=event_id)
 
 

@@ -34,5 +34,11 @@ router = APIRouter()
 
 @router.get("/", include_in_schema=False)
 async def page(request: Request) -> Response:
-    """Serve the HTML document."""
+    """Serve the document of pictures."""
     return await files.get_response("index.html", request.scope)
+
+
+@router.get("/queue", include_in_schema=False)
+async def queue(request: Request) -> Response:
+    """Serve the operators' view of the queue, which reads `/v1/queue`."""
+    return await files.get_response("queue.html", request.scope)

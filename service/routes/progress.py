@@ -12,7 +12,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from models.errors import ParameterError, Quarantined
 from service import admission, prefix, problems, schemas, watching
-from service.deps import ONLY_KNOWN, DecodeCaller, JobId, PreferHeader, ServicesDep
+from service.deps import EVENT_STREAM, ONLY_KNOWN, DecodeCaller, JobId, PreferHeader, ServicesDep
 from service.problems import (
     Busy,
     Conflict,
@@ -20,7 +20,7 @@ from service.problems import (
     PictureGone,
     QueueFull,
 )
-from worker.queue.records import ENDED, JobState
+from worker.queue.records import ENDED
 from worker.queue.store import RedisError
 
 _PROBLEMS = (*problems.OF_AUTHENTICATION, JobNotFound, ParameterError, problems.QueueAway)
@@ -30,7 +30,7 @@ RECONNECT_MS = 2000
 """How long a client waits before it reconnects a broken event stream."""
 _EVENT = """event: progress
 id: 1767268801000-0
-data: {"step": 2, "total": 4, "id": "3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e"}
+data: {"step": 2, "total": 10, "id": "3f2b8c5d9e0a4b6c8d1e2f3a4b5c6d7e"}
 
 """
 _EVENT_ID = re.compile(r"(\d{1,20})-(\d{1,20})", re.ASCII)
@@ -61,25 +61,16 @@ async def status(
     return await anyio.to_thread.run_sync(watching.view, services, state, caller.name)
 
 
-async def _kept_state(
-    services: ServicesDep, caller: DecodeCaller, id: JobId
-) -> AsyncIterator[JobState]:
-    """The state of a decode whose picture has not expired; counts the stream until it ends.
-
-    This is a dependency, so that its errors are raised before the event stream begins. Raises
-    `TooManyRequests` if the caller has too many streams.
-    """
-    with services.waits.one(caller.name) as allowed:
-        watching.check_waits(services, allowed)
-        state = await watching.load_and_renew(services, id, caller, seen=True)
-        watching.check_kept(state)
-        yield state
+async def _check_kept(services: ServicesDep, caller: DecodeCaller, id: JobId) -> None:
+    """Raise `JobNotFound` or `PictureGone` before the event stream begins."""
+    watching.check_kept(await watching.load_and_renew(services, id, caller, seen=True))
 
 
 @router.get(
     "/{id}/events",
     summary="Follow a decode",
     response_class=EventSourceResponse,
+    dependencies=[EVENT_STREAM, Depends(_check_kept)],
     responses={
         200: {
             "content": {"text/event-stream": {"example": _EVENT}},
@@ -92,7 +83,6 @@ async def follow(
     services: ServicesDep,
     caller: DecodeCaller,
     id: JobId,
-    state: Annotated[JobState, Depends(_kept_state)],
     last_event_id: Annotated[
         str | None,
         Header(description="Id of the last event received; the stream continues after it."),

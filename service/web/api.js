@@ -1,4 +1,4 @@
-// Calls of the public API. Errors are Problems, with the API's title and detail.
+// Calls of the API. Errors are Problems.
 
 const RECONNECT_MS = 2000;
 let key = sessionStorage.getItem("key") ?? "";

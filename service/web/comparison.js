@@ -91,7 +91,7 @@ function updateLabels() {
     : `${left} on the left of the divider, ${right} on the right`);
 }
 
-// Set a picture's row; `bytes` is null while it is being made, NaN if that is impossible.
+// Set a picture's row; `bytes`: null while it is made, NaN if that is impossible.
 export function setRow(name, bytes, remark = "") {
   const text = (name === "instant" ? "Bitstream" : LABELS[name]) + (remark && `, ${remark}`);
   const bpp = (8 * bytes) / (view.width * view.height);
@@ -104,7 +104,7 @@ export function setRow(name, bytes, remark = "") {
   $("numbers").hidden = false;
 }
 
-// Encode the original as JPEG and WebP of the bitstream's size, in the browser.
+// Encode the original as JPEG and WebP of the bitstream's size.
 export function compareFormats(original, bytes) {
   encoder?.terminate();
   for (const name of ["jpeg", "webp"]) {

@@ -4,7 +4,7 @@ import { useKey } from "./api.js";
 import * as comparison from "./comparison.js";
 import { view } from "./comparison.js";
 import * as link from "./link.js";
-import { $, describeTier, failedAction, fields, hideProblem, showProblem } from "./panel.js";
+import { $, describeTier, failedAction, fields, hideProblem, showOperators, showProblem } from "./panel.js";
 import * as session from "./session.js";
 
 const KEYS = { "+": "in", "=": "in", "-": "out", 0: "fit", 1: "one", d: "difference" };
@@ -92,6 +92,7 @@ function connectBanner() {
     const key = $("key").elements.key.value.trim();
     if (/^[\x21-\x7e]+$/.test(key)) {
       useKey(key);
+      showOperators();
       retry();
     } else {
       const message = "A key has only ASCII characters, and no spaces.";

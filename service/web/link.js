@@ -1,4 +1,4 @@
-// The page's address names the decode, so that it can be shared: #decode=<id>&bytes=<size>.
+// The page's address names the decode: #decode=<id>&bytes=<size>.
 
 import { $ } from "./panel.js";
 

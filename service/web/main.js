@@ -3,7 +3,7 @@
 import { json } from "./api.js";
 import { connect } from "./controls.js";
 import * as link from "./link.js";
-import { $, loadTiers } from "./panel.js";
+import { $, loadTiers, showOperators } from "./panel.js";
 import { attempt, openLink, resume } from "./session.js";
 
 const HEALTH_MS = 5000;
@@ -26,5 +26,6 @@ connect();
 addEventListener("hashchange", followLink);
 await attempt(loadTiers);
 checkHealth();
+showOperators();
 setInterval(checkHealth, HEALTH_MS);
 followLink();

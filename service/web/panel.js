@@ -11,6 +11,9 @@ let pending = 0;
 
 /* Settings */
 
+export const showOperators = () =>
+  api.json("v1/queue").then(() => ($("operators").hidden = false), () => null);
+
 export async function loadTiers() {
   if (tiers.length) return;
   const loaded = await api.json("v1/tiers");

@@ -12,7 +12,7 @@ onmessage = async ({ data: { bitmap, bytes, types } }) => {
   }
 };
 
-// The file of the highest quality within `bytes`; if none fits, the one of the lowest quality.
+// The best file within `bytes`, else the smallest.
 async function best(canvas, type, bytes) {
   let [low, high] = [0, 1];
   let result = { file: await canvas.convertToBlob({ type, quality: 0 }), quality: 0 };

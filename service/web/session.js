@@ -128,7 +128,7 @@ class Session {
     if (refusal && !this.waiting) panel.showProblem(refusal, () => this.update());
   }
 
-  // The picture of `tier` or its draft; if refused, the instant picture and the problem.
+  // The tier's picture or draft; if refused, the instant picture and the problem.
   async #request(tier, signal) {
     try {
       const sent = api.decode(this.bitstream, tier, fields.seed.value || 0);

@@ -84,7 +84,7 @@ export class View extends EventTarget {
     this.#listen();
   }
 
-  // Set a picture; `fade` it in over the one it replaces, or over the instant one.
+  // Set a picture; `fade` it in over the former or the instant one.
   put(name, bitmap, fade = false) {
     const before = this.pictures.get(name);
     const from = before ?? this.pictures.get("instant");
@@ -206,7 +206,7 @@ export class View extends EventTarget {
     return [Math.max(this.x, 0), Math.min(end, this.canvas.width)];
   }
 
-  // Paint a picture between two columns. Realism mixes the diffusion picture with the instant one.
+  // Paint a picture between two columns; realism mixes in the instant one.
   #paint(c, name, from, to) {
     const width = to - from;
     const { height } = this.canvas;

@@ -29,8 +29,10 @@ from tests.support.api_keys import TABLE
 from tests.support.batches import counts, state
 from tests.support.object_server import s3_server, s3_settings
 from tests.support.rig import Rig, rig
+from tests.support.service import connected
 from tests.support.waiting import until
 from worker.queue import object_stores
+from worker.queue.line import Line
 from worker.queue.object_stores import ObjectStores
 from worker.queue.records import JobState
 from worker.queue.references import Reference
@@ -42,9 +44,9 @@ WORKERS, APIS = 3, 2
 QUEUED = 12
 """Jobs that a caller keeps queued per unit of its weight."""
 TIERS = ("perceptual", "ddim-10")
-PICTURES = 150
+PICTURES = 100
 """More than are queued at a time: no bitstream is drawn by two workers that are killed at once."""
-ITEMS_A_MINUTE = 30
+ITEMS_A_MINUTE = 20
 WARM = 60
 """Jobs that end before promises count: the cost model needs some of a busy machine."""
 CALM_SHARE = 0.4
@@ -82,13 +84,15 @@ class Run:
     def keep_queued(self, caller: str) -> None:
         """Submit jobs of a caller until the run is stopped."""
         numbers, wanted = itertools.count(WEIGHTS[caller] * 10**6), QUEUED * WEIGHTS[caller]
-        while not self.stopped.wait(0.1):
-            with contextlib.suppress(redis.RedisError):
-                queued = self.own.jobs.line.queue("interactive", caller).count
-                if not queued and self.sent[caller]:
-                    self.gaps.append(time.time())
-                for _ in range(wanted - queued):
-                    self._submit(caller, next(numbers))
+        with connected(*self.own.urls.values()) as store:  # the rig closes its own connections
+            queue = Line(store, 0).queue("interactive", caller)
+            while not self.stopped.wait(0.1):
+                with contextlib.suppress(redis.RedisError):
+                    queued = queue.count
+                    if not queued and self.sent[caller]:
+                        self.gaps.append(time.time())
+                    for _ in range(wanted - queued):
+                        self._submit(caller, next(numbers))
 
     def _submit(self, caller: str, number: int) -> None:
         """Submit a job, over and over until an API process accepts it or the run is stopped."""
@@ -141,7 +145,7 @@ def started(folder: Path) -> Iterator[tuple[Rig, list[Api], ObjectStores]]:
         }
         with (
             mock.patch.dict(os.environ, stores),
-            rig(folder / "rig", forked=False, **stores) as own,
+            rig(folder / "rig", forked=True, **stores) as own,
         ):
             objects = object_stores.connect(WorkerSettings())
             with contextlib.ExitStack() as stack:
@@ -213,7 +217,7 @@ def report_batch(
     """Report counts and targets of the batch, once it has ended."""
     client = this.apis[0].ready().client
     client.headers["Authorization"] = f"Bearer {token(BATCH)}"
-    until(lambda: state(client, location)["status"] == "ended", "the end of the batch", 300)
+    until(lambda: state(client, location)["status"] == "ended", "the end of the batch", 900)
     found = counts(state(client, location))
     report.tell(f"the batch: {found}", found == {"succeeded": count, "failed": 1})
     ids = []
@@ -231,7 +235,7 @@ def report_batch(
 def report_callers(this: Run, report: Report) -> None:
     """Report what has become of the callers' jobs, shares and promises."""
     own = this.own
-    until(lambda: not own.jobs.running and not own.jobs.line.job_ids(), "an empty queue", 300)
+    until(lambda: not own.jobs.running and not own.jobs.line.job_ids(), "an empty queue", 900)
     states = {s.id: own.state(s.id) for sent in this.sent.values() for s in sent}
     ended = sum(s.status == "succeeded" for s in states.values())
     once = sum(own.commits(id) == 1 for id in states)

@@ -111,7 +111,9 @@ def test_a_picture_finished_while_redis_is_down_is_stored_later(
 
 def test_pictures_are_never_stored_in_the_queue(own: Rig, worker: Worker, small_msh: bytes) -> None:
     job = own.submit(small_msh, LONG, 5)
-    own.jobs.watch(job)
+    with own.store.queue.pipeline() as pipe:
+        own.jobs.watch(job, [""], 0, pipe)
+        pipe.execute()
     assert own.ended(job).status == "succeeded"
     assert own.store.preview(job) and own.store.picture(job)
     queue = own.store.queue

@@ -56,7 +56,7 @@ def test_a_service_without_redis_still_decodes_instantly(
 
 
 def test_a_redis_that_hangs_is_treated_like_one_that_is_down(
-    own: Service, stores: Rig, worker: Worker, small_msh: bytes
+    own: Service, stores: Rig, worker: Worker, small_msh: bytes, small_compressai: bytes
 ) -> None:
     """A stopped server accepts connections, but sends no replies."""
     params: dict[str, str | int] = {"tier": "perceptual", "seed": 1}
@@ -70,7 +70,8 @@ def test_a_redis_that_hangs_is_treated_like_one_that_is_down(
             time.sleep(1)
             began = time.monotonic()
             assert own.client.get("/readyz").json()["status"] == "degraded"
-            assert own.client.post("/v1/decodes", content=small_msh).status_code == 200
+            for data in (small_msh, small_compressai):
+                assert own.client.post("/v1/decodes", content=data).status_code == 200
             assert time.monotonic() - began < 4
             assert {one.result().status_code for one in waiting} == {503}
     finally:

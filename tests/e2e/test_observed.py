@@ -54,7 +54,7 @@ def test_a_decode_appears_in_metrics_and_with_its_ids_in_one_log(
         """True once the durations of so many jobs are recorded, which is after their ends."""
         return more("afterimage_megapixel_steps_total") > (jobs - 0.5) * work
 
-    work = 4 * 0.192 * 0.128  # coded sides
+    work = 0.192 * 0.128  # one step of the coded sides
     for seed in (1, 2):  # the second job can be predicted by the first
         params = {"tier": "perceptual", "seed": seed}
         answer = client.post(

@@ -53,8 +53,8 @@ def test_the_generated_client_encodes_decodes_and_keeps_large_seeds(
     node(project, generator, f"{url}/openapi.json", "--output", "afterimage.d.ts")
     node(project, "node_modules/typescript/bin/tsc")
     lines = node(project, "decode.js", url, "photo.png", "out.webp").splitlines()
-    assert all(re.fullmatch(rf"\w+ \d of 4 seed {SEED}", line) for line in lines), lines
-    assert lines[-1] == f"succeeded 4 of 4 seed {SEED}"
+    assert all(re.fullmatch(rf"\w+ \d of 1 seed {SEED}", line) for line in lines), lines
+    assert lines[-1] == f"succeeded 1 of 1 seed {SEED}"
     drawn = image.read((project / "out.webp").read_bytes(), 10**6)
     with Client(url) as client:
         coded = client.encode((project / "photo.png").read_bytes())

@@ -389,6 +389,35 @@ def test_a_wrong_request_is_refused(
     assert Batches(jobs.store).running() == []
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "there is '' in place of {"),
+        (b"[]", "there is '[' in place of {"),
+        (b'{"items": [{"source": "store:in/a.msh"', "JSON"),
+        (b'{"items": []} {}', "more after the object, at character 14"),
+        (b'{"tier": "\xff"}', "JSON"),
+        (b'{"items": [], "eta": NaN}', "NaN is no number"),
+        (b'{"items": [' + b"[" * 10**5, "recursion"),
+        (b'{"items": {"source": "store:in/a.msh"}}', "items: Input should be a valid list"),
+    ],
+)
+def test_a_body_that_is_no_request_is_refused(api: httpx.Client, body: bytes, said: str) -> None:
+    answer = api.post("/v1/batches", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422 and said in answer.json()["detail"], answer.text
+
+
+def test_items_of_every_slice_are_checked(api: httpx.Client, jobs: Jobs) -> None:
+    """The list is read in slices of 1000 items."""
+    wrong: list[dict[str, Any]] = list(numbered(2400))
+    wrong[2345] = {"source": "store:in/a.msh", "target": 3}
+    same = [*numbered(2399), *numbered(1)]
+    for items, said in ((wrong, "items.2345.target"), (same, "items 0 and 2399 have the same")):
+        answer = api.post("/v1/batches", json={"items": items, "steps": 1})
+        assert answer.status_code == 422 and said in answer.json()["detail"], answer.text
+    assert Batches(jobs.store).running() == []
+
+
 def test_100_000_items_wait_in_20_mb_of_redis(
     api: httpx.Client, jobs: Jobs, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

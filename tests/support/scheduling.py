@@ -25,7 +25,9 @@ GROUPS = {
             )
         ),
     ),
-    "guarded": ("e2e/test_guarded", "e2e/test_schema", "e2e/test_remote_cli"),
+    "guarded": tuple(
+        f"e2e/test_{name}" for name in ("guarded", "schema", "remote_cli", "queue_page")
+    ),
     "evaluate": tuple(f"unit/test_{name}" for name in ("evaluate", "metrics", "train_losses")),
 }  # fmt: skip
 """Files that share what takes seconds: the service of a session fixture (`page` and `service` use

@@ -35,15 +35,15 @@ def test_a_mapped_ipv4_address_is_counted_as_the_address_itself() -> None:
 def test_the_number_of_connections_leaves_files_for_the_rest(file_limit: None) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
-    limits = connections.limited(ServiceSettings(connections=4096), ())
-    assert 2 * limits.total + connections.RESERVE <= 1024
-    assert connections.limited(ServiceSettings(connections=100), ()).total == 100
+    limits = connections.limited(ServiceSettings(connections=4096))
+    assert limits.total + connections.RESERVE == 1024
+    assert connections.limited(ServiceSettings(connections=100)).total == 100
 
 
 def test_the_limit_of_open_files_is_raised_to_what_is_needed(file_limit: None) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (600, hard))
     connections.raise_file_limit(ServiceSettings(connections=200))
-    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(912, hard), hard)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(712, hard), hard)
     connections.raise_file_limit(ServiceSettings(connections=100))  # never lowered
-    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(912, hard), hard)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(712, hard), hard)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from models import folders
+from models import checked_files, folders
 from models.codec import catalogue
 from models.folders import UntrustedFolder
 from service.cli.main import main
@@ -161,7 +161,7 @@ def test_a_volume_in_kubernetes_may_be_writable_for_all(monkeypatch: pytest.Monk
 
 
 class Exploit:
-    """Creates a file when it is unpickled, as numba unpickles the index of its cache."""
+    """Creates a file when it is unpickled, as compiled code in the cache is."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -189,8 +189,9 @@ def test_compiled_code_in_the_cache_of_another_user_is_not_run(tmp_path: Path) -
         return subprocess.run(arguments, env=environment, capture_output=True, text=True)
 
     assert run("-c", USE).stdout == "4\n"
-    for index in cache.rglob("*.nbi"):
-        index.write_bytes(pickle.dumps(Exploit(marker)))
+    for file in cache.rglob("*.nbc"):
+        stamp = checked_files.read(file)[:32]  # type: ignore[index]
+        checked_files.write(file, stamp + pickle.dumps(Exploit(marker)))
     (cache / "numba").chmod(0o777)
     command = run("-m", "service.cli", "inspect", "tests/data/kodim23.msh")
     assert (command.returncode, marker.exists()) == (1, False)

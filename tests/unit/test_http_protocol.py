@@ -23,6 +23,7 @@ from service.cli.http_protocol import MAX_FORWARDED, ProxyHeaders
 from service.cli.listening import CannotListen
 from service.requests import MAX_HEADER_BYTES, MAX_HEADER_LINES, RequestMiddleware
 from service.settings import ServiceSettings
+from service.turns import MAX_ACCEPTED
 from tests.support.waiting import until
 
 app = FastAPI()
@@ -56,6 +57,22 @@ async def url(request: Request) -> dict[str, str]:
 @app.get("/large")
 async def large() -> Response:
     return Response(bytes(2**26))
+
+
+released = threading.Event()
+"""What the event loop waits for in `/hold`."""
+begun: list[str] = []
+"""The clients of the requests to `/begin`, in the order in which these began."""
+
+
+@app.get("/hold")
+async def hold() -> None:
+    released.wait(20)
+
+
+@app.get("/begin")
+async def begin(request: Request) -> None:
+    begun.append(request.scope["client"][0])
 
 
 @contextlib.contextmanager
@@ -472,3 +489,26 @@ def test_text_that_is_no_address_does_not_become_a_caller(port: int) -> None:
         _, body = exchange(port, f"{request}Connection: close\r\n\r\n".encode())
         seen.add(json.loads(body)["client"])
     assert seen == {"127.0.0.1"}
+
+
+def test_hundreds_of_requests_that_arrive_together_do_not_delay_another_client() -> None:
+    """It may have to wait until all connections before its own are accepted, one at a time."""
+    count = 150
+    with served() as port, contextlib.ExitStack() as opened:
+
+        def get(path: bytes, address: str) -> socket.socket:
+            client = opened.enter_context(
+                socket.create_connection(("127.0.0.1", port), 20, (address, 0))
+            )
+            client.sendall(b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % path)
+            return client
+
+        held = get(b"/hold", "127.0.0.2")
+        time.sleep(0.2)  # it holds the event loop
+        sent = [get(b"/begin", "127.0.0.2") for _ in range(count)]
+        sent.append(get(b"/begin", "127.0.0.3"))
+        released.set()
+        for client in (held, *sent):
+            assert client.recv(12) == b"HTTP/1.1 200"
+    assert len(begun) == count + 1
+    assert begun.index("127.0.0.3") <= count // MAX_ACCEPTED + 3

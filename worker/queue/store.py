@@ -25,11 +25,6 @@ CONNECT_TIMEOUT_S = 2
 """Timeout of connecting to a server."""
 READ_TIMEOUT_S = 5
 """Timeout of a reply."""
-MAX_BLOCKED_READS = 5000
-"""Largest number of concurrent blocking reads of a process, each of which needs a connection. It is
-half of the clients that Redis accepts by default; redis-py's own default is 100."""
-BLOCK_S = 5
-"""How long one read of an event stream may block."""
 
 MIN_VERSION = (6, 2)
 """The first version of Redis that has all commands in use."""
@@ -168,10 +163,9 @@ def connect(settings: WorkerSettings, results: Results | None = None) -> Store:
 
 
 def streams(settings: WorkerSettings) -> AsyncRedis:
-    """An asyncio client of the queue for blocking reads of up to `BLOCK_S`."""
+    """An asyncio client of the queue, for reads that block for less than `READ_TIMEOUT_S`."""
     return urls.asynchronous(
         settings.redis_url,
-        max_connections=MAX_BLOCKED_READS,
         socket_connect_timeout=CONNECT_TIMEOUT_S,
-        socket_timeout=BLOCK_S + READ_TIMEOUT_S,
+        socket_timeout=READ_TIMEOUT_S,
     )

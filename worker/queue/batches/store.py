@@ -89,8 +89,7 @@ class Batches:
     def get(self, id: str) -> Batch | None:
         """The batch and its counts; None if there is none."""
         with self.store.queue.pipeline() as pipe:
-            pipe.hgetall(self.keys_of(id)[0])
-            pipe.get(self.keys_of(id)[1])
+            self.read(id, pipe)
             row, states = pipe.execute()
         return Batch.of(id, row, states or b"")
 
@@ -104,6 +103,11 @@ class Batches:
             return None
         kept = (batch for id in ids if (batch := self.get(id)) is not None)
         return [*itertools.islice(kept, limit)]
+
+    def read(self, id: str, pipe: redis.client.Pipeline) -> None:
+        """Read what `Batch.of` takes, the record and the states, as part of `pipe`."""
+        pipe.hgetall(self.keys_of(id)[0])
+        pipe.get(self.keys_of(id)[1])
 
     def running(self) -> list[Batch]:
         """All batches that have not ended."""
