@@ -56,7 +56,7 @@ def test_list_shows_imported_and_shipped_weights(imported: str) -> None:
     file = f"mbt2018-mean_q5_ms-ssim_{imported}.safetensors"
     assert first == [imported, "codec", "mbt2018-mean", "5", "ms-ssim", file, "mine.pth.tar"]
     assert {row[-1] for row in shipped} == {"shipped"}
-    assert sorted(row[3] for row in shipped) == ["-", "1", "2", "3"]
+    assert sorted(row[3] for row in shipped) == ["-", "-", "1", "2", "3"]
 
 
 def test_encode_and_decode_use_imported_weights(

@@ -432,7 +432,8 @@ def test_cached_decodes_are_reused_unless_the_bitstream_changed(
     (decodes / "a.png/mine.seed0.png").write_bytes(b"no tier")
     drawn.clear()
     shipped = checkpoint.WEIGHTS / "decoder_compact.safetensors"
-    command("--qualities", "2", "--tiers", "perceptual", "--decoder", str(shipped))
+    perceptual = ("--qualities", "2", "--tiers", "perceptual", "--decoder", str(shipped))
+    command(*perceptual)
     assert len(drawn) == 2  # only `perceptual` of both: the file holds the weights of the first run
     after = rows()
     assert before.items() <= after.items()
@@ -442,7 +443,7 @@ def test_cached_decodes_are_reused_unless_the_bitstream_changed(
 
     (tmp_path / "in/a.png").write_bytes(image.write(photo[100:196, :128].copy(), "png"))
     drawn.clear()
-    command("--qualities", "2", "--tiers", "perceptual", "--seeds", "0", "1")
+    command(*perceptual, "--seeds", "0", "1")
     # seed 0 of the unchanged picture is cached
     assert sorted(seed for _, seed in drawn) == [0, 1, 1]
     assert ("a.png", "ddim-10", 0) not in rows()
