@@ -51,19 +51,27 @@ def forked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     Scripts start those that are the subject of a test.
     """
 
-    def start() -> recovery._Child:
-        ours, theirs = Pipe()
-        with theirs:
-            process = Forked(partial(serve, theirs), os.environ, tmp_path / "recovery.log")
-        return recovery._Child(process, ours, set())  # type: ignore[arg-type]
-
-    monkeypatch.setattr(recovery, "_start", start)
+    monkeypatch.setattr(recovery, "_start", partial(start, tmp_path))
     yield
     recovery.PROCESS.close()
 
 
-def serve(connection: "Connection[bytes, bytes]") -> int:
+@pytest.fixture
+def late(forked: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The recovery processes of the test take a while to start, as those that are not forked."""
+    monkeypatch.setattr(recovery, "_start", partial(start, tmp_path, 0.5))
+
+
+def start(folder: Path, after_s: float = 0) -> recovery._Child:
+    ours, theirs = Pipe()
+    with theirs:
+        process = Forked(partial(serve, theirs, after_s), os.environ, folder / "recovery.log")
+    return recovery._Child(process, ours, set())  # type: ignore[arg-type]
+
+
+def serve(connection: "Connection[bytes, bytes]", after_s: float) -> int:
     """What a forked recovery process runs."""
+    time.sleep(after_s)
     recovery.serve(connection)
     return 0
 
@@ -265,6 +273,7 @@ def test_a_process_that_dies_during_a_request_raises_an_error(
     assert process.pid is None
 
 
+@pytest.mark.usefixtures("late")
 def test_an_interrupted_request_leaves_no_reply_for_the_next_one(
     shipped: Codec, process: recovery.RecoveryProcess
 ) -> None:
@@ -399,6 +408,7 @@ def test_an_autoregressive_bitstream_of_another_arithmetic_is_decoded() -> None:
         coder.decode(y_string[:-4], rans.encode(z, contexts, coder.z_tables), (64, 64), "float")
 
 
+@pytest.mark.usefixtures("late")
 def test_the_recovery_of_an_autoregressive_bitstream_can_be_canceled() -> None:
     tensors = zoo.with_tables(nets.random("mbt2018"))
     coder = zoo.from_tensors(tensors, 1, model="mbt2018").latent_coder
