@@ -32,7 +32,7 @@ from service.object_writes import PictureTarget
 from service.problems import NotAcceptable
 from service.services import Services
 from service.waiter import Waiter
-from worker.queue import estimates, outbox, recall
+from worker.queue import estimates, outbox, recall, submitters
 from worker.queue.estimates import Outlook
 from worker.queue.jobs import MAX_SUBSCRIPTION_S
 from worker.queue.order import Place
@@ -265,7 +265,7 @@ class Submission:
     def _add_submitter(self) -> None:
         """In a private service, let the caller see the decode."""
         if self.services.settings.private:
-            self.services.jobs.add_submitter(self.decode.id, self.caller.name)
+            submitters.add(self.services.store, self.decode.id, self.caller.name)
 
     def _register_webhooks(self) -> None:
         for url in self.params.webhooks:

@@ -16,7 +16,7 @@ from service.auth import Caller
 from service.problems import Conflict, JobNotFound, PictureGone
 from service.services import Services
 from service.waiter import Waiter
-from worker.queue import estimates, targets
+from worker.queue import estimates, submitters, targets
 from worker.queue import events as job_events
 from worker.queue.estimates import Outlook
 from worker.queue.events import Event
@@ -40,7 +40,7 @@ def find(services: Services, id: str, caller: Caller) -> JobState:
     hidden = (
         services.settings.private
         and not caller.has_link
-        and not services.jobs.has_submitted(id, caller.name)
+        and not submitters.contains(services.store, id, caller.name)
     )
     state = None if hidden else services.jobs.get(id)
     if state is None:

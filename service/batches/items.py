@@ -17,7 +17,7 @@ from service.object_writes import PictureTarget
 from service.problems import Busy, DeadlineExceeded, QueueFull, TooManyRequests
 from service.services import Services
 from service.submission import DecodeParams, ParsedBitstream
-from worker.queue import recall
+from worker.queue import recall, submitters
 from worker.queue.batches.leases import BatchTaken, Lease
 from worker.queue.batches.records import Active, Batch, Item, ItemStatus
 from worker.queue.jobs import MAX_SUBSCRIPTION_S
@@ -130,7 +130,7 @@ class Beginner:
         recall.find(jobs, decode)
         self.services.quotas.job(self.caller, decode.id)
         if self.services.settings.private:
-            jobs.add_submitter(decode.id, name)
+            submitters.add(self.services.store, decode.id, name)
         if not self.lease.note(number, active):  # first, so that the job is found after a kill
             return
         jobs.subscribe(decode.id, subscriber(self.batch.id), MAX_SUBSCRIPTION_S)

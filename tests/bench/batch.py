@@ -36,7 +36,7 @@ from tests.bench.photograph import instruction_sets
 from tests.support.batches import counts, state
 from tests.support.object_server import s3_server, s3_settings
 from tests.support.rig import Rig, rig
-from tests.support.service import Service, run_service
+from tests.support.service import Service, fork_service
 from tests.support.waiting import until
 from worker.queue import events, object_stores
 from worker.queue.object_stores import ObjectStores
@@ -52,7 +52,7 @@ WORKERS, USERS = 2, 8
 WAITING = 100_000
 INTERACTIVE_S, PARTS = 30.0, 2
 """Duration of each part, and parts with and without a batch."""
-TRIES = 20
+TRIES = 12
 """Targets and results that are timed."""
 LIMITS = {"throughput": 0.95, "store_ms": 20.0, "p99": 1.5, "api_mb": 20.0}
 
@@ -120,8 +120,8 @@ def started(folder: Path) -> Iterator[Bench]:
         service = {"AFTERIMAGE_RESULTS": "store:s3/results", "AFTERIMAGE_MAX_BACKLOG_S": "100000"}
         with (
             mock.patch.dict(os.environ, stores),
-            rig(folder / "rig", forked=False, AFTERIMAGE_BATCH="1", **stores) as own,
-            run_service(own.folder, "--workers", "0", **own.urls, **stores, **service) as api,
+            rig(folder / "rig", forked=True, AFTERIMAGE_BATCH="1", **stores) as own,
+            fork_service(own.folder, "--workers", "0", **own.urls, **stores, **service) as api,
         ):
             for _ in range(WORKERS):
                 own.worker().ready()

@@ -1,16 +1,15 @@
 """Faults that are injected for real: killed workers, API processes and Redis servers."""
 
 import contextlib
+import functools
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import httpx
 
+from tests.support.forked import Forked, command
 from tests.support.rig import Rig, Worker
 from tests.support.service import free_port
 from tests.support.waiting import until
@@ -28,8 +27,7 @@ class Api:
     def __init__(self, own: Rig, name: str, **settings: str) -> None:
         self.log = own.folder / f"{name}.log"
         port = free_port()
-        installed = Path(sys.executable).with_name("afterimage")
-        self.command = [str(installed), "serve", "--port", str(port), "--workers", "0"]
+        self.arguments = ("serve", "--port", str(port), "--workers", "0")
         folder = own.folder / name
         folder.mkdir()
         self.environment = own.environment | {"AFTERIMAGE_CACHE_DIR": str(folder)} | settings
@@ -37,10 +35,9 @@ class Api:
         self.start()
 
     def start(self) -> None:
-        with self.log.open("ab") as out:
-            self.process = subprocess.Popen(
-                self.command, env=self.environment, stdout=out, stderr=out
-            )
+        self.log.touch()
+        run = functools.partial(command, self.arguments)
+        self.process = Forked(run, self.environment, self.log)
 
     @property
     def is_ready(self) -> bool:

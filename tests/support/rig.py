@@ -63,7 +63,7 @@ class Worker:
             return subprocess.Popen(command, env=environment, stdout=out, stderr=out)
 
     def ready(self) -> "Worker":
-        until(lambda: "ready" in self.log.read_text(), f"{self.log.stem} starts")
+        until(lambda: "ready" in self.log.read_text(), f"{self.log.stem} starts", 180)
         return self
 
     def kill(self) -> None:

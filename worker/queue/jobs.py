@@ -14,11 +14,11 @@ import redis
 from redis.client import Pipeline
 
 from models.errors import Quarantined
-from worker.queue import counters, events, order, outbox
+from worker.queue import counters, events, order, outbox, submitters
 from worker.queue.line import Line
 from worker.queue.quarantine import QUARANTINED, Quarantine
 from worker.queue.records import DecodeRequest, JobState, Priority, Status, ended_fields
-from worker.queue.store import RECORD_TTL_S, SUBMITTERS_TTL_S, Store
+from worker.queue.store import RECORD_TTL_S, Store
 from worker.queue.targets import Targets
 from worker.telemetry import logs, tracing
 
@@ -168,17 +168,6 @@ class Jobs:
         pipe.zadd(key, {caller: until}, gt=True)
         pipe.expire(key, RECORD_TTL_S)
 
-    def add_submitter(self, job_id: str, caller: str) -> None:
-        """Record that the caller has submitted the job. `withdraw` does not undo this."""
-        with self.store.queue.pipeline() as pipe:
-            pipe.sadd(self._submitters(job_id), caller)
-            pipe.expire(self._submitters(job_id), SUBMITTERS_TTL_S)
-            pipe.execute()
-
-    def has_submitted(self, job_id: str, caller: str) -> bool:
-        """True if `add_submitter` has recorded the caller for the job."""
-        return bool(self.store.queue.sismember(self._submitters(job_id), caller))
-
     def renew(self, job_id: str, caller: str, seconds: float) -> None:
         """Extend the caller's subscription; no effect after `withdraw`."""
         key = self.subscribers(job_id)
@@ -325,7 +314,7 @@ class Jobs:
         key = self.key(state.id)
         pipe.hset(key, mapping=ended_fields(status, error))
         pipe.expire(key, RECORD_TTL_S)
-        pipe.expire(self._submitters(state.id), SUBMITTERS_TTL_S)
+        submitters.keep(self.store, state.id, pipe)
         pipe.zrem(self.leases, state.id)
         pipe.srem(self.waiting, state.id)
         data = {"error": error} if error else {}
@@ -391,10 +380,6 @@ class Jobs:
     def subscribers(self, job_id: str) -> str:
         """Key of a sorted set: caller -> time at which its subscription ends."""
         return self.store.key("interest", job_id)
-
-    def _submitters(self, job_id: str) -> str:
-        """Key of the set of callers that submitted the job; only private services fill it."""
-        return self.store.key("submitters", job_id)
 
     def key(self, job_id: str) -> str:
         """Key of the job's record, a hash."""
