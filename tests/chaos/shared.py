@@ -145,7 +145,7 @@ def started(folder: Path) -> Iterator[tuple[Rig, list[Api], ObjectStores]]:
         }
         with (
             mock.patch.dict(os.environ, stores),
-            rig(folder / "rig", forked=True, **stores) as own,
+            rig(folder / "rig", forked=False, **stores) as own,  # each worker has its own name
         ):
             objects = object_stores.connect(WorkerSettings())
             with contextlib.ExitStack() as stack:
