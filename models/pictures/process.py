@@ -290,6 +290,9 @@ def _start(memory_bytes: int) -> _Reader:
             )
     except OSError as e:
         raise Unavailable(f"no process can be started to read pictures: {e}") from e
+    # the first that the kernel kills for memory, from its start: while it imports modules too
+    with suppress(OSError), open(f"/proc/{process.pid}/oom_score_adj", "w") as file:
+        file.write("1000")
     return _Reader(process, ours)
 
 
@@ -339,12 +342,10 @@ def _answer(
 
 
 def _limit(memory_bytes: int) -> None:
-    """Set the limits of this process, and make it the first that the kernel kills for memory."""
+    """Set the limits of this process."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it writes no files
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
     os.nice(5)  # instant decodes come first
 
 

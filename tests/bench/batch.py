@@ -120,7 +120,7 @@ def started(folder: Path) -> Iterator[Bench]:
         service = {"AFTERIMAGE_RESULTS": "store:s3/results", "AFTERIMAGE_MAX_BACKLOG_S": "100000"}
         with (
             mock.patch.dict(os.environ, stores),
-            rig(folder / "rig", forked=True, AFTERIMAGE_BATCH="1", **stores) as own,
+            rig(folder / "rig", forked=False, AFTERIMAGE_BATCH="1", **stores) as own,
             fork_service(own.folder, "--workers", "0", **own.urls, **stores, **service) as api,
         ):
             for _ in range(WORKERS):
