@@ -10,13 +10,13 @@ from torch import Tensor
 
 from models import checkpoint, tiles
 from models.codec.hyperprior import Latents
-from models.diffusion import noise, presets, sampler, schedule
+from models.diffusion import noise, sampler, schedule
 from models.diffusion.conditioner import Condition, Maps
 from models.diffusion.presets import UNetConfig
 from models.diffusion.realism import high_pass
 from models.diffusion.sampler import DenoiserOutput
-from models.diffusion.unet import UNet
-from models.errors import WeightsError, WrongWeights
+from models.diffusion.unet import UNet, read_network
+from models.errors import WrongWeights
 from models.geometry import STRIDE_Y
 from models.tiers import Settings
 
@@ -331,26 +331,17 @@ def load(folder: Path = checkpoint.WEIGHTS, device: torch.device | None = None) 
 
 def _load(entry: checkpoint.Entry, folder: Path, device: torch.device | None) -> Decoder:
     tensors, metadata = checkpoint.load_with_metadata(entry, folder)
-    net = _network(tensors, metadata, folder / entry.file)
+    net = read_network(tensors, metadata, folder / entry.file)
     return Decoder(entry.weights_id, net, device, _codecs(metadata))
 
 
 def from_file(file: Path, device: torch.device | None = None) -> Decoder:
     """Load a decoder that a training run wrote. Raises `WeightsError` if `file` holds none."""
     tensors, metadata = checkpoint.read(file)
-    net = _network(tensors, metadata, file)
+    net = read_network(tensors, metadata, file)
     return Decoder(checkpoint.weights_id(tensors), net, device, _codecs(metadata))
 
 
 def _codecs(metadata: dict[str, str]) -> frozenset[str] | None:
     ids = metadata.get(checkpoint.CODECS)
     return None if ids is None else frozenset(json.loads(ids))
-
-
-def _network(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> UNet:
-    try:
-        net = UNet(presets.from_json(metadata["config"]))
-        net.load_state_dict({k: v.float() for k, v in tensors.items()})
-    except (KeyError, TypeError, RuntimeError, ValueError) as e:
-        raise WeightsError(f"{file}: not a diffusion decoder: {e}") from e
-    return net

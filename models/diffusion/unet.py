@@ -7,6 +7,7 @@ is bounded and a large picture can be computed in windows.
 """
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ from models.diffusion.blocks import (
     zero_init,
 )
 from models.diffusion.conditioner import Conditioner, LatentSynthesis, Maps
-from models.diffusion.presets import UNetConfig
+from models.diffusion.presets import UNetConfig, from_json
+from models.errors import WeightsError
 
 
 class Denoiser(nn.Module):
@@ -141,6 +143,16 @@ class UNet(nn.Module):
         self.register_buffer("scales", torch.ones(c.qualities + 1))
         self.conditioner = LatentSynthesis(c) if c.preset == "paper" else Conditioner(c)
         self.denoiser = Denoiser(c)
+
+
+def read_network(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> UNet:
+    """Build the network of a decoder's file. Raises `WeightsError` if it holds none."""
+    try:
+        net = UNet(from_json(metadata["config"]))
+        net.load_state_dict({k: v.float() for k, v in tensors.items()})
+    except (KeyError, TypeError, RuntimeError, ValueError) as e:
+        raise WeightsError(f"{file}: not a diffusion decoder: {e}") from e
+    return net
 
 
 def _frequencies(preset: str) -> Tensor:

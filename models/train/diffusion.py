@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models import checkpoint
-from models.diffusion import decoder, schedule
+from models.diffusion import schedule
 from models.diffusion.presets import UNetConfig
-from models.diffusion.unet import UNet
+from models.diffusion.unet import UNet, read_network
 from models.errors import WeightsError
 from models.files import atomic_write
 from models.geometry import STRIDE_Y
@@ -284,7 +284,8 @@ def _initial_net(
 
 def _narrowed(config: DiffusionConfig, small: UNetConfig, bank: Bank, device: torch.device) -> UNet:
     """Return the network of `config.narrow`, narrowed to `small` by its use of training crops."""
-    wide = decoder.from_file(Path(config.narrow)).net
+    file = Path(config.narrow)
+    wide = read_network(*checkpoint.read(file), file)
     generator = torch.Generator(device).manual_seed(config.seed)
     batch = bank.batch(NARROWING_CROPS, config.crop, generator)
 
