@@ -267,6 +267,7 @@ class Model(BaseModel):
                     "weights_id": "d78422ef2d93dd50",
                     "quality": 2,
                     "metric": "mse",
+                    "steps": None,
                     "source": "shipped",
                     "sha256": "af06aecc…",
                     "card": "/v1/models/d78422ef2d93dd50/card",
@@ -281,6 +282,7 @@ class Model(BaseModel):
     weights_id: str
     quality: int | None
     metric: str | None
+    steps: int | None  # that a diffusion decoder draws at beta 1; null: all other settings
     source: str
     sha256: str  # of the file
     card: str | None  # URL of its model card
@@ -291,7 +293,7 @@ class Model(BaseModel):
         return cls(
             kind=e.kind, name=e.name, model=catalogue.model_of(e) or None,
             weights_id=e.weights_id, quality=e.quality or None, metric=e.metric or None,
-            source=e.source or "shipped", sha256=e.sha256,
+            steps=e.steps or None, source=e.source or "shipped", sha256=e.sha256,
             card=prefix.public(f"/v1/models/{e.weights_id}/card") if e.card else None,
         )  # fmt: skip
 
