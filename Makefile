@@ -40,8 +40,8 @@ run: $(READY) ## start Redis, the API and one worker on http://127.0.0.1:8000
 demo: $(READY) ## encode a photograph, decode it at every quality, save a comparison (PHOTO=, URL=)
 	@$(BIN)/python -P -m service.cli.demo "$(PHOTO)" $(if $(URL),--url "$(URL)")
 
-test: $(READY) browser typescript promtool ## run all tests, in three processes; lists the slowest
-	@$(TESTS) $(BIN)/pytest -n 3 --durations=25
+test: $(READY) browser typescript promtool ## run all tests, in four processes; lists the slowest
+	@$(TESTS) $(BIN)/pytest -n 4 --durations=25
 
 browser: $(READY) ## install Chromium for the tests of the page: Debian's as root, else Playwright's
 	-@command -v chromium-headless-shell >/dev/null || \
@@ -68,7 +68,7 @@ check: $(READY) ## lint, formatting and types
 
 .PHONY: coverage docs hooks
 coverage: $(READY) browser typescript promtool ## run all tests and report which lines they cover; fails below the floor
-	@$(TESTS) $(BIN)/pytest -n 3 --cov --cov-report=term
+	@$(TESTS) $(BIN)/pytest -n 4 --cov --cov-report=term
 
 docs: $(READY) ## update the tables of environment variables in deploy/OPERATING.md
 	@$(BIN)/python -P deploy/variables.py
