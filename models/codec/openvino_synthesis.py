@@ -77,16 +77,14 @@ def graph(net: InferenceSynthesis | ResidualSynthesis) -> ov.Model:
 
 
 def _compile(net: InferenceSynthesis | ResidualSynthesis) -> ov.CompiledModel:
-    core, options = (
-        ov.Core(),
-        {
-            # OpenVINO's default is bf16 on processors that support it
-            "INFERENCE_PRECISION_HINT": os.environ.get(PRECISION_VARIABLE) or "f32",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "NUM_STREAMS": 1,
-            "ENABLE_CPU_PINNING": False,
-        },
-    )
+    core = ov.Core()
+    options = {
+        # OpenVINO's default is bf16 on processors that support it
+        "INFERENCE_PRECISION_HINT": os.environ.get(PRECISION_VARIABLE) or "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,
+    }
     folder = _cache_folder()
     if folder is None:
         return core.compile_model(graph(net), "CPU", options)

@@ -58,9 +58,10 @@ class DiffusionTask:
         # read the small files first: an error in them is reported before photographs are encoded
         self.lpips = LpipsLoss(Path(config.lpips), self.device) if config.lpips else None
         init = checkpoint.read(Path(config.init))[0] if config.init else None
+        wide = _read_network(Path(config.narrow)) if config.narrow else None
         self.bank, self.held_out = _banks(config, self.device)
         torch.manual_seed(config.seed)
-        self.net = _initial_net(config, self.bank, init, self.device)
+        self.net = _initial_net(config, self.bank, init, wide)
         bf16 = self.device.type == "cuda" if config.bf16 is None else config.bf16
         self.network = network.Network(self.net, self.device, bf16, config.compile)
         self.perceptual = PerceptualLoss(config, self.lpips, self.bank.latents, self.device)
@@ -264,15 +265,16 @@ def _banks(config: DiffusionConfig, device: torch.device) -> tuple[Bank, Bank]:
 
 
 def _initial_net(
-    config: DiffusionConfig, bank: Bank, init: Mapping[str, Tensor] | None, device: torch.device
+    config: DiffusionConfig, bank: Bank, init: Mapping[str, Tensor] | None, wide: UNet | None
 ) -> UNet:
-    """Return the network; tensors of `init` with a fitting name and shape replace random ones.
+    """Return the network: that of `wide` narrowed, or one of random weights.
 
-    Raises `WeightsError` if no tensor fits.
+    Tensors of `init` with a fitting name and shape replace random ones. Raises `WeightsError` if no
+    tensor fits, or if `wide` is not larger.
     """
     net = network.build(config.preset, config.widths, bank.latents)
-    if config.narrow:
-        return _narrowed(config, net.config, bank, device)
+    if wide is not None:
+        return _narrowed(wide, net.config, config, bank)
     if not config.paper:
         network.measure_scales(net, bank)
     if init is not None and not network.load_into(net, init, config.other_codec):
@@ -282,10 +284,13 @@ def _initial_net(
     return net
 
 
-def _narrowed(config: DiffusionConfig, small: UNetConfig, bank: Bank, device: torch.device) -> UNet:
-    """Return the network of `config.narrow`, narrowed to `small` by its use of training crops."""
-    file = Path(config.narrow)
-    wide = read_network(*checkpoint.read(file), file)
+def _read_network(file: Path) -> UNet:
+    return read_network(*checkpoint.read(file), file)
+
+
+def _narrowed(wide: UNet, small: UNetConfig, config: DiffusionConfig, bank: Bank) -> UNet:
+    """Return `wide` narrowed to `small` by its use of training crops."""
+    device = bank.qualities.device
     generator = torch.Generator(device).manual_seed(config.seed)
     batch = bank.batch(NARROWING_CROPS, config.crop, generator)
 

@@ -37,10 +37,10 @@ def codec(
 def decoder(file: Path, folder: Path = checkpoint.WEIGHTS, steps: int = 0) -> str:
     """Install the averaged weights of a diffusion run (`decoder.safetensors`); return their id.
 
-    They replace the installed general decoder, or with `steps` the one that draws in so many steps
-    at beta 1. The file records the codecs that are installed now as those
-    that the decoder was trained for; latents of other codecs are hidden from it. So export a new
-    codec before its decoder. Raises `WeightsError` if `file` holds no decoder.
+    They replace the installed general decoder or, with `steps`, the decoder that draws in this
+    number of steps at beta 1. The file records the codecs that are installed now as those that the
+    decoder was trained for; latents of other codecs are hidden from it. So export a new codec
+    before its decoder. Raises `WeightsError` if `file` holds no decoder.
     """
     tensors, metadata = checkpoint.read(file)
     if "config" not in metadata:

@@ -35,19 +35,22 @@ def narrow(wide: UNet, config: UNetConfig, run: Callable[[], object]) -> UNet:
             )
     with _measured(wide) as powers:
         run()
+    norms = {module: name for name, module in wide.named_modules()}
     kept = _Kept(wide, config.widths, powers)
     net, old = UNet(config), wide.state_dict()
-    for name, value in net.state_dict().items():
+    state = net.state_dict()
+    for name, value in state.items():
         try:
             value.copy_(_select(old[name], kept.axes(name)))
         except (KeyError, RuntimeError) as e:
             raise WeightsError(
                 f"a network of {wide.config} cannot be narrowed to {config}: {name} does not fit"
             ) from e
-    for name, module in wide.named_modules():
-        if isinstance(module, RMSNorm) and f"{name}.gain" in net.state_dict():
-            power, kept_power = powers[module], powers[module][kept.axes(f"{name}.gain")[0]]
-            net.state_dict()[f"{name}.gain"].mul_((kept_power.mean() / power.mean()).sqrt())
+    for module, power in powers.items():  # a norm divides by the power of the kept channels now
+        name = f"{norms[module]}.gain"
+        if name in state:
+            kept_power = power[kept.axes(name)[0]]
+            state[name].mul_((kept_power.mean() / power.mean()).sqrt())
     return net
 
 
