@@ -9,6 +9,7 @@ from models.errors import AfterimageError
 from service.cli import options
 from service.cli.terminal import say
 from service.settings import ServiceSettings
+from worker.settings import without_garbage_collection
 
 ZOO = "zoo"
 """Value of `import SOURCE` for which CompressAI's published weights are downloaded."""
@@ -62,7 +63,8 @@ def _add_codec(command: argparse.ArgumentParser) -> None:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from models.codec import interchange
+    with without_garbage_collection():
+        from models.codec import interchange
 
     folder = ServiceSettings().weights_dir
     if args.source == ZOO:
@@ -79,8 +81,9 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from models import checkpoint
-    from models.codec import catalogue, interchange, state_dicts
+    with without_garbage_collection():
+        from models import checkpoint
+        from models.codec import catalogue, interchange, state_dicts
 
     interchange.check_suffix(args.output)
     rows = [*catalogue.imported(ServiceSettings().weights_dir), *catalogue.shipped()]
