@@ -49,27 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("diffusion", help="train the diffusion decoder"), DiffusionConfig
     )
 
-    b = commands.add_parser("bank", help="encode photographs once, for `diffusion --bank`")
-    b.add_argument("--photos", type=Path, required=True, help="folder of photographs")
-    b.add_argument("--out", type=Path, required=True, help="folder of the bank")
-    b.add_argument("--quality", type=int, choices=range(1, 9), required=True, help="codec quality")
-    b.add_argument(
-        "--codecs", type=Path, help="folder of msh_q….safetensors (default: shipped weights)"
-    )
-    b.add_argument(
-        "--other", type=Path, metavar="FILE",
-        help="checkpoint of another codec of CompressAI, for `diffusion --others`",
-    )  # fmt: skip
-    b.add_argument(
-        "--variants", type=int, default=1,
-        help="versions of each photograph; the first is unchanged, others are scaled, flipped or "
-        "transposed (default: 1)",
-    )  # fmt: skip
-    b.add_argument("--held-out", action="store_true", help="encode the held-out photographs only")
-    b.add_argument("--limit", type=int, help="encode the first N photographs only")
-    b.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device that encodes"
-    )
+    _add_bank(commands)
 
     f = commands.add_parser("follow", help="adapt a decoder to a codec that was trained further")
     f.add_argument("decoder", type=Path, help="decoder.safetensors of a run, or the shipped one")
@@ -93,6 +73,30 @@ def _parser() -> argparse.ArgumentParser:
         help="widen the codec to N hidden and M latent channels; its output stays the same",
     )  # fmt: skip
     return parser
+
+
+def _add_bank(commands: Any) -> None:
+    b = commands.add_parser("bank", help="encode photographs once, for `diffusion --bank`")
+    b.add_argument("--photos", type=Path, required=True, help="folder of photographs")
+    b.add_argument("--out", type=Path, required=True, help="folder of the bank")
+    b.add_argument("--quality", type=int, choices=range(1, 9), required=True, help="codec quality")
+    b.add_argument(
+        "--codecs", type=Path, help="folder of msh_q….safetensors (default: shipped weights)"
+    )
+    b.add_argument(
+        "--other", type=Path, metavar="FILE",
+        help="checkpoint of another codec of CompressAI, for `diffusion --others`",
+    )  # fmt: skip
+    b.add_argument(
+        "--variants", type=int, default=1,
+        help="versions of each photograph; the first is unchanged, others are scaled, flipped or "
+        "transposed (default: 1)",
+    )  # fmt: skip
+    b.add_argument("--held-out", action="store_true", help="encode the held-out photographs only")
+    b.add_argument("--limit", type=int, help="encode the first N photographs only")
+    b.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device that encodes"
+    )
 
 
 def _train(command: str, args: dict[str, Any]) -> None:
