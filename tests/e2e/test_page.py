@@ -49,7 +49,6 @@ def opened(tab: Page, service: Service) -> Iterator[Page]:
     for other in tab.context.pages:
         if other is not tab:
             other.close()
-    tab.goto("about:blank")  # nothing of this test goes on during the next
 
 
 def visit(page: Page, service: Service) -> None:
