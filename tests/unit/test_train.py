@@ -188,8 +188,8 @@ def test_a_decoder_learns_the_pictures_of_other_codecs_and_their_qualities(
     assert Run(task, settings, CPU).train()
     assert hidden == [True, True, False, False]  # two steps; the validation measures two losses
     embedding = task.net.state_dict()["conditioner.quality.weight"]
-    changed = (embedding != start["conditioner.quality.weight"]).any(1).tolist()
-    assert changed[5] and not changed[3]
+    change = (embedding - start["conditioner.quality.weight"]).abs().amax(1).tolist()
+    assert change[5] > 10 * change[3]  # weight decay alone changes the third a little
 
 
 @pytest.mark.usefixtures("few_held_out_crops")
