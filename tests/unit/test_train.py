@@ -177,19 +177,18 @@ def test_a_decoder_learns_the_pictures_of_other_codecs_and_their_qualities(
         assert torch.equal(start[name.format(5)], start[name.format(2)])
     for name in ("conditioner.quality.weight", "denoiser.quality.weight"):
         assert torch.equal(start[name][5], start[name][2])
-    hidden = []
+    hidden, seen = [], set()
     denoiser_for = task.network.denoiser_for
 
     def spy(batch: bank.Batch, beta: float, keep: Tensor | None = None) -> Denoise:
+        seen.update(batch.quality.tolist())
         hidden.append(keep is not None and not keep.any() and not batch.y_hat.any())
         return denoiser_for(batch, beta, keep)
 
     monkeypatch.setattr(task.network, "denoiser_for", spy)
     assert Run(task, settings, CPU).train()
     assert hidden == [True, True, False, False]  # two steps; the validation measures two losses
-    embedding = task.net.state_dict()["conditioner.quality.weight"]
-    change = (embedding - start["conditioner.quality.weight"]).abs().amax(1).tolist()
-    assert change[5] > 10 * change[3]  # weight decay alone changes the third a little
+    assert seen == {2, 5}
 
 
 @pytest.mark.usefixtures("few_held_out_crops")
