@@ -124,9 +124,10 @@ class Library:
         `Codec.latents` does, and `ValueError` without decoders.
         """
         latents, x_hat = self.codec(b).reconstruct(b)
-        shipped = {c.weights_id for c in self.codecs.values()}
         trained = self.decoder(settings).codecs
-        latents_visible = self.codec_id(b) in (shipped if trained is None else trained)
+        if trained is None:
+            trained = frozenset(c.weights_id for c in self.codecs.values())
+        latents_visible = self.codec_id(b) in trained
         return DiffusionInput(latents, x_hat, b.quality, seed, latents_visible)
 
     def at_realism(self, b: Bitstream, pixels: image.Pixels, alpha: float) -> image.Pixels:
@@ -176,15 +177,22 @@ class Library:
         memory.trim()
 
 
-def load(threads: int = 0, with_decoders: bool = True, folder: Path | None = None) -> Library:
+def load(
+    threads: int = 0,
+    with_decoders: bool = True,
+    folder: Path | None = None,
+    lazily: bool = False,
+) -> Library:
     """Load the shipped weights; list the imported ones in the user's `folder` without loading them.
 
+    With `lazily`, each shipped codec is loaded on first use, too.
     `threads` is the number of CPU threads, 0 for torch's default. Codecs run on the CPU, the
     diffusion decoders on a CUDA device if there is one. Raises `WeightsError`.
     """
     if threads:
         torch.set_num_threads(threads)
-    codecs: dict[tuple[int, Metric], Codec] = {(q, "mse"): zoo.load(q) for q in zoo.QUALITIES}
+    shipped = zoo.Shipped()
+    codecs = shipped if lazily else dict(shipped)
     imports = zoo.Imports(catalogue.imported(folder))
     decoders = decoder.load_all(device=device()) if with_decoders else {}
     return Library(codecs, decoders, imports)

@@ -1,6 +1,7 @@
 """`g_s`: latents to the instant picture, by OpenVINO on a CPU and by torch on other devices."""
 
 from collections.abc import Callable
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Literal
 
@@ -25,21 +26,26 @@ class Synthesis:
         backend: Backend | None = None,
         overlap: int = tiles.CODEC_OVERLAP,
     ) -> None:
-        """Prepare `g_s` with `M` latent channels for `device` (default: CPU).
+        """Take `g_s` with `M` latent channels for `device` (default: CPU).
 
         `overlap` is its receptive field in positions of y. The default backend is OpenVINO on a
         CPU, if it is installed, otherwise torch.
         """
         self.device = device or torch.device("cpu")
         self.M, self.overlap = M, overlap
-        net = for_inference(g_s).to(self.device).to(memory_format=torch.channels_last)
-        self.net: Callable[[Tensor], Tensor] = net
-        self._turns = Turns()
         self.backend = backend or _default_backend(self.device)
-        if self.backend == "openvino":
-            from models.codec.openvino_synthesis import OpenVinoSynthesis
+        self._g_s = g_s
+        self._turns = Turns()
 
-            self.net = OpenVinoSynthesis(net)
+    @cached_property
+    def net(self) -> Callable[[Tensor], Tensor]:
+        """`g_s` for inference, prepared on first use. Only one thread may use it at a time."""
+        net = for_inference(self._g_s).to(self.device).to(memory_format=torch.channels_last)
+        if self.backend == "torch":
+            return net
+        from models.codec.openvino_synthesis import OpenVinoSynthesis
+
+        return OpenVinoSynthesis(net)
 
     def __call__(self, y_hat: Tensor) -> Tensor:
         """Return x_hat (1, 3, 16h, 16w) in [0, 1] on the CPU, still padded, of y_hat (1, M, h, w).

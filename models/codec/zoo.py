@@ -1,7 +1,7 @@
 """Load codecs from shipped and imported weights."""
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -96,6 +96,35 @@ def from_file(row: Installed) -> Codec:
     e = row.entry
     metric: Metric = "mse" if e.metric == "mse" else "ms-ssim"
     return from_tensors(checkpoint.load(e, row.folder), e.quality, metric, catalogue.model_of(e))
+
+
+class Shipped(Mapping[tuple[int, Metric], Codec]):
+    """The shipped codecs by quality and metric. Each is loaded on first use, and stays loaded."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[tuple[int, Metric], Codec] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, key: tuple[int, Metric]) -> Codec:
+        """Return a codec; safe to call from any thread.
+
+        Raises `WeightsError` if its file is missing or altered.
+        """
+        if key not in self:
+            raise KeyError(key)
+        with self._lock:
+            if key not in self._loaded:
+                self._loaded[key] = load(*key)
+            return self._loaded[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in set(self)
+
+    def __iter__(self) -> Iterator[tuple[int, Metric]]:
+        return ((quality, "mse") for quality in QUALITIES)
+
+    def __len__(self) -> int:
+        return len(QUALITIES)
 
 
 class Imports:

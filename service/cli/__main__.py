@@ -1,8 +1,6 @@
 """`python -P -m service.cli` runs the `afterimage` command."""
 
-import sys
-
-from service.cli.main import main
+from service.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

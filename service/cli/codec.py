@@ -199,7 +199,7 @@ def _local_decoder(
         from models.codec import bitstream
 
     settings = ServiceSettings()
-    models = library.load(settings.threads, sampling is not None, settings.weights_dir)
+    models = library.load(settings.threads, sampling is not None, settings.weights_dir, lazily=True)
 
     def decode(source: Path) -> bytes:
         b = bitstream.parse(read_bitstream(source), settings.max_pixels)
