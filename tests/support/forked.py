@@ -162,13 +162,13 @@ def fork_server() -> tuple[ForkServerContext, dict[str, str]]:
     context.set_forkserver_preload(["tests.support.preload"])
     inherited = _read_at_import(os.environ)
     with mock.patch.dict(os.environ, inherited):
-        forkserver._forkserver.ensure_running()  # type: ignore[attr-defined]
+        forkserver._forkserver.ensure_running()
     return context, inherited
 
 
 def keep_fork_server() -> None:
     """Let this process, which is forked from the server, use it too: Python would start another."""
-    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
     fork_server()
 
 
