@@ -40,23 +40,27 @@ second layer alone and 0.9 dB in all four."""
 class OpenVinoSynthesis:
     """An `InferenceSynthesis` compiled by OpenVINO, for inputs of any size.
 
-    It is compiled in the first call, for the number of threads that torch has at that time. Its
-    threads are not pinned to cores, because the API and the workers share the cores.
+    It is compiled in the first call, or by `compile`, for the number of threads that torch has at
+    that time. Its threads are not pinned to cores, because the API and the workers share the cores.
     """
 
     def __init__(self, net: InferenceSynthesis | ResidualSynthesis) -> None:
         self._net = net
         self._request: ov.InferRequest | None = None
 
+    def compile(self) -> ov.InferRequest:
+        """Compile the network unless that is done."""
+        if self._request is None:
+            self._request = _compile(self._net).create_infer_request()
+        return self._request
+
     def __call__(self, y_hat: Tensor) -> Tensor:
         """Map y_hat (1, M, h, w) to x_hat (1, 3, 16h, 16w), which is valid until the next call.
 
         Only one thread may call it at a time.
         """
-        if self._request is None:
-            self._request = _compile(self._net).create_infer_request()
         used = y_hat[:, self._net.channels].contiguous().numpy()
-        result = self._request.infer([used], share_inputs=True, share_outputs=True)
+        result = self.compile().infer([used], share_inputs=True, share_outputs=True)
         return torch.from_numpy(result[0])
 
 

@@ -1,5 +1,7 @@
 """`g_s`: latents to the instant picture, by OpenVINO on a CPU and by torch on other devices."""
 
+import contextlib
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
@@ -46,6 +48,21 @@ class Synthesis:
         from models.codec.openvino_synthesis import OpenVinoSynthesis
 
         return OpenVinoSynthesis(net)
+
+    def prepare(self) -> None:
+        """Begin to compile `g_s` in a thread, while the first latents are decoded.
+
+        Calls wait for it. If it fails, the first call compiles again and raises the error.
+        """
+        if self.backend == "openvino" and "net" not in self.__dict__:
+            threading.Thread(target=self._compile).start()
+
+    def _compile(self) -> None:
+        from models.codec.openvino_synthesis import OpenVinoSynthesis
+
+        with contextlib.suppress(Exception), self._turns.take(0):
+            if isinstance(self.net, OpenVinoSynthesis):
+                self.net.compile()
 
     def __call__(self, y_hat: Tensor) -> Tensor:
         """Return x_hat (1, 3, 16h, 16w) in [0, 1] on the CPU, still padded, of y_hat (1, M, h, w).

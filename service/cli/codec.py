@@ -205,7 +205,9 @@ def _local_decoder(
         b = bitstream.parse(read_bitstream(source), settings.max_pixels)
         text: dict[str, str] = {}
         if sampling is None:
-            pixels = models.codec(b).decode(b)
+            used = models.codec(b)
+            used.synthesis.prepare()
+            pixels = used.decode(b)
         else:
             with tqdm(
                 total=sampling.steps, desc=source.name, unit="step", leave=False, disable=None

@@ -201,6 +201,24 @@ def test_the_compiled_network_of_another_user_is_not_loaded(
         Synthesis(g_s, 12)(latents(12, 4, 4))
 
 
+def test_a_prepared_synthesis_gives_the_same_picture(g_s: nn.Sequential) -> None:
+    y_hat = latents(12, 4, 4)
+    prepared = Synthesis(g_s, 12)
+    assert "net" not in prepared.__dict__  # loading weights does not load OpenVINO
+    prepared.prepare()
+    assert torch.equal(prepared(y_hat), Synthesis(g_s, 12)(y_hat))
+
+
+def test_an_error_of_preparing_is_raised_by_the_first_call(
+    g_s: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFTERIMAGE_GS_PRECISION", "f31")
+    prepared = Synthesis(g_s, 12)
+    prepared.prepare()
+    with pytest.raises(RuntimeError, match="f31"):
+        prepared(latents(12, 4, 4))
+
+
 def test_torch_is_the_backend_if_openvino_is_not_installed(
     g_s: nn.Sequential, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,20 @@ def test_bitstreams_of_compressai_decode_with_its_checkpoint(
     assert len(np.unique(latents.symbols)) > 8
 
 
+def test_a_shipped_codec_is_loaded_on_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[int] = []
+    load = zoo.load
+    monkeypatch.setattr(zoo, "load", lambda *key: (loaded.append(key[0]), load(*key))[1])
+    installed = library.load(with_decoders=False, lazily=True)
+    assert list(installed.codecs) == [(1, "mse"), (2, "mse"), (3, "mse")]
+    assert (9, "mse") not in installed.codecs
+    assert not loaded
+    assert installed.find(2, "mse") is installed.find(2, "mse")
+    with pytest.raises(WrongWeights):
+        installed.find(9, "mse")
+    assert loaded == [2]
+
+
 def test_parameter_names_and_shapes_equal_those_of_compressai(foreign: Reference) -> None:
     theirs = {name: tuple(p.shape) for name, p in foreign.named_parameters()}
     assert state_dicts.parameters("mbt2018-mean", 192, 320) == theirs
