@@ -1,6 +1,7 @@
 """The spool: finished pictures that wait on disk because Redis is down."""
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
@@ -23,7 +24,7 @@ from worker.queue.store import RECORD_TTL_S
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"([0-9a-f]{32})\.(\d+)\.png")
+_NAME = re.compile(r"([0-9a-f]{32})\.(\d+)\.([0-9a-f]{64})\.png")
 
 
 class NotSpooled(AfterimageError):
@@ -32,7 +33,7 @@ class NotSpooled(AfterimageError):
 
 @dataclass(frozen=True, slots=True)
 class Spool:
-    """A folder that the workers of a host share; file names are `JOB_ID.FENCE.png`."""
+    """A folder that the workers of a host share; file names are `JOB_ID.FENCE.SHA256.png`."""
 
     folder: Path
 
@@ -42,7 +43,8 @@ class Spool:
         Raises `OSError`, and `UntrustedFolder` if another user could change the spool.
         """
         folders.private(self.folder)
-        file = self.folder / f"{attempt.id}.{attempt.state.fence}.png"
+        digest = hashlib.sha256(png).hexdigest()
+        file = self.folder / f"{attempt.id}.{attempt.state.fence}.{digest}.png"
         with atomic_write(file) as part:
             part.write_bytes(png)
         return file
@@ -55,13 +57,13 @@ class Spool:
         `RedisError`, and `UntrustedFolder` if another user could change the spool.
         """
         folders.check(self.folder)
-        for file, job_id, fence in self._files():
+        for file, job_id, fence, digest in self._files():
             if job_id in exclude:
                 continue
             try:
                 state = jobs.record(job_id)
                 if state is not None:
-                    png = _read(file, state.decode)
+                    png = _read(file, digest, state.decode)
                     Attempt(jobs, replace(state, fence=fence)).commit(png)
                     log.info("job %s: committed its spooled picture", job_id)
             except (LeaseLost, NotSpooled, FileNotFoundError) as e:
@@ -77,18 +79,18 @@ class Spool:
                 if time.time() - file.stat().st_mtime > RECORD_TTL_S:
                     file.unlink()
 
-    def _files(self) -> Iterator[tuple[Path, str, int]]:
-        """File, job id and fence of each spooled picture."""
+    def _files(self) -> Iterator[tuple[Path, str, int, str]]:
+        """File, job id, fence and SHA-256 of each spooled picture."""
         for file in sorted(self.folder.glob("*.png")):
             if match := _NAME.fullmatch(file.name):
-                yield file, match[1], int(match[2])
+                yield file, match[1], int(match[2]), match[3]
 
 
-def _read(file: Path, decode: DecodeRequest) -> bytes:
+def _read(file: Path, digest: str, decode: DecodeRequest) -> bytes:
     """Read a spooled picture.
 
-    Raises `FileNotFoundError`, and `NotSpooled` unless the file is a PNG of the decode's size that
-    only this user and root may change.
+    Raises `FileNotFoundError`, and `NotSpooled` unless the file has this SHA-256, is a PNG of the
+    decode's size, and only this user and root may change it.
     """
     limit = MAX_PIXEL_BYTES * decode.width * decode.height + MAX_METADATA_BYTES
     try:
@@ -105,4 +107,6 @@ def _read(file: Path, decode: DecodeRequest) -> bytes:
     size = struct.pack(">4sII", b"IHDR", decode.width, decode.height)
     if len(png) > limit or png[:8] != signatures.PNG or png[12:24] != size:
         raise NotSpooled(f"{file} is not a PNG of {decode.width}×{decode.height} pixels")
+    if hashlib.sha256(png).hexdigest() != digest:
+        raise NotSpooled(f"{file} was changed or damaged: its SHA-256 is not the one in its name")
     return png

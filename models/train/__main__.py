@@ -14,6 +14,7 @@ from models.train.config import RunConfig, add_options
 from models.train.decoder_config import DiffusionConfig, resolve
 from models.train.diffusion import DiffusionTask
 from models.train.distributed import ProcessGroup
+from models.train.encoder import Encoder
 from models.train.msh import MshConfig, MshTask, with_init_sizes
 from models.train.photos import photographs
 from models.train.run import Run
@@ -48,23 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("diffusion", help="train the diffusion decoder"), DiffusionConfig
     )
 
-    b = commands.add_parser("bank", help="encode photographs once, for `diffusion --bank`")
-    b.add_argument("--photos", type=Path, required=True, help="folder of photographs")
-    b.add_argument("--out", type=Path, required=True, help="folder of the bank")
-    b.add_argument("--quality", type=int, choices=(1, 2, 3), required=True, help="codec quality")
-    b.add_argument(
-        "--codecs", type=Path, help="folder of msh_q….safetensors (default: shipped weights)"
-    )
-    b.add_argument(
-        "--variants", type=int, default=1,
-        help="versions of each photograph; the first is unchanged, others are scaled, flipped or "
-        "transposed (default: 1)",
-    )  # fmt: skip
-    b.add_argument("--held-out", action="store_true", help="encode the held-out photographs only")
-    b.add_argument("--limit", type=int, help="encode the first N photographs only")
-    b.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device that encodes"
-    )
+    _add_bank(commands)
 
     f = commands.add_parser("follow", help="adapt a decoder to a codec that was trained further")
     f.add_argument("decoder", type=Path, help="decoder.safetensors of a run, or the shipped one")
@@ -90,6 +75,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_bank(commands: Any) -> None:
+    b = commands.add_parser("bank", help="encode photographs once, for `diffusion --bank`")
+    b.add_argument("--photos", type=Path, required=True, help="folder of photographs")
+    b.add_argument("--out", type=Path, required=True, help="folder of the bank")
+    b.add_argument("--quality", type=int, choices=range(1, 9), required=True, help="codec quality")
+    b.add_argument(
+        "--codecs", type=Path, help="folder of msh_q….safetensors (default: shipped weights)"
+    )
+    b.add_argument(
+        "--other", type=Path, metavar="FILE",
+        help="checkpoint of another codec of CompressAI, for `diffusion --others`",
+    )  # fmt: skip
+    b.add_argument(
+        "--variants", type=int, default=1,
+        help="versions of each photograph; the first is unchanged, others are scaled, flipped or "
+        "transposed (default: 1)",
+    )  # fmt: skip
+    b.add_argument("--held-out", action="store_true", help="encode the held-out photographs only")
+    b.add_argument("--limit", type=int, help="encode the first N photographs only")
+    b.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device that encodes"
+    )
+
+
 def _train(command: str, args: dict[str, Any]) -> None:
     group = ProcessGroup.join(args.get("device", "auto"))
     try:
@@ -111,14 +120,23 @@ def _bank(
     out: Path,
     quality: int,
     codecs: Path | None,
+    other: Path | None,
     variants: int,
     held_out: bool,
     limit: int | None,
     device: str,
 ) -> None:
     files = photographs(photos, held_out)[:limit]
-    torch_device = ProcessGroup.join(device).device
-    bank.build(files, out / f"q{quality}", quality, codecs, variants, torch_device)
+    folder = out / f"q{quality}"
+    codec: bank.PictureCodec
+    if other:
+        from models.train.other_codec import OtherCodec
+
+        codec = OtherCodec(other, quality)
+        folder /= codec.weights_id
+    else:
+        codec = Encoder.load(quality, codecs, ProcessGroup.join(device).device)
+    bank.build(files, folder, quality, codec, variants)
 
 
 def _export(file: Path, quality: int | None, sizes: tuple[int, int] | None, steps: int) -> None:

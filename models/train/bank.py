@@ -5,7 +5,7 @@ quality and variant: `x`, `x_hat` (3, H, W) uint8, `y_hat` (M, H/16, W/16) float
 (H/16, W/16) float16; about 8 bytes per pixel. Without a bank on disk, a run encodes the photographs
 at its start and keeps them in device memory. Photographs are encoded whole, padded at the right and
 bottom, and only positions without padding are kept, so that crops on the 16-pixel grid look like
-parts of a real decode.
+parts of a real decode. Files of a codec whose latents are hidden in training have no `y_hat`.
 """
 
 import random
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -73,15 +74,24 @@ class Variant:
         return (x.transpose(1, 2) if transpose else x).contiguous()
 
 
+class PictureCodec(Protocol):
+    """A codec, seen from its pictures."""
+
+    @property
+    def weights_id(self) -> str: ...
+    def __call__(self, x: Tensor) -> dict[str, Tensor]:
+        """`x` (3, H, W) uint8, sides multiples of 16 -> the tensors of one bank entry."""
+        ...
+
+
 def build(
     files: Sequence[Path],
     out: Path,
     quality: int,
-    codecs: Path | None = None,
+    codec: PictureCodec,
     variants: int = 1,
-    device: torch.device | None = None,
 ) -> None:
-    """Encode `files` at `quality` into the folder `out`, on `device` (default: CPU).
+    """Encode `files` at `quality` with `codec` into the folder `out`.
 
     Files that the same codec wrote earlier are kept. Raises `PictureError` if two photographs have
     the same name, apart from folder and suffix.
@@ -94,12 +104,11 @@ def build(
             raise PictureError(
                 f"{other.path} and {variant.path} would have the same name in the bank; rename one"
             )
-    encoder = Encoder.load(quality, codecs, device or torch.device("cpu"))
-    missing = [v for v in by_name.values() if _codec_of(out / v.name) != encoder.weights_id]
+    missing = [v for v in by_name.values() if _codec_of(out / v.name) != codec.weights_id]
     for variant in with_progress(missing):
-        tensors = {k: v.cpu().contiguous() for k, v in encoder(variant.pixels()).items()}
+        tensors = {k: v.cpu().contiguous() for k, v in codec(variant.pixels()).items()}
         with atomic_write(out / variant.name) as part:
-            save_file(tensors | {"bits": tensors["bits"][0]}, part, {"codec": encoder.weights_id})
+            save_file(tensors | {"bits": tensors["bits"][0]}, part, {"codec": codec.weights_id})
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +156,25 @@ class Bank:
         Raises `FileNotFoundError` if there are none, and `WeightsError` if the files of a quality
         were encoded by several codecs.
         """
-        files = [(int(f.parent.name[1:]), f) for f in sorted(folder.glob("q[1-8]/*.safetensors"))]
-        if not files:
-            raise FileNotFoundError(f"{folder}: no encoded photographs in q1, q2, …")
+        files = _files(folder, "*.safetensors")
         if len({(quality, _codec_of(f)) for quality, f in files}) > len({q for q, _ in files}):
             raise WeightsError(
                 f"{folder}: one quality was encoded by several codecs; build the bank again"
             )
         return cls([_positions(f) for _, f in files], _entries(files), device)
+
+    @classmethod
+    def read_hidden(cls, folder: Path, latents: int, device: torch.device) -> "Bank":
+        """Read photographs that any codecs encoded, `q1/CODEC/*`, …, with zeros for latents.
+
+        `latents` is the number of channels. Raises `FileNotFoundError` if there are no files.
+        """
+        files = _files(folder, "*/*.safetensors")
+        hidden = (
+            (quality, tensors | {"y_hat": _zeros(latents, tensors["bits"])})
+            for quality, tensors in _entries(files)
+        )
+        return cls([_positions(f) for _, f in files], hidden, device)
 
     @classmethod
     def encode(
@@ -187,6 +207,22 @@ class Bank:
             self.fields["bits"].crops(*coarse).float(),
             self.qualities[which],
         )
+
+
+def _files(folder: Path, pattern: str) -> list[tuple[int, Path]]:
+    """Return quality and path of the files that match `pattern` in `q1`, `q2`, … of `folder`."""
+    files = [
+        (quality, file)
+        for quality in range(1, 9)
+        for file in sorted((folder / f"q{quality}").glob(pattern))
+    ]
+    if not files:
+        raise FileNotFoundError(f"{folder}: no encoded photographs {pattern} in q1, q2, …")
+    return files
+
+
+def _zeros(channels: int, bits: Tensor) -> Tensor:
+    return bits.new_zeros(channels, *bits.shape[1:])
 
 
 def _codec_of(file: Path) -> str | None:

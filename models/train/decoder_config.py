@@ -22,6 +22,10 @@ class DiffusionConfig(RunConfig):
     )
     bank: str = option("", "instead of --photos: folder of encoded photographs in q1, q2, …")
     held_out: str = option("", "with --bank: folder of encoded held-out photographs")
+    others: str = option(
+        "", "with --bank: folder of photographs that other codecs encoded; their latents are hidden"
+    )
+    others_share: float = option(0.25, "fraction of the steps that train on --others")
     codecs: str = option("", "with --photos: folder of msh_q….safetensors (default: shipped ones)")
     qualities: tuple[int, ...] = option((1, 2, 3), "with --photos: qualities to encode at")
     variants: int = option(
@@ -117,6 +121,14 @@ def _checks(config: DiffusionConfig) -> Iterator[tuple[bool, str]]:
     yield (
         bool(config.photos) == bool(config.bank) or bool(config.bank) != bool(config.held_out),
         "give either --photos, or --bank and --held-out",
+    )
+    yield (
+        bool(config.others) and (config.paper or not config.bank),
+        "--others needs --bank, and a preset that can do without latents: compact, small or fine",
+    )
+    yield (
+        not 0 <= config.others_share <= 1,
+        f"--others-share {config.others_share}: choose a number from 0 to 1",
     )
     yield (
         config.crop % 16 != 0 or config.crop < 48,

@@ -62,6 +62,10 @@ class DiffusionTask:
         self.bank, self.held_out = _banks(config, self.device)
         torch.manual_seed(config.seed)
         self.net = _initial_net(config, self.bank, init, wide)
+        self.others: Bank | None = None
+        if config.others:
+            self.others = Bank.read_hidden(Path(config.others), self.bank.latents, self.device)
+            network.add_qualities(self.net, self.others)
         bf16 = self.device.type == "cuda" if config.bf16 is None else config.bf16
         self.network = network.Network(self.net, self.device, bf16, config.compile)
         self.perceptual = PerceptualLoss(config, self.lpips, self.bank.latents, self.device)
@@ -89,17 +93,30 @@ class DiffusionTask:
         return peak * min(1.0, (step + 1) / max(1, self.config.warm)) * cosine(fraction, hold)
 
     def updates(self, step: TrainingStep) -> Iterator[Update]:
-        batch = self.bank.batch(self.config.batch, self.config.crop, step.generator)
+        batch, keep = self._batch(step)
         if self.config.paper:
             yield self._paper(batch, step)
         elif step.stage.name == "phase1":
             t = self._times(len(batch.x), step.generator)
-            loss, _ = self._denoising(batch, self._keep(batch, step), t, step.generator)
+            loss, _ = self._denoising(batch, keep, t, step.generator)
             yield Update("net", loss, {"loss": loss.detach(), "v": loss.detach()})
         elif step.stage.name == "phase2":
-            yield from self._phase2(batch, step)
+            yield from self._phase2(batch, keep, step)
         else:
-            yield from self._perceptual(batch, self._keep(batch, step), step)
+            yield from self._perceptual(batch, keep, step)
+
+    def _batch(self, step: TrainingStep) -> tuple[Batch, Tensor]:
+        """Draw a batch; also return 0 for each crop whose latents are hidden, else 1.
+
+        In a random `others_share` of the steps, equal on all ranks, the crops are of other codecs.
+        """
+        n, crop = self.config.batch, self.config.crop
+        if self.others and step.shared_random.random() < self.config.others_share:
+            batch = self.others.batch(n, crop, step.generator)
+            return batch, torch.zeros(n, device=self.device)
+        batch = self.bank.batch(n, crop, step.generator)
+        uniform = torch.rand(n, generator=step.generator, device=self.device)
+        return batch, (uniform >= self.config.drop_latents).float()
 
     def _times(self, n: int, generator: torch.Generator) -> Tensor:
         t = losses.stratified(n, generator)
@@ -113,10 +130,9 @@ class DiffusionTask:
         denoise = self.network.denoiser_for(batch, 0.0, keep)
         return losses.denoising(denoise, x0, t, _noise(x0, generator))
 
-    def _phase2(self, batch: Batch, step: TrainingStep) -> Iterator[Update]:
+    def _phase2(self, batch: Batch, keep: Tensor, step: TrainingStep) -> Iterator[Update]:
         """Train half of the batch as in phase 1, and half as the few-step decoder."""
         half = len(batch.x) // 2
-        keep = self._keep(batch, step)
         t = self._times(half, step.generator)
         v_loss, _ = self._denoising(batch.rows(slice(half)), keep[:half], t, step.generator)
         yield from self._perceptual(batch.rows(slice(half, None)), keep[half:], step, v_loss)
@@ -185,11 +201,6 @@ class DiffusionTask:
         x = batch.x * 2 - 1
         denoise = self.network.denoiser_for(batch, 0.0)
         return self.hybrid(denoise, x, index, _noise(x, generator))
-
-    def _keep(self, batch: Batch, step: TrainingStep) -> Tensor:
-        """Return 0 for a random fraction `drop_latents`, whose latents are hidden, else 1."""
-        uniform = torch.rand(len(batch.x), generator=step.generator, device=self.device)
-        return (uniform >= self.config.drop_latents).float()
 
     @torch.no_grad()
     def validate(self, stage: Stage) -> dict[str, float]:

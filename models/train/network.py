@@ -87,19 +87,42 @@ def build(preset: str, widths: tuple[int, ...], latents: int) -> UNet:
 
 def measure_scales(net: UNet, bank: Bank) -> None:
     """Set the scale of the residual per quality and of the latents per channel from `bank`."""
-    x, x_hat, y_hat = (bank.fields[name] for name in ("x", "x_hat", "y_hat"))
     for quality in sorted(set(bank.entry_qualities)):
-        entries = [i for i, q in enumerate(bank.entry_qualities) if q == quality][:MEASURED]
-        residuals = [
-            high_pass((x.get(i).float() - x_hat.get(i).float())[None] / 255) for i in entries
-        ]
-        squares = torch.stack([r.square().sum() for r in residuals]).sum()
-        net.scales[quality] = (squares / sum(r.numel() for r in residuals)).sqrt()
+        net.scales[quality] = _residual_scale(bank, quality)
     if isinstance(net.conditioner, Conditioner):
+        y_hat = bank.fields["y_hat"]
         latents = [y_hat.get(i).float().flatten(1) for i in range(0, len(bank.entry_qualities), 5)]
         squares = torch.stack([y.square().sum(1) for y in latents]).sum(0)
         power = squares / sum(y.shape[1] for y in latents)
         net.conditioner.latent_scale.copy_(1 / power.sqrt().clamp(min=0.1))
+
+
+def add_qualities(net: UNet, others: Bank) -> None:
+    """Prepare a network of a compact preset for qualities that it was not trained on.
+
+    Each starts from the parameters of the nearest trained quality, and gets the scale of its
+    residual from `others`.
+    """
+    scales = net.scales.tolist()
+    trained = [quality for quality, scale in enumerate(scales) if quality and scale != 1]
+    for quality in sorted(set(others.entry_qualities) - set(trained)):
+        nearest = min(trained, key=lambda q: abs(q - quality))
+        net.scales[quality] = _residual_scale(others, quality)
+        for name, parameter in net.named_parameters():
+            if name.endswith("quality.weight"):
+                parameter.data[quality] = parameter.data[nearest]
+            elif f"latents.{quality}." in name:
+                of_nearest = name.replace(f"latents.{quality}.", f"latents.{nearest}.")
+                parameter.data.copy_(net.get_parameter(of_nearest))
+
+
+def _residual_scale(bank: Bank, quality: int) -> Tensor:
+    """Standard deviation of the residual of the photographs of a quality."""
+    x, x_hat = bank.fields["x"], bank.fields["x_hat"]
+    entries = [i for i, q in enumerate(bank.entry_qualities) if q == quality][:MEASURED]
+    residuals = [high_pass((x.get(i).float() - x_hat.get(i).float())[None] / 255) for i in entries]
+    squares = torch.stack([r.square().sum() for r in residuals]).sum()
+    return (squares / sum(r.numel() for r in residuals)).sqrt()
 
 
 def load_into(net: UNet, start: Mapping[str, Tensor], other_codec: bool = False) -> int:

@@ -54,11 +54,11 @@ class Api:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, small_msh: bytes) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, tiny_msh: bytes) -> Path:
     root = tmp_path_factory.mktemp("stores")
     folder_stores(root)
     for n in range(40):
-        (root / f"in/{n:02d}.msh").write_bytes(small_msh)
+        (root / f"in/{n:02d}.msh").write_bytes(tiny_msh)
     return root
 
 

@@ -31,7 +31,7 @@ def url(service: Service) -> str:
 
 def stream(client: Client, photo: image.Pixels, at: int) -> bytes:
     """Bitstream of a part of the photograph; each `at` gives another one."""
-    cut = photo[at : at + 60, at : at + 100].copy()
+    cut = photo[at : at + 60, at : at + 64].copy()
     return client.encode(image.write(cut, "png"))
 
 
@@ -44,16 +44,16 @@ def location(service: Service, data: bytes, steps: int) -> str:
 def test_decode_yields_draft_progress_and_final_picture(url: str, photo: image.Pixels) -> None:
     with Client(url) as client:
         data = stream(client, photo, 11)
-        assert client.inspect(data)["width"] == 100
-        updates = list(client.decode(data, "ddim-10", steps=80, format="webp"))
+        assert client.inspect(data)["width"] == 64
+        updates = list(client.decode(data, "ddim-10", steps=40, format="webp"))
         kinds = [u.kind for u in updates]
         assert (kinds[0], kinds[1], kinds[-1]) == ("draft", "queued", "final")
-        assert [u.step for u in updates if u.kind == "progress"] == list(range(1, 81))
+        assert [u.step for u in updates if u.kind == "progress"] == list(range(1, 41))
         final = updates[-1]
         assert (final.tier, final.picture is not None) == ("ddim-10", True)
-        assert image.read(final.picture or b"", 10**6).shape == (60, 100, 3)
+        assert image.read(final.picture or b"", 10**6).shape == (60, 64, 3)
         assert updates[0].picture != final.picture
-        again = list(client.decode(data, "ddim-10", steps=80, format="webp"))
+        again = list(client.decode(data, "ddim-10", steps=40, format="webp"))
         assert [u.kind for u in again] == ["final"]
         assert again[0].picture == final.picture
         assert [u.kind for u in client.decode(data, "instant")] == ["final"]
@@ -89,7 +89,7 @@ def test_previews_are_picture_files(service: Service, url: str, photo: image.Pix
         data = stream(client, photo, 37)
         for update in client.decode(data, "ddim-100", steps=600):
             if update.kind == "preview":
-                assert image.read(update.picture or b"", 10**6).shape == (60, 100, 3)
+                assert image.read(update.picture or b"", 10**6).shape == (60, 64, 3)
                 break
         else:
             pytest.fail("no preview came")

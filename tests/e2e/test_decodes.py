@@ -28,7 +28,7 @@ from worker.queue.records import DecodeRequest, JobState
 pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
 SLOW: dict[str, str | int] = {"tier": "ddim-100", "steps": 1000}
-"""A job of some seconds at 100×60 pixels."""
+"""A job of some seconds at 64×60 pixels."""
 
 
 @pytest.fixture
@@ -38,10 +38,10 @@ def client(service: Service) -> httpx.Client:
 
 @pytest.fixture
 def stream(client: httpx.Client, photo: image.Pixels, request: pytest.FixtureRequest) -> bytes:
-    """A bitstream that no other test has sent, of 100×60 pixels: a step takes milliseconds."""
+    """A bitstream that no other test has sent, of 64×60 pixels: a step takes 15 ms."""
     at = int(hashlib.sha256(request.node.name.encode()).hexdigest(), 16)
     top, left = at % 400, at // 400 % 600
-    cut = photo[top : top + 60, left : left + 100].copy()
+    cut = photo[top : top + 60, left : left + 64].copy()
     return client.post("/v1/encodes", content=image.write(cut, "png")).content
 
 
@@ -136,7 +136,7 @@ def test_a_client_may_put_a_decode_under_the_id_that_it_computed(
     assert settings is not None
     digest = hashlib.sha256(stream).hexdigest()
     ids = weights["msh_q2"], weights["decoder_compact"]
-    own = DecodeRequest(digest, "ddim-10", settings, 7, *ids, 2, 100, 60)
+    own = DecodeRequest(digest, "ddim-10", settings, 7, *ids, 2, 64, 60)
     params: dict[str, str | int] = {"tier": "ddim-10", "seed": 7}
     first = client.put(f"/v1/decodes/{own.id}", params=params, content=stream)
     assert (first.status_code, first.headers["x-afterimage-tier"]) == (201, "instant")
@@ -151,15 +151,15 @@ def test_a_client_may_put_a_decode_under_the_id_that_it_computed(
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp", "avif", "npy"])
 def test_a_picture_is_sent_in_the_accepted_format(
-    client: httpx.Client, small_msh: bytes, format: image.OutputFormat
+    client: httpx.Client, tiny_msh: bytes, format: image.OutputFormat
 ) -> None:
     """Both the instant and the finished picture."""
     accept = {"Accept": image.MEDIA_TYPES[format]}
-    location = submit(client, small_msh)
+    location = submit(client, tiny_msh)
     wait_for(client, location)
     for answer, reference in (
-        (client.post("/v1/decodes", content=small_msh, headers=accept),
-         client.post("/v1/decodes", content=small_msh)),
+        (client.post("/v1/decodes", content=tiny_msh, headers=accept),
+         client.post("/v1/decodes", content=tiny_msh)),
         (client.get(f"{location}/image", headers=accept), client.get(f"{location}/image")),
     ):  # fmt: skip
         assert answer.headers["content-type"] == image.MEDIA_TYPES[format]
@@ -176,13 +176,13 @@ def test_a_picture_is_sent_in_the_accepted_format(
         )
 
 
-def test_an_unsupported_format_gets_406(client: httpx.Client, small_msh: bytes) -> None:
-    answer = client.post("/v1/decodes", content=small_msh, headers={"Accept": "image/tiff"})
+def test_an_unsupported_format_gets_406(client: httpx.Client, tiny_msh: bytes) -> None:
+    answer = client.post("/v1/decodes", content=tiny_msh, headers={"Accept": "image/tiff"})
     assert (answer.status_code, answer.json()["status"]) == (406, 406)
 
 
-def test_ranges_of_a_picture_can_be_requested(client: httpx.Client, small_msh: bytes) -> None:
-    location = submit(client, small_msh)
+def test_ranges_of_a_picture_can_be_requested(client: httpx.Client, tiny_msh: bytes) -> None:
+    location = submit(client, tiny_msh)
     wait_for(client, location)
     whole = client.get(f"{location}/image")
     size, etag = len(whole.content), whole.headers["etag"]
@@ -280,7 +280,7 @@ def test_waiting_ends_when_the_client_disconnects(service: Service, stream: byte
 
 def test_events_are_complete_and_can_be_resumed(service: Service, stream: bytes) -> None:
     client = service.client
-    location = submit(client, stream, tier="ddim-100", steps=150)
+    location = submit(client, stream, tier="ddim-100", steps=200)
     with client.stream("GET", f"{location}/events", timeout=120) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         received = []
@@ -289,7 +289,7 @@ def test_events_are_complete_and_can_be_resumed(service: Service, stream: bytes)
             if event["event"] == "preview":
                 preview = client.get(event["data"]["image"])  # type: ignore[index]
                 assert preview.headers["content-type"] == "image/webp"
-                assert image.read(preview.content, 10**6).shape == (60, 100, 3)
+                assert image.read(preview.content, 10**6).shape == (60, 64, 3)
     kinds = [event["event"] for event in received]
     assert kinds[:2] == ["queued", "started"]
     assert kinds[-1] == "completed"

@@ -45,18 +45,18 @@ def worker(own: Service, stores: Rig) -> Iterator[Worker]:
 
 
 def test_a_service_without_redis_still_decodes_instantly(
-    own: Service, stores: Rig, small_msh: bytes
+    own: Service, stores: Rig, tiny_msh: bytes
 ) -> None:
     stores.queue.kill()
     assert own.client.get("/readyz").json() == {"status": "degraded", "redis": "down"}
-    assert own.client.post("/v1/decodes", content=small_msh).status_code == 200
-    answer = own.client.post("/v1/decodes?tier=perceptual", content=small_msh)
+    assert own.client.post("/v1/decodes", content=tiny_msh).status_code == 200
+    answer = own.client.post("/v1/decodes?tier=perceptual", content=tiny_msh)
     assert answer.status_code == 503
     assert int(answer.headers["retry-after"]) > 0
 
 
 def test_a_redis_that_hangs_is_treated_like_one_that_is_down(
-    own: Service, stores: Rig, worker: Worker, small_msh: bytes, small_compressai: bytes
+    own: Service, stores: Rig, worker: Worker, tiny_msh: bytes, small_compressai: bytes
 ) -> None:
     """A stopped server accepts connections, but sends no replies."""
     params: dict[str, str | int] = {"tier": "perceptual", "seed": 1}
@@ -64,13 +64,13 @@ def test_a_redis_that_hangs_is_treated_like_one_that_is_down(
     try:
         with concurrent.futures.ThreadPoolExecutor(60) as pool:
             waiting = [
-                pool.submit(own.client.post, "/v1/decodes", params=params, content=small_msh)
+                pool.submit(own.client.post, "/v1/decodes", params=params, content=tiny_msh)
                 for _ in range(60)
             ]
             time.sleep(1)
             began = time.monotonic()
             assert own.client.get("/readyz").json()["status"] == "degraded"
-            for data in (small_msh, small_compressai):
+            for data in (tiny_msh, small_compressai):
                 assert own.client.post("/v1/decodes", content=data).status_code == 200
             assert time.monotonic() - began < 4
             assert {one.result().status_code for one in waiting} == {503}
@@ -79,13 +79,13 @@ def test_a_redis_that_hangs_is_treated_like_one_that_is_down(
 
 
 def test_instant_decodes_work_without_redis_and_jobs_when_it_is_back(
-    own: Service, stores: Rig, worker: Worker, small_msh: bytes, small_compressai: bytes, page: Page
+    own: Service, stores: Rig, worker: Worker, tiny_msh: bytes, small_compressai: bytes, page: Page
 ) -> None:
     params = {"tier": "perceptual"}
     coded: FilePayload = {"name": "small.bin", "mimeType": "", "buffer": small_compressai}
     client = own.client
     assert client.get("/readyz").json() == {"status": "ok", "redis": "up"}
-    before = client.post("/v1/decodes", params=params, content=small_msh)
+    before = client.post("/v1/decodes", params=params, content=tiny_msh)
     wait_for(client, before.headers["location"])
     page.goto(str(client.base_url))
     expect(page.locator("[name=tier]")).to_have_value("perceptual")
@@ -93,7 +93,7 @@ def test_instant_decodes_work_without_redis_and_jobs_when_it_is_back(
 
     assert client.get("/readyz").json() == {"status": "degraded", "redis": "down"}
     assert client.post("/v1/decodes", content=small_compressai).status_code == 200  # not cached
-    again = client.post("/v1/decodes", content=small_msh)
+    again = client.post("/v1/decodes", content=tiny_msh)
     assert (again.status_code, again.content) == (200, before.content)
     refused = client.post("/v1/decodes", params=params, content=small_compressai)
     assert (refused.status_code, int(refused.headers["retry-after"]) > 0) == (503, True)
@@ -116,12 +116,12 @@ def test_instant_decodes_work_without_redis_and_jobs_when_it_is_back(
 
 
 def test_drafts_and_jobs_work_without_the_cache(
-    own: Service, stores: Rig, worker: Worker, small_msh: bytes
+    own: Service, stores: Rig, worker: Worker, tiny_msh: bytes
 ) -> None:
     params: dict[str, str | int] = {"tier": "perceptual", "seed": 5}
-    instant = own.client.post("/v1/decodes", content=small_msh)
+    instant = own.client.post("/v1/decodes", content=tiny_msh)
     stores.cache.kill()
-    made = own.client.post("/v1/decodes", params=params, content=small_msh)
+    made = own.client.post("/v1/decodes", params=params, content=tiny_msh)
     assert (made.status_code, made.content) == (200, instant.content)
     assert "afterimage_redis_up 0.0" in own.client.get("/metrics").text
     stores.cache.start()
@@ -130,11 +130,11 @@ def test_drafts_and_jobs_work_without_the_cache(
 
 
 def test_a_client_waits_for_its_decode_while_redis_restarts(
-    own: Service, stores: Rig, worker: Worker, small_msh: bytes
+    own: Service, stores: Rig, worker: Worker, tiny_msh: bytes
 ) -> None:
     with Client(str(own.client.base_url)) as client:
         before, kinds = len(own.log.read_text()), []
-        for update in client.decode(small_msh, "ddim-100", steps=60, seed=3, previews=False):
+        for update in client.decode(tiny_msh, "ddim-100", steps=120, seed=3, previews=False):
             kinds.append(update.kind)
             if update.kind == "progress" and kinds.count("progress") == 3:
                 stores.queue.kill()
@@ -145,26 +145,26 @@ def test_a_client_waits_for_its_decode_while_redis_restarts(
 
 
 def test_a_full_queue_refuses_jobs_and_lets_workers_finish(
-    own: Service, stores: Rig, worker: Worker, small_msh: bytes
+    own: Service, stores: Rig, worker: Worker, tiny_msh: bytes
 ) -> None:
     client, queue = own.client, stores.store.queue
-    params: dict[str, str | int] = {"tier": "ddim-100", "steps": 100}
-    first = client.post("/v1/decodes", params=params, content=small_msh)
+    params: dict[str, str | int] = {"tier": "ddim-100", "steps": 150}
+    first = client.post("/v1/decodes", params=params, content=tiny_msh)
     assert first.status_code == 200
     queue.config_set("maxmemory", int(queue.info("memory")["used_memory"] / 0.9))
     before = sorted(queue.keys())
     headers = {"Idempotency-Key": "of a full queue"}
     full = client.post(
-        "/v1/decodes", params={**params, "seed": 1}, content=small_msh, headers=headers
+        "/v1/decodes", params={**params, "seed": 1}, content=tiny_msh, headers=headers
     )
     assert (full.status_code, full.json()["type"][-10:]) == (503, "queue-full")
     assert int(full.headers["retry-after"]) > 0
     queue.config_set("maxmemory", 1)  # no memory at all
     with pytest.raises(redis.RedisError):
-        stores.submit(small_msh, Settings("ddim", 60), 9)  # without the API's check
-    none = client.post("/v1/decodes", params={**params, "seed": 2}, content=small_msh)
+        stores.submit(tiny_msh, Settings("ddim", 60), 9)  # without the API's check
+    none = client.post("/v1/decodes", params={**params, "seed": 2}, content=tiny_msh)
     assert none.status_code == 503
-    assert client.post("/v1/decodes", content=small_msh).status_code == 200
+    assert client.post("/v1/decodes", content=tiny_msh).status_code == 200
     new = set(queue.keys()) - set(before)
     kinds = (b":job:", b":bitstream:", b":idempotency:")
     assert not [key for key in new if any(kind in key for kind in kinds)], new

@@ -1,9 +1,12 @@
 """`make demo` with a running service, and with wrong arguments."""
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from PIL import Image
@@ -17,8 +20,23 @@ pytestmark = [pytest.mark.redis, pytest.mark.weights]
 
 
 def run(folder: Path, *args: object) -> subprocess.CompletedProcess[str]:
+    """Run the demo in a new process."""
     command = [sys.executable, "-P", "-m", "service.cli.demo", *map(str, args)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def call(folder: Path, *args: object) -> subprocess.CompletedProcess[str]:
+    """Run the demo in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    arguments = ["demo", *map(str, args)]
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        contextlib.chdir(folder),
+        mock.patch.object(sys, "argv", arguments),
+    ):
+        status = demo.main()
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 def test_the_demo_prints_a_table_and_saves_side_by_side_pictures(
@@ -28,8 +46,8 @@ def test_the_demo_prints_a_table_and_saves_side_by_side_pictures(
     exif[0x0112] = 6  # rotated, as phones store portrait photographs
     Image.fromarray(small).save(tmp_path / "my phone.jpg", exif=exif, quality=95)
     url = str(service.client.base_url)
-    for _ in range(2):  # the second run uses the cache
-        done = run(tmp_path, "my phone.jpg", "--url", url)
+    for runs in (run, call):  # the second run uses the cache
+        done = runs(tmp_path, "my phone.jpg", "--url", url)
         assert done.returncode == 0, done.stderr
         assert "{" not in done.stderr  # no line of a log
     rows = re.findall(r"([123])  (JPEG|instant|perceptual) +([\d,]+) +([\d.]+)", done.stdout)
@@ -47,13 +65,13 @@ def test_a_wrong_argument_is_an_error_of_one_line(tmp_path: Path, small: image.P
     (tmp_path / "photo.png").write_bytes(image.write(small, "png"))
     (tmp_path / "text.md").write_text("no picture")
     dead = f"http://127.0.0.1:{free_port()}"
-    for args, message in (
-        (["nothing.png"], "nothing.png: No such file or directory"),
-        (["text.md"], "text.md: the file is not a picture in a known format"),
-        (["."], ".: Is a directory"),
-        (["photo.png", "--url", dead], f"no service answers at {dead}"),
+    for runs, args, message in (
+        (run, ["nothing.png"], "nothing.png: No such file or directory"),
+        (call, ["text.md"], "text.md: the file is not a picture in a known format"),
+        (call, ["."], ".: Is a directory"),
+        (call, ["photo.png", "--url", dead], f"no service answers at {dead}"),
     ):
-        done = run(tmp_path, *args)
+        done = runs(tmp_path, *args)
         assert done.returncode == 1
         assert done.stderr.startswith(f"afterimage: {message}")
         assert done.stderr.count("\n") == 1

@@ -28,9 +28,9 @@ def nothing_ran(page: Page) -> None:
     assert page.locator("[onerror], script:not([src])").count() == 0
 
 
-def test_a_file_name_is_shown_as_text(opened: Page, tmp_path: Path, small_msh: bytes) -> None:
+def test_a_file_name_is_shown_as_text(opened: Page, tmp_path: Path, tiny_msh: bytes) -> None:
     file = tmp_path / NAME
-    file.write_bytes(small_msh)
+    file.write_bytes(tiny_msh)
     with opened.expect_file_chooser() as chooser:
         opened.locator("#pick").click()
     chooser.value.set_files(file)
@@ -39,15 +39,15 @@ def test_a_file_name_is_shown_as_text(opened: Page, tmp_path: Path, small_msh: b
 
 
 def test_the_texts_of_a_problem_are_shown_as_text(
-    opened: Page, tmp_path: Path, small_msh: bytes
+    opened: Page, tmp_path: Path, tiny_msh: bytes
 ) -> None:
     def refuse(route: Route) -> None:
         problem = {"type": HTML, "title": HTML, "status": 422, "detail": HTML}
         route.fulfill(status=422, body=json.dumps(problem), content_type="application/problem+json")
 
     opened.route("**/v1/decodes?*", refuse)
-    file = tmp_path / "small.msh"
-    file.write_bytes(small_msh)
+    file = tmp_path / "tiny.msh"
+    file.write_bytes(tiny_msh)
     with opened.expect_file_chooser() as chooser:
         opened.locator("#pick").click()
     chooser.value.set_files(file)

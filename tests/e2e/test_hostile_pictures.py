@@ -33,7 +33,7 @@ def readers(pid: int) -> list[int]:
 def test_a_service_under_attack_works_and_stops(
     tmp_path: Path, small: image.Pixels, small_msh: bytes
 ) -> None:
-    limits = {"AFTERIMAGE_PICTURE_CPU_S": "3", "AFTERIMAGE_ENCODES_AT_ONCE": "2"}
+    limits = {"AFTERIMAGE_PICTURE_CPU_S": "1", "AFTERIMAGE_ENCODES_AT_ONCE": "2"}
     with (
         fork_service(tmp_path, "--workers", "0", **limits) as running,
         ThreadPoolExecutor() as pool,

@@ -17,7 +17,7 @@ from models.codec.bitstream import Bitstream
 from tests.bench import machine
 from tests.chaos import attacks_work
 from tests.support.attacks import Target
-from tests.support.service import Service, run_service
+from tests.support.service import Service, fork_service
 
 pytestmark = [pytest.mark.redis, pytest.mark.weights, pytest.mark.slow]
 
@@ -30,7 +30,7 @@ SETTINGS = {"AFTERIMAGE_REQUEST_TIMEOUT_S": "20", "AFTERIMAGE_PICTURE_CPU_S": "6
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("overload")
-    with run_service(folder, "--workers", "0", **SETTINGS) as service:
+    with fork_service(folder, "--workers", "0", **SETTINGS) as service:
         yield service
 
 

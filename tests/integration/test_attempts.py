@@ -430,7 +430,9 @@ def test_a_spooled_picture_is_committed_by_another_process(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("forgery", ["text", "other size", "link", "pipe", "writable", "huge"])
+@pytest.mark.parametrize(
+    "forgery", ["text", "other size", "other picture", "link", "pipe", "writable", "huge"]
+)
 def test_a_forged_file_in_the_spool_is_deleted_and_not_committed(
     jobs: Jobs, small_msh: bytes, tmp_path: Path, forgery: str
 ) -> None:
@@ -443,6 +445,8 @@ def test_a_forged_file_in_the_spool_is_deleted_and_not_committed(
         file.write_bytes(b"<script>")
     elif forgery == "other size":
         file.write_bytes(image.write(np.zeros((150, 100, 3), np.uint8), "png"))
+    elif forgery == "other picture":
+        file.write_bytes(image.write(np.ones((100, 150, 3), np.uint8), "png"))
     elif forgery == "huge":
         file.write_bytes(png + bytes(2**21))
     elif forgery == "writable":

@@ -27,7 +27,7 @@ def api(redis_urls: tuple[str, str]) -> Iterator[httpx.Client]:
         REDIS_URL=queue,
         CACHE_REDIS_URL=cache,
         max_pixels=10**7,
-        picture_cpu_s=2,
+        picture_cpu_s=1,
         request_timeout_s=120,
     )
     with weights.loaded_once(), run_app(settings) as client:

@@ -1,7 +1,8 @@
-"""What locust's users do: an instant picture again and again, or an upgrade and its end."""
+"""Users of `make load`: each asks for instant pictures, or for upgrades, one after the other."""
 
 import itertools
 import os
+import time
 from pathlib import Path
 
 from locust import HttpUser, constant, task
@@ -14,7 +15,7 @@ UPGRADES = os.environ["LOAD_UPGRADES"] == "1"
 
 
 class User(HttpUser):
-    """One at a time."""
+    """Sends the next request when the last one has been answered."""
 
     host = "http://127.0.0.1"
     wait_time = constant(0)
@@ -24,13 +25,18 @@ class User(HttpUser):
 
     @task
     def picture(self) -> None:
-        if not UPGRADES:
+        if UPGRADES:
+            self._upgrade()
+        else:
             self.client.post("/v1/decodes", data=DATA, name="instant")
-            return
-        asked = {"tier": "perceptual", "seed": next(SEEDS)}
+
+    def _upgrade(self) -> None:
+        """Submit a job and wait for its end; the time in between is the row `upgrade`."""
+        params = {"tier": "perceptual", "seed": next(SEEDS)}
         headers = {"Prefer": "respond-async"}
+        began = time.perf_counter()
         answer = self.client.post(
-            "/v1/decodes", params=asked, data=DATA, headers=headers, name="submit"
+            "/v1/decodes", params=params, data=DATA, headers=headers, name="submit"
         )
         location, status = answer.headers["location"], "queued"
         while status in {"queued", "running"}:
@@ -40,3 +46,7 @@ class User(HttpUser):
                 status = answer.json()["status"]
                 if status not in {"queued", "running", "succeeded"}:
                     answer.failure(answer.text)
+        self.environment.events.request.fire(
+            request_type="job", name="upgrade", response_time=1e3 * (time.perf_counter() - began),
+            response_length=0, exception=None, context={},
+        )  # fmt: skip

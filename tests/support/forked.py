@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
 
-from tests.support import weights
-
 READ_AT_IMPORT = (
     "AFTERIMAGE_SECRETS_DIR", "HOME", "LD_", "MALLOC_", "MKL_", "NUMBA_", "OMP_", "OPENBLAS_",
     "PYTHON", "TORCH", "XDG_",
@@ -51,7 +49,7 @@ class Forked:
     """A forked process that runs `main()` and writes stdout and stderr to `log`."""
 
     def __init__(self, main: Callable[[], int], environment: Mapping[str, str], log: Path) -> None:
-        context, inherited = _fork_server()
+        context, inherited = fork_server()
         changed = dict(_read_at_import(environment).items() ^ inherited.items())
         if changed:
             names = ", ".join(sorted(changed))
@@ -149,7 +147,7 @@ class _Child(subprocess.Popen[bytes]):
             os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # with the service's sockets
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
-            _replace_environment(env)
+            replace_environment(env)
             gc.enable()
             os._exit(worker_main() if args[-1] == "worker.main" else sender_main())
         except BaseException:
@@ -158,14 +156,20 @@ class _Child(subprocess.Popen[bytes]):
 
 
 @functools.cache
-def _fork_server() -> tuple[ForkServerContext, dict[str, str]]:
+def fork_server() -> tuple[ForkServerContext, dict[str, str]]:
     """Start the fork server; also return those of its variables that are read during imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.preload"])
     inherited = _read_at_import(os.environ)
     with mock.patch.dict(os.environ, inherited):
-        forkserver.ensure_running()
+        forkserver._forkserver.ensure_running()
     return context, inherited
+
+
+def keep_fork_server() -> None:
+    """Let this process, which is forked from the server, use it too: Python would start another."""
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
+    fork_server()
 
 
 def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
@@ -181,12 +185,14 @@ def _run(main: Callable[[], int], environment: dict[str, str], folder: Path, log
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.close(out)
-    _replace_environment(environment)
+    replace_environment(environment)
     os.chdir(folder)
+    from tests.support import weights  # imports torch
+
     with weights.loaded_once():
         sys.exit(main())
 
 
-def _replace_environment(environment: Mapping[str, str]) -> None:
+def replace_environment(environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)

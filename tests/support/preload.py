@@ -1,4 +1,5 @@
-"""Imports, compiled code and weights that `tests.support.forked`'s server loads before it forks.
+"""Imports, compiled code and weights that `tests.support.forked`'s server loads before it forks:
+what services need, and what most of pytest-xdist's processes import to collect the tests.
 
 Only the fork server imports this module.
 """
@@ -11,9 +12,13 @@ import sys
 gc.disable()
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # it would start a thread
 
+import hypothesis
 import numpy as np
 import openvino
+import playwright.sync_api
 
+import models.evaluate.__main__
+import models.train.__main__
 import service.cli.api_server
 import worker.main
 import worker.rq_worker

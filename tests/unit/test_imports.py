@@ -1,11 +1,11 @@
 """The structure of the source: which way imports run, sizes of modules and functions."""
 
 import ast
+import functools
 import graphlib
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,37 +39,41 @@ BRANCHES = (
 )  # fmt: skip
 
 
-def modules() -> dict[str, ast.Module]:
-    """Name -> source of every module of the three packages; a package is `name.__init__`."""
-    return {
-        ".".join(file.relative_to(ROOT).with_suffix("").parts): ast.parse(file.read_text("utf-8"))
-        for package in PACKAGES
-        for file in (ROOT / package).rglob("*.py")
-    }
+FILES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts): file
+    for package in PACKAGES
+    for file in (ROOT / package).rglob("*.py")
+}
+"""Of every module of the three packages; a package is `name.__init__`."""
 
 
-TREES = modules()
+@functools.cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(FILES[module].read_text("utf-8"))
 
 
-def imports(tree: ast.Module) -> Iterator[str]:
-    """Our modules that `tree` imports, within functions and for types too."""
-    for node in ast.walk(tree):
+@functools.cache
+def imports(module: str) -> set[str]:
+    """Our other modules that this one imports, within functions and for types too."""
+    found = set()
+    for node in ast.walk(tree(module)):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            if name.split(".")[0] in PACKAGES:
-                yield next(
-                    found
-                    for found in (name, name.rpartition(".")[0], f"{name}.__init__",
-                                  f"{name.rpartition('.')[0]}.__init__")
-                    if found in TREES
-                )  # fmt: skip
+        found |= {source(name) for name in names if name.split(".")[0] in PACKAGES}
+    return found - {module}
 
 
-GRAPH = {name: set(imports(tree)) - {name} for name, tree in TREES.items()}
+def source(name: str) -> str:
+    """The module that `import name` runs, where `name` may be something in a module."""
+    parent = name.rpartition(".")[0]
+    return next(
+        module
+        for module in (name, parent, f"{name}.__init__", f"{parent}.__init__")
+        if module in FILES
+    )
 
 
 def unit(module: str) -> str:
@@ -86,21 +90,21 @@ def assert_no_circle(graph: dict[str, set[str]]) -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    assert_no_circle(GRAPH)
+    assert_no_circle({module: imports(module) for module in FILES})
 
 
 def test_no_packages_import_each_other_in_a_circle() -> None:
     units: dict[str, set[str]] = {}
-    for module, imported in GRAPH.items():
+    for module in FILES:
         own = unit(module)
-        units.setdefault(own, set()).update({unit(name) for name in imported} - {own})
+        units.setdefault(own, set()).update({unit(name) for name in imports(module)} - {own})
     assert_no_circle(units)
 
 
-@pytest.mark.parametrize("module", TREES)
+@pytest.mark.parametrize("module", FILES)
 def test_a_module_imports_only_what_its_place_allows(module: str) -> None:
     top = module.split(".")[0]
-    for name in GRAPH[module]:
+    for name in imports(module):
         assert PACKAGES.index(name.split(".")[0]) <= PACKAGES.index(top), name
         if top == "service" and name.startswith("worker."):
             assert name.startswith(SERVICE_MAY_USE), name
@@ -115,9 +119,9 @@ def test_modules_of_processes_without_a_model_do_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("module", TREES)
+@pytest.mark.parametrize("module", FILES)
 def test_no_module_needs_compressai(module: str) -> None:
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
             assert not [a for a in node.names if a.name.partition(".")[0] == "compressai"]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -140,9 +144,9 @@ def test_modules_are_short() -> None:
     assert statistics.median(lines.values()) <= MAX_MEDIAN_LINES
 
 
-@pytest.mark.parametrize("module", TREES)
+@pytest.mark.parametrize("module", FILES)
 def test_functions_are_short_and_have_few_branches(module: str) -> None:
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(tree(module)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or 0) - node.lineno + 1
             branches = sum(isinstance(inner, BRANCHES) for inner in ast.walk(node))

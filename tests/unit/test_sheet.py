@@ -35,7 +35,7 @@ def test_the_zoomed_part_is_where_the_detail_is() -> None:
 
 
 def test_a_sheet_has_a_column_for_each_picture_and_a_zoomed_row() -> None:
-    for size in ((300, 200), (1, 1), (4, 900)):
+    for size in ((300, 200), (1, 1), (4, 60)):
         columns = [("original", Image.new("RGB", size, "red")), ("other", Image.new("RGB", size))]
         sheet = side_by_side(columns)
         assert sheet.width == 2 * COLUMN + GAP

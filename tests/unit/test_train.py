@@ -36,6 +36,8 @@ from models.train.config import Stage, add_options
 from models.train.decoder_config import DiffusionConfig, resolve
 from models.train.diffusion import DiffusionTask
 from models.train.distributed import ProcessGroup
+from models.train.encoder import Encoder
+from models.train.losses import Denoise
 from models.train.photos import photographs
 from models.train.run import Run
 from tests.support.forked import Forked, trainer
@@ -72,7 +74,7 @@ def banks(folder: Path) -> tuple[Path, Path]:
     """Banks of the training and held-out photographs at quality 2."""
     out = folder / "train", folder / "held"
     for held_out, to in zip((False, True), out, strict=True):
-        bank.build(photographs(folder, held_out), to / "q2", 2)
+        bank.build(photographs(folder, held_out), to / "q2", 2, Encoder.load(2, None, CPU.device))
     return out
 
 
@@ -152,6 +154,41 @@ def test_a_perceptual_decoder_is_trained_alone_from_a_wider_one(
     assert len(rows) == 2 and all(row["lpips"] > 0 and "v" not in row for row in rows)
     drawn = decoder.from_file(Path(settings.out) / "decoder.safetensors")
     assert (drawn.config.widths, drawn.config.depth) == ((8, 16, 24), 1)
+
+
+@pytest.mark.usefixtures("few_held_out_crops")
+def test_a_decoder_learns_the_pictures_of_other_codecs_and_their_qualities(
+    config: Callable[..., DiffusionConfig], folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    save_file(random("bmshj2018-factorized"), tmp_path / "other.safetensors")
+    command = f"train bank --photos {folder} --out {tmp_path} --limit 2 --variants 1"
+    for quality in (2, 5):
+        options = f"--other {tmp_path / 'other.safetensors'} --quality {quality}"
+        monkeypatch.setattr("sys.argv", f"{command} {options}".split())
+        cli.main()
+    settings = config(
+        plan=(Stage("perceptual", steps=2),), calls=1, others=str(tmp_path), others_share=1.0
+    )
+    task = DiffusionTask(settings, CPU)
+    start = {name: tensor.clone() for name, tensor in task.net.state_dict().items()}
+    assert [q for q, scale in enumerate(start["scales"].tolist()) if scale != 1] == [2, 5]
+    for name in ("conditioner.latents.{}.weight", "conditioner.latents.{}.bias"):
+        assert torch.equal(start[name.format(5)], start[name.format(2)])
+    for name in ("conditioner.quality.weight", "denoiser.quality.weight"):
+        assert torch.equal(start[name][5], start[name][2])
+    hidden, seen = [], set()
+    denoiser_for = task.network.denoiser_for
+
+    def spy(batch: bank.Batch, beta: float, keep: Tensor | None = None) -> Denoise:
+        seen.update(batch.quality.tolist())
+        hidden.append(keep is not None and not keep.any() and not batch.y_hat.any())
+        return denoiser_for(batch, beta, keep)
+
+    monkeypatch.setattr(task.network, "denoiser_for", spy)
+    assert Run(task, settings, CPU).train()
+    assert hidden == [True, True, False, False]  # two steps; the validation measures two losses
+    assert seen == {2, 5}
 
 
 @pytest.mark.usefixtures("few_held_out_crops")
@@ -406,6 +443,8 @@ def test_with_bfloat16_the_branch_of_the_latents_stays_in_float32(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"others": "x", "bank": "", "held_out": "", "photos": "x"}, "--others needs --bank"),
+        ({"others": "x", "others_share": 1.5}, "--others-share 1.5: choose"),
         ({"preset": "paper", "plan": (Stage("phase2", 1),)}, "'phase2': paper has phase1"),
         ({"held_out": ""}, "either --photos, or --bank and --held-out"),
         ({"crop": 70}, "multiple of 16"),

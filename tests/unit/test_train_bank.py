@@ -1,6 +1,7 @@
 """Photographs and banks: encoding, storage on disk or in memory, random crops."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from models.train.encoder import Encoder
 from models.train.photos import CropSampler, Ragged
 
 CPU = torch.device("cpu")
+shipped = partial(Encoder.load, folder=None, device=CPU)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, photo: image.Pixels) -> Pat
 
 @pytest.fixture(scope="module")
 def built(folder: Path) -> Path:
-    bank.build(photos.photographs(folder, False), folder / "bank/q2", 2, variants=2)
+    bank.build(photos.photographs(folder, False), folder / "bank/q2", 2, shipped(2), variants=2)
     return folder / "bank"
 
 
@@ -117,15 +119,15 @@ def test_building_a_bank_again_keeps_its_files(folder: Path, built: Path) -> Non
         "bits": (torch.float16, 10, 11),
     }
     before = [f.stat().st_mtime_ns for f in files]
-    bank.build(photos.photographs(folder, False), built / "q2", 2, variants=2)
+    bank.build(photos.photographs(folder, False), built / "q2", 2, shipped(2), variants=2)
     assert [f.stat().st_mtime_ns for f in files] == before
 
 
 def test_files_of_another_codec_are_encoded_again(folder: Path, tmp_path: Path) -> None:
     files = photos.photographs(folder, False)
-    bank.build(files, tmp_path / "q2", 1)
+    bank.build(files, tmp_path / "q2", 1, shipped(1))
     shutil.copy(tmp_path / "q2/a.safetensors", tmp_path / "kept")
-    bank.build(files, tmp_path / "q2", 2)
+    bank.build(files, tmp_path / "q2", 2, shipped(2))
     ours = load_file(tmp_path / "q2/a.safetensors")
     assert not torch.equal(ours["y_hat"], load_file(tmp_path / "kept")["y_hat"])
     shutil.copy(tmp_path / "kept", tmp_path / "q2/a.safetensors")
@@ -138,7 +140,7 @@ def test_two_photographs_with_the_same_name_are_refused(folder: Path, tmp_path: 
         (tmp_path / place).mkdir()
         shutil.copy(folder / "a.png", tmp_path / place / "a.png")
     with pytest.raises(PictureError, match="the same name"):
-        bank.build(photos.photographs(tmp_path, False), tmp_path / "bank/q2", 2)
+        bank.build(photos.photographs(tmp_path, False), tmp_path / "bank/q2", 2, shipped(2))
 
 
 def test_a_bank_in_memory_equals_the_one_on_disk(folder: Path, built: Path) -> None:

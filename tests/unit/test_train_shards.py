@@ -1,9 +1,13 @@
 """Checkpoints: small files that stay readable after a kill at any moment."""
 
+import os
+import random
 import shutil
-import subprocess
-import sys
+import signal
+import time
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -11,51 +15,54 @@ from torch import Tensor
 
 from models.errors import WeightsError
 from models.train import shards
+from tests.support.forked import Forked
 
 MIB = 1 << 20
 
-KILL_DURING_SAVE = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-from models.train import shards
 
-folder = Path(sys.argv[1])
+def kill_during_saves(folder: Path, seed: int) -> int:
+    """Kill processes that save generation after generation, at random moments, and load after each
+    kill. Runs in a process without OpenMP threads, which a forked one would wait for."""
+    chance = random.Random(seed)
+    shards.LIMIT = MIB
+    began = time.monotonic()
+    shards.save(folder, generation(0), {"n": 0})
+    save_s = time.monotonic() - began
+    before = kills = 0
+    while kills < 15 or not before:
+        kills += 1
+        child = os.fork()
+        if not child:
+            save_forever(folder, before)
+        time.sleep(chance.uniform(0, 8 * save_s))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        after = load_consistent(folder)
+        assert after >= before, (after, before)
+        before = after
+    return 0
 
-def state(n):
-    return {part: {"w": torch.full((300_000,), float(n)), "b": torch.full((7,), float(n))}
-            for part in ("net", "average", "optimiser")}
 
-def save_on(n):
+def generation(n: int) -> shards.State:
+    """Tensors that all have the value `n`."""
+    return {
+        part: {"w": torch.full((300_000,), float(n)), "b": torch.full((7,), float(n))}
+        for part in ("net", "average", "optimiser")
+    }
+
+
+def save_forever(folder: Path, n: int) -> NoReturn:
     while True:
         n += 1
-        shards.save(folder, state(n), {"n": n})
+        shards.save(folder, generation(n), {"n": n})
 
-def load_consistent():
+
+def load_consistent(folder: Path) -> int:
+    """The number of the generation, which all its tensors have as their value."""
     tensors, facts = shards.load(folder)
-    values = {float(v) for part in tensors.values() for t in part.values() for v in t.unique()}
+    values = {v for part in tensors.values() for t in part.values() for v in set(t.tolist())}
     assert values == {float(facts["n"])}, (values, facts)
-    return facts["n"]
-
-torch.set_num_threads(1)  # a forked child would wait for OpenMP threads that it does not have
-shards.LIMIT = 1 << 20
-began = time.monotonic()
-shards.save(folder, state(0), {"n": 0})
-save_s = time.monotonic() - began
-random.seed(int(sys.argv[2]))
-before = kills = 0
-while kills < 15 or not before:
-    kills += 1
-    child = os.fork()
-    if not child:
-        save_on(before)
-    time.sleep(random.uniform(0, 8 * save_s))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    after = load_consistent()
-    assert after >= before
-    before = after
-"""
+    return int(facts["n"])
 
 
 def some_state() -> dict[str, dict[str, Tensor]]:
@@ -99,8 +106,9 @@ def test_only_the_last_generation_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_killed_save_leaves_the_previous_or_the_new_generation(tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-c", KILL_DURING_SAVE, str(tmp_path), "3"]
-    subprocess.run(command, check=True, timeout=120)
+    folder, log = tmp_path / "run", tmp_path / "log"
+    process = Forked(partial(kill_during_saves, folder, 3), os.environ, log)
+    assert process.wait(120) == 0, log.read_text()
 
 
 @pytest.mark.parametrize("damage", ["altered", "missing", "cut"])
