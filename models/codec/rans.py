@@ -268,15 +268,6 @@ def encode(symbols: Int32Array, indexes: Int32Array, tables: Tables) -> bytes:
     return words[at:].astype("<u4", copy=False).tobytes()
 
 
-def warm_up() -> None:
-    """Compile what decoding needs, unless it is in numba's cache."""
-    cdf = np.array([[0, 1, 1 << PRECISION]], np.int32)
-    tables = Tables(cdf, np.array([3], np.int32), np.zeros(1, np.int32))
-    none = np.empty(0, np.int32)
-    decode(STATE_LOW.to_bytes(8, "little"), none, tables)
-    bits(none, none, tables)
-
-
 def bits(symbols: Int32Array, indexes: Int32Array, tables: Tables) -> NDArray[np.float32]:
     """Return the number of bits per symbol, float32 of the shape of `symbols`.
 

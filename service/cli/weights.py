@@ -4,8 +4,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from models.checkpoint import Entry
-from models.codec import compile_ahead
 from models.codec.architectures import DEFAULT
 from models.errors import AfterimageError
 from service.cli import options
@@ -65,25 +63,21 @@ def _add_codec(command: argparse.ArgumentParser) -> None:
 
 
 def _import(args: argparse.Namespace) -> int:
-    with compile_ahead.beside(args.model):
-        entry = _install(args)
-    model = f"{entry.model}, " if entry.model else ""
-    say(f"{entry.weights_id} is installed as {model}quality {entry.quality}, metric {entry.metric}")
-    return 0
-
-
-def _install(args: argparse.Namespace) -> Entry:
     with without_garbage_collection():
         from models.codec import interchange
 
     folder = ServiceSettings().weights_dir
     if args.source == ZOO:
-        return interchange.install_from_zoo(
+        entry = interchange.install_from_zoo(
             args.quality, args.metric, folder, args.model or DEFAULT
         )
-    return interchange.install(
-        Path(args.source), args.quality, args.metric, folder, model=args.model
-    )
+    else:
+        entry = interchange.install(
+            Path(args.source), args.quality, args.metric, folder, model=args.model
+        )
+    model = f"{entry.model}, " if entry.model else ""
+    say(f"{entry.weights_id} is installed as {model}quality {entry.quality}, metric {entry.metric}")
+    return 0
 
 
 def _export(args: argparse.Namespace) -> int:

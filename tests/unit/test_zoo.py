@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models import checkpoint, library
 from models.codec import bitstream, catalogue, codec, interchange, published, state_dicts, zoo
-from models.codec.bitstream import Bitstream
+from models.codec.bitstream import Bitstream, Metric
 from models.codec.codec import Codec
 from models.diffusion import decoder
 from models.diffusion.decoder import Decoder
@@ -108,7 +108,12 @@ def test_bitstreams_of_compressai_decode_with_its_checkpoint(
 def test_a_shipped_codec_is_loaded_on_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[int] = []
     load = zoo.load
-    monkeypatch.setattr(zoo, "load", lambda *key: (loaded.append(key[0]), load(*key))[1])
+
+    def counted(quality: int, metric: Metric) -> Codec:
+        loaded.append(quality)
+        return load(quality, metric)
+
+    monkeypatch.setattr(zoo, "load", counted)
     installed = library.load(with_decoders=False, lazily=True)
     assert list(installed.codecs) == [(1, "mse"), (2, "mse"), (3, "mse")]
     assert (9, "mse") not in installed.codecs
