@@ -3,7 +3,8 @@
 make bench PART=http
 
 The servers run one after the other, each in a process with all cores. The client keeps a constant
-number of requests in flight. Responses are PNGs; the instant cache is off.
+number of requests in flight, all of them for different bitstreams: the service decodes equal ones
+once. Responses are PNGs; the instant cache is off.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ CONCURRENCY = (1, 2, 8, 32)
 REQUESTS = {1: 30, 2: 40, 8: 60, 32: 96}
 ALONE = 42
 QUALITY = 2
+PICTURES = 2 * max(CONCURRENCY)
+"""Different pictures: the photograph, shifted by `SHIFT` columns each time."""
+SHIFT = 12
 PLAIN = """
 import io, sys
 import torch, uvicorn
@@ -95,20 +99,20 @@ def server(plain: bool) -> Iterator[str]:
         process.wait()
 
 
-async def load(url: str, data: bytes, at_once: int, requests: int) -> dict[str, float]:
+async def load(url: str, streams: Sequence[bytes], at_once: int, requests: int) -> dict[str, float]:
     """Send `requests` requests, `at_once` in flight; latencies in ms and pictures per second."""
     latencies: list[float] = []
-    left = iter(range(requests))
+    left = iter(list(itertools.islice(itertools.cycle(streams), requests)))
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
 
         async def worker() -> None:
-            for _ in left:
+            for data in left:
                 began = time.perf_counter()
                 response = await client.post("/v1/decodes", content=data)
                 response.raise_for_status()
                 latencies.append((time.perf_counter() - began) * 1e3)
 
-        await client.post("/v1/decodes", content=data)
+        await client.post("/v1/decodes", content=streams[0])
         began = time.perf_counter()
         await asyncio.gather(*(worker() for _ in range(at_once)))
         seconds = time.perf_counter() - began
@@ -149,18 +153,20 @@ def main() -> int:
     q2 = zoo.load(QUALITY)
     x = codec.to_tensor(image.read(PHOTO.read_bytes(), 10**7))
     formats: dict[str, bitstream.Format] = {"float": "compressai", "exact": "msh"}
+    shifted = [x.roll(SHIFT * number, 3) for number in range(PICTURES)]
     streams = {
-        name: bitstream.serialize(q2.encode(x, format, "exact")) for name, format in formats.items()
+        name: [bitstream.serialize(q2.encode(picture, format, "exact")) for picture in shifted]
+        for name, format in formats.items()
     }
     alone: dict[str, dict[str, float]] = {}
     rows: list[dict[str, Any]] = []
     for name in ("float", "exact", "plain CompressAI"):
         with server(name == "plain CompressAI") as url:
             if name in streams:
-                alone[name] = side_by_side(url, streams[name])
+                alone[name] = side_by_side(url, streams[name][0])
             for at_once in CONCURRENCY:
-                data = streams.get(name, streams["float"])
-                latencies = asyncio.run(load(url, data, at_once, REQUESTS[at_once]))
+                sent = streams.get(name, streams["float"])
+                latencies = asyncio.run(load(url, sent, at_once, REQUESTS[at_once]))
                 rows.append({"server": name, "at_once": at_once} | latencies)
     about = machine.describe()
     document = {"machine": about, "alone": alone, "rows": rows}
