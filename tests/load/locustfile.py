@@ -7,7 +7,10 @@ from pathlib import Path
 
 from locust import HttpUser, constant, task
 
-DATA = (Path(__file__).parents[1] / "data/kodim23.msh").read_bytes()
+STREAMS = itertools.cycle(
+    file.read_bytes() for file in sorted(Path(os.environ["LOAD_STREAMS"]).glob("*.msh"))
+)
+"""Different bitstreams in turn, because the service decodes equal ones at the same time once."""
 HOSTS = itertools.cycle(os.environ["LOAD_HOSTS"].split())
 """API processes, between which users are divided as a load balancer would."""
 SEEDS = itertools.count()
@@ -28,7 +31,7 @@ class User(HttpUser):
         if UPGRADES:
             self._upgrade()
         else:
-            self.client.post("/v1/decodes", data=DATA, name="instant")
+            self.client.post("/v1/decodes", data=next(STREAMS), name="instant")
 
     def _upgrade(self) -> None:
         """Submit a job and wait for its end; the time in between is the row `upgrade`."""
@@ -36,7 +39,7 @@ class User(HttpUser):
         headers = {"Prefer": "respond-async"}
         began = time.perf_counter()
         answer = self.client.post(
-            "/v1/decodes", params=params, data=DATA, headers=headers, name="submit"
+            "/v1/decodes", params=params, data=next(STREAMS), headers=headers, name="submit"
         )
         location, status = answer.headers["location"], "queued"
         while status in {"queued", "running"}:
