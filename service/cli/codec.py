@@ -204,9 +204,9 @@ def _local_decoder(
     def decode(source: Path) -> bytes:
         b = bitstream.parse(read_bitstream(source), settings.max_pixels)
         text: dict[str, str] = {}
+        used = models.codec(b)
+        used.synthesis.prepare()
         if sampling is None:
-            used = models.codec(b)
-            used.synthesis.prepare()
             pixels = used.decode(b)
         else:
             with tqdm(

@@ -28,16 +28,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from models import image
 from models.codec import bitstream, codec, zoo
 from tests.bench import machine
+from tests.bench.streams import QUALITY, shifted
 from worker.settings import WorkerSettings, prepare_process
 
-PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
 CONCURRENCY = (1, 2, 8, 32)
 REQUESTS = {1: 30, 2: 40, 8: 60, 32: 96}
 ALONE = 42
-QUALITY = 2
 PICTURES = 2 * max(CONCURRENCY)
-"""Different pictures: the photograph, shifted by `SHIFT` columns each time."""
-SHIFT = 12
 PLAIN = """
 import io, sys
 import torch, uvicorn
@@ -150,14 +147,8 @@ def side_by_side(url: str, data: bytes) -> dict[str, float]:
 
 def main() -> int:
     prepare_process(WorkerSettings())
-    q2 = zoo.load(QUALITY)
-    x = codec.to_tensor(image.read(PHOTO.read_bytes(), 10**7))
     formats: dict[str, bitstream.Format] = {"float": "compressai", "exact": "msh"}
-    shifted = [x.roll(SHIFT * number, 3) for number in range(PICTURES)]
-    streams = {
-        name: [bitstream.serialize(q2.encode(picture, format, "exact")) for picture in shifted]
-        for name, format in formats.items()
-    }
+    streams = {name: shifted(PICTURES, format) for name, format in formats.items()}
     alone: dict[str, dict[str, float]] = {}
     rows: list[dict[str, Any]] = []
     for name in ("float", "exact", "plain CompressAI"):

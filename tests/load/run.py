@@ -9,7 +9,6 @@ and sends to loopback addresses only.
 import argparse
 import contextlib
 import csv
-import functools
 import os
 import subprocess
 import sys
@@ -22,9 +21,8 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from models import image
-from models.codec import bitstream, codec, zoo
 from tests.bench import machine
+from tests.bench.streams import shifted
 from tests.support.object_server import s3_server, s3_settings
 from tests.support.rig import Rig, rig
 from tests.support.service import Service, run_service
@@ -34,11 +32,9 @@ from worker.settings import WorkerSettings
 
 ROOT = Path(__file__).parents[2]
 LOCUST = ROOT / ".venv/load/bin/locust"
-DATA = ROOT / "tests/data"
-BITSTREAM = DATA / "kodim23.msh"
+BITSTREAM = ROOT / "tests/data/kodim23.msh"
 USERS, PICTURES = 8, 16
-"""Users, and the pictures that they ask for: the photograph, shifted by `SHIFT` columns each."""
-SHIFT = 48
+"""Users, and different pictures for which they ask."""
 PHOTO = "768×512"
 ITEMS = 10_000
 """Pictures of the batch; more than are drawn while users are measured."""
@@ -54,15 +50,6 @@ BATCH_COLUMNS = {
     "upgrades_min": "users' upgrades/min", "upgrade_p50_s": "p50 s", "upgrade_p99_s": "p99 s",
     "items_min": "batch pictures/min",
 }  # fmt: skip
-
-
-@functools.cache
-def bitstreams() -> list[bytes]:
-    """Encode the pictures that the users ask for."""
-    q2 = zoo.load(2)
-    x = codec.to_tensor(image.read((DATA / "kodim23.png").read_bytes(), 10**6))
-    shifted = (x.roll(SHIFT * number, 3) for number in range(PICTURES))
-    return [bitstream.serialize(q2.encode(picture, "msh", "exact")) for picture in shifted]
 
 
 def pictures(rig: Rig) -> int:
@@ -87,7 +74,7 @@ def locust(services: list[Service], upgrades: bool, seconds: float) -> dict[str,
     """Run the users and return locust's rows by name. Raises `RuntimeError` if a request failed."""
     hosts = " ".join(str(s.client.base_url).rstrip("/") for s in services)
     with tempfile.TemporaryDirectory() as folder:
-        for number, stream in enumerate(bitstreams()):
+        for number, stream in enumerate(shifted(PICTURES, "msh")):
             Path(folder, f"{number:02d}.msh").write_bytes(stream)
         variables = {
             "LOAD_HOSTS": hosts, "LOAD_UPGRADES": "01"[upgrades], "LOAD_STREAMS": folder,
