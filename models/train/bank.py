@@ -171,8 +171,8 @@ class Bank:
         """
         files = _files(folder, "*/*.safetensors")
         hidden = (
-            (quality, tensors | {"y_hat": _zeros(latents, tensors["bits"])})
-            for quality, tensors in _entries(files)
+            (q, tensors | {"y_hat": tensors["bits"].new_zeros(latents, *tensors["bits"].shape[1:])})
+            for q, tensors in _entries(files)
         )
         return cls([_positions(f) for _, f in files], hidden, device)
 
@@ -219,10 +219,6 @@ def _files(folder: Path, pattern: str) -> list[tuple[int, Path]]:
     if not files:
         raise FileNotFoundError(f"{folder}: no encoded photographs {pattern} in q1, q2, …")
     return files
-
-
-def _zeros(channels: int, bits: Tensor) -> Tensor:
-    return bits.new_zeros(channels, *bits.shape[1:])
 
 
 def _codec_of(file: Path) -> str | None:

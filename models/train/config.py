@@ -88,7 +88,9 @@ class RunConfig:
     log_s: float = option(30.0, "seconds between rows of the log")
 
 
-PATHS = frozenset({"out", "init", "narrow", "photos", "bank", "held_out", "lpips", "codecs"})
+PATHS = frozenset(
+    {"out", "init", "narrow", "teacher", "photos", "bank", "held_out", "others", "lpips", "codecs"}
+)
 """Fields that hold paths; `card` records only the last component of each."""
 
 

@@ -64,6 +64,14 @@ class DiffusionConfig(RunConfig):
     mse_allowance: float = option(
         1.5, "if the squared error is more than this multiple of the codec's, triple its weight"
     )
+    teacher: str = option(
+        "",
+        "decoder.safetensors that draws in one call; with --calls 1, the decoder learns to draw "
+        "its pictures from the same noise",
+    )
+    teacher_weight: float = option(
+        0.2, "weight of the squared error to the teacher's picture, relative to the codec's error"
+    )
     spectrum: float = option(0.2, "weight of the distance of local power spectra in phase 2")
     adversarial: float = option(0.0, "weight of the adversarial term in phase 2")
     adversarial_after: int = option(
@@ -117,6 +125,10 @@ def _checks(config: DiffusionConfig) -> Iterator[tuple[bool, str]]:
     yield (
         not 1 <= config.calls <= MAX_STEPS,
         f"--calls {config.calls}: choose a number from 1 to {MAX_STEPS}",
+    )
+    yield (
+        bool(config.teacher) and config.calls != 1,
+        f"--teacher: it draws in one call, so --calls must be 1, not {config.calls}",
     )
     yield (
         bool(config.photos) == bool(config.bank) or bool(config.bank) != bool(config.held_out),

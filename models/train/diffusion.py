@@ -35,6 +35,7 @@ from models.train.narrow import narrow
 from models.train.perceptual import PerceptualLoss
 from models.train.soap import Soap
 from models.train.task import TrainingStep, Update, cosine
+from models.train.teacher import Teacher
 
 PERCEPTUAL_UNTIL = 0.5
 """The perceptual loss is applied to pictures that are predicted at this t or below, or by the last
@@ -68,6 +69,7 @@ class DiffusionTask:
             network.add_qualities(self.net, self.others)
         bf16 = self.device.type == "cuda" if config.bf16 is None else config.bf16
         self.network = network.Network(self.net, self.device, bf16, config.compile)
+        self.teacher = Teacher(Path(config.teacher), self.device, bf16) if config.teacher else None
         self.perceptual = PerceptualLoss(config, self.lpips, self.bank.latents, self.device)
         self.modules: dict[str, nn.Module] = {"net": self.net}
         if self.perceptual.discriminator:
@@ -143,13 +145,19 @@ class DiffusionTask:
         """Train the few-step decoder on a batch; `v_loss` is added to its loss."""
         target = self.network.residual(batch)
         denoise = self.network.denoiser_for(batch, 1.0, keep)
-        call_t, x0 = self._few_steps(denoise, _noise(target, step.generator), step)
+        noise = _noise(target, step.generator)
+        call_t, x0 = self._few_steps(denoise, noise, step)
         loss, ratio = self._squared_error(x0, target)
         metrics = {"ratio": ratio}
         if v_loss is not None:
             loss = loss + v_loss
             metrics["v"] = v_loss.detach()
         picture = self.network.picture(batch, x0)
+        if self.teacher and self.teacher.knows(batch.quality):
+            drawn = self.teacher.picture(batch, noise, keep)
+            distance = F.mse_loss(picture, drawn) / F.mse_loss(batch.x_hat, batch.x)
+            loss = loss + self.config.teacher_weight * distance
+            metrics["teacher"] = distance.detach()
         perceptual = call_t <= max(PERCEPTUAL_UNTIL, self.times[-1])
         if perceptual:
             for name, weight, term in self.perceptual.terms(picture, batch, step):

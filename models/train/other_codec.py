@@ -16,7 +16,10 @@ class OtherCodec:
     """A codec of any supported architecture. It encodes and decodes real bitstreams on the CPU."""
 
     def __init__(self, file: Path, quality: int) -> None:
-        """Any numbers of channels will do. Raises `WeightsError` if `file` is no checkpoint."""
+        """The codec may have any number of channels.
+
+        Raises `WeightsError` if `file` is no checkpoint.
+        """
         state = interchange.read(file)
         model = state_dicts.detect(state)
         self.codec = zoo.from_tensors(zoo.with_tables(state), quality, model=model)

@@ -1,6 +1,7 @@
 """Fixtures: the shipped codec, tiny networks, real Redis servers, a real service.
 
-A plugin of its own: the process of pytest-xdist that hands out the tests does not import it.
+This is a separate plugin, so that the process of pytest-xdist that hands out the tests does not
+import torch.
 """
 
 from collections.abc import Iterator

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ from models.tiers import Settings
 from models.train import __main__ as cli
 from models.train import bank, export, network
 from models.train.adapt import adapt, fit_map, folded
-from models.train.config import Stage, add_options
+from models.train.config import RunConfig, Stage, add_options, card
 from models.train.decoder_config import DiffusionConfig, resolve
 from models.train.diffusion import DiffusionTask
 from models.train.distributed import ProcessGroup
 from models.train.encoder import Encoder
 from models.train.losses import Denoise
+from models.train.msh import MshConfig
 from models.train.photos import photographs
 from models.train.run import Run
 from tests.support.forked import Forked, trainer
@@ -154,6 +155,22 @@ def test_a_perceptual_decoder_is_trained_alone_from_a_wider_one(
     assert len(rows) == 2 and all(row["lpips"] > 0 and "v" not in row for row in rows)
     drawn = decoder.from_file(Path(settings.out) / "decoder.safetensors")
     assert (drawn.config.widths, drawn.config.depth) == ((8, 16, 24), 1)
+
+
+@pytest.mark.usefixtures("few_held_out_crops")
+def test_a_decoder_learns_its_teachers_pictures_from_the_same_noise(
+    config: Callable[..., DiffusionConfig], tmp_path: Path
+) -> None:
+    teacher = config(plan=(Stage("perceptual", steps=1),), calls=1, out=str(tmp_path / "teacher"))
+    trained(teacher)
+    weights = str(tmp_path / "teacher" / "decoder.safetensors")
+    settings = config(
+        plan=(Stage("perceptual", steps=2),), calls=1, init=weights, teacher=weights, lr_phase2=1.0,
+        warm=1, log_s=0.0,
+    )  # fmt: skip
+    trained(settings)
+    same, other = (row["teacher"] for row in log(settings) if "teacher" in row)
+    assert same < 1e-9 < other  # after one step the weights differ from the teacher's
 
 
 @pytest.mark.usefixtures("few_held_out_crops")
@@ -503,6 +520,17 @@ def test_wrong_files_end_in_one_line_of_error_before_anything_is_encoded(
 def test_a_wrong_number_of_widths_is_refused() -> None:
     with pytest.raises(ValueError, match="2 numbers; compact has 3 levels"):
         network.build("compact", (8, 8), 192)
+
+
+@pytest.mark.parametrize("config", [DiffusionConfig, MshConfig])
+def test_a_card_names_no_local_folder(config: type[RunConfig]) -> None:
+    paths: dict[str, Any] = {
+        field.name: "/home/me/name"
+        for field in fields(config)
+        if isinstance(field.default, str) and "choices" not in field.metadata
+    }
+    assert paths
+    assert "/" not in json.dumps(card(config(**paths)))
 
 
 def test_every_option_has_help_and_is_parsed() -> None:
