@@ -25,9 +25,6 @@ from models.codec.compiled import compiled
 
 SIZE, PAD, TAPS = 5, 2, 12
 """Side of the context's kernel, its margin, and the number of taps before its centre."""
-BLOCKS = (8, 16)
-"""Channels per block of oneDNN's convolution with AVX2 and AVX-512. It sums over the blocks, in
-each over the taps, and for each tap over the channels of the block."""
 TRIALS = 4
 """Random positions at which a kernel must give torch's bits in all sums to be used."""
 CHECK = 64
@@ -36,6 +33,22 @@ SLOPE = 0.01
 """Slope of LeakyReLU below 0, PyTorch's default."""
 
 Float32Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Order in which a convolution of oneDNN sums: over the blocks of `block` channels, in each
+    over the taps, and for each tap over the channels of the block.
+
+    `separate`: each block is summed from zero and then added to the sum of the blocks before it.
+    """
+
+    block: int
+    separate: bool
+
+
+ORDERS = Order(8, separate=False), Order(16, separate=True)
+"""Those of oneDNN with AVX2 and with AVX-512."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +77,7 @@ class ContextModel:
             if isinstance(layer, nn.Conv2d) and layer.bias is not None
         ]
         self.thresholds = scale_table[:-1].numpy()
-        self._kernels: dict[tuple[int, bool], tuple[int, bool]] = {}
+        self._kernels: dict[tuple[int, bool], tuple[Order | None, bool]] = {}
 
     def decode(
         self,
@@ -100,16 +113,16 @@ class ContextModel:
             walk.fill(i)
         return walk.result()
 
-    def kernels(self) -> tuple[int, bool]:
+    def kernels(self) -> tuple[Order | None, bool]:
         """Return the kernels that give torch's bits with the current settings of the process.
 
-        The first is the block of the context's convolution, 0 for torch's own; the second whether
-        the layers after it may be products of matrix and vector, instead of torch's convolutions.
+        The first is the order of the context's convolution, or None for torch's own convolution.
+        The second is True if the layers after it may be products of matrix and vector.
         """
         key = torch.get_num_threads(), bool(torch.backends.mkldnn.enabled)
         if key not in self._kernels:
-            blocks = [b for b in BLOCKS if self.M % b == 0 and self._agrees(b, False)]
-            self._kernels[key] = (blocks or [0])[0], self._agrees(0, True)
+            orders = (o for o in ORDERS if self.M % o.block == 0 and self._agrees(o, False))
+            self._kernels[key] = next(orders, None), self._agrees(None, True)
         return self._kernels[key]
 
     def blocked(self, block: int) -> Float32Array:
@@ -124,11 +137,11 @@ class ContextModel:
     def _blocked(self) -> dict[int, Float32Array]:
         return {}
 
-    def _agrees(self, block: int, products: bool) -> bool:
+    def _agrees(self, order: Order | None, products: bool) -> bool:
         """Compare kernels with torch's convolutions at random positions."""
         rng = np.random.default_rng(0)
-        ours = _Sums(self, torch.float32, block, products)
-        theirs = _Sums(self, torch.float32, 0, False)
+        ours = _Sums(self, torch.float32, order, products)
+        theirs = _Sums(self, torch.float32, None, False)
         for _ in range(TRIALS):
             y_hat = rng.normal(0, 3, (PAD + 1, SIZE, self.M)).astype(np.float32)
             features = rng.normal(0, 1, 2 * self.M).astype(np.float32)
@@ -147,7 +160,7 @@ class ContextModel:
 
 def warm_up() -> None:
     """Compile the kernels, with a small random network, unless they are in numba's cache."""
-    M = max(BLOCKS)
+    M = max(order.block for order in ORDERS)
     layers = nn.Sequential(nn.Conv2d(4 * M, 2 * M, 1))
     model = ContextModel(nn.Conv2d(M, 2 * M, SIZE), layers, tables.scale_table())
     model.quantize(torch.zeros(1, M, 1, 1), torch.zeros(1, 2 * M, 1, 1))
@@ -162,7 +175,7 @@ class _Walk:
 
     def __init__(self, model: ContextModel, features: Tensor, dtype: torch.dtype) -> None:
         M, (rows, self.columns) = model.M, features.shape[2:]
-        kernels = model.kernels() if dtype == torch.float32 else (0, True)
+        kernels = model.kernels() if dtype == torch.float32 else (None, True)
         self.sums = _Sums(model, dtype, *kernels)
         self.means = self.sums.output[M:]
         self.thresholds = model.thresholds
@@ -204,11 +217,14 @@ class _Walk:
 class _Sums:
     """The sums of one position, in buffers that are allocated once."""
 
-    def __init__(self, model: ContextModel, dtype: torch.dtype, block: int, products: bool) -> None:
+    def __init__(
+        self, model: ContextModel, dtype: torch.dtype, order: Order | None, products: bool
+    ) -> None:
         """Choose the kernels: see `ContextModel.kernels`. With float64 all are products."""
         weight, bias = model.context
         self.dtype, self.products = dtype, products
-        self.weights = model.blocked(block) if block else None
+        self.order = order
+        self.weights = model.blocked(order.block) if order else None
         self.bias = bias.numpy()
         self.context = weight.to(dtype), bias.to(dtype)
         self.layers = [(w.to(dtype), b.to(dtype)) for w, b in model.layers]
@@ -226,11 +242,13 @@ class _Sums:
         """
         half = len(features)
         self.before[:half] = features
-        if self.weights is None:
+        if self.order is None:
             _crop(y_hat, row, column, self.crop)
             self.before[half:] = self._convolved()
         else:
-            _convolve(y_hat, row, column, self.weights, self.bias, self.before[half:])
+            _convolve(
+                y_hat, row, column, self.weights, self.bias, self.order.separate, self.before[half:]
+            )
         x = self.inputs.to(self.dtype)
         last = len(self.layers) - 1
         for i, (weight, bias) in enumerate(self.layers):
@@ -251,17 +269,23 @@ class _Sums:
 
 
 @compiled(fastmath={"contract"})
-def _convolve(y_hat, row, column, weights, bias, out):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Sum up the context of a position in oneDNN's order, by fused multiply-add."""
+def _convolve(y_hat, row, column, weights, bias, separate, out):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Sum up the context of a position by fused multiply-add; `separate` is that of `Order`."""
+    sums = np.empty_like(out) if separate else out
     for o in range(out.size):
         out[o] = bias[o]
     for b in range(weights.shape[0]):
+        if separate:
+            sums[:] = 0
         for t in range(TAPS):
             y = y_hat[row + t // SIZE, column + t % SIZE]
             for k in range(weights.shape[2]):
                 value, w = y[b * weights.shape[2] + k], weights[b, t, k]
                 for o in range(out.size):
-                    out[o] += w[o] * value
+                    sums[o] += w[o] * value
+        if separate:
+            for o in range(out.size):
+                out[o] += sums[o]
 
 
 @compiled()
