@@ -5,12 +5,14 @@ It gives the same scale indexes and means on every machine.
 
 import copy
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from models import cancellation
-from models.codec import rans
+from models.codec import idle_channels, rans
+from models.codec.idle_channels import Convolution
 
 BITS = 16
 """Fraction bits of weights and activations."""
@@ -40,13 +42,22 @@ class ExactHyperSynthesis:
         self.layers = copy.deepcopy(h_s).double().requires_grad_(False)
         factor = 1.0  # by which the activations after a layer are scaled
         for layer in reversed(self.layers):
-            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            if isinstance(layer, Convolution):
                 factor = self._fix(layer, factor)
         if factor != 1:
             raise ValueError(TOO_LARGE)
+        # only now, because the factors depend on all weights
+        last = self.layers[-1]
+        assert isinstance(last, Convolution)
+        self.outputs = idle_channels.nonzero_channels(last)
+        masks = idle_channels.used_channels(self.layers, self.outputs)
+        self.inputs = masks[0]
+        for number, (layer, i_o) in enumerate(zip(self.layers, pairwise(masks), strict=True)):
+            if isinstance(layer, Convolution):
+                self.layers[number] = idle_channels.narrow(layer, *i_o)
         self.thresholds = torch.floor(scale_table[:-1].double() * (1 << BITS))
 
-    def _fix(self, layer: nn.Conv2d | nn.ConvTranspose2d, factor: float) -> float:
+    def _fix(self, layer: Convolution, factor: float) -> float:
         """Convert a layer's weights to integers that scale its result by `factor`.
 
         Returns the factor by which the layer's input has to be scaled.
@@ -72,6 +83,7 @@ class ExactHyperSynthesis:
         (B, M, 4h, 4w) float32.
         """
         one = float(1 << BITS)
+        z_symbols, medians = z_symbols[:, self.inputs], medians[:, self.inputs]
         x = z_symbols.double() * one + torch.round(medians.double() * one)
         x = x.clamp(-self.LIMIT, self.LIMIT)
         *first, last = self.layers
@@ -81,16 +93,18 @@ class ExactHyperSynthesis:
                     part.copy_(torch.where(part < 0, torch.floor(part * SLOPE / one), part))
             else:
                 x = self._apply(layer, x)
-        means = torch.empty(len(x), self.M, *x.shape[2:])
-        indexes = torch.empty_like(means, dtype=torch.int32)
+        means = torch.zeros(len(x), self.M, *x.shape[2:])
+        indexes = torch.zeros_like(means, dtype=torch.int32)
+        of_scales, of_means = (mask.nonzero()[:, 0] for mask in self.outputs.chunk(2))
         top = 0
         for strip in self._strips(last, x):
             rows = slice(top, top := top + strip.shape[2])
-            scales_hat, means_hat = strip.chunk(2, 1)
-            scales_hat = scales_hat.contiguous()  # `bucketize` warns otherwise
-            indexes[:, :, rows] = torch.bucketize(scales_hat, self.thresholds, out_int32=True)
+            scales_hat = strip[:, : len(of_scales)].contiguous()  # else `bucketize` warns
+            means_hat = strip[:, len(of_scales) :]
+            found = torch.bucketize(scales_hat, self.thresholds, out_int32=True)
+            indexes[:, of_scales, rows] = found
             # float32 holds the means exactly: they lie within ±2^11 and are rounded to 2^-12
-            means[:, :, rows] = (torch.floor(means_hat / 16 + 0.5) / 4096).float()
+            means[:, of_means, rows] = (torch.floor(means_hat / 16 + 0.5) / 4096).float()
         return indexes[0].numpy(), means
 
     def _apply(self, layer: nn.Module, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.codec import idle_channels
 from models.codec.msh import GDN
 from models.codec.networks import ResidualBlockUpsample
 
@@ -27,7 +28,7 @@ class InferenceSynthesis(nn.Module):
 
     def __init__(self, g_s: nn.Sequential) -> None:
         super().__init__()
-        masks = used_channels(g_s)
+        masks = idle_channels.used_channels(g_s, torch.ones(3, dtype=torch.bool))
         self.register_buffer("channels", masks[0].nonzero()[:, 0], persistent=False)
         *head, last_gdn, last = (
             _narrow(layer, *in_out) for layer, in_out in zip(g_s, pairwise(masks), strict=True)
@@ -121,28 +122,6 @@ class SubPixel(nn.Module):
         return out
 
 
-def used_channels(g_s: nn.Sequential) -> list[Tensor]:
-    """Return masks of the channels that affect the picture.
-
-    There is one mask for the input of each layer of `g_s`, and a last one for the picture. A codec
-    that was widened (`models.train.widen`) has channels that do not affect the picture. A mask is
-    never empty: if no channel of a layer affects the picture, all are marked.
-    """
-    masks = [torch.ones(3, dtype=torch.bool)]
-    for layer in reversed(g_s):
-        used = masks[0]
-        if isinstance(layer, nn.ReLU):
-            masks[0] = used
-        elif isinstance(layer, GDN):
-            gamma = layer.coefficients()[1][used]  # (out, in, 1, 1)
-            masks[0] = used = used | (gamma != 0).any(0)[:, 0, 0]
-        else:
-            assert isinstance(layer, nn.ConvTranspose2d)
-            used = (layer.weight[:, used] != 0).any(1).any(1).any(1)
-        masks.insert(0, used if used.any() else torch.ones_like(used))
-    return masks
-
-
 def _narrow(layer: nn.Module, i: Tensor, o: Tensor) -> nn.Module:
     """Return the layer with only the input channels in mask `i` and output channels in mask `o`."""
     if isinstance(layer, GDN):
@@ -151,9 +130,4 @@ def _narrow(layer: nn.Module, i: Tensor, o: Tensor) -> nn.Module:
     if isinstance(layer, nn.ReLU):
         return nn.ReLU(inplace=True)
     assert isinstance(layer, nn.ConvTranspose2d)
-    assert layer.bias is not None
-    k, stride = layer.kernel_size[0], layer.stride[0]
-    narrow = nn.ConvTranspose2d(int(i.sum()), int(o.sum()), k, stride, k // 2, stride - 1)
-    narrow.weight.data.copy_(layer.weight[i][:, o])
-    narrow.bias.data.copy_(layer.bias[o])  # type: ignore[union-attr]
-    return narrow
+    return idle_channels.narrow(layer, i, o)

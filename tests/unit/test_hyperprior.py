@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from models.codec import bitstream, codec
+from models.codec import bitstream, codec, idle_channels
 from models.codec import exact as exact_profile
 from models.codec.codec import Codec
 from models.codec.exact import ExactHyperSynthesis
+from models.codec.idle_channels import Convolution
 from models.errors import LengthMismatch
 from models.image import Pixels
 
@@ -176,9 +177,42 @@ def test_the_largest_symbols_of_z_stay_within_exact_sums(
     """They saturate, and the result equals that of int64 arithmetic."""
     z = symbols(1, 128, 2, 2).sign() * (2**30 - 1)
     x = torch.full_like(z, ExactHyperSynthesis.LIMIT, dtype=torch.float64) * z.sign()
-    assert torch.equal(
-        exact(z, torch.zeros_like(shipped.latent_coder.medians))[1], _integers(exact, x)
+    means = exact(z, torch.zeros_like(shipped.latent_coder.medians))[1]
+    nonzero = exact.outputs.chunk(2)[1]
+    assert torch.equal(means[:, nonzero], _integers(exact, x[:, exact.inputs]))
+    assert not means[:, ~nonzero].any()
+
+
+def test_the_exact_profile_leaves_out_idle_channels_and_gives_the_same_bits(
+    shipped: Codec, exact: ExactHyperSynthesis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def all_channels(layers: nn.Sequential, wanted: torch.Tensor) -> list[torch.Tensor]:
+        widths = (128, 192, 192, 288, 288)  # inputs of the layers
+        return [*(torch.ones(width, dtype=torch.bool) for width in widths), wanted]
+
+    monkeypatch.setattr(idle_channels, "used_channels", all_channels)
+    monkeypatch.setattr(
+        idle_channels, "nonzero_channels", lambda s: torch.ones(s.out_channels, dtype=torch.bool)
     )
+    coder = shipped.latent_coder
+    whole = ExactHyperSynthesis(shipped.net.h_s, shipped.net.M, coder.scale_table)
+    inputs = [
+        [layer.in_channels for layer in h_s.layers if isinstance(layer, Convolution)]
+        for h_s in (whole, exact)
+    ]
+    assert inputs == [[128, 192, 288], [64, 128, 192]]
+    z = symbols(2, 128, 5, 7)
+    assert same(exact(z, coder.medians), whole(z, coder.medians))
+
+
+def test_h_s_of_zeros_gives_the_smallest_scales_and_no_means(shipped: Codec) -> None:
+    h_s = copy.deepcopy(shipped.net.h_s)
+    for parameter in h_s.parameters():
+        parameter.data.zero_()
+    indexes, means = ExactHyperSynthesis(h_s, 192, shipped.latent_coder.scale_table)(
+        symbols(1, 128, 2, 2), shipped.latent_coder.medians
+    )
+    assert not indexes.any() and not means.any()
 
 
 def _integers(exact: ExactHyperSynthesis, x: torch.Tensor) -> torch.Tensor:
@@ -189,7 +223,7 @@ def _integers(exact: ExactHyperSynthesis, x: torch.Tensor) -> torch.Tensor:
         if isinstance(layer, nn.LeakyReLU):
             v = torch.where(v < 0, v * exact_profile.SLOPE >> exact_profile.BITS, v)
             continue
-        assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+        assert isinstance(layer, Convolution)
         assert layer.bias is not None
         weight, bias = layer.weight.to(torch.int64), layer.bias.to(torch.int64)
         if isinstance(layer, nn.ConvTranspose2d):
@@ -207,7 +241,8 @@ def _integers(exact: ExactHyperSynthesis, x: torch.Tensor) -> torch.Tensor:
                 part = padded[0, :, i : i + rows, j : j + columns].reshape(v.shape[1], -1)
                 total += (weight[:, :, i, j] @ part).reshape(1, -1, rows, columns)
         v = (total // one).clamp(-limit, limit)
-    return (torch.div(v.chunk(2, 1)[1] + 8, 16, rounding_mode="floor").double() / 4096).float()
+    means = v[:, int(exact.outputs.chunk(2)[0].sum()) :]
+    return (torch.div(means + 8, 16, rounding_mode="floor").double() / 4096).float()
 
 
 def here(*arguments: str) -> list[str]:
