@@ -38,10 +38,11 @@ class Library:
         return self.find(r.quality, r.metric, r.weights_id, r.model)
 
     def read(self, b: Bitstream) -> Bitstream:
-        """Return the reading of `b` whose weights are installed here, otherwise `b`.
+        """Return `b` as a bitstream of the model whose weights are installed.
 
-        If there is more than one, it is the first whose strings end as with these weights, which
-        only the entropy decoder can tell.
+        The header of a file in CompressAI's format can fit several models. If several of them are
+        installed, the first whose entropy decoder ends in the right state is chosen, or else the
+        first of all. If none is installed, `b` is returned unchanged.
         """
         readings = [r for r in b.readings if self._installed(r)]
         for r in readings if len(readings) > 1 else ():

@@ -75,7 +75,8 @@ class Feed(Generic[T]):
     """The callers of the followers that asked to be passed to `Source.ask`."""
     asked: int = 0
     answered: int = 0
-    """Numbers of the latest request for the record, and of the latest that has been met."""
+    """Numbers of the latest request for the record and of the latest that was answered; the record
+    is stale while `asked > answered`."""
     error: Exception | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Is replaced after each change."""

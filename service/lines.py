@@ -88,11 +88,11 @@ class _Call:
 class Line:
     """Threads that callers share by the size of their work (start-time fair queueing).
 
-    At most `threads` calls run at a time. One fewer of them, but at least one, may be large, and
-    one small call runs beside any number of large ones. Up to `waiting` more calls wait, or fewer
-    if they would wait longer than their timeout. `megapixel_s` is a guess of how long a megapixel
-    of the usual kind takes, until it has been measured for the kind. A call's timeout includes its
-    work if `timeout_includes_work`.
+    At most `threads` calls run at a time, and at most `max(threads - 1, 1)` large ones. If all that
+    run are large, one small call may run beside them, even if all threads are in use. Up to
+    `waiting` more calls wait, or fewer if they would wait longer than their timeout. `megapixel_s`
+    is a guess of how long a megapixel of the usual kind takes, until it has been measured for the
+    kind. A call's timeout includes its work if `timeout_includes_work`.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ def retry(services: Services, job_id: str) -> JobState:
     state = _record(services, job_id)
     if state.status not in {"failed", "canceled", "expired"}:
         reason = "only a failed, canceled or expired decode can be retried"
-        raise Conflict(f"decode {job_id} is {state.status}; {reason}")
+        raise Conflict(f"decode {job_id} has the status '{state.status}'; {reason}")
     data = services.store.bitstream(state.decode.digest)
     if data is None:
         raise JobNotFound(

@@ -27,7 +27,9 @@ class ServiceSettings(WorkerSettings):
         description="memory for uploads per API process; the first 64 KiB of each do not count",
     )
     max_megapixel_steps: float = Field(
-        2000, gt=0, description="largest job: megapixels × steps, about 1 s each on one core"
+        1500,
+        gt=0,
+        description="largest job: megapixels × calls of the network, 2 s each on one core",
     )
     api_keys: Path | None = Field(
         None, description="TOML file of API keys; if unset, no authentication"

@@ -100,7 +100,9 @@ class Submission:
         if self.target is not None:
             return await self._respond_about_target(self.target, headers)
         format = self._format()
-        state = await anyio.to_thread.run_sync(recall.find, self.services.jobs, self.decode)
+        state = await anyio.to_thread.run_sync(
+            recall.find_or_restore, self.services.jobs, self.decode
+        )
         finished = await self._finished(state, format, {**headers, "X-Cache": "hit"})
         metrics.cache("picture", finished is not None)
         await check_webhooks(self.services, self.caller, self.params.webhooks)
@@ -140,7 +142,7 @@ class Submission:
             return await watching.ended_response(
                 self.services, state, self.caller, {**headers, "X-Cache": "hit"}
             )
-        known = await anyio.to_thread.run_sync(recall.find, jobs, self.decode)
+        known = await anyio.to_thread.run_sync(recall.find_or_restore, jobs, self.decode)
         finished = known is not None and known.status == "succeeded"
         headers["X-Cache"] = "hit" if finished else "miss"
         if finished:

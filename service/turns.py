@@ -9,16 +9,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service import addresses
 
 MAX_ACCEPTED = 64
-"""Connections that may be accepted before the next request begins."""
+"""Most rounds in which only connections are accepted, until the next request begins."""
 
 
 class Turns:
     """ASGI middleware: one request begins in each round of the event loop, and clients take turns.
 
-    Until a request first waits, it takes one or more milliseconds. If hundreds that arrive together
-    began together, as clients of the same address can send them, new requests of others, such as
-    probes, would wait for all of these. uvloop accepts one connection in each round; so while more
-    connections are `accepted`, which is their number so far, no request begins.
+    A request blocks the event loop for a millisecond or more before its first `await`. If hundreds
+    began in one round, requests of other clients, such as health probes, would wait for all of
+    them. uvloop accepts one connection per round, and new connections go first: a request waits
+    while `accepted()`, the number of connections accepted so far, grows, for at most `MAX_ACCEPTED`
+    rounds.
     """
 
     def __init__(self, app: ASGIApp, accepted: Callable[[], int]) -> None:
@@ -33,7 +34,11 @@ class Turns:
         await self._app(scope, receive, send)
 
     async def _turn(self, scope: Scope) -> None:
-        """Return when the request may begin: at once if nothing else has happened."""
+        """Return when the request may begin.
+
+        It begins at once if no other request has begun in this round or waits, and no connection
+        has been accepted since the last round.
+        """
         loop = asyncio.get_running_loop()
         at_once = not self._taken and self._accepted() == self._seen
         if not self._taken:

@@ -111,7 +111,7 @@ async def pending_response(
     if state.status in {"failed", "canceled"}:
         reason = f" ({state.error})" if state.error else ""
         hint = f"POST /v1/decodes/{state.id}/retry to queue it again"
-        raise Conflict(f"decode {state.id} is {state.status}{reason}; {hint}")
+        raise Conflict(f"decode {state.id} has the status '{state.status}'{reason}; {hint}")
     document = await anyio.to_thread.run_sync(view, services, state, caller.name, outlook)
     headers = {"Retry-After": str(math.ceil(document.eta_s or 1)), "Cache-Control": "no-store"}
     return JSONResponse(document.model_dump(mode="json"), 202, headers)

@@ -76,7 +76,7 @@ class LineQueue(Queue):
             if timeout is None:
                 return None
             wait_s = min(timeout, MAX_WAIT_S)
-            if taken is not None:  # drained: it must not answer the bell instead of other workers
+            if taken is not None:  # drained: waiting would take a wake-up call from another worker
                 time.sleep(wait_s)
             elif self.line.wait(self.connection, wait_s):
                 continue

@@ -137,7 +137,7 @@ class WorkerSettings(EnvironmentSettings):
     )
     results: str = Field(
         "",
-        description="`store:NAME/PREFIX` for finished pictures, which outlive the cache there",
+        description="`store:NAME/PREFIX` where finished pictures are kept longer than in the cache",
     )
 
 

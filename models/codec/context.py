@@ -1,10 +1,11 @@
 """Entropy coding of latents whose means and scales depend on the symbols before (a context model).
 
 Position by position, in the order of rows, a masked 5×5 convolution of the latents decoded so far
-and the features of `h_s` give the means and scales of all channels (Minnen 2018). One scale index
-that differs from the encoder's loses the rest of the bitstream. Therefore all sums are rounded as
-CompressAI rounds them in a process with the same settings, but without its overhead: each call of a
-torch convolution with a 5×5 kernel rearranges the kernel, which takes longer than the convolution.
+and the features of `h_s` give the means and scales of all channels (Minnen 2018). If one scale
+index differs from the encoder's, everything after it decodes wrongly. Therefore all sums are
+rounded as CompressAI rounds them in a process with the same settings, but without its overhead:
+each call of a torch convolution with a 5×5 kernel rearranges the kernel, which takes longer than
+the convolution.
 The kernels used instead are compared with torch's convolutions, bit by bit, before they are used.
 """
 

@@ -30,8 +30,9 @@ class ExactHyperSynthesis:
     Every sum of products is an integer below 2^53, so float64 holds it exactly in any order of
     summation. A layer's result is divided by 2^16, rounded down and clamped to ±2^11, so the sums
     of the next layer stay below 2^53 for any z. If the sums of a layer could still exceed 2^53, its
-    weights are halved and its inputs doubled, by the weights of the layer before it, as often as
-    needed.
+    weights are divided by a power of two, and weights and biases of the layer before it are
+    multiplied by the same factor, so that the result stays the same but for rounding. The first
+    layer has no layer before it: weights that need a factor there are refused.
     """
 
     LIMIT = float(1 << (BITS + 11))
@@ -43,7 +44,7 @@ class ExactHyperSynthesis:
         factor = 1.0  # by which the activations after a layer are scaled
         for layer in reversed(self.layers):
             if isinstance(layer, Convolution):
-                factor = self._fix(layer, factor)
+                factor = self._to_fixed_point(layer, factor)
         if factor != 1:
             raise ValueError(TOO_LARGE)
         # only now, because the factors depend on all weights
@@ -57,7 +58,7 @@ class ExactHyperSynthesis:
                 self.layers[number] = idle_channels.narrow(layer, *i_o)
         self.thresholds = torch.floor(scale_table[:-1].double() * (1 << BITS))
 
-    def _fix(self, layer: Convolution, factor: float) -> float:
+    def _to_fixed_point(self, layer: Convolution, factor: float) -> float:
         """Convert a layer's weights to integers that scale its result by `factor`.
 
         Returns the factor by which the layer's input has to be scaled.

@@ -104,9 +104,9 @@ class LatentCoder:
         return rans.decode(z_string, _channels(shape), self.z_tables)
 
     def fits(self, y_string: bytes, z_string: bytes, size: tuple[int, int]) -> bool:
-        """Tell whether the first string to decode ends as an encoder with these weights ends it.
+        """Return True if the first string ends in the state in which encoders start.
 
-        That of other weights does not, except with a probability of about 2e-11.
+        With the weights of another codec, this happens with a probability of about 2e-11.
         """
         try:
             self.decode_z(z_string, size)

@@ -32,10 +32,10 @@ from models import cancellation, tiles
 from models.errors import BitstreamError, Unavailable
 
 ARITHMETICS = ("float64", "one thread", "oneDNN off", "channels_last")
-"""The arithmetics, in the order in which they are tried. float64 comes first: where two machines
-round a scale to different sides of a threshold in the scale table, float64 agrees with each of them
-about equally often. Of 900 streams made with AVX2, 17 did not decode with AVX-512, and 11 of these
-decoded with float64."""
+"""The arithmetics, in the order in which they are tried. float64 comes first: if two machines round
+a scale to different sides of a threshold in the scale table, it agrees with either about equally
+often. Of 900 streams made with AVX2, 17 did not decode with AVX-512, and 11 of these decoded with
+float64."""
 TIMEOUT_S = 60.0
 """Longest wait for a result. The largest picture takes 2 to 13 s per arithmetic."""
 BUSY_S = 15.0

@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     e.add_argument(
         "--steps", type=int, default=0,
-        help="the decoder draws in this number of steps at beta 1 (default: it draws all others)",
+        help="install the decoder for DDIM with beta 1 and exactly this number of steps, as in the "
+        "tier perceptual (default: for all other settings)",
     )  # fmt: skip
     e.add_argument(
         "--sizes", type=int, nargs=2, metavar=("N", "M"),

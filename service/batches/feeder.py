@@ -25,12 +25,13 @@ from worker.queue.references import StoreAway
 ITEMS_AT_ONCE = 8
 """Items of a batch that are begun at a time; most of the time is spent waiting for stores."""
 SLICE = 32
-"""Items of a batch that have been taken and are not begun yet, at most."""
+"""Largest number of items that are claimed and not yet submitted."""
 WINDOW, WINDOW_PER_WORKER, MAX_WINDOW = 64, 16, 512
-"""Items of a batch that are queued or running, at most: workers then find the next one."""
+"""A batch has at most `WINDOW + WINDOW_PER_WORKER × live workers` items queued or running, and
+never more than `MAX_WINDOW`. This keeps the workers supplied."""
 BACKLOG_SHARE, FEW = 0.5, 8
-"""Part of the longest backlog beyond which only `FEW` items are active: other requests need the
-rest, and a batch its share of the drawings."""
+"""If the predicted wait exceeds `BACKLOG_SHARE × max_backlog_s`, at most `FEW` items are active.
+The rest of the backlog is left to other requests, while the batch still gets its share."""
 REFUSED = 1000
 """Items that fail together, because their caller has no key any more."""
 STEP_S = 1.0
@@ -121,7 +122,7 @@ class Feeder:
         items = await in_thread(self.batches.items, batch, active)
         seen = await in_thread(progress.look, self.services, batch, caller.name, items, active)
         await self._settle(batch, active, seen.changes)
-        due = {n: active[n] for n in seen.lost if active[n].at <= time.time()}
+        due = {n: active[n] for n in seen.to_submit if active[n].at <= time.time()}
         if not batch.canceled:
             claimed = await in_thread(self._claim, batch, caller)
             due |= dict.fromkeys(claimed, Active())

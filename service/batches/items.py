@@ -127,7 +127,7 @@ class Beginner:
     ) -> None:
         """Queue the job and the write, as `Submission` does for requests."""
         jobs, name = self.services.jobs, self.caller.name
-        recall.find(jobs, decode)
+        recall.find_or_restore(jobs, decode)
         self.services.quotas.job(self.caller, decode.id)
         if self.services.settings.private:
             submitters.add(self.services.store, decode.id, name)

@@ -22,10 +22,10 @@ class DecodeFailed(AfterimageError):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Changes of the active items, and the items that have to be begun or begun again."""
+    """Changes of the active items, and the items without a decode, which have to be submitted."""
 
     changes: list[Change]
-    lost: list[int]
+    to_submit: list[int]
 
 
 def wanted(batch: Batch, item: Item, caller: str) -> Target:
@@ -53,7 +53,7 @@ def look(
     ):
         change = _change(number, job, target)
         if change is None or (change[1] == "failed" and not active[number].sent):
-            found.lost.append(number)
+            found.to_submit.append(number)
         else:
             found.changes.append(change)
     return found
@@ -62,7 +62,10 @@ def look(
 def _change(
     number: int, job: tuple[bytes | None, bytes | None], value: bytes | None
 ) -> Change | None:
-    """The change of an item, given its job's status and error, and its target; None if lost."""
+    """The change of an item, given its job's status and error, and its target.
+
+    None if no status follows: the item has to be submitted.
+    """
     target = None if value is None else Target.loads(value)
     if target is not None and target.status == "written":
         return number, "succeeded", None

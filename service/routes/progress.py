@@ -156,7 +156,7 @@ async def retry(
         state, seen = (f(services, id, caller) for f in (watching.find, watching.find_seen))
         if {state.status, seen.status}.isdisjoint({"failed", "canceled", "expired"}):
             reason = "only a failed, canceled or expired decode can be retried"
-            raise Conflict(f"decode {id} is {seen.status}; {reason}")
+            raise Conflict(f"decode {id} has the status '{seen.status}'; {reason}")
         services.jobs.targets.retry(id, caller.name)
         if state.status == "succeeded":  # only the caller's targets have failed
             return watching.view(services, state, caller.name)

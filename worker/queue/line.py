@@ -57,7 +57,8 @@ class Line:
     def add(self, state: JobState, pipe: Pipeline, at_front: bool = False) -> None:
         """Put a job into its caller's queue.
 
-        At the front belongs a job that was taken and not drawn; its caller gets back what it cost.
+        `at_front` is for a job that a worker took and did not finish. Its caller gets back the
+        share that it was charged for it.
         """
         self.queue_of(state).add(state.id, pipe, at_front)
         taken = self.store.key("job", state.id) if at_front else ""
@@ -90,7 +91,10 @@ class Line:
         return self.queue_of(state).position(state.id) is not None
 
     def is_earlier(self, new: JobState, queued: JobState) -> bool:
-        """Whether a queued job would be drawn earlier, about, at the end of the queue of `new`."""
+        """Estimate whether a queued job would be drawn earlier in the queue of `new`'s caller.
+
+        It would be put at the end of that queue. False if it waits in no queue, or there already.
+        """
         queue, new_queue = self.queue_of(queued), self.queue_of(new)
         place = queue.position(queued.id)
         if place is None or new_queue == queue:

@@ -10,8 +10,8 @@ from worker.queue.records import DecodeRequest, JobState
 from worker.queue.store import RECORD_TTL_S
 
 
-def find(jobs: Jobs, decode: DecodeRequest) -> JobState | None:
-    """The job's state; for a picture of which only the results know, a new record is made."""
+def find_or_restore(jobs: Jobs, decode: DecodeRequest) -> JobState | None:
+    """The job's state. If its record has expired, but its picture is in the results, make one."""
     state = jobs.get(decode.id)
     if state is None and jobs.store.recall(decode.id) is not None:
         return record(jobs, decode)

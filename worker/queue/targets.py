@@ -118,7 +118,8 @@ class Targets:
         excess = len(others) - len(ended) - MAX_TARGETS + 1
         if excess > len(written):
             raise TooManyTargets(
-                f"target: {MAX_TARGETS} targets of yours wait for this decode, the maximum"
+                f"target: you have {MAX_TARGETS} pending targets for this decode, the maximum; "
+                "wait until one of them is written"
             )
         ended += written[: max(excess, 0)]
         if ended:
