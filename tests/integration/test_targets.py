@@ -110,7 +110,7 @@ def test_the_targets_of_a_caller_are_limited(jobs: Jobs) -> None:
         jobs.targets.add("0" * 32, target("ann", f"{i}.png"))
     jobs.targets.add("0" * 32, target("ann", "0.png"))
     jobs.targets.add("0" * 32, target("bob"))
-    with pytest.raises(ParameterError, match=f"{MAX_TARGETS} targets of yours wait"):
+    with pytest.raises(ParameterError, match=f"{MAX_TARGETS} pending targets"):
         jobs.targets.add("0" * 32, target("ann", "more.png"))
 
 
