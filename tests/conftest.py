@@ -24,8 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _set_environment(config: pytest.Config) -> None:
-    """Hide the user's imported weights, let workers have their share of the processor, and let all
-    processes of all runs share what numba compiled, which takes 4 s.
+    """Hide the user's imported weights, let workers have their share of the processor, let all CPUs
+    draw the same pictures, and let all processes of all runs share what numba compiled, which takes
+    4 s.
 
     With the default niceness, a worker waits for the tests that run in parallel. numba compiles
     again what belongs to another version of the source, of itself or of the CPU.
@@ -39,6 +40,7 @@ def _set_environment(config: pytest.Config) -> None:
     patch.setenv("NUMBA_CACHE_DIR", str(numba))
     patch.setenv("AFTERIMAGE_WEIGHTS_DIR", str(Path(folder.name, "no-weights")))
     patch.setenv("AFTERIMAGE_NICE", "0")
+    patch.setenv("AFTERIMAGE_DIFFUSION_PRECISION", "f32")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -121,6 +121,11 @@ class WorkerSettings(EnvironmentSettings):
     gs_precision: Literal["f32", "bf16"] = Field(
         "f32", description="precision of instant decodes on a CPU; `bf16` takes half the time"
     )
+    diffusion_precision: Literal["auto", "f32", "bf16"] = Field(
+        "auto",
+        description="precision of the diffusion network; `auto`: `bf16` on GPUs and on CPUs with "
+        "instructions for it, else `f32`",
+    )
     grace_s: float = Field(30, ge=0, description="seconds that a job may still run after SIGTERM")
     batch: int = Field(
         0, ge=0, le=64, description="pictures of one shape per batch, at most; 0: 8 on CUDA, else 1"
@@ -170,6 +175,7 @@ def prepare_process(settings: WorkerSettings) -> None:
     _check_folders(settings)
     os.environ["AFTERIMAGE_CACHE_DIR"] = str(settings.cache_dir)
     os.environ["AFTERIMAGE_GS_PRECISION"] = settings.gs_precision
+    os.environ["AFTERIMAGE_DIFFUSION_PRECISION"] = settings.diffusion_precision
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -1,6 +1,7 @@
 """Diffusion decoder: draws a realistic picture from the codec's latents."""
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models import checkpoint, tiles
+from models import checkpoint, processor, tiles
 from models.codec.hyperprior import Latents
 from models.diffusion import noise, sampler, schedule
 from models.diffusion.conditioner import Condition, Maps
@@ -19,6 +20,10 @@ from models.diffusion.unet import UNet, read_network
 from models.errors import WrongWeights
 from models.geometry import STRIDE_Y
 from models.tiers import Settings
+
+PRECISION_VARIABLE = "AFTERIMAGE_DIFFUSION_PRECISION"
+"""Environment variable: f32, bf16, or auto (default): bf16 on GPUs and on CPUs that compute in it,
+which then need half of the time."""
 
 OnWindow = Callable[[], None]
 """Called after each window. If it raises an exception, the sampling ends."""
@@ -71,6 +76,7 @@ class Decoder:
         self.device = device or torch.device("cpu")
         net = net.eval().requires_grad_(False)
         self.net: UNet = net.to(self.device).to(memory_format=torch.channels_last)
+        self.bf16 = _bf16(self.device)
 
     @property
     def config(self) -> UNetConfig:
@@ -168,7 +174,7 @@ class _BatchSampler:
         self.config, self.process, self.settings = decoder.config, decoder.process, settings
         self.seeds = [item.seed for item in inputs]
         self.condition = _condition(decoder, inputs, settings.beta)
-        self.network = _WindowedNetwork(decoder.net, decoder.device, window, on_window)
+        self.network = _WindowedNetwork(decoder, window, on_window)
         self.maps = self.network.maps(self.condition)
         self.blind_maps: Maps | None = None
         if settings.guidance != 1 and any(item.latents_visible for item in inputs):
@@ -220,8 +226,9 @@ class _BatchSampler:
 class _WindowedNetwork:
     """A U-Net that computes large pictures in overlapping windows, in bounded memory."""
 
-    def __init__(self, net: UNet, device: torch.device, window: int, on_window: OnWindow) -> None:
-        self.net, self.config, self.device = net, net.config, device
+    def __init__(self, decoder: Decoder, window: int, on_window: OnWindow) -> None:
+        self.net, self.config, self.device = decoder.net, decoder.config, decoder.device
+        self.bf16 = decoder.bf16
         self.window, self.on_window = window, on_window
 
     def maps(self, condition: Condition) -> Maps:
@@ -278,8 +285,16 @@ class _WindowedNetwork:
         return tiles.windows(rows, columns, area, overlap)
 
     def _precision(self) -> torch.autocast:
-        """bfloat16 inside the networks on a GPU; the sampler's own tensors stay float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
+        """bfloat16 inside the networks, if chosen; the sampler's own tensors stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.bf16)
+
+
+def _bf16(device: torch.device) -> bool:
+    """Return True if networks on `device` compute in bfloat16."""
+    chosen = os.environ.get(PRECISION_VARIABLE) or "auto"
+    if chosen != "auto":
+        return chosen == "bf16"
+    return device.type == "cuda" or processor.has_bfloat16()
 
 
 def _condition(decoder: Decoder, inputs: Sequence[DiffusionInput], beta: float) -> Condition:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models import checkpoint, image, tiles
+from models import checkpoint, image, processor, tiles
 from models.codec import bitstream, codec
 from models.codec.codec import Codec
 from models.codec.hyperprior import Latents
@@ -38,6 +38,47 @@ def test_the_same_seed_gives_the_same_pixels(
     assert a.shape == decoded[1].shape
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize(
+    ("variable", "flags", "bf16"),
+    [
+        ("auto", "avx512f avx512_bf16", True), ("", "avx2 amx_bf16", True),
+        ("auto", "avx2 avx512f", False), ("f32", "avx512_bf16", False), ("bf16", "avx2", True),
+    ],
+)  # fmt: skip
+def test_a_cpu_with_instructions_for_bfloat16_uses_them_by_default(
+    variable: str, flags: str, bf16: bool, tiny_decoder: Decoder, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags} sse\n\n")
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setenv("AFTERIMAGE_DIFFUSION_PRECISION", variable)
+    processor.has_bfloat16.cache_clear()
+    try:
+        assert Decoder("0" * 16, copy.deepcopy(tiny_decoder.net)).bf16 is bf16
+    finally:
+        processor.has_bfloat16.cache_clear()
+
+
+def test_a_system_that_does_not_describe_its_cpu_uses_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    assert processor.has_bfloat16.__wrapped__() is False
+
+
+@pytest.mark.weights
+def test_a_picture_drawn_in_bfloat16_is_close_to_that_in_float32(
+    decoded: tuple[Latents, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = []
+    for precision in ("f32", "bf16"):
+        monkeypatch.setenv("AFTERIMAGE_DIFFUSION_PRECISION", precision)
+        one_step = decoder.load_all()[1]
+        pictures.append(one_step.sample(*decoded, 2, Settings("ddim", 1, beta=1), 0))
+    difference = (pictures[0] - pictures[1]).abs() * 255
+    assert 0 < float(difference.mean()) < 0.5
 
 
 def test_pixels_are_between_0_and_1(tiny_decoder: Decoder, decoded: tuple[Latents, Tensor]) -> None:

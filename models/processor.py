@@ -1,0 +1,21 @@
+"""What the CPU can compute."""
+
+import functools
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+    """Return True if the CPU has x86-64 instructions that multiply bfloat16 (AVX-512 BF16, AMX).
+
+    Without them torch emulates bfloat16, which is slower than float32. False where Linux does not
+    tell.
+    """
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
