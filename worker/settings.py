@@ -105,7 +105,7 @@ class WorkerSettings(EnvironmentSettings):
     cache_redis_url: str = Field(
         "",
         validation_alias="CACHE_REDIS_URL",
-        description="Redis of the pictures; if unset, the queue's",
+        description="Redis of the pictures; if unset, `REDIS_URL`, or a second private one",
     )
     prefix: str = Field("afterimage", description="prefix of all Redis keys except RQ's")
     cache_dir: Path = Field(
@@ -117,7 +117,11 @@ class WorkerSettings(EnvironmentSettings):
         / "afterimage/weights",
         description="imported codec weights; read at start",
     )
-    threads: int = Field(0, ge=0, description="CPU threads per process; 0: torch's default")
+    threads: int = Field(
+        0,
+        ge=0,
+        description="CPU threads per process; 0: all cores, divided by `serve` among its workers",
+    )
     gs_precision: Literal["f32", "bf16"] = Field(
         "f32", description="precision of instant decodes on a CPU; `bf16` takes half the time"
     )
