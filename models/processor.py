@@ -1,6 +1,7 @@
 """What the CPU can compute."""
 
 import functools
+from collections.abc import Set
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -10,12 +11,15 @@ CPUINFO = Path("/proc/cpuinfo")
 def has_bfloat16() -> bool:
     """Return True if the CPU has x86-64 instructions that multiply bfloat16 (AVX-512 BF16, AMX).
 
-    Without them torch emulates bfloat16, which is slower than float32. False where Linux does not
-    tell.
+    Without them torch emulates bfloat16, which is slower than float32.
     """
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags())
+
+
+def flags() -> Set[str]:
+    """Return the names of the CPU's features as Linux gives them; none on other systems."""
     try:
         lines = CPUINFO.read_text().splitlines()
     except OSError:
-        return False
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+        return frozenset()
+    return frozenset(next((line.split() for line in lines if line.startswith("flags")), []))

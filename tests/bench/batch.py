@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from models.image import MEDIA_TYPES
 from tests.bench import machine
-from tests.bench.photograph import instruction_sets
 from tests.support.batches import counts, state
 from tests.support.object_server import s3_server, s3_settings
 from tests.support.rig import Rig, rig
@@ -355,7 +354,7 @@ def main() -> int:
             if asked.only in {None, name}:
                 rows[name] = part(bench)
                 print(told(name, rows[name]), flush=True)  # noqa: T201
-    about = machine.describe() | {"instructions": instruction_sets()}
+    about = machine.describe()
     about |= {"load": f"{load:.1f} before, {os.getloadavg()[0]:.1f} after"}
     lines = [
         "# Batches, 768×512, one step, from and to a local S3 server",

@@ -71,7 +71,7 @@ def main() -> int:
     shipped = own.find(QUALITY, "mse")
     row = measure(shipped, own.decoder(PERCEPTUAL), held_out, lpips)
     rows.append({"model": f"shipped {shipped.model}, latents hidden", "steps": 0} | row)
-    about = machine.describe() | {"instructions": torch.backends.cpu.get_cpu_capability()}
+    about = machine.describe()
     document = {"machine": about, "minutes": options.minutes, "rows": rows}
     machine.write("foreign", document, _table(rows, about, options.minutes))
     return 0

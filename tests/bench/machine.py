@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 
+from models import processor
+
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+"""Sets of vector instructions that the measured code makes use of."""
 RESULTS = Path(__file__).parent / "results"
 
 
 def describe() -> dict[str, str]:
-    """Processor, GPU and versions of torch and Python."""
+    """Processor and its vector instructions, GPU, and versions of torch and Python."""
     models = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -25,6 +29,7 @@ def describe() -> dict[str, str]:
     ]
     return {
         "cpu": f"{len(models)} x {models[0] if models else platform.machine()}",
+        "instructions": " ".join(name for name in INSTRUCTIONS if name in processor.flags()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": version("torch"),
         "python": platform.python_version(),

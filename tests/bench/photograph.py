@@ -7,7 +7,6 @@ affects both. The interval of the median difference is a bootstrap's.
 """
 
 import io
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -29,12 +28,6 @@ RESAMPLES = 2000
 LIMIT_MS = 5
 """What the child process may add."""
 MAX_PIXELS = 20_000_000
-
-
-def instruction_sets() -> str:
-    """The processor's vector instructions."""
-    flags = re.findall(r"\b(?:avx|amx|sse4)\w*", Path("/proc/cpuinfo").read_text())
-    return " ".join(sorted(set(flags))) or "unknown"
 
 
 def measure(ways: list[Callable[[], object]]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -62,7 +55,7 @@ def main() -> int:
     added = rows[:, 1] - rows[:, 0]
     samples = np.random.default_rng(0).choice(added, (RESAMPLES, ROUNDS))
     low, high = np.percentile(np.median(samples, axis=1), [2.5, 97.5])
-    about = machine.describe() | {"instructions": instruction_sets()}
+    about = machine.describe()
     figures = {
         "in_process_ms": here, "child_ms": child, "added_ms": np.median(added),
         "added_low_ms": low, "added_high_ms": high,

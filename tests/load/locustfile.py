@@ -13,7 +13,8 @@ STREAMS = itertools.cycle(
 """Different bitstreams in turn, because the service decodes equal ones at the same time once."""
 HOSTS = itertools.cycle(os.environ["LOAD_HOSTS"].split())
 """API processes, between which users are divided as a load balancer would."""
-SEEDS = itertools.count()
+SEEDS = itertools.count(time.time_ns() // 1000)
+"""Seeds that no earlier run has used, because the pictures of that run are cached."""
 UPGRADES = os.environ["LOAD_UPGRADES"] == "1"
 
 
