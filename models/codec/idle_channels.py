@@ -40,13 +40,12 @@ def nonzero_channels(layer: Convolution) -> Tensor:
 
 def narrow(layer: Convolution, i: Tensor, o: Tensor) -> Convolution:
     """Return a copy with the input channels in mask `i` and the output channels in mask `o`."""
-    made = copy.copy(layer)
-    made._parameters = dict(layer._parameters)
+    assert layer.bias is not None
     transposed = isinstance(layer, nn.ConvTranspose2d)
     weight = layer.weight[i][:, o] if transposed else layer.weight[o][:, i]
-    made.weight = nn.Parameter(weight.detach(), requires_grad=layer.weight.requires_grad)
-    if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias[o].detach(), requires_grad=layer.bias.requires_grad)
+    made = copy.deepcopy(layer)
+    made.weight = nn.Parameter(weight.detach(), layer.weight.requires_grad)
+    made.bias = nn.Parameter(layer.bias[o].detach(), layer.bias.requires_grad)
     made.in_channels, made.out_channels = int(i.sum()), int(o.sum())
     return made
 

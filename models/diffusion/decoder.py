@@ -90,8 +90,7 @@ class Decoder:
 
     def nearest_quality(self, quality: int) -> int:
         """The trained quality closest to `quality`."""
-        scales = enumerate(self.net.scales.tolist())
-        trained = [q for q, scale in scales if q and scale != 1]  # 1: never trained
+        trained = self.net.trained_qualities()
         return min(trained, key=lambda q: abs(q - quality), default=quality)
 
     def sample(

@@ -144,6 +144,10 @@ class UNet(nn.Module):
         self.conditioner = LatentSynthesis(c) if c.preset == "paper" else Conditioner(c)
         self.denoiser = Denoiser(c)
 
+    def trained_qualities(self) -> list[int]:
+        """Return the qualities that were trained, ascending."""
+        return [q for q, scale in enumerate(self.scales.tolist()) if q and scale != 1]
+
 
 def read_network(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> UNet:
     """Build the network of a decoder's file. Raises `WeightsError` if it holds none."""

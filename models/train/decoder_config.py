@@ -128,7 +128,7 @@ def _checks(config: DiffusionConfig) -> Iterator[tuple[bool, str]]:
     )
     yield (
         bool(config.teacher) and config.calls != 1,
-        f"--teacher: it draws in one call, so --calls must be 1, not {config.calls}",
+        f"--calls {config.calls}: with --teacher, choose 1, because a teacher draws in one call",
     )
     yield (
         bool(config.photos) == bool(config.bank) or bool(config.bank) != bool(config.held_out),

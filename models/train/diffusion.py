@@ -60,6 +60,7 @@ class DiffusionTask:
         self.lpips = LpipsLoss(Path(config.lpips), self.device) if config.lpips else None
         init = checkpoint.read(Path(config.init))[0] if config.init else None
         wide = _read_network(Path(config.narrow)) if config.narrow else None
+        teacher = _read_network(Path(config.teacher)) if config.teacher else None
         self.bank, self.held_out = _banks(config, self.device)
         torch.manual_seed(config.seed)
         self.net = _initial_net(config, self.bank, init, wide)
@@ -69,7 +70,7 @@ class DiffusionTask:
             network.add_qualities(self.net, self.others)
         bf16 = self.device.type == "cuda" if config.bf16 is None else config.bf16
         self.network = network.Network(self.net, self.device, bf16, config.compile)
-        self.teacher = Teacher(Path(config.teacher), self.device, bf16) if config.teacher else None
+        self.teacher = Teacher(teacher, self.device, bf16) if teacher else None
         self.perceptual = PerceptualLoss(config, self.lpips, self.bank.latents, self.device)
         self.modules: dict[str, nn.Module] = {"net": self.net}
         if self.perceptual.discriminator:

@@ -103,8 +103,7 @@ def add_qualities(net: UNet, others: Bank) -> None:
     Each starts from the parameters of the nearest trained quality, and gets the scale of its
     residual from `others`.
     """
-    scales = net.scales.tolist()
-    trained = [quality for quality, scale in enumerate(scales) if quality and scale != 1]
+    trained = net.trained_qualities()
     for quality in sorted(set(others.entry_qualities) - set(trained)):
         nearest = min(trained, key=lambda q: abs(q - quality))
         net.scales[quality] = _residual_scale(others, quality)

@@ -467,6 +467,7 @@ def test_with_bfloat16_the_branch_of_the_latents_stays_in_float32(
         ({"crop": 70}, "multiple of 16"),
         ({"crop": 32}, "not below 48"),
         ({"batch": 1}, "a batch of 2 or more"),
+        ({"teacher": "t", "calls": 4}, "--calls 4: with --teacher, choose 1"),
         ({"calls": 0}, "--calls 0: choose a number from 1 to 1000"),
     ],
 )
