@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service import addresses
 
 MAX_ACCEPTED = 64
-"""Most rounds in which only connections are accepted, until the next request begins."""
+"""Largest number of successive rounds in which only connections are accepted."""
 
 
 class Turns:

@@ -27,9 +27,10 @@ def describe() -> dict[str, str]:
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
     ]
+    flags = processor.flags()
     return {
         "cpu": f"{len(models)} x {models[0] if models else platform.machine()}",
-        "instructions": " ".join(name for name in INSTRUCTIONS if name in processor.flags()),
+        "instructions": " ".join(name for name in INSTRUCTIONS if name in flags),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": version("torch"),
         "python": platform.python_version(),

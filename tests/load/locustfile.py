@@ -14,7 +14,7 @@ STREAMS = itertools.cycle(
 HOSTS = itertools.cycle(os.environ["LOAD_HOSTS"].split())
 """API processes, between which users are divided as a load balancer would."""
 SEEDS = itertools.count(time.time_ns() // 1000)
-"""Seeds that no earlier run has used, because the pictures of that run are cached."""
+"""Seeds that earlier runs have not used: the pictures of those runs are cached."""
 UPGRADES = os.environ["LOAD_UPGRADES"] == "1"
 
 

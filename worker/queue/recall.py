@@ -11,7 +11,7 @@ from worker.queue.store import RECORD_TTL_S
 
 
 def find_or_restore(jobs: Jobs, decode: DecodeRequest) -> JobState | None:
-    """The job's state. If its record has expired, but its picture is in the results, make one."""
+    """Return the job's state; make a new record if only the picture is left, in the results."""
     state = jobs.get(decode.id)
     if state is None and jobs.store.recall(decode.id) is not None:
         return record(jobs, decode)
