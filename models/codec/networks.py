@@ -61,7 +61,8 @@ class ResidualBlock(nn.Module):
         self.conv2 = conv(channels, channels, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.leaky_relu(self.conv2(F.leaky_relu(self.conv1(x))))
+        inner = F.leaky_relu(self.conv1(x), inplace=True)
+        out = F.leaky_relu(self.conv2(inner), inplace=True)
         return out + x
 
 
@@ -76,7 +77,7 @@ class ResidualBlockWithStride(nn.Module):
         self.skip = conv(i, o, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.gdn(self.conv2(F.leaky_relu(self.conv1(x))))
+        out: Tensor = self.gdn(self.conv2(F.leaky_relu(self.conv1(x), inplace=True)))
         return out.add(self.skip(x))
 
 
@@ -91,7 +92,7 @@ class ResidualBlockUpsample(nn.Module):
         self.upsample = subpel_conv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.igdn(self.conv(F.leaky_relu(self.subpel_conv(x))))
+        out: Tensor = self.igdn(self.conv(F.leaky_relu(self.subpel_conv(x), inplace=True)))
         return out.add(self.upsample(x))
 
 

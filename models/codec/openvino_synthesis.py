@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models import checked_files, folders
 from models.codec.inference_synthesis import (
+    PRECISION_VARIABLE,
     InferenceSynthesis,
     InverseGDN,
     ResidualSynthesis,
@@ -31,36 +32,26 @@ SLOPE = 0.01
 """Slope of LeakyReLU below 0, PyTorch's default."""
 CACHE_VARIABLE = "AFTERIMAGE_CACHE_DIR"
 """Environment variable: the folder in which compiled networks are cached, for faster starts."""
-PRECISION_VARIABLE = "AFTERIMAGE_GS_PRECISION"
-"""Environment variable: f32 (default), or bf16 for processors that support it, which halves the
-time and costs 0.005 dB (six Kodak pictures, quality 2). There is no int8: it costs 0.06 dB in the
-second layer alone and 0.9 dB in all four."""
 
 
 class OpenVinoSynthesis:
     """An `InferenceSynthesis` compiled by OpenVINO, for inputs of any size.
 
-    It is compiled in the first call, or by `compile`, for the number of threads that torch has at
-    that time. Its threads are not pinned to cores, because the API and the workers share the cores.
+    It is compiled for the number of threads that torch has at that time. Its threads are not pinned
+    to cores, because the API and the workers share the cores.
     """
 
     def __init__(self, net: InferenceSynthesis | ResidualSynthesis) -> None:
-        self._net = net
-        self._request: ov.InferRequest | None = None
-
-    def compile(self) -> ov.InferRequest:
-        """Compile the network unless that is done."""
-        if self._request is None:
-            self._request = _compile(self._net).create_infer_request()
-        return self._request
+        self._channels = net.channels
+        self._request = _compile(net).create_infer_request()
 
     def __call__(self, y_hat: Tensor) -> Tensor:
         """Map y_hat (1, M, h, w) to x_hat (1, 3, 16h, 16w), which is valid until the next call.
 
         Only one thread may call it at a time.
         """
-        used = y_hat[:, self._net.channels].contiguous().numpy()
-        result = self.compile().infer([used], share_inputs=True, share_outputs=True)
+        used = y_hat[:, self._channels].contiguous().numpy()
+        result = self._request.infer([used], share_inputs=True, share_outputs=True)
         return torch.from_numpy(result[0])
 
 

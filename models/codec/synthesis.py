@@ -1,6 +1,11 @@
-"""`g_s`: latents to the instant picture, by OpenVINO on a CPU and by torch on other devices."""
+"""`g_s`: latents to the instant picture.
+
+On a CPU, networks of many channels run by Winograd convolutions, others by OpenVINO; on other
+devices torch runs them.
+"""
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable
 from functools import cached_property
@@ -11,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from models import tiles
-from models.codec.inference_synthesis import for_inference
+from models.codec import winograd
+from models.codec.inference_synthesis import PRECISION_VARIABLE, for_inference
 from models.codec.turns import Turns
 
-Backend = Literal["openvino", "torch"]
+Backend = Literal["winograd", "openvino", "torch"]
 
 
 class Synthesis:
@@ -30,12 +36,11 @@ class Synthesis:
     ) -> None:
         """Take `g_s` with `M` latent channels for `device` (default: CPU).
 
-        `overlap` is its receptive field in positions of y. The default backend is OpenVINO on a
-        CPU, if it is installed, otherwise torch.
+        `overlap` is its receptive field in positions of y. The default backend is the fastest one
+        that is installed.
         """
         self.device = device or torch.device("cpu")
-        self.M, self.overlap = M, overlap
-        self.backend = backend or _default_backend(self.device)
+        self.M, self.overlap, self.backend = M, overlap, backend
         self._g_s = g_s
         self._turns = Turns()
 
@@ -43,26 +48,26 @@ class Synthesis:
     def net(self) -> Callable[[Tensor], Tensor]:
         """`g_s` for inference, prepared on first use. Only one thread may use it at a time."""
         net = for_inference(self._g_s).to(self.device).to(memory_format=torch.channels_last)
-        if self.backend == "torch":
+        backend = self.backend or _fastest(net, self.device)
+        if backend == "winograd":
+            return winograd.accelerated(net)
+        if backend == "torch":
             return net
         from models.codec.openvino_synthesis import OpenVinoSynthesis
 
         return OpenVinoSynthesis(net)
 
     def prepare(self) -> None:
-        """Begin to compile `g_s` in a thread, while the first latents are decoded.
+        """Begin to prepare `g_s` in a thread, while the first latents are decoded.
 
-        Calls wait for it. If it fails, the first call compiles again and raises the error.
+        Calls wait for it. If it fails, the first call tries again and raises the error.
         """
-        if self.backend == "openvino" and "net" not in self.__dict__:
-            threading.Thread(target=self._compile).start()
+        if "net" not in self.__dict__:
+            threading.Thread(target=self._prepare).start()
 
-    def _compile(self) -> None:
-        from models.codec.openvino_synthesis import OpenVinoSynthesis
-
+    def _prepare(self) -> None:
         with contextlib.suppress(Exception), self._turns.take(0):
-            if isinstance(self.net, OpenVinoSynthesis):
-                self.net.compile()
+            _ = self.net
 
     def __call__(self, y_hat: Tensor) -> Tensor:
         """Return x_hat (1, 3, 16h, 16w) in [0, 1] on the CPU, still padded, of y_hat (1, M, h, w).
@@ -107,5 +112,13 @@ def _clamped_samples(x: Tensor) -> Tensor:
     return to_samples(x.clamp(0, 1))
 
 
-def _default_backend(device: torch.device) -> Backend:
-    return "openvino" if device.type == "cpu" and find_spec("openvino") else "torch"
+def _fastest(net: nn.Module, device: torch.device) -> Backend:
+    """Return the fastest backend for this network and device."""
+    if device.type != "cpu":
+        return "torch"
+    has_openvino = find_spec("openvino") is not None
+    if has_openvino and os.environ.get(PRECISION_VARIABLE) == "bf16":
+        return "openvino"
+    if winograd.is_faster(net):
+        return "winograd"
+    return "openvino" if has_openvino else "torch"

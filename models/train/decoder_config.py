@@ -73,6 +73,7 @@ class DiffusionConfig(RunConfig):
         0.2, "weight of the squared error to the teacher's picture, relative to the codec's error"
     )
     spectrum: float = option(0.2, "weight of the distance of local power spectra in phase 2")
+    sparsity: float = option(0.0, "weight of the distance of local sparsity in phase 2")
     adversarial: float = option(0.0, "weight of the adversarial term in phase 2")
     adversarial_after: int = option(
         2000,

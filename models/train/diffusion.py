@@ -247,6 +247,8 @@ class DiffusionTask:
             "held_mse_msh": F.mse_loss(batch.x_hat, batch.x),
             "held_spectrum": losses.spectrum(picture, batch.x),
             "held_spectrum_msh": losses.spectrum(batch.x_hat, batch.x),
+            "held_sparsity": losses.sparsity(picture, batch.x),
+            "held_sparsity_msh": losses.sparsity(batch.x_hat, batch.x),
         }
         if self.lpips is not None:
             row["held_lpips"] = self.lpips(picture, batch.x).mean()

@@ -83,12 +83,33 @@ def spectrum(picture: Tensor, x: Tensor) -> Tensor:
     Related distances compare statistics of learned features (Ding 2020, DISTS; Qiu 2024,
     Wasserstein distortion). Here the features are fixed: cosines of 8×8 blocks, without the mean.
     """
-    both = torch.cat([picture, x])
-    power = F.conv2d(both, _luma_cosines(x.device), stride=DCT // 2).square()
-    power = F.avg_pool2d(power, REGION, REGION // 2)
-    # with this offset, differences of power below one grey level count little
-    log_power, log_power_x = (power + 255.0**-2).log().chunk(2)
+    power = _by_region(_power(torch.cat([picture, x])))
+    log_power, log_power_x = power.log().chunk(2)
     return (log_power - log_power_x).abs().mean() / 2
+
+
+def sparsity(picture: Tensor, x: Tensor) -> Tensor:
+    """Distance of the lumas' local sparsity: mean |ln| of the ratio of (E|c|)² / E c².
+
+    c are the cosines that `spectrum` compares, E their mean over a region. In photographs a few of
+    them are large, at edges; in noise of the same power they are all alike. The quotient is the
+    moment from which NIQE fits the shape of a generalised Gaussian. Takes what `spectrum` takes.
+    """
+    power = _power(torch.cat([picture, x]))
+    sparsity, sparsity_x = (_by_region(power.sqrt()).square() / _by_region(power)).log().chunk(2)
+    return (sparsity - sparsity_x).abs().mean()
+
+
+def _power(x: Tensor) -> Tensor:
+    """Squares of the luma's cosines in overlapping blocks, (B, 63, h, w).
+
+    The offset, one grey level squared, makes differences below it count little.
+    """
+    return F.conv2d(x, _luma_cosines(x.device), stride=DCT // 2).square() + 255.0**-2
+
+
+def _by_region(values: Tensor) -> Tensor:
+    return F.avg_pool2d(values, REGION, REGION // 2)
 
 
 @functools.cache

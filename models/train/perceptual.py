@@ -1,6 +1,6 @@
 """Losses of phase 2 on the picture that the few-step decoder predicts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ LPIPS_STRIDE = 4
 
 
 class PerceptualLoss:
-    """LPIPS, distance of local power spectra and, if configured, an adversarial term.
+    """LPIPS, distances of local power spectra and sparsity, and an adversarial term, if configured.
 
     Each term gets the picture without a random number of its first rows and columns. The decoder
     draws blocks of four pixels, and AlexNet's first layer has stride 4: without these offsets,
@@ -40,7 +40,11 @@ class PerceptualLoss:
         if self.lpips is not None:
             yield "lpips", 1.0, _lpips_term(self.lpips, picture, batch.x, step)
         if self.config.spectrum:
-            yield "spectrum", self.config.spectrum, _spectrum_term(picture, batch.x, step)
+            distance = _of_texture(losses.spectrum, picture, batch.x, step)
+            yield "spectrum", self.config.spectrum, distance
+        if self.config.sparsity:
+            distance = _of_texture(losses.sparsity, picture, batch.x, step)
+            yield "sparsity", self.config.sparsity, distance
         if self.discriminator and step.number >= self.config.adversarial_after:
             term = _adversarial_term(self.discriminator, picture, batch, step)
             yield "adversarial", self.config.adversarial, term
@@ -67,9 +71,11 @@ def _lpips_term(lpips: LpipsLoss, picture: Tensor, x: Tensor, step: TrainingStep
     return lpips(picture[:, :, top:, left:], x[:, :, top:, left:]).mean()
 
 
-def _spectrum_term(picture: Tensor, x: Tensor, step: TrainingStep) -> Tensor:
+def _of_texture(
+    distance: Callable[[Tensor, Tensor], Tensor], picture: Tensor, x: Tensor, step: TrainingStep
+) -> Tensor:
     top, left = random_offset(step, losses.DCT // 2)
-    return losses.spectrum(picture[:, :, top:, left:], x[:, :, top:, left:])
+    return distance(picture[:, :, top:, left:], x[:, :, top:, left:])
 
 
 def _adversarial_term(

@@ -1,4 +1,4 @@
-"""The synthesis network for inference, with both backends."""
+"""The synthesis network for inference, with all backends."""
 
 import copy
 import threading
@@ -17,7 +17,9 @@ from models.codec.codec import Codec
 from models.codec.idle_channels import used_channels
 from models.codec.inference_synthesis import InferenceSynthesis, SubPixel
 from models.codec.msh import GDN, MeanScaleHyperprior
+from models.codec.openvino_synthesis import OpenVinoSynthesis
 from models.codec.synthesis import Synthesis
+from models.codec.winograd import WinogradSynthesis
 from models.errors import Canceled
 from models.folders import UntrustedFolder
 from models.image import Pixels
@@ -46,7 +48,7 @@ def with_idle_channels(g_s: nn.Sequential) -> nn.Sequential:
     return g_s
 
 
-@pytest.mark.parametrize("backend", ["openvino", "torch"])
+@pytest.mark.parametrize("backend", ["winograd", "openvino", "torch"])
 @pytest.mark.parametrize("shape", [(4, 4), (12, 20), (31, 17)])
 def test_synthesis_in_windows_equals_the_original_network(
     g_s: nn.Sequential,
@@ -61,7 +63,7 @@ def test_synthesis_in_windows_equals_the_original_network(
     assert (x_hat - whole).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["openvino", "torch"])
+@pytest.mark.parametrize("backend", ["winograd", "openvino", "torch"])
 def test_channels_that_do_not_affect_the_picture_are_removed(
     g_s: nn.Sequential, backend: synthesis.Backend
 ) -> None:
@@ -221,11 +223,17 @@ def test_an_error_of_preparing_is_raised_by_the_first_call(
         prepared(latents(12, 4, 4))
 
 
-def test_torch_is_the_backend_if_openvino_is_not_installed(
+def test_openvino_runs_few_channels_and_winograd_convolutions_run_many(
     g_s: nn.Sequential, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(synthesis, "find_spec", lambda name: None)
-    assert Synthesis(g_s, 12).backend == "torch"
+    wide = MeanScaleHyperprior(N=96, M=96).g_s
+    assert isinstance(Synthesis(g_s, 12).net, OpenVinoSynthesis)
+    assert isinstance(Synthesis(wide, 96).net, WinogradSynthesis)
+    monkeypatch.setenv("AFTERIMAGE_GS_PRECISION", "bf16")  # only OpenVINO has it
+    assert isinstance(Synthesis(wide, 96).net, OpenVinoSynthesis)
+    monkeypatch.setattr(synthesis, "find_spec", lambda name: None)  # without OpenVINO
+    assert isinstance(Synthesis(wide, 96).net, WinogradSynthesis)
+    assert isinstance(Synthesis(g_s, 12).net, InferenceSynthesis)
 
 
 def test_other_shapes_are_refused(g_s: nn.Sequential) -> None:
@@ -234,7 +242,7 @@ def test_other_shapes_are_refused(g_s: nn.Sequential) -> None:
             Synthesis(g_s, 12)(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("backend", ["openvino", "torch"])
+@pytest.mark.parametrize("backend", ["winograd", "openvino", "torch"])
 def test_samples_are_the_rounded_picture(
     g_s: nn.Sequential, backend: synthesis.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,18 @@ def test_training_calls_the_denoiser_when_the_sampler_does(
     assert tuple(s.t for s in schedule.Continuous().steps(calls)) == times
 
 
+def test_noise_of_the_same_spectrum_has_another_sparsity_than_edges() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.1 * torch.randn(2, 1, 128, 128, generator=generator).expand(2, 3, 128, 128)
+    grain, other = 0.5 + noise.chunk(2)[0], 0.5 + noise.chunk(2)[1]
+    points = torch.rand(1, 1, 128, 128, generator=generator) < 0.01  # as much power, in few places
+    sparse = 0.5 + points.float().expand(1, 3, 128, 128)
+    assert float(losses.sparsity(grain, grain)) == 0
+    assert losses.spectrum(sparse, grain) < 0.3
+    assert losses.sparsity(sparse, grain) > 5 * losses.sparsity(other, grain)
+    assert losses.sparsity(sparse, grain) == losses.sparsity(grain, sparse)  # symmetric
+
+
 def test_the_spectrum_distance_ignores_where_texture_is_and_penalises_hatching() -> None:
     g = torch.Generator().manual_seed(0)
     grain, other = 0.5 + 0.1 * torch.randn(2, 2, 1, 64, 64, generator=g).expand(-1, -1, 3, -1, -1)
