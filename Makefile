@@ -55,11 +55,13 @@ typescript: $(READY) ## install TypeScript for the test of its client, and Node.
 	-@cd tests/typescript && { test node_modules/.package-lock.json -nt package-lock.json || \
 		PATH="$$PATH:$(CURDIR)/$(BIN)" npm ci --ignore-scripts --no-audit --no-fund --loglevel=error; }
 
-promtool: $(READY) ## unpack promtool, for the test of the alert rules, from Debian's package prometheus into .venv
+# Debian 13 has a package promtool; before, it was in the package prometheus.
+promtool: $(READY) ## unpack promtool, for the test of the alert rules, from Debian's package into .venv
 	-@command -v promtool >/dev/null || test -x $(BIN)/promtool || \
 		{ mkdir -p .venv/prometheus && cd .venv/prometheus && \
-		{ test "$$(id -u)" != 0 || apt-get update -qq; } && apt-get download -qq prometheus && \
-		dpkg -x prometheus_*.deb . && mv usr/bin/promtool ../bin/; rm -rf ../prometheus; }
+		{ test "$$(id -u)" != 0 || apt-get update -qq; } && \
+		{ apt-get download -qq promtool 2>/dev/null || apt-get download -qq prometheus; } && \
+		dpkg -x prom*.deb . && mv usr/bin/promtool ../bin/; rm -rf ../prometheus; }
 
 check: $(READY) ## lint, formatting and types
 	@$(BIN)/ruff check
