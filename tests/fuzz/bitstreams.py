@@ -24,7 +24,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -64,7 +64,9 @@ GROWTH_MIB = 128
 Inputs of full size need it: glibc's arenas grow from 1,201 MiB at the first input to 1,413 at the
 700th, and stay. Small inputs stay at 990 MiB from the first to the 60,000th."""
 LIMITS = {"one bit": 2e-3, "one byte": 5e-4}
-"""Limit on the share of accepted mutants in CompressAI's format; usual are 8e-4 and 1e-4."""
+"""Limit on the share of accepted mutants in CompressAI's format; usual are 8e-4 and 1e-4. For the
+models that are not shipped there is none: their weights are random, so that many symbols are rare,
+and 4e-4 to 3.5e-2 of single flipped bits give a valid bitstream."""
 TOLERATED = 3
 """Accepted mutants that are always allowed, for runs that are too short for a share."""
 
@@ -360,7 +362,9 @@ def _resident(pid: int | None) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def report(shared: Shared, lost: collections.Counter[str]) -> tuple[str, bool]:
+def report(
+    shared: Shared, lost: collections.Counter[str], limits: Mapping[str, float]
+) -> tuple[str, bool]:
     """Return the table of results, and True if there was no failure."""
     c = shared.counts
     total, stage = int(c.sum()), dict(zip(STAGES, c.sum(0).T, strict=True))
@@ -385,7 +389,7 @@ def report(shared: Shared, lost: collections.Counter[str]) -> tuple[str, bool]:
     wrong = int(stage["accepted, other symbols"][:2].sum())
     lines.append(f".msh decoded to other symbols: {wrong}")
     too_many = any(
-        n > max(TOLERATED, LIMITS[k] * of) for k, (n, of) in passed.items() if k in LIMITS
+        n > max(TOLERATED, limits[k] * of) for k, (n, of) in passed.items() if k in limits
     )
     well = (
         not lost.total()
@@ -430,29 +434,35 @@ def main() -> int:
     photo = image.read(PHOTO.read_bytes(), 10**6)
     shared, lost = Shared(), collections.Counter[str]()
     began = time.monotonic()
-    done = []
+    deadline = began + 60 * options.minutes
     for inputs, cuts, sides in ((large, 3, (768, 768)), (options.inputs, options.cuts, (40, 128))):
         if inputs:
             seeds = mutate.seeds(list(codecs.values()), photo, cuts, sides)
             fuzzer = Fuzzer(codecs, seeds, options.seed)
-            lost += run(fuzzer, shared, inputs, options.failures, began + 60 * options.minutes)
-        done.append(int(shared.counts.sum()))
+            lost += run(fuzzer, shared, inputs, options.failures, deadline)
     used = other_codecs(options.models)
     inputs = options.inputs // OTHERS if options.others is None else options.others
     seeds = mutate.seeds(used, photo, min(options.cuts, 3), (40, 128))
+    others = Shared()
     fuzzer = Fuzzer({}, seeds, options.seed, used)
-    deadline = began + 60 * options.minutes
-    lost += run(fuzzer, shared, inputs, options.failures, deadline)
-    done.append(int(shared.counts.sum()))
-    seconds = time.monotonic() - began
-    table, well = report(shared, lost)
-    print(  # noqa: T201
-        f"{done[0]} inputs of 768×512, {done[1] - done[0]} of at most 128×128, "
-        f"{done[2] - done[1]} of other models; ",
-        end="",
-    )
-    print(f"seed {options.seed}; {seconds:.0f} s\n{table}")  # noqa: T201
-    return 0 if well else 1
+    lost_others = run(fuzzer, others, inputs, options.failures, deadline)
+    print(f"seed {options.seed}; {time.monotonic() - began:.0f} s")  # noqa: T201
+    results = [
+        _print(f"{large} inputs of 768×512, others of at most 128×128", shared, lost, LIMITS),
+        _print(f"other models ({', '.join(options.models)})", others, lost_others, {}),
+    ]
+    return 0 if all(results) else 1
+
+
+def _print(
+    what: str, shared: Shared, lost: collections.Counter[str], limits: Mapping[str, float]
+) -> bool:
+    """Print the table of some inputs, if there are any; return True if there was no failure."""
+    if not shared.counts.any():
+        return not lost
+    table, well = report(shared, lost, limits)
+    print(f"{what}: {shared.counts.sum()} in all\n{table}")  # noqa: T201
+    return well
 
 
 if __name__ == "__main__":

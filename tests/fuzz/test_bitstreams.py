@@ -31,7 +31,8 @@ def test_a_thousand_mutated_bitstreams_cause_no_failure(tmp_path: Path) -> None:
     options = ("1000", "--full-size", "0", "--cuts", "3", "--failures", str(failures))
     process = Forked(partial(run, options), os.environ, log)
     assert process.wait(600) == 0, log.read_text()
-    assert "1000 of at most 128×128, 50 of other models" in log.read_text()
+    assert "others of at most 128×128: 1000 in all" in log.read_text()
+    assert "cheng2020-attn): 50 in all" in log.read_text()
     assert not list(failures.iterdir())
 
 
