@@ -40,10 +40,10 @@ class PerceptualLoss:
         if self.lpips is not None:
             yield "lpips", 1.0, _lpips_term(self.lpips, picture, batch.x, step)
         if self.config.spectrum:
-            distance = _of_texture(losses.spectrum, picture, batch.x, step)
+            distance = _texture_term(losses.spectrum, picture, batch.x, step)
             yield "spectrum", self.config.spectrum, distance
         if self.config.sparsity:
-            distance = _of_texture(losses.sparsity, picture, batch.x, step)
+            distance = _texture_term(losses.sparsity, picture, batch.x, step)
             yield "sparsity", self.config.sparsity, distance
         if self.discriminator and step.number >= self.config.adversarial_after:
             term = _adversarial_term(self.discriminator, picture, batch, step)
@@ -71,7 +71,7 @@ def _lpips_term(lpips: LpipsLoss, picture: Tensor, x: Tensor, step: TrainingStep
     return lpips(picture[:, :, top:, left:], x[:, :, top:, left:]).mean()
 
 
-def _of_texture(
+def _texture_term(
     distance: Callable[[Tensor, Tensor], Tensor], picture: Tensor, x: Tensor, step: TrainingStep
 ) -> Tensor:
     top, left = random_offset(step, losses.DCT // 2)

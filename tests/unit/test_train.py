@@ -134,10 +134,13 @@ def test_40_steps_on_20_photographs_beat_predicting_zero(
 def test_a_decoder_with_one_call_gets_perceptual_losses_at_that_call(
     config: Callable[..., DiffusionConfig],
 ) -> None:
-    settings = config(plan=(Stage("phase2", steps=3),), calls=1, spectrum=0.1, log_s=0.0)
+    settings = config(
+        plan=(Stage("phase2", steps=3),), calls=1, spectrum=0.1, sparsity=0.1, log_s=0.0
+    )
     trained(settings)
     rows = [row for row in log(settings) if "ratio" in row]
-    assert len(rows) == 3 and all(row["lpips"] > 0 and row["spectrum"] > 0 for row in rows)
+    terms = ("lpips", "spectrum", "sparsity")
+    assert len(rows) == 3 and all(row[term] > 0 for row in rows for term in terms)
 
 
 @pytest.mark.usefixtures("few_held_out_crops")

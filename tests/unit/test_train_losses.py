@@ -74,8 +74,8 @@ def test_training_calls_the_denoiser_when_the_sampler_does(
 
 def test_noise_of_the_same_spectrum_has_another_sparsity_than_edges() -> None:
     generator = torch.Generator().manual_seed(0)
-    noise = 0.1 * torch.randn(2, 1, 128, 128, generator=generator).expand(2, 3, 128, 128)
-    grain, other = 0.5 + noise.chunk(2)[0], 0.5 + noise.chunk(2)[1]
+    noise = 0.1 * torch.randn(2, 1, 1, 128, 128, generator=generator)
+    grain, other = 0.5 + noise.expand(2, 1, 3, 128, 128)
     points = torch.rand(1, 1, 128, 128, generator=generator) < 0.01  # as much power, in few places
     sparse = 0.5 + points.float().expand(1, 3, 128, 128)
     assert float(losses.sparsity(grain, grain)) == 0
