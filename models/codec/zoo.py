@@ -24,7 +24,8 @@ QUALITIES = (1, 2, 3)
 TABLES = (*tables.names(tables.Z), *tables.names(tables.Y))
 """CDF tables, which CompressAI's `update()` computes from the parameters."""
 MAX_LOADED = 2
-"""Imported codecs that stay loaded. From quality 5 on, one takes 0.16 GB and 0.4 s to load."""
+"""Imported codecs that stay loaded. From quality 5 on, one takes 0.16 GB and 0.4 s to load, and as
+much memory again once it has decoded, for the matrices of its convolutions."""
 
 
 def from_tensors(
