@@ -61,9 +61,9 @@ class ResidualBlock(nn.Module):
         self.conv2 = conv(channels, channels, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.leaky_relu(self.conv1(x), inplace=True)
-        out = F.leaky_relu(self.conv2(inner), inplace=True)
-        return out + x
+        # without a name, the result of conv1 is freed before the sum
+        out = self.conv2(F.leaky_relu(self.conv1(x), inplace=True))
+        return F.leaky_relu(out, inplace=True) + x
 
 
 class ResidualBlockWithStride(nn.Module):

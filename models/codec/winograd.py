@@ -78,16 +78,20 @@ class WinogradConv(nn.Module):
         """
         _, channels, h, w = x.shape
         rows, columns = -(-h // TILE), -(-w // TILE)
-        padded = x.new_zeros(TILE * rows + 2, TILE * columns + 2, channels)
-        padded[1 : h + 1, 1 : w + 1] = x[0].permute(1, 2, 0)
-        row, column, _ = padded.stride()
-        tiles = padded.as_strided(
-            (READ, READ, rows, columns, channels), (row, column, TILE * row, TILE * column, 1)
-        )
-        step = max(1, STRIP // columns)
+        pixels, step = x[0].permute(1, 2, 0), max(1, STRIP // columns)
         for top in range(0, rows, step):
-            read = tiles[:, :, top : top + step].reshape(READ**2, -1)
-            yield TILE * self.scale * top, (self.input @ read).view(READ**2, -1, columns, channels)
+            count = min(step, rows - top)
+            padded = x.new_zeros(TILE * count + 2, TILE * columns + 2, channels)
+            first = TILE * top - 1
+            read = pixels[max(first, 0) : first + len(padded)]
+            start = max(-first, 0)
+            padded[start : start + len(read), 1 : w + 1] = read
+            row, column, _ = padded.stride()
+            tiles = padded.as_strided(
+                (READ, READ, count, columns, channels), (row, column, TILE * row, TILE * column, 1)
+            )
+            values = self.input @ tiles.reshape(READ**2, -1)
+            yield TILE * self.scale * top, values.view(READ**2, count, columns, channels)
 
     def output(self, tiles: Tensor) -> Tensor:
         """Return the output of a strip's `tiles`, (1, O, rows, columns), channels last."""
