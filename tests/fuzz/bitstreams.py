@@ -64,9 +64,10 @@ GROWTH_MIB = 128
 Inputs of full size need it: glibc's arenas grow from 1,201 MiB at the first input to 1,413 at the
 700th, and stay. Small inputs stay at 990 MiB from the first to the 60,000th."""
 LIMITS = {"one bit": 2e-3, "one byte": 5e-4}
-"""Limit on the share of accepted mutants in CompressAI's format; usual are 8e-4 and 1e-4. For the
-models that are not shipped there is none: their weights are random, so that many symbols are rare,
-and 4e-4 to 3.5e-2 of single flipped bits give a valid bitstream."""
+"""Limit on the share of accepted mutants in CompressAI's format; usual are 8e-4 and 1e-4."""
+LIMITS_OF_OTHERS = {"one bit": 5e-2, "one byte": 1e-2}
+"""The same for models that are not shipped. Their weights are random, so that many symbols are rare
+and more mutants are valid bitstreams: usual are 3e-4 to 3.5e-2 and 0 to 4.5e-3, by model."""
 TOLERATED = 3
 """Accepted mutants that are always allowed, for runs that are too short for a share."""
 
@@ -449,7 +450,9 @@ def main() -> int:
     print(f"seed {options.seed}; {time.monotonic() - began:.0f} s")  # noqa: T201
     results = [
         _print(f"{large} inputs of 768×512, others of at most 128×128", shared, lost, LIMITS),
-        _print(f"other models ({', '.join(options.models)})", others, lost_others, {}),
+        _print(
+            f"other models ({', '.join(options.models)})", others, lost_others, LIMITS_OF_OTHERS
+        ),
     ]
     return 0 if all(results) else 1
 
