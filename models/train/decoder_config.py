@@ -74,6 +74,9 @@ class DiffusionConfig(RunConfig):
     )
     spectrum: float = option(0.2, "weight of the distance of local power spectra in phase 2")
     sparsity: float = option(0.0, "weight of the distance of local sparsity in phase 2")
+    scene_statistics: float = option(
+        0.0, "weight of the distance of natural scene statistics (those of NIQE) in phase 2"
+    )
     adversarial: float = option(0.0, "weight of the adversarial term in phase 2")
     adversarial_after: int = option(
         2000,

@@ -249,6 +249,8 @@ class DiffusionTask:
             "held_spectrum_msh": losses.spectrum(batch.x_hat, batch.x),
             "held_sparsity": losses.sparsity(picture, batch.x),
             "held_sparsity_msh": losses.sparsity(batch.x_hat, batch.x),
+            "held_scene": losses.scene_statistics(picture, batch.x),
+            "held_scene_msh": losses.scene_statistics(batch.x_hat, batch.x),
         }
         if self.lpips is not None:
             row["held_lpips"] = self.lpips(picture, batch.x).mean()

@@ -18,11 +18,12 @@ LPIPS_STRIDE = 4
 
 
 class PerceptualLoss:
-    """LPIPS, distances of local power spectra and sparsity, and an adversarial term, if configured.
+    """LPIPS, distances of texture, and an adversarial term, if configured.
 
     Each term gets the picture without a random number of its first rows and columns. The decoder
     draws blocks of four pixels, and AlexNet's first layer has stride 4: without these offsets,
-    LPIPS rewarded a hatching with a period of four pixels.
+    LPIPS rewarded a hatching with a period of four pixels. LPIPS gets it mirrored in half of the
+    steps: AlexNet's filters prefer one diagonal, and the decoder drew texture along it.
     """
 
     def __init__(
@@ -45,6 +46,9 @@ class PerceptualLoss:
         if self.config.sparsity:
             distance = _texture_term(losses.sparsity, picture, batch.x, step)
             yield "sparsity", self.config.sparsity, distance
+        if self.config.scene_statistics:
+            distance = _texture_term(losses.scene_statistics, picture, batch.x, step)
+            yield "scene", self.config.scene_statistics, distance
         if self.discriminator and step.number >= self.config.adversarial_after:
             term = _adversarial_term(self.discriminator, picture, batch, step)
             yield "adversarial", self.config.adversarial, term
@@ -68,7 +72,10 @@ def random_offset(step: TrainingStep, period: int) -> tuple[int, int]:
 
 def _lpips_term(lpips: LpipsLoss, picture: Tensor, x: Tensor, step: TrainingStep) -> Tensor:
     top, left = random_offset(step, LPIPS_STRIDE)
-    return lpips(picture[:, :, top:, left:], x[:, :, top:, left:]).mean()
+    picture, x = picture[:, :, top:, left:], x[:, :, top:, left:]
+    if step.shared_random.random() < 0.5:
+        picture, x = picture.flip(3), x.flip(3)
+    return lpips(picture, x).mean()
 
 
 def _texture_term(

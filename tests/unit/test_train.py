@@ -135,11 +135,16 @@ def test_a_decoder_with_one_call_gets_perceptual_losses_at_that_call(
     config: Callable[..., DiffusionConfig],
 ) -> None:
     settings = config(
-        plan=(Stage("phase2", steps=3),), calls=1, spectrum=0.1, sparsity=0.1, log_s=0.0
+        plan=(Stage("phase2", steps=3),),
+        calls=1,
+        spectrum=0.1,
+        sparsity=0.1,
+        scene_statistics=0.1,
+        log_s=0.0,
     )
     trained(settings)
     rows = [row for row in log(settings) if "ratio" in row]
-    terms = ("lpips", "spectrum", "sparsity")
+    terms = ("lpips", "spectrum", "sparsity", "scene")
     assert len(rows) == 3 and all(row[term] > 0 for row in rows for term in terms)
 
 

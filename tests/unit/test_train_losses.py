@@ -1,8 +1,11 @@
 """Losses of the diffusion decoder, compared with known values."""
 
 import math
+import random
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +15,16 @@ from torch import Tensor
 from models import image
 from models.diffusion import schedule
 from models.errors import WeightsError
+from models.evaluate import niqe
 from models.train import losses
+from models.train.bank import Batch
+from models.train.config import Stage
+from models.train.decoder_config import DiffusionConfig
 from models.train.lpips import LpipsLoss
+from models.train.perceptual import PerceptualLoss
+from models.train.task import TrainingStep
+
+PHOTO = Path(__file__).parents[1] / "data" / "kodim23.png"
 
 
 def test_the_reported_loss_of_predicting_zero_is_correct() -> None:
@@ -82,6 +93,59 @@ def test_noise_of_the_same_spectrum_has_another_sparsity_than_edges() -> None:
     assert losses.spectrum(sparse, grain) < 0.3
     assert losses.sparsity(sparse, grain) > 5 * losses.sparsity(other, grain)
     assert losses.sparsity(sparse, grain) == losses.sparsity(grain, sparse)  # symmetric
+
+
+def test_a_mirrored_texture_has_the_same_spectrum_and_other_scene_statistics() -> None:
+    generator = torch.Generator().manual_seed(0)
+    texture, other = torch.randn(2, 1, 1, 160, 160, generator=generator)
+    streaks = torch.eye(9)[None, None] / 9  # falling to the right
+    texture, other = (
+        0.5 + 0.2 * F.conv2d(x, streaks).expand(1, 3, -1, -1) for x in (texture, other)
+    )
+    mirrored = texture.flip(3)
+    assert float(losses.scene_statistics(texture, texture)) == 0
+    assert losses.spectrum(mirrored, texture) < 1.2 * losses.spectrum(other, texture)
+    distance = losses.scene_statistics(mirrored, texture)
+    assert distance > 5 * losses.scene_statistics(other, texture)
+    torch.testing.assert_close(distance, losses.scene_statistics(texture, mirrored))
+    flat = torch.full((1, 3, 64, 64), 0.5, requires_grad=True)
+    losses.scene_statistics(flat, texture[..., :64, :64]).backward()  # type: ignore[no-untyped-call]
+    assert flat.grad is not None and flat.grad.isfinite().all()
+
+
+def test_scene_statistics_are_the_moments_of_niqe() -> None:
+    pixels = image.read(PHOTO.read_bytes(), 1 << 20)
+    normal = niqe._mscn(niqe._luma(pixels))[3:-3, 3:-3]  # without mirrored borders
+    torch_luma = torch.from_numpy(niqe._luma(pixels)).float()[None, None]
+    got = losses._scene_moments(torch_luma)[0]
+    falling = normal[:-1, :-1] * normal[1:, 1:]
+    expected = {
+        0: (normal**2).mean(),
+        1: abs(normal).mean() ** 2 / (normal**2).mean(),
+        4: abs(falling).mean() ** 2 / (falling**2).mean(),
+        10: (np.minimum(falling, 0) ** 2).mean(),
+    }
+    for i, value in expected.items():
+        assert float(got[i]) == pytest.approx(value, rel=0.02)
+
+
+def test_lpips_sees_pictures_at_every_offset_to_its_stride_and_mirrored() -> None:
+    x = torch.arange(64.0).reshape(1, 1, 8, 8)
+    config = DiffusionConfig(out="", spectrum=0)
+    seen = set()
+
+    def first_pixels(picture: Tensor, original: Tensor) -> Tensor:
+        assert torch.equal(picture, original)
+        seen.add((float(picture[0, 0, 0, 0]), float(picture[0, 0, 0, -1])))
+        return picture
+
+    loss = PerceptualLoss(config, cast(LpipsLoss, first_pixels), 1, x.device)
+    batch = Batch(x, x, x, x, x)
+    step = TrainingStep(Stage("perceptual"), 0, 0.0, torch.Generator(), random.Random(0))
+    for _ in range(200):
+        assert [name for name, _, _ in loss.terms(x, batch, step)] == ["lpips"]
+    rows = [(8.0 * top + left, 8.0 * top + 7) for top in range(4) for left in range(4)]
+    assert seen == {*rows, *((last, first) for first, last in rows)}
 
 
 def test_the_spectrum_distance_ignores_where_texture_is_and_penalises_hatching() -> None:
