@@ -49,7 +49,7 @@ def measure(weights: str, width: int, height: int, file: Path) -> dict[str, Any]
     streams = [bitstream.serialize(ours.encode(x, f, "exact")) for f in ("compressai", "msh")]
     b, exact = (bitstream.parse(data) for data in streams)
     file.write_bytes(streams[1])
-    reference = _reference(ours)
+    reference = compressai(ours)
     shape = [side // 64 for side in geometry.padded(height, width)]
 
     def decompress() -> Tensor:
@@ -63,7 +63,7 @@ def measure(weights: str, width: int, height: int, file: Path) -> dict[str, Any]
     }
     with torch.inference_mode():
         pictures = {name: decode() for name, decode in decoders.items()}  # compiles and warms up
-        ms = _interleaved(decoders, 7 if width < 1000 else 2)
+        ms = interleaved(decoders, 7 if width < 1000 else 2)
         stages = _stages(ours, b, 5 if width < 1000 else 2)
     rate = machine.gflops()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -100,7 +100,7 @@ def _codec(weights: str) -> Codec:
     return replace(shipped, synthesis=Synthesis(shipped.net.g_s, shipped.net.M))
 
 
-def _reference(ours: Codec) -> Any:
+def compressai(ours: Codec) -> Any:
     """CompressAI's model with the same weights."""
     entry = next(e for e in checkpoint.manifest() if e.quality == QUALITY)
     weights = {k: v.float() for k, v in checkpoint.load(entry).items() if v.is_floating_point()}
@@ -112,7 +112,7 @@ def _reference(ours: Codec) -> Any:
     return reference.eval()
 
 
-def _interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Time the calls in turns; milliseconds of the fastest round of each.
 
     The fastest, because other load on the machine can only add time.
@@ -144,7 +144,7 @@ def _stages(ours: Codec, b: bitstream.Bitstream, rounds: int) -> dict[str, float
         "latents": lambda: ours.latents(b),
         "g_s": lambda: ours.synthesis(y_hat),
     }
-    ms = _interleaved(stages, rounds)
+    ms = interleaved(stages, rounds)
     ms["other"] = (
         ms["latents"] - ms["h_s"] - ms["z"]
     )  # CDF indices, decoding y, bit map, adding the means

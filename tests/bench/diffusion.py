@@ -1,11 +1,17 @@
-"""Benchmark of the diffusion decoder: time and memory per step and per tier, at three sizes.
+"""Benchmark of the diffusion decoders: time and memory per step and per tier, at three sizes.
 
 make bench PART=diffusion
+
+Measured in each precision that the CPU computes in. The second table has the times from the bytes
+to the PNG file, next to CompressAI's `decompress()` of the same picture in the same process.
 """
 
 import json
+import os
 import sys
 import time
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +21,93 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from models import image
-from models.codec import codec, zoo
+from models import geometry, image, processor
+from models.codec import bitstream, codec, zoo
 from models.diffusion import decoder
-from models.diffusion.decoder import Decoder, DiffusionInput
+from models.diffusion.decoder import PRECISION_VARIABLE, Decoder, DiffusionInput
+from models.pictures import writing
 from models.tiers import TIERS, Settings, decoder_for
-from tests.bench import machine
+from tests.bench import decode, machine
 from worker.settings import WorkerSettings, prepare_process
 
 PHOTO = Path(__file__).parents[1] / "data/kodim23.png"
 SIZES = ((768, 512), (2048, 1360), (3840, 2160))
 THREADS = (1, 2)
-ROUNDS = 5
+PERCEPTUAL = "perceptual"
+POSTERIOR = [t.name for t in TIERS.values() if t.settings and t.name != PERCEPTUAL]
+"""Tiers that the general decoder draws."""
+RATIOS = ("instant", PERCEPTUAL)
+"""Tiers that are compared with CompressAI's decoder."""
 
 
 def measure(width: int, height: int) -> dict[str, Any]:
     """Measure one picture size in this process, so that its peak memory belongs to this size."""
-    shipped, item = decoder.load(), _input(width, height)
-    once, steps = [], []
-    for _ in range(2):
-        times = _step_times(shipped, item, ROUNDS if width < 1000 else 2)
-        once.append(times[0])
-        steps += times[1:]
-    step = min(steps)  # the fastest, because other load on the machine can only add time
-    maps = min(once) - step
-    rate = machine.gflops()
-    flops = _flops(shipped, item)
+    small = width < 1000
+    item = _input(width, height)
+    one_step, general = (_decoder(name) for name in (PERCEPTUAL, POSTERIOR[0]))
+    perceptual = _fastest(lambda: _draw(one_step, item, PERCEPTUAL), 5 if small else 1)
+    once, step = _step_times(general, item, 10 if small else 2)
+    tiers = {name: once + _settings(name).calls * step for name in POSTERIOR}
     result = {
         "size": f"{width}x{height}",
-        "once_s": maps,
+        "once_s": once,
         "step_s": step,
-        "step_us_per_pixel": step / (width * height) * 1e6,
-        "step_gmac": flops / 2e9,
-        "sgemm_gflops": rate,
-        "share_of_sgemm": flops / step / 1e9 / rate,
-        "tiers_s": {t.name: maps + t.settings.calls * step for t in TIERS.values() if t.settings},
+        "tiers_s": {PERCEPTUAL: perceptual} | tiers,
         "peak_mib": machine.peak_mib(),
     }
-    if width < 1000:
-        result["measured_s"] = {n: _tier(item, n) for n in ("perceptual", "ddim-10")}
-        result["openvino_step_s"] = _openvino(shipped, item)
+    if small:
+        rate = machine.gflops()
+        flops = {PERCEPTUAL: _flops(one_step, item, 1)}
+        flops["step"] = _flops(general, item, 2) - _flops(general, item, 1)
+        result["kmac_per_pixel"] = {k: v / 2e3 / (width * height) for k, v in flops.items()}
+        result["sgemm_gflops"] = rate
+        result["share_of_sgemm"] = {
+            PERCEPTUAL: flops[PERCEPTUAL] / perceptual / 1e9 / rate,
+            "step": flops["step"] / step / 1e9 / rate,
+        }
     return result
+
+
+def measure_files() -> dict[str, Any]:
+    """Seconds from the bytes to a PNG file, and of CompressAI's `decompress()` to the picture."""
+    ours, diffusion = zoo.load(2), _decoder(PERCEPTUAL)
+    x = codec.to_tensor(image.read(PHOTO.read_bytes(), 10**7))
+    b, exact = (
+        bitstream.parse(bitstream.serialize(ours.encode(x, f, "exact")))
+        for f in ("compressai", "msh")
+    )
+    reference = decode.compressai(ours)
+    shape = [side // 64 for side in geometry.padded(b.height, b.width)]
+
+    def instant() -> bytes:
+        x_hat = ours.reconstruct(exact)[1]
+        return writing.write(codec.crop_to_pixels(x_hat, b.height, b.width), "png")
+
+    def perceptual() -> bytes:
+        latents, x_hat = ours.reconstruct(exact)
+        drawn = _draw(diffusion, DiffusionInput(latents, x_hat, 2, 0), PERCEPTUAL)
+        return writing.write(codec.crop_to_pixels(drawn, b.height, b.width), "png")
+
+    calls = {
+        "compressai": lambda: reference.decompress([[b.y_string], [b.z_string]], shape),
+        "instant": instant,
+        "perceptual": perceptual,
+    }
+    with torch.inference_mode():
+        for call in calls.values():
+            call()
+        seconds = {name: ms / 1e3 for name, ms in decode.interleaved(calls, 9).items()}
+    return {"compressai_s": seconds.pop("compressai"), "tiers_s": seconds}
+
+
+def _decoder(tier: str) -> Decoder:
+    return decoder_for(decoder.load_all(), _settings(tier))
+
+
+def _settings(tier: str) -> Settings:
+    settings = TIERS[tier].settings
+    assert settings is not None
+    return settings
 
 
 def _input(width: int, height: int) -> DiffusionInput:
@@ -68,123 +120,107 @@ def _input(width: int, height: int) -> DiffusionInput:
     return DiffusionInput(latents, q2.synthesis(latents.y_hat), 2, 0)
 
 
-def _step_times(diffusion: Decoder, item: DiffusionInput, count: int) -> list[float]:
-    """Seconds of conditioner and first step together, then of `count` single steps."""
+def _draw(diffusion: Decoder, item: DiffusionInput, tier: str) -> torch.Tensor:
+    return diffusion.sample_batch([item], _settings(tier))
+
+
+def _fastest(call: Callable[[], object], rounds: int) -> float:
+    """Seconds of the fastest round after a first one, which warms up.
+
+    The fastest, because other load on the machine can only add time.
+    """
+    call()
+    return decode.interleaved({"": call}, rounds)[""] / 1e3
+
+
+def _step_times(diffusion: Decoder, item: DiffusionInput, count: int) -> tuple[float, float]:
+    """Seconds once per picture (conditioner), and of the fastest of `count` steps."""
     marks = [time.perf_counter()]
     diffusion.sample_batch(
         [item], Settings("ddim", count + 1), lambda *_: marks.append(time.perf_counter())
     )
-    return [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    first, *steps = np.diff(marks)
+    return float(first - min(steps)), float(min(steps))
 
 
-def _tier(item: DiffusionInput, tier: str) -> float:
-    """Seconds of a whole tier."""
-    settings = TIERS[tier].settings
-    assert settings is not None
-    diffusion = decoder_for(decoder.load_all(), settings)
-    began = time.perf_counter()
-    diffusion.sample_batch([item], settings)
-    return time.perf_counter() - began
+def _flops(diffusion: Decoder, item: DiffusionInput, steps: int) -> float:
+    with FlopCounterMode(display=False) as counter:
+        diffusion.sample_batch([item], Settings("ddim", steps))
+    return float(counter.get_total_flops())
 
 
-def _flops(diffusion: Decoder, item: DiffusionInput) -> float:
-    """FLOPs of one step: those of two steps minus those of one."""
-    totals = []
-    for count in (1, 2):
-        with FlopCounterMode(display=False) as counter:
-            diffusion.sample_batch([item], Settings("ddim", count))
-        totals.append(counter.get_total_flops())
-    return float(totals[1] - totals[0])
-
-
-def _openvino(diffusion: Decoder, item: DiffusionInput) -> float | None:
-    """Seconds of the same step in OpenVINO, to compare with torch; None if it is not installed."""
-    try:
-        import openvino
-    except ImportError:
-        return None
-
-    class Flat(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.denoiser = diffusion.net.denoiser
-
-        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-            x_t, t, quality, beta, *maps = inputs
-            out: torch.Tensor = self.denoiser(x_t, t, tuple(maps), quality, beta)
-            return out
-
-    _, _, height, width = item.x_hat.shape
-    c = diffusion.config
-    widths = zip(c.condition, c.map_strides, strict=True)
-    maps = [torch.randn(1, w, height // s, width // s) for w, s in widths]
-    x_t, half = torch.randn(1, 3, height, width), torch.tensor([0.5])
-    inputs = (x_t, half, torch.tensor([2]), half, *maps)
-    flat = Flat().eval()
-    model = openvino.convert_model(flat, example_input=inputs)
-    options = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 on CPUs that support it
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
-    arrays = [i.numpy() for i in inputs]
-    with torch.inference_mode():
-        gap = np.abs(request.infer(arrays)[0] - flat(*inputs).numpy()).max()
-    if gap > 1e-3:
-        raise RuntimeError(
-            f"OpenVINO's output differs from torch's by {gap}; at most 1e-3 is allowed"
-        )
-    times = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        request.infer(arrays, share_inputs=True)
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
-def _table(rows: list[dict[str, Any]], about: dict[str, str]) -> str:
-    tiers = [t.name for t in TIERS.values() if t.settings]
-    head = ["size", "threads", "once ms", "step ms", "µs/px", "GMAC/step", "of sgemm", "MiB"]
+def _table(rows: list[dict[str, Any]], files: list[dict[str, Any]], about: dict[str, str]) -> str:
+    head = ["precision", "size", "threads", "once ms", "step ms", "MiB", PERCEPTUAL, *POSTERIOR]
     lines = [
-        "# Diffusion decoder\n",
+        "# Diffusion decoders\n",
         ", ".join(f"{k} {v}" for k, v in about.items()) + "\n",
-        "Fastest of several rounds. Tiers: seconds from the latents to the picture, computed as"
-        " once + steps; in brackets the measured time of the whole tier.\n",
-        "| " + " | ".join([*head, *tiers]) + " |",
-        "|" + "---|" * (len(head) + len(tiers)),
+        "Fastest of several rounds. `perceptual`: seconds from the latents to the picture. Other"
+        " tiers, which the general decoder draws: computed as once + steps. MiB: peak memory of a"
+        " process with both decoders.\n",
+        *_rows(head, [_cells(r) for r in rows]),
+        "",
     ]
     for r in rows:
-        measured = r.get("measured_s", {})
-        cells = [
-            r["size"], str(r["threads"]), f"{r['once_s'] * 1e3:.0f}", f"{r['step_s'] * 1e3:.0f}",
-            f"{r['step_us_per_pixel']:.2f}", f"{r['step_gmac']:.1f}",
-            f"{r['share_of_sgemm']:.0%} of {r['sgemm_gflops']:.0f} GFLOP/s", str(r["peak_mib"]),
-        ]  # fmt: skip
-        for name in tiers:
-            whole = f" ({measured[name]:.1f})" if name in measured else ""
-            cells.append(f"{r['tiers_s'][name]:.1f}{whole}")
-        lines.append("| " + " | ".join(cells) + " |")
-    for r in rows:
-        if r.get("openvino_step_s"):
+        if "kmac_per_pixel" in r:
+            kmac, share = r["kmac_per_pixel"], r["share_of_sgemm"]
             lines.append(
-                f"\nOpenVINO, {r['size']}, {r['threads']} thread(s): "
-                f"{r['openvino_step_s'] * 1e3:.0f} ms a step."
+                f"- {r['precision']}, {r['threads']} thread(s): `perceptual` has"
+                f" {kmac[PERCEPTUAL]:.1f} kMAC per pixel, at {share[PERCEPTUAL]:.0%} of the speed"
+                f" of a float32 matrix product ({r['sgemm_gflops']:.0f} GFLOP/s); a step of the"
+                f" other tiers {kmac['step']:.1f}, at {share['step']:.0%}."
             )
+    lines += [
+        "\nSeconds from the bytes of an `.msh` file to a PNG file, 768×512, and the ratio to"
+        " CompressAI's `decompress()` of the same picture in the same process, which writes no"
+        " file. The tiers of the general decoder: `instant` + the time above.\n",
+        *_rows(
+            ["precision", "threads", "CompressAI", *(h for n in RATIOS for h in (n, "ratio"))]
+            + POSTERIOR,
+            [_file_cells(r) for r in files],
+        ),
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _rows(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _cells(r: dict[str, Any]) -> list[str]:
+    once, step = (f"{r[key] * 1e3:.0f}" for key in ("once_s", "step_s"))
+    tiers = [f"{seconds:.3g}" for seconds in r["tiers_s"].values()]
+    return [r["precision"], r["size"], str(r["threads"]), once, step, str(r["peak_mib"]), *tiers]
+
+
+def _file_cells(r: dict[str, Any]) -> list[str]:
+    compressai, tiers = r["compressai_s"], r["tiers_s"]
+    cells = [r["precision"], str(r["threads"]), f"{compressai:.3f}"]
+    for name in RATIOS:
+        cells += [f"{tiers[name]:.3f}", f"{tiers[name] / compressai:.2f}"]
+    return cells + [f"{tiers[name]:.3g}" for name in POSTERIOR]
 
 
 def main() -> None:
     prepare_process(WorkerSettings())
-    if len(sys.argv) == 3:
-        print(json.dumps(measure(int(sys.argv[1]), int(sys.argv[2]))))  # noqa: T201
+    if len(sys.argv) > 1:
+        sides = [int(side) for side in sys.argv[1:] if side != "files"]
+        print(json.dumps(measure(*sides) if sides else measure_files()))  # noqa: T201
         return
-    rows = []
-    for threads in THREADS:
-        for size in SIZES:
-            rows.append(machine.alone(__file__, threads, *size) | {"threads": threads})
-    about = machine.describe()
-    machine.write("diffusion", {"machine": about, "rows": rows}, _table(rows, about))
+    rows, files = [], []
+    for precision, threads in product(("f32", "bf16"), THREADS):
+        if precision == "bf16" and not processor.has_bfloat16():
+            continue
+        os.environ[PRECISION_VARIABLE] = precision
+        about: dict[str, Any] = {"precision": precision, "threads": threads}
+        sizes = [about | machine.alone(__file__, threads, *size) for size in SIZES]
+        to_file = about | machine.alone(__file__, threads, "files")
+        for name in POSTERIOR:
+            to_file["tiers_s"][name] = to_file["tiers_s"]["instant"] + sizes[0]["tiers_s"][name]
+        rows += sizes
+        files.append(to_file)
+    described = machine.describe()
+    document = {"machine": described, "rows": rows, "files": files}
+    machine.write("diffusion", document, _table(rows, files, described))
 
 
 if __name__ == "__main__":

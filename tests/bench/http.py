@@ -44,7 +44,7 @@ sys.path.append({bench!r})
 import decode as bench
 from models import geometry
 from models.codec import bitstream
-net = bench._reference(bench._codec("shipped"))
+net = bench.compressai(bench._codec("shipped"))
 app = FastAPI()
 
 def decode_png(data):
