@@ -128,7 +128,8 @@ class PixelRefinement(nn.Module):
 
     def forward(self, out: Tensor, h: Tensor, x_t: Tensor) -> Tensor:
         """`out`, `x_t` (B, 3, H, W), `h` (B, i, H/patch, W/patch) -> (B, 3, H, W)."""
-        inputs = torch.cat([out, F.pixel_shuffle(self.fold(h), self.patch), x_t], 1)
+        hidden = F.pixel_shuffle(self.fold(h), self.patch)
+        inputs = torch.cat([out, hidden, x_t.to(out.dtype)], 1)  # else all become float32 first
         refined: Tensor = out + self.conv2(F.silu(self.conv1(inputs)))
         return refined
 

@@ -34,8 +34,9 @@ def normals(
         uniform = (integers.double() + 0.5) * 2.0**-32  # (4, rows, W) in (0, 1)
         radius = torch.sqrt(-2 * torch.log(uniform[::2]))
         angle = 2 * math.pi * uniform[1::2]
-        pairs = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
-        out[:, top : top + rows] = pairs[:channels]
+        strip = out[:, top : top + rows]
+        strip[:2] = (radius * torch.cos(angle))[:channels]
+        strip[2:] = (radius * torch.sin(angle))[: max(channels - 2, 0)]
     return out[None]
 
 
@@ -47,19 +48,19 @@ def words(
     device: torch.device | None = None,
 ) -> Tensor:
     """Philox's four 32-bit words per position: (4, H, W) int64; the counter is (y, x, step, 0)."""
-    y = torch.arange(origin[0], origin[0] + size[0], device=device)[:, None]
-    x = torch.arange(origin[1], origin[1] + size[1], device=device)[None]
-    c0, c1 = y.expand(size), x.expand(size)
-    c2, c3 = torch.full_like(c0, step), torch.zeros_like(c0)
+    # rows, columns and constants are broadcast by the first rounds, when they are first combined
+    c0 = torch.arange(origin[0], origin[0] + size[0], device=device)[:, None]
+    c1 = torch.arange(origin[1], origin[1] + size[1], device=device)[None]
+    c2, c3 = c0.new_full((1, 1), step), c0.new_zeros(1, 1)
     k0, k1 = seed & _WORD, seed >> 32
     for _ in range(10):
         # int64 products wrap modulo 2^64, as Philox requires; `& _WORD` removes the shift's sign
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
-            (p1 >> 32 & _WORD) ^ c1 ^ k0,
+            (p1 >> 32 & _WORD) ^ (c1 ^ k0),
             p1 & _WORD,
-            (p0 >> 32 & _WORD) ^ c3 ^ k1,
+            (p0 >> 32 & _WORD) ^ (c3 ^ k1),
             p0 & _WORD,
         )
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return torch.stack([c0, c1, c2, c3])
+    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3))
