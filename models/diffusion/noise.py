@@ -48,7 +48,7 @@ def words(
     device: torch.device | None = None,
 ) -> Tensor:
     """Philox's four 32-bit words per position: (4, H, W) int64; the counter is (y, x, step, 0)."""
-    # rows, columns and constants are broadcast by the first rounds, when they are first combined
+    # the first rounds combine rows, columns and constants, which are broadcast only then
     c0 = torch.arange(origin[0], origin[0] + size[0], device=device)[:, None]
     c1 = torch.arange(origin[1], origin[1] + size[1], device=device)[None]
     c2, c3 = c0.new_full((1, 1), step), c0.new_zeros(1, 1)
@@ -63,4 +63,4 @@ def words(
             p0 & _WORD,
         )
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3))
+    return torch.stack([c0, c1, c2, c3])  # after ten rounds all are (H, W)
