@@ -74,6 +74,12 @@ class DiffusionConfig(RunConfig):
     )
     spectrum: float = option(0.2, "weight of the distance of local power spectra in phase 2")
     sparsity: float = option(0.0, "weight of the distance of local sparsity in phase 2")
+    chroma_spectrum: float = option(
+        0.0, "weight of the distance of local power spectra of the colour differences in phase 2"
+    )
+    period: float = option(
+        0.0, "weight of the share of the error that repeats every 16 pixels in phase 2"
+    )
     scene_statistics: float = option(
         0.0, "weight of the distance of natural scene statistics (those of NIQE) in phase 2"
     )

@@ -32,7 +32,7 @@ from models.train.distributed import ProcessGroup
 from models.train.losses import Denoise, Hybrid
 from models.train.lpips import LpipsLoss
 from models.train.narrow import narrow
-from models.train.perceptual import PerceptualLoss
+from models.train.perceptual import TEXTURE, PerceptualLoss
 from models.train.soap import Soap
 from models.train.task import TrainingStep, Update, cosine
 from models.train.teacher import Teacher
@@ -245,13 +245,10 @@ class DiffusionTask:
         row = {
             "held_mse": F.mse_loss(picture, batch.x),
             "held_mse_msh": F.mse_loss(batch.x_hat, batch.x),
-            "held_spectrum": losses.spectrum(picture, batch.x),
-            "held_spectrum_msh": losses.spectrum(batch.x_hat, batch.x),
-            "held_sparsity": losses.sparsity(picture, batch.x),
-            "held_sparsity_msh": losses.sparsity(batch.x_hat, batch.x),
-            "held_scene": losses.scene_statistics(picture, batch.x),
-            "held_scene_msh": losses.scene_statistics(batch.x_hat, batch.x),
         }
+        for name, distance in TEXTURE.items():
+            row[f"held_{name}"] = distance(picture, batch.x)
+            row[f"held_{name}_msh"] = distance(batch.x_hat, batch.x)
         if self.lpips is not None:
             row["held_lpips"] = self.lpips(picture, batch.x).mean()
             row["held_lpips_msh"] = self.lpips(batch.x_hat, batch.x).mean()

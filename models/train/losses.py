@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.diffusion import schedule
 from models.diffusion.sampler import ddim_step
+from models.geometry import STRIDE_Y
 
 BITS = 1 / math.log(2)
 """Bits per nat."""
@@ -19,6 +20,13 @@ DCT = 8
 """Side of the blocks whose cosine transform `spectrum` takes, in pixels; blocks overlap by half."""
 REGION = 8
 """Side of the regions over which `spectrum` averages power, in blocks: 36 pixels."""
+
+Components = tuple[tuple[float, float, float], ...]
+"""Weights of red, green and blue."""
+_YCBCR: Components = (
+    (0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312)
+)  # fmt: skip
+"""Luma and colour differences of BT.601."""
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x_t, t (B,)) -> the network's prediction."""
@@ -83,9 +91,38 @@ def spectrum(picture: Tensor, x: Tensor) -> Tensor:
     Related distances compare statistics of learned features (Ding 2020, DISTS; Qiu 2024,
     Wasserstein distortion). Here the features are fixed: cosines of 8×8 blocks, without the mean.
     """
-    power = _by_region(_power(torch.cat([picture, x])))
-    log_power, log_power_x = power.log().chunk(2)
+    return _spectral_distance(picture, x, _YCBCR[:1])
+
+
+def chroma_spectrum(picture: Tensor, x: Tensor) -> Tensor:
+    """Distance that `spectrum` computes, of the colour differences Cb and Cr.
+
+    Losses of luma move pixels along the weights of luma, mostly in green, and LPIPS hardly sees the
+    colour noise that this adds: without this distance, Cb had up to four times too much power.
+    """
+    return _spectral_distance(picture, x, _YCBCR[1:])
+
+
+def _spectral_distance(picture: Tensor, x: Tensor, components: Components) -> Tensor:
+    log_power, log_power_x = _by_region(_power(torch.cat([picture, x]), components)).log().chunk(2)
     return (log_power - log_power_x).abs().mean() / 2
+
+
+def period(picture: Tensor, x: Tensor) -> Tensor:
+    """Share of the error's power that repeats every 16 pixels, the stride of the latents.
+
+    Mean over Y, Cb and Cr, without the means of 16×16 blocks. It is 1 / (number of blocks) on
+    average for errors without a period. Flat areas have equal latents, from which the decoder can
+    draw the same small pattern in each block. Takes what `spectrum` takes.
+    """
+    rows, columns = (side // STRIDE_Y for side in x.shape[2:])
+    error = (picture - x)[:, :, : rows * STRIDE_Y, : columns * STRIDE_Y]
+    error = F.conv2d(error, _components(x.device, _YCBCR))
+    blocks = error.reshape(*error.shape[:2], rows, STRIDE_Y, columns, STRIDE_Y)
+    blocks = blocks - blocks.mean((3, 5), keepdim=True)
+    power = blocks.square().mean((2, 3, 4, 5)).detach() + 255.0**-2
+    share: Tensor = blocks.mean((2, 4)).square().mean((2, 3)) / power
+    return share.mean()
 
 
 def sparsity(picture: Tensor, x: Tensor) -> Tensor:
@@ -95,7 +132,7 @@ def sparsity(picture: Tensor, x: Tensor) -> Tensor:
     them are large, at edges; in noise of the same power they are all alike. The quotient is the
     moment from which NIQE fits the shape of a generalised Gaussian. Takes what `spectrum` takes.
     """
-    power = _power(torch.cat([picture, x]))
+    power = _power(torch.cat([picture, x]), _YCBCR[:1])
     sparsity, sparsity_x = (_by_region(power.sqrt()).square() / _by_region(power)).log().chunk(2)
     return (sparsity - sparsity_x).abs().mean()
 
@@ -108,7 +145,7 @@ def scene_statistics(picture: Tensor, x: Tensor) -> Tensor:
     size, here over the whole crop. They are larger on one side where edges have a direction, which
     `spectrum` and `sparsity` cannot see. Takes what `spectrum` takes.
     """
-    luma = F.conv2d(torch.cat([picture, x]), _luma(x.device)[None]) * 255
+    luma = F.conv2d(torch.cat([picture, x]), _components(x.device, _YCBCR[:1])) * 255
     moments = [_scene_moments(luma), _scene_moments(F.avg_pool2d(luma, 2))]
     ours, theirs = torch.cat(moments, 1).log().chunk(2)
     return (ours - theirs).abs().mean() / 2
@@ -144,12 +181,12 @@ def _scene_window(device: torch.device) -> Tensor:
     return (window / window.sum())[None, None].float().to(device)
 
 
-def _power(x: Tensor) -> Tensor:
-    """Squares of the luma's cosines in overlapping blocks, (B, 63, h, w).
+def _power(x: Tensor, components: Components) -> Tensor:
+    """Squares of the components' cosines in overlapping blocks, (B, 63·components, h, w).
 
     The offset, one grey level squared, makes differences below it count little.
     """
-    return F.conv2d(x, _luma_cosines(x.device), stride=DCT // 2).square() + 255.0**-2
+    return F.conv2d(x, _cosines(x.device, components), stride=DCT // 2).square() + 255.0**-2
 
 
 def _by_region(values: Tensor) -> Tensor:
@@ -157,19 +194,20 @@ def _by_region(values: Tensor) -> Tensor:
 
 
 @functools.cache
-def _luma_cosines(device: torch.device) -> Tensor:
-    """Kernels (63, 3, 8, 8) of the luma's orthonormal 8×8 DCT-II without the mean."""
+def _cosines(device: torch.device, components: Components) -> Tensor:
+    """Kernels (63·components, 3, 8, 8) of the orthonormal 8×8 DCT-II without the mean."""
     k = torch.arange(DCT, dtype=torch.float64)
     rows = torch.cos(math.pi / DCT * (k + 0.5) * k[:, None]) * math.sqrt(2 / DCT)
     rows[0] /= math.sqrt(2)
     cosines = torch.einsum("ij,kl->ikjl", rows, rows).reshape(-1, 1, DCT, DCT)[1:]
-    return (_luma(cosines.device).double() * cosines).float().to(device)
+    weights = _components(device, components).double()
+    return torch.cat([weight * cosines for weight in weights]).float().to(device)
 
 
 @functools.cache
-def _luma(device: torch.device) -> Tensor:
-    """Kernel (3, 1, 1) of the luma."""
-    return torch.tensor([0.299, 0.587, 0.114], device=device)[:, None, None]
+def _components(device: torch.device, components: Components) -> Tensor:
+    """Kernels (components, 3, 1, 1)."""
+    return torch.tensor(components, device=device)[:, :, None, None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Losses of phase 2 on the picture that the few-step decoder predicts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +15,17 @@ from models.train.task import TrainingStep, Update
 
 LPIPS_STRIDE = 4
 """Stride of AlexNet's first layer, in pixels."""
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""(picture, original), both (B, 3, H, W) in [0, 1] -> mean distance."""
+TEXTURE: Mapping[str, Distance] = {
+    "spectrum": losses.spectrum,
+    "chroma_spectrum": losses.chroma_spectrum,
+    "sparsity": losses.sparsity,
+    "scene_statistics": losses.scene_statistics,
+    "period": losses.period,
+}
+"""Distances of texture by the option that sets their weight."""
 
 
 class PerceptualLoss:
@@ -40,15 +51,9 @@ class PerceptualLoss:
         """Yield (name, weight, value) of every term that is configured and used in this step."""
         if self.lpips is not None:
             yield "lpips", 1.0, _lpips_term(self.lpips, picture, batch.x, step)
-        if self.config.spectrum:
-            distance = _texture_term(losses.spectrum, picture, batch.x, step)
-            yield "spectrum", self.config.spectrum, distance
-        if self.config.sparsity:
-            distance = _texture_term(losses.sparsity, picture, batch.x, step)
-            yield "sparsity", self.config.sparsity, distance
-        if self.config.scene_statistics:
-            distance = _texture_term(losses.scene_statistics, picture, batch.x, step)
-            yield "scene", self.config.scene_statistics, distance
+        for name, distance in TEXTURE.items():
+            if weight := getattr(self.config, name):
+                yield name, weight, _texture_term(distance, picture, batch.x, step)
         if self.discriminator and step.number >= self.config.adversarial_after:
             term = _adversarial_term(self.discriminator, picture, batch, step)
             yield "adversarial", self.config.adversarial, term
@@ -78,9 +83,7 @@ def _lpips_term(lpips: LpipsLoss, picture: Tensor, x: Tensor, step: TrainingStep
     return lpips(picture, x).mean()
 
 
-def _texture_term(
-    distance: Callable[[Tensor, Tensor], Tensor], picture: Tensor, x: Tensor, step: TrainingStep
-) -> Tensor:
+def _texture_term(distance: Distance, picture: Tensor, x: Tensor, step: TrainingStep) -> Tensor:
     top, left = random_offset(step, losses.DCT // 2)
     return distance(picture[:, :, top:, left:], x[:, :, top:, left:])
 

@@ -39,6 +39,7 @@ from models.train.distributed import ProcessGroup
 from models.train.encoder import Encoder
 from models.train.losses import Denoise
 from models.train.msh import MshConfig
+from models.train.perceptual import TEXTURE
 from models.train.photos import photographs
 from models.train.run import Run
 from tests.support.forked import Forked, trainer
@@ -140,11 +141,11 @@ def test_a_decoder_with_one_call_gets_perceptual_losses_at_that_call(
         spectrum=0.1,
         sparsity=0.1,
         scene_statistics=0.1,
-        log_s=0.0,
-    )
+        chroma_spectrum=0.1, period=0.1, log_s=0.0,
+    )  # fmt: skip
     trained(settings)
     rows = [row for row in log(settings) if "ratio" in row]
-    terms = ("lpips", "spectrum", "sparsity", "scene")
+    terms = ("lpips", *TEXTURE)
     assert len(rows) == 3 and all(row[term] > 0 for row in rows for term in terms)
 
 
