@@ -129,6 +129,31 @@ def test_scene_statistics_are_the_moments_of_niqe() -> None:
         assert float(got[i]) == pytest.approx(value, rel=0.02)
 
 
+def test_colour_noise_changes_the_chroma_spectrum_more_than_luma_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    grain = 0.05 * torch.randn(2, 1, 1, 128, 128, generator=generator)
+    grey = (0.5 + grain[0]).expand(1, 3, 128, 128)
+    colour = grey + grain[1] * torch.tensor([-0.5, 0.36, -0.59])[:, None, None]  # luma: about 0
+    assert float(losses.chroma_spectrum(grey, grey)) == 0
+    assert losses.spectrum(colour, grey) < 0.05
+    assert losses.chroma_spectrum(colour, grey) > 1
+    assert losses.chroma_spectrum(grey + 0.05, grey) < 0.01
+
+
+def test_the_period_is_the_share_of_the_error_that_repeats_with_the_stride_of_the_latents() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1, 3, 128, 128, generator=generator)
+    noise, motif = torch.randn(2, 1, 3, 128, 128, generator=generator)
+    motif = motif[..., :16, :16].repeat(1, 1, 8, 8)
+    assert float(losses.period(x, x)) == 0
+    assert losses.period(x + 0.1 * noise, x) == pytest.approx(1 / 64, rel=0.1)
+    assert losses.period(x + 0.1 * motif, x) == pytest.approx(1, rel=0.01)
+    assert losses.period(x + 0.1 * (motif + noise), x) == pytest.approx(0.5, rel=0.1)
+    assert float(losses.period(x + 0.1, x)) < 1e-6  # brightness is no pattern
+    shifted = (x + 0.1 * motif)[..., 3:, 1:], x[..., 3:, 1:]
+    assert losses.period(*shifted) == pytest.approx(1, rel=0.01)
+
+
 def test_lpips_sees_pictures_at_every_offset_to_its_stride_and_mirrored() -> None:
     x = torch.arange(64.0).reshape(1, 1, 8, 8)
     config = DiffusionConfig(out="", spectrum=0)
