@@ -188,7 +188,7 @@ def _rows(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def _cells(r: dict[str, Any]) -> list[str]:
     once, step = (f"{r[key] * 1e3:.0f}" for key in ("once_s", "step_s"))
-    tiers = [f"{seconds:.3g}" for seconds in r["tiers_s"].values()]
+    tiers = [_rounded(seconds) for seconds in r["tiers_s"].values()]
     return [r["precision"], r["size"], str(r["threads"]), once, step, str(r["peak_mib"]), *tiers]
 
 
@@ -197,7 +197,11 @@ def _file_cells(r: dict[str, Any]) -> list[str]:
     cells = [r["precision"], str(r["threads"]), f"{compressai:.3f}"]
     for name in RATIOS:
         cells += [f"{tiers[name]:.3f}", f"{tiers[name] / compressai:.2f}"]
-    return cells + [f"{tiers[name]:.3g}" for name in POSTERIOR]
+    return cells + [_rounded(tiers[name]) for name in POSTERIOR]
+
+
+def _rounded(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}"
 
 
 def main() -> None:
