@@ -23,10 +23,9 @@ REGION = 8
 
 Components = tuple[tuple[float, float, float], ...]
 """Weights of red, green and blue."""
-_YCBCR: Components = (
-    (0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312)
-)  # fmt: skip
-"""Luma and colour differences of BT.601."""
+_LUMA: Components = ((0.299, 0.587, 0.114),)
+_CHROMA: Components = ((-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+"""Colour differences Cb and Cr of BT.601, like the luma."""
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x_t, t (B,)) -> the network's prediction."""
@@ -91,7 +90,7 @@ def spectrum(picture: Tensor, x: Tensor) -> Tensor:
     Related distances compare statistics of learned features (Ding 2020, DISTS; Qiu 2024,
     Wasserstein distortion). Here the features are fixed: cosines of 8×8 blocks, without the mean.
     """
-    return _spectral_distance(picture, x, _YCBCR[:1])
+    return _spectral_distance(picture, x, _LUMA)
 
 
 def chroma_spectrum(picture: Tensor, x: Tensor) -> Tensor:
@@ -100,7 +99,7 @@ def chroma_spectrum(picture: Tensor, x: Tensor) -> Tensor:
     Losses of luma move pixels along the weights of luma, mostly in green, and LPIPS hardly sees the
     colour noise that this adds: without this distance, Cb had up to four times too much power.
     """
-    return _spectral_distance(picture, x, _YCBCR[1:])
+    return _spectral_distance(picture, x, _CHROMA)
 
 
 def _spectral_distance(picture: Tensor, x: Tensor, components: Components) -> Tensor:
@@ -117,7 +116,7 @@ def period(picture: Tensor, x: Tensor) -> Tensor:
     """
     rows, columns = (side // STRIDE_Y for side in x.shape[2:])
     error = (picture - x)[:, :, : rows * STRIDE_Y, : columns * STRIDE_Y]
-    error = F.conv2d(error, _components(x.device, _YCBCR))
+    error = F.conv2d(error, _components(x.device, _LUMA + _CHROMA))
     blocks = error.reshape(*error.shape[:2], rows, STRIDE_Y, columns, STRIDE_Y)
     blocks = blocks - blocks.mean((3, 5), keepdim=True)
     power = blocks.square().mean((2, 3, 4, 5)).detach() + 255.0**-2
@@ -132,7 +131,7 @@ def sparsity(picture: Tensor, x: Tensor) -> Tensor:
     them are large, at edges; in noise of the same power they are all alike. The quotient is the
     moment from which NIQE fits the shape of a generalised Gaussian. Takes what `spectrum` takes.
     """
-    power = _power(torch.cat([picture, x]), _YCBCR[:1])
+    power = _power(torch.cat([picture, x]), _LUMA)
     sparsity, sparsity_x = (_by_region(power.sqrt()).square() / _by_region(power)).log().chunk(2)
     return (sparsity - sparsity_x).abs().mean()
 
@@ -145,7 +144,7 @@ def scene_statistics(picture: Tensor, x: Tensor) -> Tensor:
     size, here over the whole crop. They are larger on one side where edges have a direction, which
     `spectrum` and `sparsity` cannot see. Takes what `spectrum` takes.
     """
-    luma = F.conv2d(torch.cat([picture, x]), _components(x.device, _YCBCR[:1])) * 255
+    luma = F.conv2d(torch.cat([picture, x]), _components(x.device, _LUMA)) * 255
     moments = [_scene_moments(luma), _scene_moments(F.avg_pool2d(luma, 2))]
     ours, theirs = torch.cat(moments, 1).log().chunk(2)
     return (ours - theirs).abs().mean() / 2

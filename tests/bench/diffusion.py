@@ -206,9 +206,9 @@ def _rounded(seconds: float) -> str:
 
 def main() -> None:
     prepare_process(WorkerSettings())
-    if len(sys.argv) > 1:
-        sides = [int(side) for side in sys.argv[1:] if side != "files"]
-        print(json.dumps(measure(*sides) if sides else measure_files()))  # noqa: T201
+    if sides := sys.argv[1:]:
+        row = measure_files() if sides == ["files"] else measure(*map(int, sides))
+        print(json.dumps(row))  # noqa: T201
         return
     rows, files = [], []
     for precision, threads in product(("f32", "bf16"), THREADS):

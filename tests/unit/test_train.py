@@ -135,14 +135,8 @@ def test_40_steps_on_20_photographs_beat_predicting_zero(
 def test_a_decoder_with_one_call_gets_perceptual_losses_at_that_call(
     config: Callable[..., DiffusionConfig],
 ) -> None:
-    settings = config(
-        plan=(Stage("phase2", steps=3),),
-        calls=1,
-        spectrum=0.1,
-        sparsity=0.1,
-        scene_statistics=0.1,
-        chroma_spectrum=0.1, period=0.1, log_s=0.0,
-    )  # fmt: skip
+    weights = dict.fromkeys(TEXTURE, 0.1)
+    settings = config(plan=(Stage("phase2", steps=3),), calls=1, log_s=0.0, **weights)
     trained(settings)
     rows = [row for row in log(settings) if "ratio" in row]
     terms = ("lpips", *TEXTURE)
