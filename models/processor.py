@@ -1,8 +1,11 @@
-"""What the CPU can compute."""
+"""What the CPU can compute, and in which precision it shall."""
 
 import functools
+import os
 from collections.abc import Set
 from pathlib import Path
+
+from models.errors import ParameterError
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -23,3 +26,14 @@ def flags() -> Set[str]:
     except OSError:
         return frozenset()
     return frozenset(next((line.split() for line in lines if line.startswith("flags")), []))
+
+
+def precision(variable: str, *choices: str) -> str:
+    """Return the precision that an environment variable names; the first choice if it is empty.
+
+    Raises `ParameterError` if it names none of `choices`.
+    """
+    value = os.environ.get(variable) or choices[0]
+    if value not in choices:
+        raise ParameterError(f"{variable}={value}: choose {', '.join(choices)}")
+    return value

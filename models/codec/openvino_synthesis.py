@@ -13,7 +13,7 @@ import torch
 from openvino import opset13 as ops
 from torch import Tensor, nn
 
-from models import checked_files, folders
+from models import checked_files, folders, processor
 from models.codec.inference_synthesis import (
     PRECISION_VARIABLE,
     InferenceSynthesis,
@@ -75,7 +75,7 @@ def _compile(net: InferenceSynthesis | ResidualSynthesis) -> ov.CompiledModel:
     core = ov.Core()
     options = {
         # OpenVINO's default is bf16 on processors that support it
-        "INFERENCE_PRECISION_HINT": os.environ.get(PRECISION_VARIABLE) or "f32",
+        "INFERENCE_PRECISION_HINT": processor.precision(PRECISION_VARIABLE, "f32", "bf16"),
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,
@@ -98,9 +98,9 @@ def _digest(
     net: InferenceSynthesis | ResidualSynthesis, core: ov.Core, options: Mapping[str, Any]
 ) -> str:
     """A digest of all that a compiled network depends on: weights, code, versions, processor."""
-    processor = core.get_property("CPU", "FULL_DEVICE_NAME")
+    name = core.get_property("CPU", "FULL_DEVICE_NAME")
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    about = (ov.__version__, processor, capabilities, options, str(net))
+    about = (ov.__version__, name, capabilities, options, str(net))
     digest = hashlib.sha256(repr(about).encode())
     digest.update(Path(__file__).read_bytes())  # the graph
     for name, values in (*net.named_parameters(), *net.named_buffers()):

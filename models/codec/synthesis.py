@@ -5,7 +5,6 @@ devices torch runs them.
 """
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable
 from functools import cached_property
@@ -15,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models import tiles
+from models import processor, tiles
 from models.codec import winograd
 from models.codec.inference_synthesis import PRECISION_VARIABLE, for_inference
 from models.codec.turns import Turns
@@ -117,7 +116,7 @@ def _fastest(net: nn.Module, device: torch.device) -> Backend:
     if device.type != "cpu":
         return "torch"
     has_openvino = find_spec("openvino") is not None
-    if has_openvino and os.environ.get(PRECISION_VARIABLE) == "bf16":
+    if processor.precision(PRECISION_VARIABLE, "f32", "bf16") == "bf16" and has_openvino:
         return "openvino"
     if winograd.is_faster(net):
         return "winograd"

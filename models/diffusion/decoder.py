@@ -1,7 +1,6 @@
 """Diffusion decoder: draws a realistic picture from the codec's latents."""
 
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -290,7 +289,7 @@ class _WindowedNetwork:
 
 def _bf16(device: torch.device) -> bool:
     """Return True if networks on `device` compute in bfloat16."""
-    chosen = os.environ.get(PRECISION_VARIABLE) or "auto"
+    chosen = processor.precision(PRECISION_VARIABLE, "auto", "bf16", "f32")
     if chosen != "auto":
         return chosen == "bf16"
     return device.type == "cuda" or processor.has_bfloat16()

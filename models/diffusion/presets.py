@@ -59,11 +59,11 @@ COMPACT = UNetConfig(
     condition=(96, 128, 160),
     smooth=16,
 )
-"""The shipped network: residual diffusion with v-prediction, for the CPU."""
+"""The shipped network of the posterior tiers: residual diffusion with v-prediction, for the CPU."""
 SMALL = replace(
     COMPACT, widths=(64, 96, 128), condition=(64, 96, 128), depth=1, down=(1, 1, 1), up=(1, 1, 0)
 )
-"""A third of `COMPACT`'s work in one call, for a perceptual decoder of one call."""
+"""The shipped network of the tier `perceptual`, for one call: two fifths of `COMPACT`'s work."""
 FINE = UNetConfig(
     preset="compact",
     patch=2,

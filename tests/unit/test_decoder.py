@@ -19,7 +19,7 @@ from models.diffusion import decoder
 from models.diffusion.decoder import Decoder, DiffusionInput
 from models.diffusion.presets import PAPER
 from models.diffusion.unet import UNet
-from models.errors import Canceled, WeightsError, WrongWeights
+from models.errors import Canceled, ParameterError, WeightsError, WrongWeights
 from models.tiers import Settings, decoder_for
 
 FAST = Settings("ddim", 2)
@@ -59,6 +59,14 @@ def test_a_cpu_with_instructions_for_bfloat16_uses_them_by_default(
         assert Decoder("0" * 16, copy.deepcopy(tiny_decoder.net)).bf16 is bf16
     finally:
         processor.has_bfloat16.cache_clear()
+
+
+def test_an_unknown_precision_is_refused(
+    tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFTERIMAGE_DIFFUSION_PRECISION", "float32")
+    with pytest.raises(ParameterError, match="=float32: choose auto, bf16, f32"):
+        Decoder("0" * 16, copy.deepcopy(tiny_decoder.net))
 
 
 def test_a_system_that_does_not_describe_its_cpu_uses_float32(

@@ -20,7 +20,7 @@ from models.codec.msh import GDN, MeanScaleHyperprior
 from models.codec.openvino_synthesis import OpenVinoSynthesis
 from models.codec.synthesis import Synthesis
 from models.codec.winograd import WinogradSynthesis
-from models.errors import Canceled
+from models.errors import Canceled, ParameterError
 from models.folders import UntrustedFolder
 from models.image import Pixels
 from tests.support.data import psnr
@@ -219,7 +219,7 @@ def test_an_error_of_preparing_is_raised_by_the_first_call(
     monkeypatch.setenv("AFTERIMAGE_GS_PRECISION", "f31")
     prepared = Synthesis(g_s, 12)
     prepared.prepare()
-    with pytest.raises(RuntimeError, match="f31"):
+    with pytest.raises(ParameterError, match="AFTERIMAGE_GS_PRECISION=f31: choose f32, bf16"):
         prepared(latents(12, 4, 4))
 
 

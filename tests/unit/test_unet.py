@@ -64,7 +64,9 @@ def test_the_compact_networks_stay_within_their_budget(
     assert cost[1] < step <= 150
 
 
-@pytest.mark.parametrize("c", [COMPACT, FINE, TINY_PAPER], ids=["compact", "fine", "paper"])
+@pytest.mark.parametrize(
+    "c", [COMPACT, SMALL, FINE, TINY_PAPER], ids=["compact", "small", "fine", "paper"]
+)
 def test_every_parameter_gets_a_gradient(c: UNetConfig) -> None:
     """Random weights, because zero-initialised layers block the gradient of earlier layers."""
     torch.manual_seed(0)
@@ -90,7 +92,7 @@ def test_latents_of_each_quality_pass_their_own_convolution() -> None:
         torch.testing.assert_close(together[i], layer[quality](x[i]))
 
 
-@pytest.mark.parametrize("c", [COMPACT, FINE], ids=["compact", "fine"])
+@pytest.mark.parametrize("c", [COMPACT, SMALL, FINE], ids=["compact", "small", "fine"])
 def test_the_receptive_field_is_the_halo(c: UNetConfig) -> None:
     torch.manual_seed(0)
     net = UNet(replace(c, latents=8)).eval()
