@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from models.errors import ParameterError
 
@@ -26,6 +26,10 @@ class Settings:
     guidance: float = 1.0  # scale of autoguidance; 1: off, otherwise a step costs two calls
 
     def __post_init__(self) -> None:
+        if self.sampler not in get_args(Sampler):
+            raise ParameterError(
+                f"sampler is {self.sampler!r}; choose one of {', '.join(get_args(Sampler))}"
+            )
         if not 1 <= self.steps <= MAX_STEPS:
             raise ParameterError(f"steps is {self.steps}; choose 1 to {MAX_STEPS}")
         for name in ("eta", "beta", "gamma"):

@@ -99,5 +99,7 @@ def from_json(text: str) -> UNetConfig:
     Raises `ValueError` or `TypeError` if `text` is not a configuration.
     """
     fields = json.loads(text)
+    if not isinstance(fields, dict):
+        raise TypeError(f"{text:.40}: not a JSON object")
     arguments: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     return UNetConfig(**arguments)

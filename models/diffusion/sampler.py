@@ -36,7 +36,6 @@ OnStep = Callable[[int, int, Tensor], None]
 
 
 def ddim_step(
-    x_t: Tensor,
     x0: Tensor,
     eps: Tensor,
     a_t: float,
@@ -127,7 +126,7 @@ def sample(
             x_t = ddpm_step(x_t, out.x0, step.a, step.a_prev, noise(number), out.fraction)
         else:
             fresh = noise(number) if settings.eta > 0 else None
-            x_t = ddim_step(x_t, out.x0, out.eps, step.a, step.a_prev, settings.eta, fresh)
+            x_t = ddim_step(out.x0, out.eps, step.a, step.a_prev, settings.eta, fresh)
     raise AssertionError("the last step of a schedule must have a_prev == 1")
 
 

@@ -212,7 +212,8 @@ class Evaluation:
         if settings is not None:
             decoder_ = decoder_for(self.decoders, settings)
             visible = "shown" if self._sees_latents(decoder_) else "hidden"
-            drawn += f" {visible} {decoder_.weights_id} {decoder_.device.type} {_code()}"
+            computed = f"{decoder_.device.type} {'bf16' if decoder_.bf16 else 'f32'}"
+            drawn += f" {visible} {decoder_.weights_id} {computed} {_code()}"
         return f"{source.digest} {source.x_hat_digest} {drawn}"
 
     def _sees_latents(self, decoder_: Decoder) -> bool:

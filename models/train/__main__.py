@@ -145,6 +145,8 @@ def _export(file: Path, quality: int | None, sizes: tuple[int, int] | None, step
 
     if sizes and not quality:
         raise ValueError("--sizes widens a codec: add its --quality")
+    if steps and quality:
+        raise ValueError("--steps is for a diffusion decoder, --quality for a codec; give one")
     if quality:
         weights_id = export.codec(file, quality, sizes=sizes)
     else:

@@ -26,7 +26,7 @@ from models.errors import PictureError, WeightsError
 from models.files import atomic_write
 from models.geometry import STRIDE_Y
 from models.train.encoder import Encoder
-from models.train.photos import CropSampler, Ragged, open_picture, reduced
+from models.train.photos import HELD_OUT, CropSampler, Ragged, open_picture, reduced
 
 SCALES = (1.0, 0.8, 0.65)
 """Scales of variants. Scaling a photograph down makes its texture finer."""
@@ -94,7 +94,7 @@ def build(
     """Encode `files` at `quality` with `codec` into the folder `out`.
 
     Files that the same codec wrote earlier are kept. Raises `PictureError` if two photographs have
-    the same name, apart from folder and suffix.
+    the same name, apart from folder and suffix, or if all are smaller than 64 pixels.
     """
     out.mkdir(parents=True, exist_ok=True)
     by_name: dict[str, Variant] = {}
@@ -150,13 +150,14 @@ class Bank:
         self.qualities = torch.tensor(self.entry_qualities, device=device)
 
     @classmethod
-    def read(cls, folder: Path, device: torch.device) -> "Bank":
+    def read(cls, folder: Path, device: torch.device, held_out: bool) -> "Bank":
         """Read all files in the subfolders `q1`, `q2`, … of `folder`.
 
-        Raises `FileNotFoundError` if there are none, and `WeightsError` if the files of a quality
-        were encoded by several codecs.
+        Raises `FileNotFoundError` if there are none, `ValueError` if held-out photographs are among
+        them and `held_out` is False, and `WeightsError` if the files of a quality were encoded by
+        several codecs.
         """
-        files = _files(folder, "*.safetensors")
+        files = _files(folder, "*.safetensors", held_out)
         if len({(quality, _codec_of(f)) for quality, f in files}) > len({q for q, _ in files}):
             raise WeightsError(
                 f"{folder}: one quality was encoded by several codecs; build the bank again"
@@ -167,9 +168,10 @@ class Bank:
     def read_hidden(cls, folder: Path, latents: int, device: torch.device) -> "Bank":
         """Read photographs that any codecs encoded, `q1/CODEC/*`, …, with zeros for latents.
 
-        `latents` is the number of channels. Raises `FileNotFoundError` if there are no files.
+        `latents` is the number of channels. Raises `FileNotFoundError` if there are no files, and
+        `ValueError` if held-out photographs are among them.
         """
-        files = _files(folder, "*/*.safetensors")
+        files = _files(folder, "*/*.safetensors", held_out=False)
         hidden = (
             (q, tensors | {"y_hat": tensors["bits"].new_zeros(latents, *tensors["bits"].shape[1:])})
             for q, tensors in _entries(files)
@@ -185,7 +187,10 @@ class Bank:
         variants: int,
         device: torch.device,
     ) -> "Bank":
-        """Encode photographs at all `qualities` into device memory, loading one codec at a time."""
+        """Encode photographs at all `qualities` into device memory, loading one codec at a time.
+
+        Raises `PictureError` if all are smaller than 64 pixels.
+        """
         entries = _variants(files, qualities, variants)
         encoded = ((v.quality, tensors) for v, tensors in _encoded(entries, codecs, device))
         return cls([v.positions() for v in entries], encoded, device)
@@ -209,8 +214,11 @@ class Bank:
         )
 
 
-def _files(folder: Path, pattern: str) -> list[tuple[int, Path]]:
-    """Return quality and path of the files that match `pattern` in `q1`, `q2`, … of `folder`."""
+def _files(folder: Path, pattern: str, held_out: bool) -> list[tuple[int, Path]]:
+    """Return quality and path of the files that match `pattern` in `q1`, `q2`, … of `folder`.
+
+    Unless `held_out`, raises `ValueError` if there are held-out photographs among them.
+    """
     files = [
         (quality, file)
         for quality in range(1, 9)
@@ -218,6 +226,12 @@ def _files(folder: Path, pattern: str) -> list[tuple[int, Path]]:
     ]
     if not files:
         raise FileNotFoundError(f"{folder}: no encoded photographs {pattern} in q1, q2, …")
+    for _, file in files:
+        if file.name.startswith(HELD_OUT) and not held_out:
+            raise ValueError(
+                f"{file}: photographs {HELD_OUT}* are never trained on; encode them into a folder "
+                "of their own, for --held-out"
+            )
     return files
 
 
@@ -244,9 +258,15 @@ def _entries(files: Iterable[tuple[int, Path]]) -> Iterator[tuple[int, dict[str,
 
 
 def _variants(files: Sequence[Path], qualities: Sequence[int], n: int) -> list[Variant]:
-    """Return `n` variants per photograph and quality, by quality, except those too small."""
+    """Return `n` variants per photograph and quality, by quality, except those too small.
+
+    Raises `PictureError` if all are too small.
+    """
     every = (Variant(path, q, i) for q in qualities for i in range(n) for path in files)
-    return [v for v in every if min(v.positions()) >= SMALLEST]
+    variants = [v for v in every if min(v.positions()) >= SMALLEST]
+    if not variants:
+        raise PictureError(f"all {len(files)} photographs have a side below 64 pixels")
+    return variants
 
 
 def _encoded(

@@ -47,8 +47,12 @@ class Stage:
         name, _, length = text.partition(":")
         try:
             if length.endswith("steps"):
-                return cls(name, steps=int(length.removesuffix("steps")))
-            return cls(name, float(length))
+                stage = cls(name, steps=int(length.removesuffix("steps")))
+            else:
+                stage = cls(name, float(length))
+            if stage.length <= 0:
+                raise ValueError(f"{stage.length} is not above 0")
+            return stage
         except ValueError as e:
             raise argparse.ArgumentTypeError(
                 f"{text!r}: write NAME:MINUTES or NAME:Nsteps, such as phase1:30 or phase1:200steps"

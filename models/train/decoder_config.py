@@ -49,9 +49,11 @@ class DiffusionConfig(RunConfig):
     narrow: str = option(
         "", "decoder.safetensors whose most used channels are the start of a smaller preset"
     )
-    lpips: str = option("", "LPIPS weights (AlexNet or VGG), for phase 2 and the paper's loss")
+    lpips: str = option(
+        "", "LPIPS weights (AlexNet or VGG), for the few-step decoder and the paper's loss"
+    )
     calls: int = option(
-        4, "denoiser calls per picture of the perceptual decoder that phase 2 trains"
+        4, "denoiser calls per picture of the few-step decoder that phase2 and perceptual train"
     )
     lr_phase2: float = option(2e-4, "peak learning rate of phase 2 and of stage perceptual")
     times: str = option(
@@ -60,7 +62,7 @@ class DiffusionConfig(RunConfig):
         choices=("uniform", "middle"),
     )
     drop_latents: float = option(0.12, "fraction of crops whose latents are hidden")
-    mse_weight: float = option(0.2, "weight of the squared error in phase 2")
+    mse_weight: float = option(0.2, "weight of the squared error of the few-step decoder")
     mse_allowance: float = option(
         1.5, "if the squared error is more than this multiple of the codec's, triple its weight"
     )
@@ -72,22 +74,20 @@ class DiffusionConfig(RunConfig):
     teacher_weight: float = option(
         0.2, "weight of the squared error to the teacher's picture, relative to the codec's error"
     )
-    spectrum: float = option(0.2, "weight of the distance of local power spectra in phase 2")
-    sparsity: float = option(0.0, "weight of the distance of local sparsity in phase 2")
+    spectrum: float = option(0.2, "weight of the distance of local power spectra")
+    sparsity: float = option(0.0, "weight of the distance of local sparsity")
     chroma_spectrum: float = option(
-        0.0, "weight of the distance of local power spectra of the colour differences in phase 2"
+        0.0, "weight of the distance of local power spectra of the colour differences"
     )
-    period: float = option(
-        0.0, "weight of the share of the error that repeats every 16 pixels in phase 2"
-    )
+    period: float = option(0.0, "weight of the share of the error that repeats every 16 pixels")
     scene_statistics: float = option(
-        0.0, "weight of the distance of natural scene statistics (those of NIQE) in phase 2"
+        0.0, "weight of the distance of natural scene statistics (those of NIQE)"
     )
-    adversarial: float = option(0.0, "weight of the adversarial term in phase 2")
+    adversarial: float = option(0.0, "weight of the adversarial term")
     adversarial_after: int = option(
         2000,
-        "steps of phase 2 before the adversarial term is used; "
-        "the discriminator is trained in about half of them",
+        "steps of a stage before the adversarial term is used; the discriminator is trained in "
+        "those whose last denoiser call is late: half of them with --calls 4, all with --calls 1",
     )
     rho: float = option(0.9, "weight of LPIPS in the paper's loss")
 
@@ -128,6 +128,24 @@ def _checks(config: DiffusionConfig) -> Iterator[tuple[bool, str]]:
             stage.name == "phase2" and config.batch < 2,
             f"--batch {config.batch}: phase 2 splits each batch and needs a batch of 2 or more",
         )
+    trains_perceptual = any(stage.name != "phase1" for stage in config.plan)
+    for name in ("teacher", "adversarial"):
+        yield (
+            bool(getattr(config, name)) and not trains_perceptual,
+            f"--{name}: needs the stage phase2 or perceptual in --plan",
+        )
+    for name in ("codecs", "qualities", "variants"):
+        yield (
+            bool(config.bank) and getattr(config, name) != getattr(DiffusionConfig(), name),
+            f"--{name}: needs --photos; the photographs of --bank are encoded already",
+        )
+    for quality in config.qualities:
+        yield not 1 <= quality <= 8, f"--qualities {quality}: choose numbers from 1 to 8"
+    yield config.batch < 1, f"--batch {config.batch}: choose 1 or more"
+    yield (
+        config.other_codec and not config.init,
+        "--other-codec: needs --init",
+    )
     yield (
         bool(config.init and config.narrow),
         "--init and --narrow both name weights to start from; give one of them",
@@ -148,10 +166,11 @@ def _checks(config: DiffusionConfig) -> Iterator[tuple[bool, str]]:
         bool(config.others) and (config.paper or not config.bank),
         "--others needs --bank, and a preset that can do without latents: compact, small or fine",
     )
-    yield (
-        not 0 <= config.others_share <= 1,
-        f"--others-share {config.others_share}: choose a number from 0 to 1",
-    )
+    for name in ("others_share", "drop_latents"):
+        yield (
+            not 0 <= (share := getattr(config, name)) <= 1,
+            f"--{name.replace('_', '-')} {share}: choose a number from 0 to 1",
+        )
     yield (
         config.crop % 16 != 0 or config.crop < 48,
         f"--crop {config.crop}: choose a multiple of 16 that is not below 48",

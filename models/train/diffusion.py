@@ -8,7 +8,7 @@ decoder on the model's own trajectories. Stage `perceptual` trains that decoder 
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +56,17 @@ class DiffusionTask:
         as a crop.
         """
         self.config, self.device = config, group.device
-        # read the small files first: an error in them is reported before photographs are encoded
+        # first what takes little time: its errors are reported before photographs are encoded
+        configuration = network.configuration(config.preset, config.widths)
         self.lpips = LpipsLoss(Path(config.lpips), self.device) if config.lpips else None
         init = checkpoint.read(Path(config.init))[0] if config.init else None
         wide = _read_network(Path(config.narrow)) if config.narrow else None
         teacher = _read_network(Path(config.teacher)) if config.teacher else None
-        self.bank, self.held_out = _banks(config, self.device)
+        self.bank, self.held_out, self.others = _banks(config, self.device)
         torch.manual_seed(config.seed)
-        self.net = _initial_net(config, self.bank, init, wide)
-        self.others: Bank | None = None
-        if config.others:
-            self.others = Bank.read_hidden(Path(config.others), self.bank.latents, self.device)
+        configuration = replace(configuration, latents=self.bank.latents)
+        self.net = _initial_net(config, configuration, self.bank, init, wide)
+        if self.others:
             network.add_qualities(self.net, self.others)
         bf16 = self.device.type == "cuda" if config.bf16 is None else config.bf16
         self.network = network.Network(self.net, self.device, bf16, config.compile)
@@ -76,7 +76,7 @@ class DiffusionTask:
         if self.perceptual.discriminator:
             self.modules["discriminator"] = self.perceptual.discriminator
         self.hybrid = Hybrid(self.device)
-        self.times = losses.few_steps(config.calls)
+        self.steps = schedule.Continuous().steps(config.calls)
 
     def begin(self, index: int) -> None:
         """Do nothing: a stage starts from the weights of the previous one."""
@@ -159,7 +159,7 @@ class DiffusionTask:
             distance = F.mse_loss(picture, drawn) / F.mse_loss(batch.x_hat, batch.x)
             loss = loss + self.config.teacher_weight * distance
             metrics["teacher"] = distance.detach()
-        perceptual = call_t <= max(PERCEPTUAL_UNTIL, self.times[-1])
+        perceptual = call_t <= max(PERCEPTUAL_UNTIL, self.steps[-1].t)
         if perceptual:
             for name, weight, term in self.perceptual.terms(picture, batch, step):
                 loss = loss + weight * term
@@ -176,12 +176,12 @@ class DiffusionTask:
         The earlier calls are made without gradient. All ranks choose the same call, so that all
         have the same losses.
         """
-        calls = step.shared_random.randrange(len(self.times))
+        calls = step.shared_random.randrange(len(self.steps))
         with torch.no_grad():
-            x_t = losses.rollout(denoise, noise, self.times, calls)
-        t = self.times[calls]
-        v = denoise(x_t, torch.full((len(x_t),), t, device=self.device))
-        return t, schedule.x0_from_v(x_t, v, schedule.alpha_bar(t))
+            x_t = losses.rollout(denoise, noise, self.steps[:calls])
+        last = self.steps[calls]
+        v = denoise(x_t, torch.full((len(x_t),), last.t, device=self.device))
+        return last.t, schedule.x0_from_v(x_t, v, last.a)
 
     def _squared_error(self, x0: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted squared error, and its unweighted ratio to the codec's (x0 = 0)."""
@@ -227,7 +227,7 @@ class DiffusionTask:
         t = losses.stratified(len(batch.x), generator)
         v, zero = self._denoising(batch, None, t, generator)
         denoise = self.network.denoiser_for(batch, 1.0)
-        x0 = losses.rollout(denoise, _noise(batch.x, generator), self.times, len(self.times))
+        x0 = losses.rollout(denoise, _noise(batch.x, generator), self.steps)
         picture = self.network.picture(batch, x0).clamp(0, 1)
         return {"held_v": v, "held_v_zero": zero} | self._distances(picture, batch)
 
@@ -263,13 +263,20 @@ class DiffusionTask:
             save_file(tensors, part, metadata)
 
 
-def _banks(config: DiffusionConfig, device: torch.device) -> tuple[Bank, Bank]:
-    """Return the banks of training and held-out photographs, read or encoded.
+def _banks(config: DiffusionConfig, device: torch.device) -> tuple[Bank, Bank, Bank | None]:
+    """Return the banks of training and held-out photographs, read or encoded, and of `--others`.
 
-    Raises `ValueError` if one has no photograph as large as a crop.
+    Raises `ValueError` if one has no photograph as large as a crop, or is to be trained on and has
+    held-out photographs.
     """
+    others = None
     if config.bank:
-        banks = Bank.read(Path(config.bank), device), Bank.read(Path(config.held_out), device)
+        banks = (
+            Bank.read(Path(config.bank), device, held_out=False),
+            Bank.read(Path(config.held_out), device, held_out=True),
+        )
+        if config.others:
+            others = Bank.read_hidden(Path(config.others), banks[0].latents, device)
     else:
         codecs = Path(config.codecs) if config.codecs else None
         files, held_out = (photos.photographs(Path(config.photos), held) for held in (False, True))
@@ -277,31 +284,39 @@ def _banks(config: DiffusionConfig, device: torch.device) -> tuple[Bank, Bank]:
             Bank.encode(files, config.qualities, codecs, config.variants, device),
             Bank.encode(held_out, config.qualities, codecs, 1, device),
         )
-    for bank in banks:
-        if max(bank.sampler.shortest) * STRIDE_Y < config.crop:
+    for bank in (*banks, others):
+        if bank and max(bank.sampler.shortest) * STRIDE_Y < config.crop:
             raise ValueError(
                 f"no photograph is as large as a crop of {config.crop} pixels; lower --crop"
             )
-    return banks
+    return *banks, others
 
 
 def _initial_net(
-    config: DiffusionConfig, bank: Bank, init: Mapping[str, Tensor] | None, wide: UNet | None
+    config: DiffusionConfig,
+    configuration: UNetConfig,
+    bank: Bank,
+    init: Mapping[str, Tensor] | None,
+    wide: UNet | None,
 ) -> UNet:
-    """Return the network: that of `wide` narrowed, or one of random weights.
+    """Return a network of `configuration`: that of `wide` narrowed, or one of random weights.
 
-    Tensors of `init` with a fitting name and shape replace random ones. Raises `WeightsError` if no
-    tensor fits, or if `wide` is not larger.
+    Tensors of `init` with a fitting name and shape replace random ones. Qualities of `bank` that
+    the weights were not trained on start from the nearest one. Raises `WeightsError` if no tensor
+    fits, or if `wide` is not larger.
     """
-    net = network.build(config.preset, config.widths, bank.latents)
     if wide is not None:
-        return _narrowed(wide, net.config, config, bank)
-    if not config.paper:
-        network.measure_scales(net, bank)
+        net = _narrowed(wide, configuration, config, bank)
+    else:
+        net = UNet(configuration)
+        if not config.paper:
+            network.measure_scales(net, bank)
     if init is not None and not network.load_into(net, init, config.other_codec):
         raise WeightsError(
             f"{config.init}: nothing in it fits this network; check --preset and --widths"
         )
+    if not config.paper:
+        network.add_qualities(net, bank)
     return net
 
 

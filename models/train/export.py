@@ -48,14 +48,15 @@ def decoder(file: Path, folder: Path = checkpoint.WEIGHTS, steps: int = 0) -> st
     preset = presets.from_json(metadata["config"]).preset
     name = f"decoder_{preset}_{steps}" if steps else f"decoder_{preset}"
     installed = checkpoint.manifest(folder) if (folder / catalogue.MANIFEST).exists() else []
-    for entry in installed:
-        if entry.kind == "decoder" and entry.steps == steps and entry.name != name:
-            (folder / entry.file).unlink(missing_ok=True)
     codecs = [entry.weights_id for entry in installed if entry.kind == "codec"]
     metadata = metadata | {checkpoint.CODECS: json.dumps(codecs)}
     row: dict[str, str | int] = {"kind": "decoder", "steps": steps}
     row |= _card(folder / "compact.md", tensors)
-    return catalogue.install(tensors, name, folder, row, metadata).weights_id
+    weights_id = catalogue.install(tensors, name, folder, row, metadata).weights_id
+    for entry in installed:
+        if entry.kind == "decoder" and entry.steps == steps and entry.name != name:
+            (folder / entry.file).unlink(missing_ok=True)
+    return weights_id
 
 
 def _card(file: Path, tensors: dict[str, Tensor]) -> dict[str, str]:

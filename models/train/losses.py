@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.diffusion import schedule
 from models.diffusion.sampler import ddim_step
+from models.diffusion.schedule import SamplingStep
 from models.geometry import STRIDE_Y
 
 BITS = 1 / math.log(2)
@@ -61,22 +62,12 @@ def denoising(denoise: Denoise, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Ten
     return (weight * (v - target).square()).mean(), zero.detach()
 
 
-def few_steps(calls: int) -> tuple[float, ...]:
-    """Return the times at which DDIM with `calls` steps calls the denoiser: 1, 1 - 1 / calls, …"""
-    return tuple(step.t for step in schedule.Continuous().steps(calls))
-
-
-def rollout(denoise: Denoise, x_t: Tensor, times: Sequence[float], calls: int) -> Tensor:
-    """Take the first `calls` DDIM steps along `times`, from noise `x_t` (B, C, H, W).
-
-    If `calls` is the number of all times, the result is x0.
-    """
-    ends = (*times[1:], 0.0)
-    for t, t_prev in list(zip(times, ends, strict=True))[:calls]:
-        a_t, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
-        v = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device))
-        x0, eps = schedule.x0_from_v(x_t, v, a_t), schedule.eps_from_v(x_t, v, a_t)
-        x_t = ddim_step(x_t, x0, eps, a_t, a_prev)
+def rollout(denoise: Denoise, x_t: Tensor, steps: Sequence[SamplingStep]) -> Tensor:
+    """Take DDIM steps from noise `x_t` (B, C, H, W). After all steps of a schedule, that is x0."""
+    for step in steps:
+        v = denoise(x_t, torch.full((len(x_t),), step.t, device=x_t.device))
+        x0, eps = schedule.x0_from_v(x_t, v, step.a), schedule.eps_from_v(x_t, v, step.a)
+        x_t = ddim_step(x0, eps, step.a, step.a_prev)
     return x_t
 
 
@@ -85,8 +76,8 @@ def spectrum(picture: Tensor, x: Tensor) -> Tensor:
 
     `picture` and `x` are (B, 3, H, W) in [0, 1]; H and W are at least 36. The distance compares
     statistics of regions, not pixels: detail may move within a region, but missing detail and
-    wrong texture increase the distance. So does the hatching that LPIPS on AlexNet rewards, whose
-    first layer has stride 4.
+    wrong texture increase the distance. So does a hatching with a period of four pixels. LPIPS on
+    AlexNet rewards such a hatching, because AlexNet's first layer has stride 4.
     Related distances compare statistics of learned features (Ding 2020, DISTS; Qiu 2024,
     Wasserstein distortion). Here the features are fixed: cosines of 8×8 blocks, without the mean.
     """
@@ -119,6 +110,7 @@ def period(picture: Tensor, x: Tensor) -> Tensor:
     error = F.conv2d(error, _components(x.device, _LUMA + _CHROMA))
     blocks = error.reshape(*error.shape[:2], rows, STRIDE_Y, columns, STRIDE_Y)
     blocks = blocks - blocks.mean((3, 5), keepdim=True)
+    # detached: otherwise more noise without a period would lower the share
     power = blocks.square().mean((2, 3, 4, 5)).detach() + 255.0**-2
     share: Tensor = blocks.mean((2, 4)).square().mean((2, 3)) / power
     return share.mean()
@@ -137,7 +129,7 @@ def sparsity(picture: Tensor, x: Tensor) -> Tensor:
 
 
 def scene_statistics(picture: Tensor, x: Tensor) -> Tensor:
-    """Distance of the lumas' natural scene statistics: mean |ln| of the ratio of moments.
+    """Distance of the lumas' natural scene statistics: half the mean |ln| of ratios of moments.
 
     The moments are those from which NIQE fits its features (Mittal 2013): of the luma normalised by
     local mean and contrast, and of the products of neighbours in four directions, at full and half

@@ -24,8 +24,9 @@ Axes = tuple[Tensor | None, Tensor | None]
 def narrow(wide: UNet, config: UNetConfig, run: Callable[[], object]) -> UNet:
     """Return a network of `config` with the most used channels and the first blocks of `wide`.
 
-    `run` calls `wide` on crops, on which the use of its channels is measured. Raises `WeightsError`
-    if `config` is not a smaller form of the configuration of `wide`.
+    `run` calls `wide` on crops, on which the use of its channels is measured; it may move `wide` to
+    a device. Both networks are on the CPU afterwards. Raises `WeightsError` if `config` is not a
+    smaller form of the configuration of `wide`.
     """
     for c in (wide.config, config):
         if c.preset != "compact" or c.condition != c.widths:
@@ -35,6 +36,7 @@ def narrow(wide: UNet, config: UNetConfig, run: Callable[[], object]) -> UNet:
             )
     with _measured(wide) as powers:
         run()
+    wide.cpu()
     norms = {module: name for name, module in wide.named_modules()}
     kept = _Kept(wide, config.widths, powers)
     net, old = UNet(config), wide.state_dict()
@@ -141,7 +143,7 @@ def _measured(net: UNet) -> Iterator[dict[nn.Module, Tensor]]:
     powers: dict[nn.Module, Tensor] = {}
 
     def measure(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        powers[norm] = inputs[0].square().mean((0, 2, 3))
+        powers[norm] = inputs[0].square().mean((0, 2, 3)).cpu()
 
     with ExitStack() as hooks:
         for module in net.modules():

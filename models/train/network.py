@@ -67,12 +67,12 @@ class Network:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-def build(preset: str, widths: tuple[int, ...], latents: int) -> UNet:
-    """Build the preset's network for `latents` latent channels.
+def configuration(preset: str, widths: tuple[int, ...]) -> UNetConfig:
+    """Return the preset's configuration, with other `widths` unless there are none.
 
     Raises `ValueError` if `widths` does not have one number per level.
     """
-    config: UNetConfig = replace(PRESETS[preset], latents=latents)
+    config = PRESETS[preset]
     if widths:
         if len(widths) != len(config.widths):
             raise ValueError(
@@ -82,7 +82,7 @@ def build(preset: str, widths: tuple[int, ...], latents: int) -> UNet:
         added = widths[-len(config.condition) :]
         condition = config.condition if preset == "paper" else added
         config = replace(config, widths=widths, condition=condition)
-    return UNet(config)
+    return config
 
 
 def measure_scales(net: UNet, bank: Bank) -> None:
@@ -97,16 +97,16 @@ def measure_scales(net: UNet, bank: Bank) -> None:
         net.conditioner.latent_scale.copy_(1 / power.sqrt().clamp(min=0.1))
 
 
-def add_qualities(net: UNet, others: Bank) -> None:
-    """Prepare a network of a compact preset for qualities that it was not trained on.
+def add_qualities(net: UNet, bank: Bank) -> None:
+    """Prepare a network of a compact preset for the qualities of `bank` that it does not know.
 
     Each starts from the parameters of the nearest trained quality, and gets the scale of its
-    residual from `others`.
+    residual from `bank`.
     """
     trained = net.trained_qualities()
-    for quality in sorted(set(others.entry_qualities) - set(trained)):
+    for quality in sorted(set(bank.entry_qualities) - set(trained)):
         nearest = min(trained, key=lambda q: abs(q - quality))
-        net.scales[quality] = _residual_scale(others, quality)
+        net.scales[quality] = _residual_scale(bank, quality)
         for name, parameter in net.named_parameters():
             if name.endswith("quality.weight"):
                 parameter.data[quality] = parameter.data[nearest]
@@ -125,7 +125,7 @@ def _residual_scale(bank: Bank, quality: int) -> Tensor:
 
 
 def load_into(net: UNet, start: Mapping[str, Tensor], other_codec: bool = False) -> int:
-    """Copy tensors of `start` whose name and shape match, and return their number.
+    """Copy tensors of `start` whose name and shape match; return how many were copied.
 
     With `other_codec`, tensors that depend on the codec keep their initial values: the layers that
     read latents, and the measured scales.
@@ -133,8 +133,11 @@ def load_into(net: UNet, start: Mapping[str, Tensor], other_codec: bool = False)
     latents = "conditioner." if net.config.preset == "paper" else "conditioner.latent"
     excluded = ("scales", latents) if other_codec else ()
     state = net.state_dict()
-    matches = [k for k, v in start.items() if k in state and state[k].shape == v.shape]
+    matches = [
+        name
+        for name, value in start.items()
+        if name in state and state[name].shape == value.shape and not name.startswith(excluded)
+    ]
     for name in matches:
-        if not name.startswith(excluded):
-            state[name].copy_(start[name])
+        state[name].copy_(start[name])
     return len(matches)

@@ -1,4 +1,4 @@
-"""Losses of phase 2 on the picture that the few-step decoder predicts."""
+"""Losses on the picture that the few-step decoder predicts."""
 
 from collections.abc import Callable, Iterator, Mapping
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from models.diffusion.schedule import Continuous
 from models.diffusion.unet import UNet
 from models.train import losses
 from models.train.bank import Batch
@@ -27,5 +28,4 @@ class Teacher:
         `keep` (B,) is 0 for crops whose latents are hidden and 1 for others.
         """
         denoise = self.network.denoiser_for(batch, 1.0, keep)
-        times = losses.few_steps(1)
-        return self.network.picture(batch, losses.rollout(denoise, noise, times, len(times)))
+        return self.network.picture(batch, losses.rollout(denoise, noise, Continuous().steps(1)))

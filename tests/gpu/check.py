@@ -23,6 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from models import image, library
+from models.checkpoint import WEIGHTS
 from models.codec import codec, zoo
 from models.codec.synthesis import Synthesis
 from models.diffusion import decoder, noise
@@ -48,6 +49,10 @@ GOAL_PICTURES_S = 40.0
 TRAINERS = {
     "msh": ("msh", "2"),
     "compact": ("diffusion", "--preset", "compact", "phase1"),
+    "small": (
+        *("diffusion", "--preset", "small", "--calls", "1"),
+        *("--narrow", str(WEIGHTS / "decoder_compact.safetensors"), "perceptual"),
+    ),
     "paper": ("diffusion", "--preset", "paper", "phase1"),
 }
 """Name -> arguments of `python -m models.train`, the last of them the stage to run."""

@@ -115,7 +115,7 @@ def test_steps_equal_the_printed_formulas_in_float64(a: float, b: float) -> None
     x0 = schedule.x0_from_eps(x_t, eps, a)
     arrays = x_t.numpy(), (eps.numpy(), fresh.numpy())
     for eta in (0.0, 0.3, 1.0):
-        ours = sampler.ddim_step(x_t, x0, eps, a, b, eta, fresh)
+        ours = sampler.ddim_step(x0, eps, a, b, eta, fresh)
         assert np.allclose(ours.numpy(), ddim64(*arrays, a, b, eta), atol=1e-12)
     for part in (None, 0.5):
         fraction = None if part is None else torch.full_like(x_t, part)
@@ -127,7 +127,7 @@ def test_steps_equal_the_printed_formulas_in_float64(a: float, b: float) -> None
 def test_ddim_with_eta_1_is_the_ddpm_posterior(a_t: float, a_prev: float) -> None:
     x0, eps, fresh = torch.randn(3, 1, 3, 8, 8, dtype=torch.float64)
     x_t = math.sqrt(a_t) * x0 + math.sqrt(1 - a_t) * eps
-    ddim = sampler.ddim_step(x_t, x0, eps, a_t, a_prev, 1.0, fresh)
+    ddim = sampler.ddim_step(x0, eps, a_t, a_prev, 1.0, fresh)
     ddpm = sampler.ddpm_step(x_t, x0, a_t, a_prev, fresh)
     assert torch.allclose(ddim, ddpm, atol=1e-12)
 
@@ -137,7 +137,7 @@ def test_the_first_step_of_dpm_solver_is_a_ddim_step() -> None:
     x0, eps = torch.randn(2, 1, 3, 8, 8, dtype=torch.float64)
     a_t, a_prev = 0.2, 0.5
     x_t = math.sqrt(a_t) * x0 + math.sqrt(1 - a_t) * eps
-    ddim = sampler.ddim_step(x_t, x0, eps, a_t, a_prev)
+    ddim = sampler.ddim_step(x0, eps, a_t, a_prev)
     solver = sampler.dpmpp_2m_step(x_t, x0, None, a_t, a_prev, 0.0)
     assert torch.allclose(ddim, solver, atol=1e-12)
 

@@ -393,6 +393,21 @@ def test_weights_for_another_codec_leave_the_layers_that_read_latents_at_random(
     assert 0 < float(started["scales"][2]) < 0.2
 
 
+def test_a_quality_that_the_first_weights_do_not_know_gets_a_scale_of_its_residual(
+    config: Callable[..., DiffusionConfig], tmp_path: Path
+) -> None:
+    measured = DiffusionTask(config(), CPU).net.scales[2]
+    state = UNet(network.configuration("compact", (16, 24, 32))).state_dict()
+    state["scales"][3] = 0.02  # trained at quality 3 only; the bank is of quality 2
+    state["denoiser.quality.weight"].normal_()
+    save_file(state, tmp_path / "of_3.safetensors")
+    net = DiffusionTask(config(init=str(tmp_path / "of_3.safetensors")), CPU).net
+    assert net.trained_qualities() == [2, 3]
+    assert torch.equal(net.scales[2], measured)
+    embedding = net.state_dict()["denoiser.quality.weight"]
+    assert torch.equal(embedding[2], embedding[3])
+
+
 def test_a_folded_map_undoes_a_rotation_of_the_latents() -> None:
     torch.manual_seed(0)
     idle = torch.zeros(400, 2)  # channels that a wider codec does not use
@@ -467,6 +482,13 @@ def test_with_bfloat16_the_branch_of_the_latents_stays_in_float32(
         ({"others": "x", "others_share": 1.5}, "--others-share 1.5: choose"),
         ({"preset": "paper", "plan": (Stage("phase2", 1),)}, "'phase2': paper has phase1"),
         ({"held_out": ""}, "either --photos, or --bank and --held-out"),
+        ({"qualities": (2,)}, "--qualities: needs --photos"),
+        ({"bank": "", "held_out": "", "photos": "x", "qualities": (0, 9)}, "--qualities 0: choose"),
+        ({"adversarial": 0.1, "plan": (Stage("phase1", 1),)}, "--adversarial: needs the stage"),
+        ({"teacher": "t", "preset": "paper", "plan": (Stage("phase1", 1),)}, "--teacher: needs"),
+        ({"other_codec": True}, "--other-codec: needs --init"),
+        ({"drop_latents": 12}, "--drop-latents 12: choose a number from 0 to 1"),
+        ({"batch": 0, "plan": (Stage("phase1", 1),)}, "--batch 0: choose 1 or more"),
         ({"crop": 70}, "multiple of 16"),
         ({"crop": 32}, "not below 48"),
         ({"batch": 1}, "a batch of 2 or more"),
@@ -499,12 +521,14 @@ DECODER, CODEC = (checkpoint.WEIGHTS / f"{n}.safetensors" for n in ("decoder_com
         (f"export {CODEC}", "msh_q2.safetensors: not a diffusion decoder"),
         (f"export {DECODER} --quality 2", "decoder_compact.safetensors: not a codec"),
         (f"export {DECODER} --sizes 8 8", "--sizes widens a codec: add its --quality"),
+        (f"export {CODEC} --quality 2 --steps 1", "--steps is for a diffusion decoder"),
+        ("diffusion --photos {1} --out {0} --widths 8,8", "2 numbers; compact has 3 levels"),
         ("bank --photos {0} --out {0} --quality 2", "cut.jpg: image file is truncated"),
         ("diffusion --photos {0} --out {0}", "no photographs named bsds_val_"),
         (f"diffusion --photos {{1}} --out {{0}} --lpips {__file__}", "test_train.py: "),
         ("diffusion --photos {1} --out {0} --init {0}/none", "none: No such file"),
     ],
-    ids=["codec", "decoder", "sizes", "truncated", "held-out", "lpips", "init"],
+    ids=["codec", "decoder", "sizes", "steps", "widths", "truncated", "held-out", "lpips", "init"],
 )
 def test_wrong_files_end_in_one_line_of_error_before_anything_is_encoded(
     command: str, message: str, folder: Path, tmp_path: Path,
@@ -523,7 +547,7 @@ def test_wrong_files_end_in_one_line_of_error_before_anything_is_encoded(
 
 def test_a_wrong_number_of_widths_is_refused() -> None:
     with pytest.raises(ValueError, match="2 numbers; compact has 3 levels"):
-        network.build("compact", (8, 8), 192)
+        network.configuration("compact", (8, 8))
 
 
 @pytest.mark.parametrize("config", [DiffusionConfig, MshConfig])

@@ -43,6 +43,26 @@ def test_held_out_photographs_are_never_trained_on(tmp_path: Path) -> None:
     assert names == [["bsds_test_1.jpg", "in_1.PNG"], ["bsds_val_1.jpg"]]
 
 
+def test_a_bank_with_held_out_photographs_is_not_trained_on(built: Path, tmp_path: Path) -> None:
+    for file in ("q2/bsds_val_1.safetensors", "others/q2/codec/bsds_val_1.safetensors"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        shutil.copy(built / "q2/a.safetensors", tmp_path / file)
+    assert len(bank.Bank.read(tmp_path, CPU, held_out=True).entry_qualities) == 1
+    with pytest.raises(ValueError, match="bsds_val_1.safetensors: photographs bsds_val_"):
+        bank.Bank.read(tmp_path, CPU, held_out=False)
+    with pytest.raises(ValueError, match="never trained on"):
+        bank.Bank.read_hidden(tmp_path / "others", 192, CPU)
+
+
+def test_photographs_that_are_all_too_small_are_an_error(tmp_path: Path) -> None:
+    Image.new("RGB", (63, 640)).save(tmp_path / "thin.png")
+    files = photos.photographs(tmp_path, False)
+    with pytest.raises(PictureError, match="all 1 photographs have a side below 64 pixels"):
+        bank.build(files, tmp_path / "bank/q2", 2, shipped(2))
+    with pytest.raises(PictureError, match="below 64 pixels"):
+        bank.Bank.encode(files, (2,), None, 1, CPU)
+
+
 def test_a_folder_without_photographs_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no photographs"):
         photos.photographs(tmp_path, False)
@@ -132,7 +152,7 @@ def test_files_of_another_codec_are_encoded_again(folder: Path, tmp_path: Path) 
     assert not torch.equal(ours["y_hat"], load_file(tmp_path / "kept")["y_hat"])
     shutil.copy(tmp_path / "kept", tmp_path / "q2/a.safetensors")
     with pytest.raises(WeightsError, match="several codecs"):
-        bank.Bank.read(tmp_path, CPU)
+        bank.Bank.read(tmp_path, CPU, held_out=False)
 
 
 def test_two_photographs_with_the_same_name_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -144,7 +164,7 @@ def test_two_photographs_with_the_same_name_are_refused(folder: Path, tmp_path: 
 
 
 def test_a_bank_in_memory_equals_the_one_on_disk(folder: Path, built: Path) -> None:
-    disk = bank.Bank.read(built, CPU)
+    disk = bank.Bank.read(built, CPU, held_out=False)
     memory = bank.Bank.encode(photos.photographs(folder, False), (2,), None, 2, CPU)
     assert disk.latents == memory.latents == 192
     order = [0, 2, 1, 3]  # on disk the variants of a photograph are adjacent
@@ -166,7 +186,9 @@ def test_variants_are_deterministic_and_of_several_sizes(folder: Path) -> None:
 
 
 def test_the_codecs_picture_is_near_the_original(built: Path) -> None:
-    batch = bank.Bank.read(built, CPU).batch(4, 64, torch.Generator().manual_seed(0))
+    batch = bank.Bank.read(built, CPU, held_out=False).batch(
+        4, 64, torch.Generator().manual_seed(0)
+    )
     assert batch.x.shape == batch.x_hat.shape == (4, 3, 64, 64)
     assert batch.y_hat.shape == (4, 192, 4, 4)
     assert batch.bits.shape == (4, 1, 4, 4)

@@ -212,6 +212,9 @@ def test_weights_of_another_kind_are_refused(
 ) -> None:
     with pytest.raises(WeightsError, match="not a mean-scale hyperprior"):
         config(init=str(lpips_file))
+
+
+def test_a_higher_quality_gives_the_squared_error_more_weight() -> None:
     assert LAMBDA[1] < LAMBDA[2] < LAMBDA[3]
 
 
