@@ -45,7 +45,7 @@ def measure(width: int, height: int) -> dict[str, Any]:
     small = width < 1000
     item = _input(width, height)
     one_step, general = (_decoder(name) for name in (PERCEPTUAL, POSTERIOR[0]))
-    perceptual = _fastest(lambda: _draw(one_step, item, PERCEPTUAL), 5 if small else 1)
+    perceptual = _fastest(lambda: _draw(one_step, item, PERCEPTUAL), 5 if small else 2)
     once, step = _step_times(general, item, 10 if small else 2)
     tiers = {name: once + _settings(name).calls * step for name in POSTERIOR}
     result = {
@@ -134,7 +134,7 @@ def _fastest(call: Callable[[], object], rounds: int) -> float:
 
 
 def _step_times(diffusion: Decoder, item: DiffusionInput, count: int) -> tuple[float, float]:
-    """Seconds once per picture (conditioner), and of the fastest of `count` steps."""
+    """Seconds once per picture (conditioner), and of the fastest of `count` later steps."""
     marks = [time.perf_counter()]
     diffusion.sample_batch(
         [item], Settings("ddim", count + 1), lambda *_: marks.append(time.perf_counter())
@@ -154,8 +154,9 @@ def _table(rows: list[dict[str, Any]], files: list[dict[str, Any]], about: dict[
     lines = [
         "# Diffusion decoders\n",
         ", ".join(f"{k} {v}" for k, v in about.items()) + "\n",
-        "Fastest of several rounds. `perceptual`: seconds from the latents to the picture. Other"
-        " tiers, which the general decoder draws: computed as once + steps. MiB: peak memory of a"
+        "`perceptual`: seconds from the latents to the picture, fastest of five pictures of 768×512"
+        " or two larger ones. Other tiers, which the general decoder draws: computed as once +"
+        " steps, from the fastest of ten steps (of two) of one picture. MiB: peak memory of a"
         " process with both decoders.\n",
         *_rows(head, [_cells(r) for r in rows]),
         "",

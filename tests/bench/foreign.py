@@ -57,6 +57,7 @@ def main() -> int:
     options = parser.parse_args()
     files = photos.photographs(options.photos, held_out=False)
     held_out = photos.photographs(options.photos, held_out=True)
+    held_out = [file for file in held_out if niqe(_pixels(file)) is not None]
     held_out = held_out[:: max(1, len(held_out) // PICTURES)][:PICTURES]
     training = photos.Photos(files, torch.device("cpu"))
     lpips, own = LpipsAlex(options.lpips), library.load()
@@ -71,9 +72,13 @@ def main() -> int:
     shipped = own.find(QUALITY, "mse")
     row = measure(shipped, own.decoder(PERCEPTUAL), held_out, lpips)
     rows.append({"model": f"shipped {shipped.model}, latents hidden", "steps": 0} | row)
-    about = machine.describe()
-    document = {"machine": about, "minutes": options.minutes, "rows": rows}
-    machine.write("foreign", document, _table(rows, about, options.minutes))
+    document = {
+        "machine": machine.describe(),
+        "minutes": options.minutes,
+        "pictures": len(held_out),
+        "rows": rows,
+    }
+    machine.write("foreign", document, _table(document))
     return 0
 
 
@@ -125,7 +130,7 @@ def measure(codec_: Codec, decoder: Decoder, files: list[Path], lpips: LpipsAlex
     """Encode and decode photographs; return the figures of `instant` and `perceptual`."""
     pairs, bits = [], []
     for file in files:
-        pixels = photos.read(file).permute(1, 2, 0).numpy()
+        pixels = _pixels(file)
         b = codec_.encode(codec.to_tensor(pixels), "compressai", "float")
         bits.append(8 * (len(b.y_string) + len(b.z_string)) / pixels[..., 0].size)
         pairs.append([_figures(drawn, pixels, lpips) for drawn in _decodes(codec_, decoder, b)])
@@ -159,6 +164,11 @@ def _decodes(codec_: Codec, decoder: Decoder, b: Any) -> Iterator[image.Pixels]:
     yield codec.crop_to_pixels(decoder.sample_batch([item], PERCEPTUAL), b.height, b.width)
 
 
+def _pixels(file: Path) -> image.Pixels:
+    pixels: image.Pixels = photos.read(file).permute(1, 2, 0).numpy()
+    return pixels
+
+
 def _figures(drawn: image.Pixels, original: image.Pixels, lpips: LpipsAlex) -> Figures:
     a, b = codec.to_tensor(drawn), codec.to_tensor(original)
     first, second = niqe(drawn), niqe(original)
@@ -166,21 +176,22 @@ def _figures(drawn: image.Pixels, original: image.Pixels, lpips: LpipsAlex) -> F
     return Figures(psnr(mse(a, b)), lpips(a, b), abs(first - second))
 
 
-def _table(rows: list[dict[str, Any]], about: dict[str, str], minutes: float) -> str:
+def _table(document: dict[str, Any]) -> str:
     head = [
         "codec", "steps", "bpp", "PSNR", "LPIPS", "`perceptual`", "ratio", "NIQE gap",
         "`perceptual`", "PSNR loss", "pictures with a larger LPIPS",
     ]  # fmt: skip
     lines = [
         "# `perceptual` with codecs that the decoder was not trained with\n",
-        ", ".join(f"{k} {v}" for k, v in about.items()) + "\n",
-        f"{PICTURES} held-out photographs; each codec was trained for {minutes:g} minutes "
+        ", ".join(f"{k} {v}" for k, v in document["machine"].items()) + "\n",
+        f"{document['pictures']} held-out photographs; each codec was trained for "
+        f"{document['minutes']:g} minutes "
         "(`tests/bench/foreign.py`). Brackets: 95 % intervals over pictures. NIQE gap: distance to "
         "the original's NIQE.\n",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
     ]
-    for r in rows:
+    for r in document["rows"]:
         cells = [
             r["model"], str(r["steps"] or "–"), f"{r['bpp']:.3f}", f"{r['psnr']:.2f}",
             f"{r['lpips'][0]:.3f}", f"{r['lpips'][1]:.3f}", _interval(r["lpips_ratio"]),

@@ -25,6 +25,7 @@ def test_guidance_adds_a_second_denoiser_call_per_step() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
+        {"sampler": "euler"},
         {"steps": 0},
         {"steps": 1001},
         {"eta": 1.1},

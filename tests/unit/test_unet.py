@@ -134,3 +134,5 @@ def test_a_configuration_is_read_back_from_its_json() -> None:
         assert presets.from_json(json.dumps(asdict(c))) == c
     with pytest.raises(TypeError):
         presets.from_json('{"widths": [1]}')
+    with pytest.raises(TypeError, match="not a JSON object"):
+        presets.from_json("[1]")
