@@ -70,7 +70,9 @@ class DiffusionTask:
             network.add_qualities(self.net, self.others)
         bf16 = self.device.type == "cuda" if config.bf16 is None else config.bf16
         self.network = network.Network(self.net, self.device, bf16, config.compile)
-        self.teacher = Teacher(teacher, self.device, bf16) if teacher else None
+        self.teacher: Teacher | None = None
+        if teacher:
+            self.teacher = Teacher(teacher, self.bank.latents, self.device, bf16)
         self.perceptual = PerceptualLoss(config, self.lpips, self.bank.latents, self.device)
         self.modules: dict[str, nn.Module] = {"net": self.net}
         if self.perceptual.discriminator:
@@ -154,9 +156,8 @@ class DiffusionTask:
             loss = loss + v_loss
             metrics["v"] = v_loss.detach()
         picture = self.network.picture(batch, x0)
-        if self.teacher and self.teacher.knows(batch.quality):
-            drawn = self.teacher.picture(batch, noise, keep)
-            distance = F.mse_loss(picture, drawn) / F.mse_loss(batch.x_hat, batch.x)
+        if self.teacher:
+            distance = self.teacher.distance(picture, batch, noise, keep)
             loss = loss + self.config.teacher_weight * distance
             metrics["teacher"] = distance.detach()
         perceptual = call_t <= max(PERCEPTUAL_UNTIL, self.steps[-1].t)

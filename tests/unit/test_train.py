@@ -42,6 +42,7 @@ from models.train.msh import MshConfig
 from models.train.perceptual import TEXTURE
 from models.train.photos import photographs
 from models.train.run import Run
+from models.train.teacher import Teacher
 from tests.support.forked import Forked, trainer
 from tests.support.waiting import until
 from tests.support.zoo import random
@@ -174,6 +175,26 @@ def test_a_decoder_learns_its_teachers_pictures_from_the_same_noise(
     trained(settings)
     same, other = (row["teacher"] for row in log(settings) if "teacher" in row)
     assert same < 1e-9 < other  # after one step the weights differ from the teacher's
+
+
+def test_crops_of_qualities_that_the_teacher_does_not_know_do_not_count(
+    config: Callable[..., DiffusionConfig],
+) -> None:
+    task = DiffusionTask(config(), CPU)  # knows quality 2
+    generator = torch.Generator().manual_seed(0)
+    batch = task.bank.batch(2, 64, generator)
+    picture, noise = (torch.randn(batch.x.shape, generator=generator) for _ in range(2))
+    teacher = Teacher(task.net, 192, CPU.device, bf16=False)
+
+    def distance(qualities: list[int], crops: int) -> Tensor:
+        chosen = replace(batch, quality=torch.tensor(qualities)).rows(slice(crops))
+        keep = torch.ones(crops)
+        return teacher.distance(picture[:crops], chosen, noise[:crops], keep)
+
+    torch.testing.assert_close(distance([2, 5], 2), distance([2, 2], 1))
+    assert float(distance([5, 5], 2)) == 0
+    with pytest.raises(WeightsError, match="192 latent channels; choose a compact one for 320"):
+        Teacher(task.net, 320, CPU.device, bf16=False)
 
 
 @pytest.mark.usefixtures("few_held_out_crops")
