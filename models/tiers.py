@@ -43,6 +43,8 @@ class Settings:
                 f"eta is {self.eta}, but only the sampler ddim has an eta; "
                 f"leave it out, or set it to 0, for {self.sampler}"
             )
+        for name in ("eta", "gamma", "beta", "guidance"):  # may be integers
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
     def calls(self) -> int:

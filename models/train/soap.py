@@ -52,6 +52,9 @@ class Soap(Optimizer):
         square = state["exp_avg_sq"].mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
         mean = _rotate(state["exp_avg"].lerp_(g, 1 - beta1), bases)
         update = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt_() + EPS)
+        # With equal betas it is within 1, unless new eigenvectors have just replaced those of
+        # `square`: where that is almost 0, a rarely used weight would change without bound.
+        update.clamp_(-1, 1)
         p.sub_(_rotate_back(update, bases), alpha=lr)
         if bases is not None:
             _update_bases(state, g, beta2, self._steps % EVERY[p.device.type] == 0)

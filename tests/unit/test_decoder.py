@@ -193,6 +193,14 @@ def test_latents_may_be_visible_and_hidden_in_one_batch(
         assert torch.allclose(together[i : i + 1], alone, atol=1e-5)
 
 
+def test_settings_may_be_integers(tiny_decoder: Decoder, decoded: tuple[Latents, Tensor]) -> None:
+    integers = Settings("ddim", 3, eta=1, gamma=1, beta=1, guidance=2)
+    numbers = Settings("ddim", 3, eta=1.0, gamma=1.0, beta=1.0, guidance=2.0)
+    assert str(integers) == str(numbers)
+    a, b = (tiny_decoder.sample(*decoded, 2, settings, 0) for settings in (integers, numbers))
+    assert torch.equal(a, b)
+
+
 def test_an_untrained_quality_is_replaced_by_the_nearest_trained_one(
     tiny_decoder: Decoder, decoded: tuple[Latents, Tensor]
 ) -> None:
@@ -207,9 +215,10 @@ def test_an_untrained_quality_is_replaced_by_the_nearest_trained_one(
 
 
 @pytest.mark.weights
-def test_the_shipped_decoders_were_trained_with_the_shipped_qualities() -> None:
-    for shipped in decoder.load_all().values():
-        assert [shipped.nearest_quality(q) for q in range(1, 9)] == [1, 2, 3, 3, 3, 3, 3, 3]
+def test_the_shipped_decoders_know_the_shipped_qualities_and_that_of_one_step_all_others() -> None:
+    general, one_step = (decoder.load_all()[steps] for steps in (0, 1))
+    assert [general.nearest_quality(q) for q in range(1, 9)] == [1, 2, 3, 3, 3, 3, 3, 3]
+    assert [one_step.nearest_quality(q) for q in range(1, 9)] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_windows_give_the_same_picture_as_one_call(
@@ -288,6 +297,8 @@ def test_the_papers_network_draws_pictures(
     assert not torch.equal(a, b)
     with pytest.raises(WrongWeights, match="needs latents of the codec"):
         paper.sample(*decoded, 2, settings, 0, latents_visible=False)
+    with pytest.raises(WrongWeights, match="needs latents of the codec"):
+        paper.denoiser(DiffusionInput(*decoded, 2, 0, latents_visible=False))
 
 
 def test_the_decoder_is_loaded_by_the_manifest(tmp_path: Path, tiny_decoder: Decoder) -> None:

@@ -86,3 +86,16 @@ def test_adam_updates_parameters_that_are_not_convolutions() -> None:
             pass
         results.append(p.detach())
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
+
+
+def test_a_rarely_used_weight_changes_by_no_more_than_the_learning_rate() -> None:
+    """Gradients in one step of twenty, in other directions than the eigenvectors know."""
+    weight = nn.Parameter(torch.zeros(16, 24, 1, 1))
+    optimiser = Soap([weight], lr=1.0)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(400):
+        used = torch.rand((), generator=generator) < 0.05
+        weight.grad = torch.randn(weight.shape, generator=generator) * used
+        before = weight.detach().clone()
+        optimiser.step()
+        assert float((weight.detach() - before).square().mean().sqrt()) <= 1
