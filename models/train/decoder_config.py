@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from models.diffusion.presets import PRESETS
 from models.tiers import MAX_STEPS
@@ -103,7 +104,7 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
     Raises `ValueError` if options are out of range or contradict each other.
     """
     config = replace(config, plan=config.plan or _phases(config))
-    for wrong, message in _checks(config):
+    for wrong, message in chain(_stages(config), _weights(config), _photographs(config)):
         if wrong:
             raise ValueError(message)
     lr, ema = (5e-5, 0.9999) if config.paper else (4e-4, 0.999)
@@ -114,8 +115,12 @@ def _phases(config: DiffusionConfig) -> tuple[Stage, ...]:
     return PHASES[:1] if config.paper else PHASES
 
 
-def _checks(config: DiffusionConfig) -> Iterator[tuple[bool, str]]:
-    """Yield (True if the option is wrong, error message) for every rule."""
+Checks = Iterator[tuple[bool, str]]
+"""(True if an option is wrong, error message) for every rule."""
+
+
+def _stages(config: DiffusionConfig) -> Checks:
+    """Rules of the plan, and of the options that belong to some of its stages."""
     phases = [phase.name for phase in _phases(config)]
     if not config.paper:
         phases.append(PERCEPTUAL)
@@ -128,12 +133,38 @@ def _checks(config: DiffusionConfig) -> Iterator[tuple[bool, str]]:
             stage.name == "phase2" and config.batch < 2,
             f"--batch {config.batch}: phase 2 splits each batch and needs a batch of 2 or more",
         )
+    yield config.batch < 1, f"--batch {config.batch}: choose 1 or more"
     trains_perceptual = any(stage.name != "phase1" for stage in config.plan)
     for name in ("teacher", "adversarial"):
         yield (
             bool(getattr(config, name)) and not trains_perceptual,
             f"--{name}: needs the stage phase2 or perceptual in --plan",
         )
+    yield (
+        not 1 <= config.calls <= MAX_STEPS,
+        f"--calls {config.calls}: choose a number from 1 to {MAX_STEPS}",
+    )
+
+
+def _weights(config: DiffusionConfig) -> Checks:
+    """Rules of the weights to start or learn from."""
+    yield (
+        bool(config.init and config.narrow),
+        "--init and --narrow both name weights to start from; give one of them",
+    )
+    yield config.other_codec and not config.init, "--other-codec: needs --init"
+    yield (
+        bool(config.teacher) and config.calls != 1,
+        f"--calls {config.calls}: with --teacher, choose 1, because a teacher draws in one call",
+    )
+
+
+def _photographs(config: DiffusionConfig) -> Checks:
+    """Rules of the photographs and of the crops of them."""
+    yield (
+        bool(config.photos) == bool(config.bank) or bool(config.bank) != bool(config.held_out),
+        "give either --photos, or --bank and --held-out",
+    )
     for name in ("codecs", "qualities", "variants"):
         yield (
             bool(config.bank) and getattr(config, name) != getattr(DiffusionConfig(), name),
@@ -141,27 +172,6 @@ def _checks(config: DiffusionConfig) -> Iterator[tuple[bool, str]]:
         )
     for quality in config.qualities:
         yield not 1 <= quality <= 8, f"--qualities {quality}: choose numbers from 1 to 8"
-    yield config.batch < 1, f"--batch {config.batch}: choose 1 or more"
-    yield (
-        config.other_codec and not config.init,
-        "--other-codec: needs --init",
-    )
-    yield (
-        bool(config.init and config.narrow),
-        "--init and --narrow both name weights to start from; give one of them",
-    )
-    yield (
-        not 1 <= config.calls <= MAX_STEPS,
-        f"--calls {config.calls}: choose a number from 1 to {MAX_STEPS}",
-    )
-    yield (
-        bool(config.teacher) and config.calls != 1,
-        f"--calls {config.calls}: with --teacher, choose 1, because a teacher draws in one call",
-    )
-    yield (
-        bool(config.photos) == bool(config.bank) or bool(config.bank) != bool(config.held_out),
-        "give either --photos, or --bank and --held-out",
-    )
     yield (
         bool(config.others) and (config.paper or not config.bank),
         "--others needs --bank, and a preset that can do without latents: compact, small or fine",
