@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import processor
 from models.codec import idle_channels
 from models.codec.msh import GDN
 from models.codec.networks import ResidualBlockUpsample
@@ -22,6 +23,14 @@ time and costs 0.005 dB (six Kodak pictures, quality 2). There is no int8: it co
 second layer alone and 0.9 dB in all four. Only OpenVINO computes in bf16."""
 STRIP = 32
 """Rows that the last two layers process at a time, so that their features fit the CPU's cache."""
+
+
+def precision() -> str:
+    """Return the precision that `PRECISION_VARIABLE` names: f32 or bf16.
+
+    Raises `ParameterError` if it names another one.
+    """
+    return processor.precision(PRECISION_VARIABLE, "f32", "bf16")
 
 
 class InferenceSynthesis(nn.Module):

@@ -13,13 +13,13 @@ import torch
 from openvino import opset13 as ops
 from torch import Tensor, nn
 
-from models import checked_files, folders, processor
+from models import checked_files, folders
 from models.codec.inference_synthesis import (
-    PRECISION_VARIABLE,
     InferenceSynthesis,
     InverseGDN,
     ResidualSynthesis,
     SubPixel,
+    precision,
 )
 from models.codec.networks import (
     AttentionBlock,
@@ -75,7 +75,7 @@ def _compile(net: InferenceSynthesis | ResidualSynthesis) -> ov.CompiledModel:
     core = ov.Core()
     options = {
         # OpenVINO's default is bf16 on processors that support it
-        "INFERENCE_PRECISION_HINT": processor.precision(PRECISION_VARIABLE, "f32", "bf16"),
+        "INFERENCE_PRECISION_HINT": precision(),
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,
@@ -98,9 +98,9 @@ def _digest(
     net: InferenceSynthesis | ResidualSynthesis, core: ov.Core, options: Mapping[str, Any]
 ) -> str:
     """A digest of all that a compiled network depends on: weights, code, versions, processor."""
-    name = core.get_property("CPU", "FULL_DEVICE_NAME")
+    cpu = core.get_property("CPU", "FULL_DEVICE_NAME")
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    about = (ov.__version__, name, capabilities, options, str(net))
+    about = (ov.__version__, cpu, capabilities, options, str(net))
     digest = hashlib.sha256(repr(about).encode())
     digest.update(Path(__file__).read_bytes())  # the graph
     for name, values in (*net.named_parameters(), *net.named_buffers()):

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models import processor, tiles
+from models import tiles
 from models.codec import winograd
-from models.codec.inference_synthesis import PRECISION_VARIABLE, for_inference
+from models.codec.inference_synthesis import for_inference, precision
 from models.codec.turns import Turns
 
 Backend = Literal["winograd", "openvino", "torch"]
@@ -116,7 +116,7 @@ def _fastest(net: nn.Module, device: torch.device) -> Backend:
     if device.type != "cpu":
         return "torch"
     has_openvino = find_spec("openvino") is not None
-    if processor.precision(PRECISION_VARIABLE, "f32", "bf16") == "bf16" and has_openvino:
+    if precision() == "bf16" and has_openvino:
         return "openvino"
     if winograd.is_faster(net):
         return "winograd"

@@ -265,7 +265,9 @@ def _variants(files: Sequence[Path], qualities: Sequence[int], n: int) -> list[V
     every = (Variant(path, q, i) for q in qualities for i in range(n) for path in files)
     variants = [v for v in every if min(v.positions()) >= SMALLEST]
     if not variants:
-        raise PictureError(f"all {len(files)} photographs have a side below 64 pixels")
+        raise PictureError(
+            f"all {len(files)} photographs have a side below {SMALLEST * STRIDE_Y} pixels"
+        )
     return variants
 
 
